@@ -1,0 +1,97 @@
+"""The manifest: what a committed checkpoint consists of. A folder without a valid one is no checkpoint."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from shardlaunch.checkpoints.layout import MANIFEST, is_plain_file_name
+from shardlaunch.checkpoints.state import TensorSpec
+from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES, DTYPES, FileRecord
+from shardlaunch.errors import UserError
+
+FORMAT = "shardlaunch-checkpoint"
+VERSION = 1
+
+
+class DamagedCheckpoint(UserError):
+    """Say what is wrong with a checkpoint's files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """List a checkpoint's files with size and digest, and its tensors with shape, dtype and file.
+
+    `aliases` maps the other names of tied weights to the one under which the tensor is saved.
+    """
+
+    step: int
+    files: Mapping[str, FileRecord]
+    tensors: Mapping[TensorSpec, str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """Return the manifest's text, closed by a digest of itself."""
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": self.step,
+            "files": {
+                name: {"bytes": record.num_bytes, "xxh3_128": record.digest} for name, record in self.files.items()
+            },
+            "tensors": [
+                {
+                    "name": spec.name,
+                    "kind": spec.kind,
+                    "shape": list(spec.shape),
+                    "dtype": DTYPE_NAMES[spec.dtype],
+                    "file": file_name,
+                }
+                for spec, file_name in self.tensors.items()
+            ],
+            "aliases": dict(self.aliases),
+        }
+        return json.dumps({**body, "xxh3_128": _digest(body)}, indent=1).encode()
+
+
+def read_manifest(step_dir: Path) -> Manifest:
+    """Read and check the manifest of a checkpoint. Raises DamagedCheckpoint when there is none or it is not valid."""
+    path = step_dir / MANIFEST
+    try:
+        body = json.loads(path.read_bytes())
+        digest = body.pop("xxh3_128")
+        kind, version = body["format"], body["version"]
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{step_dir}: no {MANIFEST}, so not a checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path}: not readable as a manifest ({error})") from error
+    if kind != FORMAT or version != VERSION:
+        raise DamagedCheckpoint(
+            f"{path}: {kind} version {version} is not {FORMAT} version {VERSION}, which this release reads"
+        )
+    if digest != _digest(body):
+        raise DamagedCheckpoint(f"{path}: its digest does not match its text")
+    for name in [*body["files"], *(tensor["file"] for tensor in body["tensors"])]:
+        if not is_plain_file_name(name):
+            raise DamagedCheckpoint(f"{path}: {name!r} is not a plain file name")
+    return Manifest(
+        step=body["step"],
+        files={
+            name: FileRecord(num_bytes=record["bytes"], digest=record["xxh3_128"])
+            for name, record in body["files"].items()
+        },
+        tensors={
+            TensorSpec(
+                name=tensor["name"], kind=tensor["kind"], shape=tuple(tensor["shape"]), dtype=DTYPES[tensor["dtype"]]
+            ): tensor["file"]
+            for tensor in body["tensors"]
+        },
+        aliases=body["aliases"],
+    )
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())

@@ -1,0 +1,116 @@
+"""Find, verify and read checkpoints. Nothing is loaded that the manifest does not vouch for."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from json import loads
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardlaunch.checkpoints.layout import TRAINER_STATE, step_of_dir_name
+from shardlaunch.checkpoints.manifest import DamagedCheckpoint, Manifest, read_manifest
+from shardlaunch.checkpoints.peers import Peers
+from shardlaunch.checkpoints.state import TensorSpec
+from shardlaunch.checkpoints.tensorfile import TensorEntry, digest_file, read_header, read_range
+from shardlaunch.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Read one verified checkpoint folder by names and ranges (a `StateReader`)."""
+
+    step_dir: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    def specs(self) -> Iterable[TensorSpec]:
+        """Return every tensor that it holds."""
+        return self.manifest.tensors.keys()
+
+    def read(self, spec: TensorSpec, flat_start: int, flat_end: int) -> torch.Tensor:
+        """Read elements [flat_start, flat_end): a flat CPU tensor of the saved dtype."""
+        file_name = self.manifest.tensors[spec]
+        return read_range(self.step_dir / file_name, self._headers[file_name][spec.key], flat_start, flat_end)
+
+    def read_json(self, file_name: str) -> Any:
+        """Return the content of one of its JSON files."""
+        return loads((self.step_dir / file_name).read_bytes())
+
+    @property
+    def trainer_state(self) -> dict[str, Any]:
+        """Return the numbers that go with the tensors."""
+        state: dict[str, Any] = self.read_json(TRAINER_STATE)
+        return state
+
+    @cached_property
+    def _headers(self) -> dict[str, dict[str, TensorEntry]]:
+        return {name: read_header(self.step_dir / name) for name in set(self.manifest.tensors.values())}
+
+
+def open_checkpoint(step_dir: Path, *, peers: Peers) -> Checkpoint:
+    """Verify a checkpoint folder and return its reader. All ranks; each digests its share of the files.
+
+    Raises UserError, the same on all ranks, when anything is missing, of another size, or of another digest.
+    """
+
+    def verify() -> Checkpoint:
+        manifest = read_manifest(step_dir)
+        for position, (name, record) in enumerate(manifest.files.items()):
+            if position % peers.num_ranks == peers.rank:
+                _verify_file(step_dir / name, record.num_bytes, record.digest)
+        checkpoint = Checkpoint(step_dir=step_dir, manifest=manifest)
+        _verify_headers(checkpoint)
+        return checkpoint
+
+    return peers.together(verify)
+
+
+def _verify_file(path: Path, num_bytes: int, digest: str) -> None:
+    try:
+        found = digest_file(path)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
+    if found.num_bytes != num_bytes:
+        raise DamagedCheckpoint(f"{path}: {found.num_bytes} bytes, the manifest says {num_bytes}")
+    if found.digest != digest:
+        raise DamagedCheckpoint(f"{path}: its digest differs from the manifest's: the file is damaged")
+
+
+def _verify_headers(checkpoint: Checkpoint) -> None:
+    """Check that the files hold just the tensors that the manifest lists."""
+    try:
+        found = {key: entry for header in checkpoint._headers.values() for key, entry in header.items()}
+    except (OSError, ValueError, KeyError) as error:
+        raise DamagedCheckpoint(f"{checkpoint.step_dir}: {error}") from error
+    listed = {spec.key: spec for spec in checkpoint.manifest.tensors}
+    for key in sorted(found.keys() | listed.keys()):
+        if key not in found or key not in listed:
+            where = "the manifest" if key in listed else "a file"
+            raise DamagedCheckpoint(f"{checkpoint.step_dir}: tensor {key!r} is only in {where}")
+        if (found[key].shape, found[key].dtype) != (listed[key].shape, listed[key].dtype):
+            raise DamagedCheckpoint(f"{checkpoint.step_dir}: tensor {key!r} differs from the manifest's entry")
+
+
+def checkpoint_steps(checkpoints_dir: Path) -> list[int]:
+    """Return the steps of the step folders in a folder, ascending, valid or not."""
+    if not checkpoints_dir.is_dir():
+        return []
+    steps = (step_of_dir_name(path.name) for path in checkpoints_dir.iterdir() if path.is_dir())
+    return sorted(step for step in steps if step is not None)
+
+
+def latest_checkpoint(
+    step_dirs: Iterable[Path], *, peers: Peers, on_damaged: Callable[[UserError], None]
+) -> Checkpoint | None:
+    """Return the first valid one of `step_dirs` (newest first), naming each damaged one to `on_damaged`. All ranks."""
+    for step_dir in step_dirs:
+        try:
+            return open_checkpoint(step_dir, peers=peers)
+        except UserError as error:
+            on_damaged(error)
+    return None

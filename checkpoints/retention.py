@@ -1,0 +1,29 @@
+"""Delete old checkpoints and what a crash left behind. Rank 0, after a commit."""
+
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from shardlaunch.checkpoints.layout import step_dir_name
+from shardlaunch.checkpoints.reader import checkpoint_steps
+from shardlaunch.checkpoints.writer import STAGING_PREFIX, TRASH_PREFIX
+
+
+def prune(checkpoints_dir: Path, *, keep: int, protected: Collection[int] = ()) -> None:
+    """Delete all but the newest `keep` checkpoints (0: all stay) and the protected steps."""
+    if keep == 0:
+        return
+    for step in checkpoint_steps(checkpoints_dir)[:-keep]:
+        if step not in protected:
+            # Renamed first: a crash midway must not leave half a folder under a checkpoint's name.
+            trash = checkpoints_dir / f"{TRASH_PREFIX}{step_dir_name(step)}"
+            shutil.rmtree(trash, ignore_errors=True)
+            (checkpoints_dir / step_dir_name(step)).rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
+
+
+def sweep(checkpoints_dir: Path) -> None:
+    """Delete the staging and trash folders that a crashed process left."""
+    for prefix in (STAGING_PREFIX, TRASH_PREFIX):
+        for path in checkpoints_dir.glob(f"{prefix}*"):
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,167 @@
+"""Write and read single safetensors files, streaming: no copy of more than one tensor, digest on the way.
+
+Source of the format: the safetensors README (8-byte little-endian header length, JSON header padded with spaces,
+then the tensors' raw bytes; offsets count from the end of the header).
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+BYTES_PER_ELEMENT = {dtype: torch.empty((), dtype=dtype).element_size() for dtype in DTYPE_NAMES}
+
+CHUNK_BYTES = 16 << 20
+MAX_HEADER_BYTES = 100 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """Say how large a file is and what its bytes digest to (xxh3-128, hexadecimal)."""
+
+    num_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """Say where in a file a tensor's bytes lie: shape, dtype, offset in bytes from the start of the file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+
+class DigestingFile:
+    """Write a new file, digest it on the way and fsync it at the end. Raises OSError as the file system does."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "xb")  # noqa: SIM115 - closed by finish() or close()
+        self._hash = xxhash.xxh3_128()
+        self._num_bytes = 0
+
+    def write(self, data: "bytes | memoryview") -> None:
+        """Append bytes."""
+        self._hash.update(data)
+        self._file.write(data)
+        self._num_bytes += len(data)
+
+    def finish(self) -> FileRecord:
+        """Make the file durable and return its record."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileRecord(num_bytes=self._num_bytes, digest=self._hash.hexdigest())
+
+    def close(self) -> None:
+        """Give up: close without making durable."""
+        self._file.close()
+
+
+def write_file(path: Path, data: bytes) -> FileRecord:
+    """Write `data` as a new durable file."""
+    return _write(path, (memoryview(data),))
+
+
+def write_tensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> FileRecord:
+    """Write named tensors as a new durable safetensors file, in the order given."""
+    tensors = list(tensors)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for key, tensor in tensors:
+        num_bytes = tensor.numel() * tensor.element_size()
+        header[key] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + num_bytes],
+        }
+        offset += num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def chunks() -> Iterable[memoryview]:
+        yield memoryview(len(text).to_bytes(8, "little") + text)
+        for _, tensor in tensors:
+            flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+            data = flat.numpy().data
+            for start in range(0, len(data), CHUNK_BYTES):
+                yield data[start : start + CHUNK_BYTES]
+
+    return _write(path, chunks())
+
+
+def _write(path: Path, chunks: Iterable[memoryview]) -> FileRecord:
+    file = DigestingFile(path)
+    try:
+        for chunk in chunks:
+            file.write(chunk)
+        return file.finish()
+    finally:
+        file.close()
+
+
+def digest_file(path: Path) -> FileRecord:
+    """Read a file through and return its record."""
+    digest = xxhash.xxh3_128()
+    num_bytes = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            num_bytes += len(chunk)
+    return FileRecord(num_bytes=num_bytes, digest=digest.hexdigest())
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Return what a safetensors file holds. Raises ValueError when it is not one."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"{path.name}: not a safetensors file")
+        header = json.loads(file.read(header_bytes))
+    start = 8 + header_bytes
+    entries: dict[str, TensorEntry] = {}
+    for key, value in header.items():
+        if key == "__metadata__":
+            continue
+        begin, end = value["data_offsets"]
+        dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
+        if not 0 <= begin <= end <= size - start or end - begin != prod(shape) * BYTES_PER_ELEMENT[dtype]:
+            raise ValueError(f"{path.name}: tensor {key!r} does not fit its bytes")
+        entries[key] = TensorEntry(shape=shape, dtype=dtype, offset=start + begin)
+    return entries
+
+
+def read_range(path: Path, entry: TensorEntry, flat_start: int, flat_end: int) -> torch.Tensor:
+    """Read elements [flat_start, flat_end) of a tensor: a flat tensor on the CPU; no other bytes are read."""
+    item_bytes = BYTES_PER_ELEMENT[entry.dtype]
+    flat = torch.empty(flat_end - flat_start, dtype=entry.dtype)
+    view = flat.view(torch.uint8).numpy().data
+    with open(path, "rb", buffering=0) as file:
+        file.seek(entry.offset + flat_start * item_bytes)
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise ValueError(f"{path.name}: ends before its last tensor")
+            done += count
+    return flat

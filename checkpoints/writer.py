@@ -1,0 +1,156 @@
+"""Save a checkpoint: every rank writes its share into a staging folder, one rename publishes it."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from shardlaunch.checkpoints.layout import (
+    MANIFEST,
+    OPTIMIZER_INDEX,
+    TRAINER_STATE,
+    WEIGHTS_INDEX,
+    TensorFile,
+    plan_files,
+    step_dir_name,
+)
+from shardlaunch.checkpoints.manifest import DamagedCheckpoint, Manifest, read_manifest
+from shardlaunch.checkpoints.peers import Peers
+from shardlaunch.checkpoints.state import WEIGHT, Fragment, fragments_by_key
+from shardlaunch.checkpoints.tensorfile import FileRecord, digest_file, write_file, write_tensors
+from shardlaunch.errors import UserError
+
+STAGING_PREFIX = ".staging-"
+TRASH_PREFIX = ".trash-"
+
+
+def save(
+    checkpoints_dir: Path,
+    *,
+    step: int,
+    state: Iterable[Fragment],
+    trainer_state: Mapping[str, Any],
+    export: Callable[[Path], None],
+    aliases: Mapping[str, str],
+    peers: Peers,
+) -> Path:
+    """Save `state` as the checkpoint of `step` and return its folder. All ranks; the state is the same on each.
+
+    `export` writes the further files of a model folder (configuration, tokenizer) on rank 0. A valid checkpoint of the
+    same step is kept as it is. Raises UserError on all ranks, and leaves nothing behind, when any rank cannot write.
+    """
+    target = checkpoints_dir / step_dir_name(step)
+    if any(peers.gather([peers.rank == 0 and _is_committed(target)])[0]):
+        return target
+    fragments = fragments_by_key(state)
+    files = plan_files([fragment.spec for fragment in fragments.values()], peers.num_ranks)
+    staging = checkpoints_dir / f"{STAGING_PREFIX}{target.name}"
+    try:
+        peers.together(lambda: _make_staging(staging) if peers.rank == 0 else None)
+        records = peers.together(lambda: _write_share(staging, files, fragments, peers.rank))
+        everyone = _exchange(files, records, peers)
+        peers.together(
+            lambda: (
+                _commit(staging, target, step, files, everyone, trainer_state, export, aliases)
+                if peers.rank == 0
+                else None
+            )
+        )
+    except UserError as error:
+        if peers.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(f"the checkpoint of step {step} was not saved: {error}") from error
+    return target
+
+
+def _is_committed(target: Path) -> bool:
+    """Return whether `target` has a valid manifest and files of the right sizes."""
+    try:
+        manifest = read_manifest(target)
+        return all((target / name).stat().st_size == record.num_bytes for name, record in manifest.files.items())
+    except (DamagedCheckpoint, OSError):
+        return False
+
+
+def _make_staging(staging: Path) -> None:
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+
+
+def _write_share(
+    staging: Path, files: list[TensorFile], fragments: Mapping[str, Fragment], rank: int
+) -> dict[str, FileRecord]:
+    records = {}
+    for file in files:
+        if file.owner == rank:
+            owned = [fragments[spec.key] for spec in file.specs]
+            assert all(fragment.is_whole for fragment in owned), "pieces must be gathered to their owner first"
+            tensors = [(fragment.spec.key, fragment.tensor.reshape(fragment.spec.shape)) for fragment in owned]
+            records[file.file_name] = write_tensors(staging / file.file_name, tensors)
+    return records
+
+
+def _exchange(files: list[TensorFile], records: Mapping[str, FileRecord], peers: Peers) -> dict[str, FileRecord]:
+    """Return every file's record on every rank. All ranks. A digest travels as four 32-bit numbers."""
+    numbers = []
+    for file in files:
+        record = records.get(file.file_name)
+        digest = int(record.digest, 16) if record else 0
+        numbers += [record.num_bytes if record else 0, *((digest >> shift) & 0xFFFFFFFF for shift in (96, 64, 32, 0))]
+    everyone = peers.gather(numbers)
+    result = {}
+    for position, file in enumerate(files):
+        num_bytes, *words = everyone[file.owner][5 * position : 5 * position + 5]
+        result[file.file_name] = FileRecord(num_bytes=num_bytes, digest="".join(f"{word:08x}" for word in words))
+    return result
+
+
+def _commit(
+    staging: Path,
+    target: Path,
+    step: int,
+    files: list[TensorFile],
+    records: dict[str, FileRecord],
+    trainer_state: Mapping[str, Any],
+    export: Callable[[Path], None],
+    aliases: Mapping[str, str],
+) -> None:
+    """Complete the staged folder and publish it. Rank 0."""
+    export(staging)
+    for path in sorted(staging.iterdir()):
+        if path.is_file() and path.name not in records:
+            _fsync(path)
+            records[path.name] = digest_file(path)
+    tensors = {spec: file.file_name for file in files for spec in file.specs}
+    for index_name, is_weight in ((WEIGHTS_INDEX, True), (OPTIMIZER_INDEX, False)):
+        specs = [spec for spec in tensors if (spec.kind == WEIGHT) == is_weight]
+        if specs:
+            index = {
+                "metadata": {"total_size": sum(spec.num_bytes for spec in specs)},
+                "weight_map": {spec.key: tensors[spec] for spec in specs},
+            }
+            records[index_name] = write_file(staging / index_name, json.dumps(index, indent=1).encode())
+    records[TRAINER_STATE] = write_file(
+        staging / TRAINER_STATE, json.dumps(trainer_state, indent=1, allow_nan=False).encode()
+    )
+    manifest = Manifest(step=step, files=records, tensors=tensors, aliases=aliases)
+    write_file(staging / MANIFEST, manifest.to_json())
+    _fsync(staging)
+    if target.exists():  # damaged, or we would not be here: move it aside, for a rename needs a free name
+        trash = target.with_name(f"{TRASH_PREFIX}{target.name}")
+        shutil.rmtree(trash, ignore_errors=True)
+        target.rename(trash)
+    staging.rename(target)
+    _fsync(target.parent)
+    shutil.rmtree(target.with_name(f"{TRASH_PREFIX}{target.name}"), ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,245 @@
+"""Global batches as a function of (data, seed, epoch), cut into micro-batches, the micro-batches spread over ranks.
+
+No rank and no loader owns a position: the run's position is the step t, how many global batches it has consumed.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch.utils.data import DataLoader
+
+from shardlaunch.launcher.seeding import derive_seed, sample_seeds
+
+# Samples of similar length are sought within so many global batches: enough to find them, few enough to stay shuffled.
+MEGA_BATCHES = 50
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchPlan:
+    """Give each epoch's order of samples and each step's micro-batches.
+
+    `lengths` holds one number a sample (int array), by which samples are bucketed, or is None. Memory: one integer a
+    sample and epoch, no Python objects.
+    """
+
+    num_samples: int
+    global_batch_size: int
+    micro_batch_size: int
+    seed: int
+    lengths: np.ndarray | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_samples // self.global_batch_size)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the epoch's samples in the order of their use: a permutation, int64.
+
+        The samples are shuffled. Runs of 50 global batches are sorted by length and cut into micro-batches, these are
+        shuffled within their run and grouped into global batches, the global batches are shuffled over the epoch.
+        Within a global batch the micro-batches ascend in length, so that ranks which work side by side work alike.
+        What is left over is the last, smaller batch.
+        """
+        rng = np.random.default_rng(derive_seed(self.seed, "order", epoch))
+        order = rng.permutation(self.num_samples)
+        if self.lengths is None:
+            return order
+        size, micro = self.global_batch_size, self.micro_batch_size
+        num_full = self.num_samples - self.num_samples % size
+        full, rest = order[:num_full], order[num_full:]
+        mega = np.arange(num_full) // (MEGA_BATCHES * size)
+        full = full[np.lexsort((self.lengths[full], mega))].reshape(-1, micro)
+        shuffled = np.lexsort((rng.random(len(full)), mega[::micro]))
+        full = full[shuffled].reshape(-1, size // micro, micro)
+        by_length = np.argsort(self.lengths[full].max(axis=2), axis=1, kind="stable")
+        full = np.take_along_axis(full, by_length[:, :, None], axis=1)
+        full = full[rng.permutation(len(full))]
+        return np.concatenate((full.reshape(-1), rest[np.argsort(self.lengths[rest], kind="stable")]))
+
+    def micro_batches(self, step: int) -> list[np.ndarray]:
+        """Return the samples of step's micro-batches: M of them, fewer in the last batch of an epoch."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        first = position * self.global_batch_size
+        batch = _cached_order(self, epoch)[first : first + self.global_batch_size]
+        return [batch[i : i + self.micro_batch_size] for i in range(0, len(batch), self.micro_batch_size)]
+
+    def digest(self) -> str:
+        """Return a digest of the plan: sizes, lengths, and the first epoch's order as this numpy makes it."""
+        digest = xxhash.xxh3_128(repr((self.num_samples, self.global_batch_size, self.micro_batch_size)).encode())
+        digest.update(self.order(0).tobytes())
+        return digest.hexdigest()
+
+
+@lru_cache(maxsize=3)  # the epoch that ends, the one that begins, the evaluation's
+def _cached_order(plan: BatchPlan, epoch: int) -> np.ndarray:
+    return plan.order(epoch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """Give a rank one micro-batch to run. A weight of 0 marks a repetition that keeps the ranks in step."""
+
+    step: int
+    epoch: int
+    micro_batch: int
+    weight: int
+    samples: np.ndarray
+
+
+def slots_of_rank(
+    micro_batches: list[np.ndarray], *, step: int, epoch: int, rank: int, num_ranks: int
+) -> Iterator[Slot]:
+    """Yield the slots of one rank: micro-batches j = i * num_ranks + rank, as many slots on every rank.
+
+    Past the last micro-batch, ranks repeat the first one with weight 0, so that all take part in the same collectives.
+    """
+    for first in range(0, len(micro_batches), num_ranks):
+        j = first + rank
+        weight = int(j < len(micro_batches))
+        j *= weight
+        yield Slot(step=step, epoch=epoch, micro_batch=j, weight=weight, samples=micro_batches[j])
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Hold a collated micro-batch and what collation knows of it."""
+
+    index: int
+    weight: int
+    inputs: Any
+    num_targets: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalBatch:
+    """Hold one step's share of this rank."""
+
+    step: int
+    num_samples: int
+    num_micro_batches: int
+    micro_batches: list[MicroBatch]
+
+
+class Batches:
+    """Load the micro-batches of one rank in the plan's order.
+
+    `collate(samples, seeds)` makes a batch of what the data set gives for the samples; the seeds (one a sample, from
+    (seed, epoch, sample)) are all the randomness that it may use. `seeds` is None when not `training`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        plan: BatchPlan,
+        *,
+        collate: Callable[[Any, np.ndarray | None], Any],
+        num_targets: Callable[[Any], int],
+        num_tokens: Callable[[Any], int],
+        rank: int,
+        num_ranks: int,
+        training: bool,
+        num_workers: int = 0,
+    ) -> None:
+        self.plan = plan
+        self._dataset = dataset
+        self._collate = collate
+        self._num_targets = num_targets
+        self._num_tokens = num_tokens
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._training = training
+        self._num_workers = num_workers
+
+    def steps(self, first: int, end: int) -> Iterator[GlobalBatch]:
+        """Yield the batches of steps [first, end)."""
+        micro_batches = self._load_all(lambda: self._slots(first, end))
+        for step in range(first, end):
+            samples = self.plan.micro_batches(step)
+            num_slots = -(-len(samples) // self._num_ranks)
+            yield GlobalBatch(
+                step=step,
+                num_samples=sum(map(len, samples)),
+                num_micro_batches=len(samples),
+                micro_batches=[next(micro_batches) for _ in range(num_slots)],
+            )
+
+    def _slots(self, first: int, end: int) -> Iterator[Slot]:
+        for step in range(first, end):
+            yield from slots_of_rank(
+                self.plan.micro_batches(step),
+                step=step,
+                epoch=step // self.plan.steps_per_epoch,
+                rank=self._rank,
+                num_ranks=self._num_ranks,
+            )
+
+    def _load_all(self, slots: Callable[[], Iterator[Slot]]) -> Iterator[MicroBatch]:
+        if not self._num_workers:
+            return map(self.load, slots())
+        loader: DataLoader[MicroBatch] = DataLoader(
+            _Loadable(self.load),  # type: ignore[arg-type]
+            sampler=_Sampler(slots),
+            batch_size=None,
+            num_workers=self._num_workers,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # its own, or it would draw from the model's stream
+        )
+        return iter(loader)
+
+    def load(self, slot: Slot) -> MicroBatch:
+        """Fetch and collate one micro-batch."""
+        samples = slot.samples.tolist()
+        if hasattr(self._dataset, "__getitems__"):
+            fetched = self._dataset.__getitems__(samples)
+        else:
+            fetched = [self._dataset[sample] for sample in samples]
+        seeds = sample_seeds(self.plan.seed, slot.epoch, slot.samples) if self._training else None
+        inputs = self._collate(fetched, seeds)
+        return MicroBatch(
+            index=slot.micro_batch,
+            weight=slot.weight,
+            inputs=inputs,
+            num_targets=self._num_targets(inputs),
+            num_tokens=self._num_tokens(inputs),
+        )
+
+
+class EvaluationPlan(BatchPlan):
+    """Give the samples in one fixed order, ascending in length: every sample once, the same micro-batches anywhere."""
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the samples, shortest first."""
+        if self.lengths is None:
+            return np.arange(self.num_samples)
+        return np.argsort(self.lengths, kind="stable")
+
+
+@dataclass(frozen=True)
+class _Loadable:
+    """Make a function look like a map-style data set whose keys are slots."""
+
+    load: Callable[[Slot], MicroBatch]
+
+    def __getitem__(self, slot: Slot) -> MicroBatch:
+        return self.load(slot)
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    slots: Callable[[], Iterator[Slot]]
+
+    def __iter__(self) -> Iterator[Slot]:
+        return self.slots()
+
+
+def _ignore_signals(_: int) -> None:
+    """Leave the answer to a signal to the rank: a worker that dies first takes the rank's chance to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,185 @@
+"""Data sets from a hub id or a local path, and the checks that come before any training."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from shardlaunch.errors import UserError
+
+_LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+# Words that the file and split names of held-out data start with, the first found is used.
+_HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")
+HELD_OUT_FRACTION = 0.1
+
+
+class TensorData:
+    """Hold columns of equal length as tensors: a data set whose batches are cut out, not gathered row by row."""
+
+    def __init__(self, **columns: torch.Tensor) -> None:
+        self.columns = columns
+        lengths = {len(column) for column in columns.values()}
+        if len(lengths) != 1:
+            raise UserError(f"columns of different lengths: { ({k: len(v) for k, v in columns.items()}) }")
+        (self._length,) = lengths
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: column[index] for name, column in self.columns.items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        rows = torch.tensor(indices)
+        return {name: column[rows] for name, column in self.columns.items()}
+
+    def fingerprint(self) -> str:
+        """Return a digest of names and content."""
+        digest = xxhash.xxh3_128()
+        for name, column in sorted(self.columns.items()):
+            digest.update(f"{name} {column.dtype} {tuple(column.shape)}".encode())
+            digest.update(column.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def load_splits(source: str, *, seed: int) -> dict[str, Any]:
+    """Return the data sets `train` and `eval` of a hub id, a folder of data files, or a single data file.
+
+    Held-out data is the split or the files named test, validation, valid, val, dev or eval, in this order; where there
+    is none, a tenth of the training data, chosen by `seed`. Raises UserError when the source is not there or not
+    readable.
+    """
+    import datasets
+
+    path = Path(source).expanduser()
+    if path.exists():
+        splits = _load_path(path)
+    elif _looks_like_a_path(source):
+        raise UserError(f"--data {source}: no such file or folder")
+    else:
+        splits = _load_hub(source)
+    if "train" not in splits:
+        raise UserError(f"--data {source}: no training split; it has {', '.join(splits)}")
+    held_out = next((name for word in _HELD_OUT for name in splits if name.startswith(word)), None)
+    train = splits["train"]
+    if held_out is not None:
+        return {"train": train, "eval": splits[held_out]}
+    if len(train) < 2:
+        return {"train": train, "eval": train.select([])}
+    halves: datasets.DatasetDict = train.train_test_split(test_size=HELD_OUT_FRACTION, seed=seed)
+    return {"train": halves["train"], "eval": halves["test"]}
+
+
+def _looks_like_a_path(source: str) -> bool:
+    """Return whether a source that does not exist was meant as a path: a hub id is NAME or OWNER/NAME."""
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in _LOADERS
+
+
+def _load_path(path: Path) -> Any:
+    import datasets
+
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _LOADERS)
+    if not files:
+        raise UserError(f"--data {path}: no {', '.join(_LOADERS)} file in this folder")
+    kinds = {_LOADERS.get(file.suffix) for file in files}
+    if len(kinds) > 1 or None in kinds:
+        raise UserError(f"--data {path}: must be files of one kind out of {', '.join(_LOADERS)}")
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        word = next((word for word in ("train", *_HELD_OUT) if file.name.startswith(word)), None)
+        if word is None and len(files) > 1:
+            raise UserError(f"--data {path}: the name of {file.name} starts with none of train, {', '.join(_HELD_OUT)}")
+        by_split.setdefault(word if len(files) > 1 and word else "train", []).append(str(file))
+    try:
+        return datasets.load_dataset(str(kinds.pop()), data_files=by_split)
+    except datasets.exceptions.DatasetGenerationError as error:
+        if "No space left" in str(error.__cause__):
+            raise UserError(f"--data {path}: no space left for the data sets' cache (HF_HOME)") from error
+        raise UserError(f"--data {path}: not readable: {_one_line(error.__cause__ or error)}") from error
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"--data {path}: not readable: {_one_line(error)}") from error
+
+
+def _load_hub(source: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(source)
+    except Exception as error:
+        # The hub's client raises errors of many families; all mean that the data set is not to be had from here.
+        raise UserError(
+            f"--data {source}: neither a local path nor to be had from the hub ({_one_line(error)}). "
+            f"Give a local path, or use --preset demo, which needs no hub."
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def require_columns(splits: Mapping[str, Any], columns: Iterable[str]) -> None:
+    """Raise UserError when a split lacks a column or has no rows."""
+    for name, split in splits.items():
+        missing = [column for column in columns if column not in split.column_names]
+        if missing:
+            raise UserError(
+                f"the {name} data has no column {' and no column '.join(map(repr, missing))}; "
+                f"it has {', '.join(map(repr, split.column_names))}"
+            )
+        if len(split) == 0:
+            raise UserError(f"the {name} data has no rows")
+
+
+def class_names(splits: Mapping[str, Any], column: str = "label") -> tuple[dict[str, Any], list[str]]:
+    """Return the splits with labels 0..K-1 and the K names. Raises UserError for labels that are none or out of range.
+
+    The classes are those that the column's type names, else the training data's values.
+    """
+    import datasets
+    import numpy as np
+
+    splits = dict(splits)
+    feature = splits["train"].features[column]
+    values = {name: split.unique(column) for name, split in splits.items()}
+    for name, found in values.items():
+        if any(value is None for value in found):
+            raise UserError(f"the {name} data has rows without a {column!r}")
+    if isinstance(feature, datasets.ClassLabel):
+        names = list(feature.names)
+    elif all(isinstance(value, str) for value in values["train"]):
+        names = sorted(values["train"])
+        position = {label: number for number, label in enumerate(names)}
+        for name, found in values.items():
+            unknown = [value for value in found if value not in position]
+            if unknown:
+                raise UserError(
+                    f"labels out of range: {unknown[0]!r} is in the {name} data but not in the training data"
+                )
+            splits[name] = derived(
+                splits[name],
+                lambda labels: {column: [position[label] for label in labels]},
+                input_columns=[column],
+                key=("class names", column, *names),
+            )
+        return splits, names
+    elif all(isinstance(value, int | np.integer) for value in values["train"]):
+        names = [str(number) for number in range(max(values["train"]) + 1)]
+    else:
+        raise UserError(f"column {column!r} must hold class labels (whole numbers or text), not {feature}")
+    for name, found in values.items():
+        outside = sorted(value for value in found if not 0 <= value < len(names))
+        if outside:
+            raise UserError(f"labels out of range: {outside[0]} in the {name} data; labels are 0 to {len(names) - 1}")
+    return splits, names
+
+
+def derived(dataset: Any, function: Callable[..., dict[str, Any]], *, key: Sequence[object], **options: Any) -> Any:
+    """Map a data set by batches, cached on disk under `key` and the data set's own fingerprint.
+
+    `key` says all that the outcome depends on besides the data; datasets would hash the function's closure instead,
+    which for tokenizers differs from process to process.
+    """
+    fingerprint = xxhash.xxh3_64_hexdigest(repr((dataset._fingerprint, key)).encode())
+    return dataset.map(function, batched=True, new_fingerprint=fingerprint, **options)

@@ -1,0 +1,105 @@
+"""What a person sees: a summary at the start, one progress bar or plain lines, a table at the end. Rank 0."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_LINE_S = 10.0  # between two plain lines of progress
+RATE_MEMORY = 0.9  # of the moving average of tokens per second
+
+
+class Display:
+    """Show a run to a person; silent on the other ranks."""
+
+    def __init__(self, *, silent: bool) -> None:
+        self.console = Console(quiet=silent, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(escape(text))
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self.console.print(f"[yellow]warning:[/yellow] {escape(text)}")
+
+    def summary(self, rows: Mapping[str, str]) -> None:
+        """Print names and values, aligned."""
+        width = max(map(len, rows))
+        for name, value in rows.items():
+            self.console.print(f"[bold]{name:<{width}}[/bold]  {escape(value)}")
+
+    def table(self, title: str, rows: Mapping[str, float]) -> None:
+        """Print a table of metrics."""
+        table = Table(title=title, title_justify="left", title_style="bold")
+        table.add_column("metric")
+        table.add_column("value", justify="right")
+        for name, value in rows.items():
+            table.add_row(escape(name), f"{value:.4f}")
+        self.console.print(table)
+
+    def progress(self, *, done: int, total: int) -> "ProgressView":
+        """Return the view of the steps to come, a context manager."""
+        return ProgressView(self.console, done=done, total=total)
+
+
+class ProgressView:
+    """Show steps done, loss, learning rate, throughput and time left."""
+
+    def __init__(self, console: Console, *, done: int, total: int) -> None:
+        self._console = console
+        self._total = total
+        self._first = done
+        self._rate = 0.0
+        self._begun = self._shown = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal and not console.quiet:
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(compact=True),
+                console=console,
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task("", total=total, completed=done, status="")
+
+    def __enter__(self) -> "ProgressView":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, step: int, *, loss: float, lr: float, tokens: int, samples: int, step_s: float) -> None:
+        """Show that a step is done."""
+        if self._console.quiet:
+            return
+        rate = (tokens or samples) / max(step_s, 1e-9)
+        self._rate = rate if not self._rate else RATE_MEMORY * self._rate + (1 - RATE_MEMORY) * rate
+        now = time.monotonic()
+        is_due = now - self._shown >= PLAIN_LINE_S or step in (self._first + 1, self._total)
+        if self._bar is None and not is_due:
+            return
+        status = f"loss {loss:.4f}  lr {lr:.2e}  {self._rate:,.0f} {'tokens' if tokens else 'samples'}/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, status=status)
+        else:
+            self._shown = now
+            left_s = (now - self._begun) / max(1, step - self._first) * (self._total - step)
+            self._console.print(f"step {step}/{self._total}  {status}  {_duration(left_s)} left")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,38 @@
+"""One forward pass of a micro-batch, the same in training and evaluation."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardlaunch.launcher.batches import MicroBatch
+from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.sharding.precision import Precision
+
+
+def forward(
+    recipe: Recipe, model: nn.Module, micro_batch: MicroBatch, precision: Precision
+) -> tuple[Any, Any, torch.Tensor]:
+    """Return the micro-batch on the model's device, the model's outputs, and the sum of the loss."""
+    inputs = to_device(micro_batch.inputs, device_of(model))
+    with precision.forward_context():
+        outputs = recipe.forward(model, inputs)
+        return inputs, outputs, recipe.loss(outputs, inputs)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors in nested mappings and sequences to a device."""
+    if device.type == "cpu":
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter."""
+    return next(model.parameters()).device

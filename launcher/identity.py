@@ -1,0 +1,156 @@
+"""What makes two runs the same run, and the comparison at a resume."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from shardlaunch.errors import UserError
+from shardlaunch.launcher.options import Options, flag, marks
+
+_PACKAGES = ("shardlaunch", "torch", "accelerate", "transformers", "datasets", "numpy", "safetensors")
+# Rows of a data set without a fingerprint of its own that are looked at, evenly spread.
+SAMPLED_ROWS = 4096
+FULL_DIGEST_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Hold what a resume compares: `identity` fields must be equal, `warn` fields are only named when they differ."""
+
+    identity: Mapping[str, Any]
+    warn: Mapping[str, Any]
+
+    def check(self, saved: Mapping[str, Any], where: str) -> list[str]:
+        """Compare with a checkpoint's record. Return the differences that only change rounding, as sentences.
+
+        Raises UserError that names each differing identity field and both values.
+        """
+        refused = _differences(saved["identity"], self.identity)
+        if refused:
+            raise UserError(
+                f"{where} is of another run: {'; '.join(refused)}. "
+                f"Give the checkpoint's values to resume it, or another --output-dir to start a new run."
+            )
+        return _differences(saved["warn"], self.warn)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record that checkpoints and run.json keep."""
+        return {"identity": dict(self.identity), "warn": dict(self.warn)}
+
+
+def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} was {saved.get(name)!r} and is {here.get(name)!r}"
+        for name in {**saved, **here}
+        if saved.get(name) != here.get(name)
+    ]
+
+
+def run_identity(
+    recipe_name: str,
+    options: Options,
+    *,
+    num_steps: int,
+    data: Mapping[str, str],
+    plan_digest: str,
+    in_force: Mapping[str, Any],
+) -> Identity:
+    """Return the identity of a run. `in_force` gives resolved values of `warn` options (precision, threads, ...)."""
+    by_mark: dict[str, dict[str, Any]] = {"identity": {}, "warn": {}, "free": {}}
+    for name, mark in marks(options).items():
+        by_mark[mark][flag(name)] = getattr(options, name)
+    # The number of steps stands for both ways of giving it.
+    for name in ("--epochs", "--max-steps"):
+        del by_mark["identity"][name]
+    identity = {
+        "recipe": recipe_name,
+        **by_mark["identity"],
+        "number of steps (--epochs, --max-steps)": num_steps,
+        **{f"fingerprint of the {name} data": digest for name, digest in data.items()},
+        "digest of the batch plan": plan_digest,
+    }
+    return Identity(identity=identity, warn={**by_mark["warn"], **in_force})
+
+
+def run_record(identity: Identity, options: Options, ranks: int, strategy: str) -> dict[str, Any]:
+    """Return the content of run.json."""
+    return {
+        **identity.to_json(),
+        "options": {name: {"value": value, "mark": marks(options)[name]} for name, value in asdict(options).items()},
+        "ranks": ranks,
+        "strategy": strategy,
+        "versions": versions(),
+        "machine": {"python": platform.python_version(), "processor": platform.machine()},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide a run's numbers."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def data_fingerprint(dataset: Any) -> str:
+    """Return a digest of a data set's content, wherever it lies.
+
+    All rows of Hugging Face data sets up to 1 GiB and of data sets with a `fingerprint()` method; of others the number
+    of rows and 4,096 rows, evenly spread.
+    """
+    if hasattr(dataset, "fingerprint"):
+        return str(dataset.fingerprint())
+    digest = xxhash.xxh3_128(str(len(dataset)).encode())
+    if hasattr(dataset, "with_format") and hasattr(dataset, "data"):
+        if dataset.data.nbytes > FULL_DIGEST_BYTES:
+            dataset = dataset.select(_spread(len(dataset)))
+        _digest_arrow(digest, dataset)
+    else:
+        for row in _spread(len(dataset)):
+            _digest_value(digest, dataset[int(row)])
+    return digest.hexdigest()
+
+
+def _spread(num_rows: int) -> np.ndarray:
+    return np.unique(np.linspace(0, num_rows - 1, min(num_rows, SAMPLED_ROWS)).astype(np.int64))
+
+
+def _digest_arrow(digest: xxhash.xxh3_128, dataset: Any) -> None:
+    import pyarrow as pa
+
+    for table in dataset.with_format("arrow").iter(batch_size=10_000):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as stream:
+            stream.write_table(table.replace_schema_metadata(None).combine_chunks())
+        digest.update(sink.getvalue())
+
+
+def _digest_value(digest: xxhash.xxh3_128, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().contiguous().numpy()
+    elif not isinstance(value, np.ndarray) and hasattr(value, "__array_interface__"):  # an image
+        value = np.asarray(value)
+    if isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, Mapping):
+        for key in sorted(value):
+            digest.update(str(key).encode())
+            _digest_value(digest, value[key])
+    elif isinstance(value, list | tuple):
+        digest.update(str(len(value)).encode())
+        for item in value:
+            _digest_value(digest, item)
+    elif isinstance(value, bytes | str | int | float | bool | None):
+        digest.update(value if isinstance(value, bytes) else repr(value).encode())
+    else:  # an object's text may hold its address
+        digest.update(type(value).__qualname__.encode())

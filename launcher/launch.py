@@ -1,0 +1,439 @@
+"""From a recipe class to a finished run: options, ranks, data, model, strategy, trainer."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+import torch.distributed as dist
+
+from shardlaunch.checkpoints.layout import RECIPE, step_dir_name
+from shardlaunch.checkpoints.reader import Checkpoint
+from shardlaunch.checkpoints.retention import prune, sweep
+from shardlaunch.checkpoints.writer import save
+from shardlaunch.errors import UserError
+from shardlaunch.launcher.batches import Batches, BatchPlan, EvaluationPlan
+from shardlaunch.launcher.display import Display, ProgressView
+from shardlaunch.launcher.evaluation import Evaluator
+from shardlaunch.launcher.identity import Identity, data_fingerprint, run_identity, run_record, versions
+from shardlaunch.launcher.initialise import build_model
+from shardlaunch.launcher.options import Options, parse_options
+from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.run_folder import (
+    CHECKPOINTS,
+    claim,
+    find_checkpoint,
+    identity_of_folder,
+    saved_identity,
+    write_run,
+)
+from shardlaunch.launcher.tracking import EVAL_PREFIX, MetricsLog, Trackers, read_metrics, tracker_names
+from shardlaunch.launcher.trainer import Hooks, Position, StepReport, Trainer, position_of, state_of
+from shardlaunch.sharding.environment import LaunchEnvironment, read_environment
+from shardlaunch.sharding.precision import apply_precision, resolve_precision
+from shardlaunch.sharding.resolve import STRATEGIES, check_ranks, resolve_strategy
+from shardlaunch.sharding.world import World, connect, disconnect, threads_per_rank
+
+# A normal run's output is the run's own; whoever sets these variables gets the libraries' output too.
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def launch(recipe_type: type[Recipe]) -> None:
+    """Run the recipe as the command line says. The last line of every recipe file; does nothing when it is imported."""
+    if recipe_type.__module__ == "__main__":
+        sys.exit(run(recipe_type, sys.argv[1:]))
+
+
+def run(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
+    """Run a recipe with the given command-line words and return the exit status. All ranks.
+
+    0: done; 2: something for the user to mend, said in one message; 130: interrupted. Other errors are raised.
+    """
+    _silence_libraries()
+    world: World | None = None
+    is_debug = "--debug" in argv
+    try:
+        env = read_environment()
+        options = _options(recipe_type, argv, env)
+        is_debug = options.debug
+        strategy_name = resolve_strategy(options.strategy, env)
+        precision_name = resolve_precision(options.precision, env.accelerate_precision)
+        torch.set_num_threads(threads_per_rank(options.threads_per_rank, env))
+        world = connect(env)
+        check_ranks(env, world, _accelerate_ranks(world))
+        _Run(recipe_type(options), options, world, strategy_name, precision_name).run()
+    except UserError as error:
+        _report(world, f"error: {error}", with_traceback=is_debug)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        _report(world, "interrupted; the same command resumes from the last checkpoint", with_traceback=False)
+        return EXIT_INTERRUPTED
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower() and not isinstance(error, dist.DistError):
+            raise
+        message = "error: lost contact with another rank, which failed or was killed; the same command resumes"
+        _report(world, message, with_traceback=is_debug)
+        return 1
+    disconnect(world)
+    return 0
+
+
+def _silence_libraries() -> None:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if "transformers" in sys.modules:  # imported by the recipe's file, before it could see the variables
+        from transformers.utils import logging
+
+        if os.environ["TRANSFORMERS_VERBOSITY"] == "error":
+            logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def _options(recipe_type: type[Recipe], argv: Sequence[str], env: LaunchEnvironment) -> Options:
+    options_type: type[Options] = get_type_hints(recipe_type)["options"]
+    description = (recipe_type.__doc__ or recipe_type.__name__).strip()
+    return parse_options(
+        options_type,
+        recipe_type.presets,
+        argv,
+        program=f"{recipe_name(recipe_type)}.py",
+        description=description,
+        show=env.rank == 0,
+    )
+
+
+def recipe_name(recipe_type: type[Recipe]) -> str:
+    """Return the name of a recipe: its file's."""
+    file = getattr(sys.modules[recipe_type.__module__], "__file__", None)
+    return Path(file).stem if file else recipe_type.__name__
+
+
+def _accelerate_ranks(world: World) -> int:
+    """Return how many ranks accelerate counts; it takes over the process group that is there."""
+    from accelerate import PartialState
+
+    return int(PartialState(cpu=world.device.type == "cpu").num_processes)
+
+
+def _report(world: World | None, message: str, *, with_traceback: bool) -> None:
+    """Print a message once, from the first rank that has one; each rank's traceback where asked for."""
+    if with_traceback:
+        traceback.print_exc()
+    is_first = world.is_first_to("report") if world is not None else read_environment().rank == 0
+    if is_first:
+        print(message, file=sys.stderr, flush=True)
+
+
+class _Run:
+    """One launch of a run, from its data to its last line."""
+
+    def __init__(self, recipe: Recipe, options: Options, world: World, strategy_name: str, precision_name: str) -> None:
+        self.recipe = recipe
+        self.options = options
+        self.world = world
+        self.strategy_name = strategy_name
+        self.precision = apply_precision(precision_name, world.device)
+        self.display = Display(silent=not world.is_main)
+        self.name = recipe_name(type(recipe))
+        preset = f"-{options.preset}" if options.preset else ""
+        self.output_dir = Path(options.output_dir or f"outputs/{self.name}{preset}")
+        self.trackers = tracker_names(options.tracker)
+        self.progress: ProgressView | None = None
+        self.last_saved: Path | None = None
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.output_dir / CHECKPOINTS
+
+    def run(self) -> None:
+        """Do all of it. All ranks."""
+        with ExitStack() as stack:
+            self.world.peers.together(
+                lambda: stack.enter_context(claim(self.output_dir)) if self.world.is_main else None
+            )
+            self._prepare()
+            if self.position.is_finished:
+                self.display.say(f"this run is complete: {self.position.step} of {self.num_steps} steps")
+            elif 0 < self.options.stop_at_step <= self.position.step:
+                self.display.say(f"this run is at step {self.position.step}, past --stop-at-step")
+            else:
+                self._train(stack)
+            self._say_end()
+
+    def _prepare(self) -> None:
+        """Build everything and decide where to begin."""
+        options, world, recipe = self.options, self.world, self.recipe
+        splits = world.main_first(lambda: _checked_splits(recipe))
+        self.plan = BatchPlan(
+            num_samples=len(splits["train"]),
+            global_batch_size=options.global_batch_size,
+            micro_batch_size=options.micro_batch_size,
+            seed=options.seed,
+            lengths=recipe.lengths(splits["train"]),
+        )
+        self.num_steps = options.max_steps or options.epochs * self.plan.steps_per_epoch
+        self.identity = self._identity(splits)
+        found = identity_of_folder(self.output_dir)
+        if found is not None:
+            self.identity.check(found, str(self.output_dir))
+        if world.is_main:
+            sweep(self.checkpoints_dir)
+        checkpoint = find_checkpoint(options.resume, self.output_dir, peers=world.peers, display=self.display)
+        if checkpoint is not None:
+            for difference in self.identity.check(saved_identity(checkpoint), str(checkpoint.step_dir)):
+                self.display.warn(f"this resume may round differently: {difference}")
+        self.model, fresh = build_model(recipe, options.seed)
+        if options.gradient_checkpointing:
+            _enable_gradient_checkpointing(self.model)
+        self.aliases = _aliases(self.model)
+        self.strategy = STRATEGIES[self.strategy_name](self.model, recipe.optimizer, world=world)
+        if options.compile:
+            for replica in self.strategy.replicas:
+                replica.compile()
+        self.position = self._restore(checkpoint)
+        self._write_run()
+        self._say_start(checkpoint, fresh)
+        self._build_trainer(splits)
+
+    def _build_trainer(self, splits: dict[str, Any]) -> None:
+        options, world, recipe = self.options, self.world, self.recipe
+        evaluator = None
+        if "eval" in splits:
+            plan = EvaluationPlan(
+                num_samples=len(splits["eval"]),
+                global_batch_size=options.global_batch_size,
+                micro_batch_size=options.micro_batch_size,
+                seed=options.seed,
+                lengths=recipe.lengths(splits["eval"]),
+            )
+            batches = self._batches(splits["eval"], plan, training=False)
+            evaluator = Evaluator(recipe, batches, world=world, precision=self.precision)
+            if recipe.best_metric not in evaluator.names:
+                raise UserError(
+                    f"the recipe's best_metric {recipe.best_metric!r} is none of {', '.join(evaluator.names)}"
+                )
+        self.trainer = Trainer(
+            recipe,
+            options,
+            self.strategy,
+            self._batches(splits["train"], self.plan, training=True),
+            evaluator,
+            world=world,
+            precision=self.precision,
+            num_steps=self.num_steps,
+            hooks=Hooks(on_step=self._on_step, on_evaluation=self._on_evaluation, save=self._save),
+        )
+
+    def _batches(self, dataset: Any, plan: BatchPlan, *, training: bool) -> Batches:
+        return Batches(
+            dataset,
+            plan,
+            collate=self.recipe.collate,
+            num_targets=self.recipe.num_targets,
+            num_tokens=self.recipe.num_tokens,
+            rank=self.world.rank,
+            num_ranks=self.world.size,
+            training=training,
+            num_workers=self.options.num_workers,
+        )
+
+    def _identity(self, splits: dict[str, Any]) -> Identity:
+        return run_identity(
+            self.name,
+            self.options,
+            num_steps=self.num_steps,
+            data={name: data_fingerprint(split) for name, split in splits.items()},
+            plan_digest=self.plan.digest(),
+            in_force={
+                "--precision": self.precision.name,
+                "--threads-per-rank": torch.get_num_threads(),
+                "device": self.world.device.type,
+                "torch": versions()["torch"],
+            },
+        )
+
+    def _restore(self, checkpoint: Checkpoint | None) -> Position:
+        if checkpoint is None:
+            return Position()
+        self.strategy.restore(checkpoint)
+        return position_of(checkpoint.trainer_state)
+
+    def _write_run(self) -> None:
+        record = run_record(self.identity, self.options, self.world.size, self.strategy_name)
+        least_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
+        self.world.peers.together(
+            lambda: write_run(self.output_dir, record, least_bytes=least_bytes) if self.world.is_main else None
+        )
+
+    def _train(self, stack: ExitStack) -> None:
+        self.log: MetricsLog | None = None
+        if self.world.is_main:
+            self.log = MetricsLog(self.output_dir, resumed_step=self.position.step)
+            stack.callback(self.log.close)
+            self.tracker = Trackers(
+                self.trackers, self.output_dir, resumed_step=self.position.step, options=asdict(self.options)
+            )
+            stack.callback(self.tracker.close)
+        end = min(self.num_steps, self.options.stop_at_step or self.num_steps)
+        self.progress = stack.enter_context(self.display.progress(done=self.position.step, total=end))
+        self.trainer.run(self.position)
+        if self.last_saved is None or self.last_saved.name != step_dir_name(self.position.step):
+            raise UserError(f"the run ended at step {self.position.step}, but its last checkpoint could not be saved")
+
+    def _on_step(self, step: int, report: StepReport) -> None:
+        if self.log is None:
+            return
+        assert self.progress is not None
+        self.progress.step(
+            step,
+            loss=report.loss,
+            lr=report.lr,
+            tokens=report.tokens,
+            samples=report.samples,
+            step_s=report.step_s,
+        )
+        if step % self.options.log_every == 0 or step == self.num_steps:
+            values = {
+                "loss": report.loss,
+                "lr": report.lr,
+                "grad_norm": report.grad_norm,
+                "samples": report.samples,
+                "tokens": report.tokens,
+                "step_s": report.step_s,
+            }
+            self._log(step, values, {"skipped": True} if report.is_skipped else {})
+
+    def _on_evaluation(self, step: int, results: dict[str, float]) -> None:
+        self._log(step, {f"{EVAL_PREFIX}{name}": value for name, value in results.items()}, {})
+        self.display.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in results.items()))
+
+    def _log(self, step: int, values: dict[str, float], notes: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write({"step": step, "epoch": step / self.plan.steps_per_epoch, **values, **notes})
+            self.tracker.log(values, step)
+
+    def _save(self, position: Position) -> None:
+        """Save a checkpoint; a save that fails is dropped on all ranks, the run goes on. All ranks."""
+        if self.log is not None:
+            self.log.sync()
+        try:
+            self.last_saved = save(
+                self.checkpoints_dir,
+                step=position.step,
+                state=self.strategy.state(),
+                trainer_state=state_of(position),
+                export=self._export,
+                aliases=self.aliases,
+                peers=self.world.peers,
+            )
+        except UserError as error:
+            self.display.warn(str(error))
+            return
+        if self.world.is_main:
+            protected = [position.best_step] if self.options.save_on_best else []
+            prune(self.checkpoints_dir, keep=self.options.keep, protected=protected)
+
+    def _export(self, folder: Path) -> None:
+        self.recipe.export(folder, self.model)
+        record = {
+            "recipe": f"{self.name}.{type(self.recipe).__name__}",
+            "options": asdict(self.options),
+            "run": self.identity.to_json(),
+        }
+        (folder / RECIPE).write_text(json.dumps(record, indent=1))
+
+    def _say_start(self, checkpoint: Checkpoint | None, fresh: list[str]) -> None:
+        options, world = self.options, self.world
+        num_parameters = sum(prod(parameter.shape) for parameter in self.model.parameters())
+        replicas = world.size * len(self.strategy.replicas)
+        num_tensors = sum(1 for _ in self.model.parameters())
+        num_new = "" if checkpoint else f", {len(fresh)} of {num_tensors} tensors fresh"
+        begin = f"step {checkpoint.step} ({checkpoint.step_dir})" if checkpoint else "the beginning"
+        self.display.summary(
+            {
+                "recipe": f"{self.name} ({type(self.recipe).__name__}), {type(self.model).__name__}",
+                "parameters": f"{num_parameters:,}{num_new}",
+                "ranks": f"{world.size} x {_device_name(world)}, {torch.get_num_threads()} threads each",
+                "strategy": f"{self.strategy_name}{_strategy_note(self.strategy_name, world, replicas)}",
+                "precision": self.precision.name,
+                "global batch": f"{options.global_batch_size} = micro-batch {options.micro_batch_size} x "
+                f"accumulation {options.micro_batches / replicas:g} x {replicas} "
+                f"{'rank' if replicas == 1 else 'ranks' if world.size > 1 else 'replicas'}",
+                "steps": f"{self.num_steps} ({self.plan.steps_per_epoch} an epoch, {self.plan.num_samples:,} samples)",
+                "begins at": begin,
+                "output": str(self.output_dir),
+            }
+        )
+        if checkpoint is None and 0 < len(fresh) < num_tensors:
+            self.display.say(f"fresh weights: {', '.join(fresh)}")
+
+    def _say_end(self) -> None:
+        evaluations = [line for line in read_metrics(self.output_dir) if f"{EVAL_PREFIX}loss" in line]
+        if evaluations:
+            last = evaluations[-1]
+            rows = {key: value for key, value in last.items() if key.startswith(EVAL_PREFIX)}
+            self.display.table(f"evaluation at step {last['step']}", rows)
+        checkpoint = self.checkpoints_dir / step_dir_name(self.position.step)
+        if self.position.best_value is not None:
+            best = f"{self.recipe.best_metric} {self.position.best_value:.4f} at step {self.position.best_step}"
+            self.display.say(f"best   {best}")
+        self.display.say(f"model  {checkpoint}")
+        if self.recipe.usage(checkpoint):
+            self.display.say(f"use    {self.recipe.usage(checkpoint)}")
+
+
+def _checked_splits(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe's data sets. Raises UserError when one is empty or `train` is missing."""
+    splits = dict(recipe.datasets())
+    if "train" not in splits:
+        raise UserError(f"the recipe's datasets() must have 'train'; it has {', '.join(splits)}")
+    for name, split in splits.items():
+        if len(split) == 0:
+            raise UserError(f"the {name} data has no rows")
+    return splits
+
+
+def _aliases(model: torch.nn.Module) -> dict[str, str]:
+    """Return the other names of tied parameters, each with the name under which it is saved."""
+    names: dict[int, str] = {}
+    aliases = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if names.setdefault(id(parameter), name) != name:
+            aliases[name] = names[id(parameter)]
+    return aliases
+
+
+def _enable_gradient_checkpointing(model: torch.nn.Module) -> None:
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise UserError(f"--gradient-checkpointing: {type(model).__name__} does not offer it; drop the option")
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _device_name(world: World) -> str:
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+
+
+def _strategy_note(name: str, world: World, replicas: int) -> str:
+    if name == "dp":
+        return f": {replicas} replica{'s' if replicas > 1 else ''} in one process" + (
+            " (on CPU there is just one)" if world.device.type == "cpu" else ""
+        )
+    if name == "single" and world.device.type == "cuda" and torch.cuda.device_count() > 1:
+        return f" (1 of {torch.cuda.device_count()} GPUs; `shardlaunch run RECIPE` or `accelerate launch` use all)"
+    return ""

@@ -1,0 +1,205 @@
+"""A run's options: one dataclass, its command line, its YAML file."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+import yaml
+
+from shardlaunch.errors import UserError
+
+Mark = Literal["identity", "warn", "free"]
+OptionsT = TypeVar("OptionsT", bound="Options")
+
+
+def option(default: Any, *, mark: Mark = "identity") -> Any:
+    """Declare an option and what it means at a resume (a dataclass field).
+
+    `identity` changes the run: a resume with another value is refused. `warn` changes rounding. `free` changes nothing.
+    An option declared without this function is `identity`.
+    """
+    return field(default=default, metadata={"mark": mark})
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Options of every recipe."""
+
+    data: str = option("", mark="free")  # free, because the data's fingerprint is compared instead
+    """Data set: a hub id or a local path (a folder of parquet, CSV or JSON-lines files, or one such file)."""
+    preset: str = option("", mark="free")
+    """Named set of defaults of the recipe, such as `demo`."""
+    config: str = option("", mark="free")
+    """YAML file with the same names as these options; the command line wins."""
+    output_dir: str = option("", mark="free")
+    """Folder of the run: metrics, TensorBoard, checkpoints (default: outputs/RECIPE, with the preset's name)."""
+    epochs: int = option(1)
+    """Passes over the training data."""
+    max_steps: int = option(0)
+    """Number of steps of the whole run; if above 0, it takes the place of --epochs."""
+    global_batch_size: int = option(32)
+    """Samples in one step, over all ranks: a multiple of --micro-batch-size."""
+    micro_batch_size: int = option(8)
+    """Samples in one forward pass. It is part of the run, whatever the number of ranks."""
+    lr: float = option(1e-3)
+    """Peak learning rate."""
+    max_grad_norm: float = option(0.0)
+    """Clip the gradient to this 2-norm; 0: no clipping."""
+    seed: int = option(0)
+    """Decides order, fresh weights, dropout and augmentation."""
+    precision: str = option("auto", mark="warn")
+    """fp32, bf16, fp16, or auto: what accelerate's configuration says, else fp32."""
+    save_every: int = option(500, mark="free")
+    """Save a checkpoint every so many steps, besides the last; 0: only the last."""
+    save_on_best: bool = option(False, mark="free")
+    """Save a checkpoint also when the best metric improves, and keep the best one."""
+    keep: int = option(2, mark="free")
+    """Checkpoints to keep; 0: all."""
+    eval_every: int = option(0, mark="free")
+    """Evaluate every so many steps; 0: at the end of each epoch. The last step is always evaluated."""
+    early_stopping_patience: int = option(0)
+    """End the run after so many evaluations without a better metric; 0: never."""
+    log_every: int = option(1, mark="free")
+    """Write metrics every so many steps."""
+    tracker: str = option("tensorboard", mark="free")
+    """accelerate trackers, separated by commas (tensorboard, wandb, mlflow, ...), or none."""
+    resume: str = option("auto", mark="free")
+    """auto: from the newest valid checkpoint of the output folder; never; or the path of a checkpoint or run folder."""
+    stop_at_step: int = option(0, mark="free")
+    """End early after this step, with a checkpoint. The run stays the same and can be resumed; 0: do not."""
+    strategy: str = option("auto", mark="free")
+    """single, ddp, dp, or auto: what was launched."""
+    threads_per_rank: int = option(0, mark="warn")
+    """CPU threads of each rank; 0: the ranks share the cores evenly."""
+    num_workers: int = option(0, mark="free")
+    """Processes a rank that load data ahead; 0: load in the rank itself."""
+    compile: bool = option(False, mark="warn")
+    """Compile the model with torch.compile."""
+    gradient_checkpointing: bool = option(False, mark="warn")
+    """Recompute activations in the backward pass, to save memory."""
+    debug: bool = option(False, mark="free")
+    """Show tracebacks of errors."""
+
+    def __post_init__(self) -> None:
+        least = {
+            "epochs": 1,
+            "max_steps": 0,
+            "global_batch_size": 1,
+            "micro_batch_size": 1,
+            "max_grad_norm": 0,
+            "seed": 0,
+            "save_every": 0,
+            "keep": 0,
+            "eval_every": 0,
+            "early_stopping_patience": 0,
+            "log_every": 1,
+            "stop_at_step": 0,
+            "threads_per_rank": 0,
+            "num_workers": 0,
+        }
+        for name, minimum in least.items():
+            if not getattr(self, name) >= minimum:
+                raise UserError(f"{flag(name)} {getattr(self, name)}: must be at least {minimum}")
+        if not self.lr > 0:
+            raise UserError(f"--lr {self.lr}: must be above 0")
+        if self.global_batch_size % self.micro_batch_size:
+            raise UserError(
+                f"--global-batch-size {self.global_batch_size} is not a multiple of "
+                f"--micro-batch-size {self.micro_batch_size}. Change one of the two."
+            )
+
+    @property
+    def micro_batches(self) -> int:
+        """Return M, the number of micro-batches in a full global batch."""
+        return self.global_batch_size // self.micro_batch_size
+
+
+def flag(name: str) -> str:
+    """Return an option's name as it stands on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def marks(options: Options) -> dict[str, Mark]:
+    """Return each option's mark."""
+    return {f.name: f.metadata.get("mark", "identity") for f in fields(options)}
+
+
+def parse_options(
+    options_type: type[OptionsT],
+    presets: Mapping[str, Mapping[str, Any]],
+    argv: Sequence[str],
+    *,
+    program: str,
+    description: str,
+    show: bool = True,
+) -> OptionsT:
+    """Return the options: the class's defaults, then the preset's, then the YAML file's, then the command line's.
+
+    `show` is False on the ranks that keep silent. Raises UserError or SystemExit for what cannot be understood.
+    """
+    config_path = _peek(argv, "--config")
+    config_argv = _config_argv(options_type, Path(config_path)) if config_path else []
+    preset = _peek(argv, "--preset") or _peek(config_argv, "--preset")
+    if preset and preset not in presets:
+        known = f"choose one of {', '.join(presets)}" if presets else "this recipe has none"
+        raise UserError(f"--preset {preset}: unknown; {known}")
+    return tyro.cli(
+        options_type,
+        prog=program,
+        description=description,
+        default=replace(options_type(), **presets[preset]) if preset else options_type(),
+        args=[*config_argv, *argv],
+        console_outputs=show,
+    )
+
+
+def _peek(argv: Sequence[str], name: str) -> str | None:
+    """Return the last value given to an option, before the command line is parsed as a whole."""
+    found = None
+    for position, word in enumerate(argv):
+        if word == name and position + 1 < len(argv):
+            found = argv[position + 1]
+        elif word.startswith(f"{name}="):
+            found = word.removeprefix(f"{name}=")
+    return found
+
+
+def _config_argv(options_type: type[Options], path: Path) -> list[str]:
+    """Return a YAML file as command-line words, so that its values are parsed by the same rules."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: must be a mapping of option names to values")
+    known = {f.name: f for f in fields(options_type)}
+    words: list[str] = []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known or name == "config":
+            raise UserError(f"--config {path}: unknown option {key!r}")
+        if isinstance(value, dict | list):
+            raise UserError(f"--config {path}: option {key!r} takes a single value, not {value!r}")
+        if isinstance(value, bool) or isinstance(_default(known[name]), bool):
+            if not isinstance(value, bool) or not isinstance(_default(known[name]), bool):
+                raise UserError(f"--config {path}: option {key!r} cannot be {value!r}")
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        elif value is not None:
+            words.append(f"{flag(name)}={value}")
+    return words
+
+
+def _default(option_field: Any) -> Any:
+    return None if option_field.default is MISSING else option_field.default
+
+
+def program_name() -> str:
+    """Return the name of the running recipe file."""
+    return Path(sys.argv[0]).name

@@ -1,0 +1,41 @@
+"""Hugging Face models, configurations and tokenizers from a hub id or a local folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardlaunch.errors import UserError
+
+
+def from_source(auto_class: Any, source: str | Path, **options: Any) -> Any:
+    """Return `auto_class.from_pretrained(source)`. Raises UserError with what else to use when that fails."""
+    try:
+        return auto_class.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if Path(source).is_dir():
+            raise UserError(f"--model {source}: not a model folder: {reason}") from error
+        raise UserError(
+            f"--model {source}: neither a local folder nor to be had from the hub ({reason}). "
+            f"Give a local folder, or use --preset demo, which needs no hub."
+        ) from error
+
+
+def pretrained_weights(auto_class: Any, source: str | Path, **options: Any) -> Mapping[str, torch.Tensor]:
+    """Return the weights that `source` has for a model of `auto_class`, by the model's own parameter names, in fp32.
+
+    Only safetensors files are read. What the source does not have (a new head) is left out.
+    """
+    model, info = from_source(
+        auto_class,
+        source,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
+    absent = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in absent}

@@ -1,0 +1,98 @@
+"""The recipe: a class that says what to train. Everything else is the launcher's."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import default_collate
+
+from shardlaunch.launcher.options import Options
+from shardlaunch.launcher.schedules import constant
+
+
+class Recipe:
+    """Say what to train: model, data, loss, metrics. Derive from it, then end the file with `launch(YourRecipe)`.
+
+    To be defined: `datasets`, `model`, `loss`. The other methods have defaults that suit supervised learning on batches
+    with `inputs` and `labels`. Options: annotate `options` with a dataclass derived from `Options`.
+    """
+
+    options: Options
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Named sets of option defaults, chosen by --preset."""
+    best_metric: ClassVar[str] = "loss"
+    """The metric that says which checkpoint is best."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def datasets(self) -> Mapping[str, Any]:
+        """Return the map-style data sets `train` and, if there is one, `eval`.
+
+        Called on rank 0 first, then on the others: what it caches on disk is made once. Called before `model`.
+        """
+        raise NotImplementedError
+
+    def model(self) -> nn.Module:
+        """Return the module, built from its configuration, with fresh weights. No pretrained weights here."""
+        raise NotImplementedError
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """Return pretrained weights by parameter name; what is not among them starts fresh."""
+        return {}
+
+    def lengths(self, dataset: Any) -> np.ndarray | None:
+        """Return one length a sample, to batch alike ones together: an integer array; None: all are alike."""
+        if "length" in (getattr(dataset, "column_names", None) or ()):
+            return np.asarray(dataset.with_format("numpy", columns=["length"])["length"][:])
+        return None
+
+    def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
+        """Return a batch (tensors by name) of what the data set gave for some samples: a list, or a mapping of columns.
+
+        `seeds` has one integer a sample for random preprocessing, and is None at evaluation.
+        """
+        return samples if isinstance(samples, Mapping) else default_collate(samples)
+
+    def num_targets(self, batch: Any) -> int:
+        """Return how many targets the loss of this batch sums over."""
+        return len(batch["labels"])
+
+    def num_tokens(self, batch: Any) -> int:
+        """Return how many tokens the batch holds, for the throughput shown; 0 where there are none."""
+        return int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """Return the model's outputs."""
+        return model(batch["inputs"])
+
+    def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
+        """Return the SUM of the loss over the batch's targets: a scalar. The launcher divides by their number."""
+        raise NotImplementedError
+
+    def metrics(self) -> Mapping[str, Any]:
+        """Return torchmetrics metrics by name; `update` feeds them."""
+        return {}
+
+    def update(self, metrics: Mapping[str, Any], outputs: Any, batch: Any) -> None:
+        """Feed one evaluated batch to the metrics."""
+        for metric in metrics.values():
+            metric.update(outputs, batch["labels"])
+
+    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """Return the optimizer over the named trainable parameters; its rates are the schedule's peak."""
+        return torch.optim.AdamW([p for _, p in parameters], lr=self.options.lr, fused=True)
+
+    def schedule(self, step: int, num_steps: int) -> float:
+        """Return the factor on the learning rate of step `step` (from 0) out of `num_steps`."""
+        return constant(step, num_steps)
+
+    def export(self, folder: Path, model: Any) -> None:
+        """Write the files that make a checkpoint a model folder for other tools: configuration, tokenizer. Rank 0."""
+
+    def usage(self, checkpoint: Path) -> str:
+        """Return a shell line that shows how to use a checkpoint; empty: none."""
+        return ""

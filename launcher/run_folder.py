@@ -1,0 +1,126 @@
+"""The output folder of a run: who may use it, what it holds, and which checkpoint to resume from."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shardlaunch.checkpoints.layout import RECIPE, step_dir_name, step_of_dir_name
+from shardlaunch.checkpoints.peers import Peers
+from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
+from shardlaunch.errors import UserError
+from shardlaunch.launcher.display import Display
+
+RUN = "run.json"
+CHECKPOINTS = "checkpoints"
+
+
+@contextmanager
+def claim(output_dir: Path) -> Iterator[None]:
+    """Create the folder and keep other runs out of it. Rank 0. Raises UserError when it is not to be written or taken.
+
+    The lock is the system's: it ends with the process, however that ends.
+    """
+    try:
+        (output_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(output_dir, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--output-dir {output_dir}: cannot be created: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output-dir {output_dir}: another run is using it. Wait for it, or choose another folder."
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_run(output_dir: Path, record: Mapping[str, Any], *, least_bytes: int) -> None:
+    """Write run.json, at once or not at all. Raises UserError when the folder is not writable or too full for a run."""
+    staged = output_dir / f".{RUN}.staged"
+    try:
+        free_bytes = shutil.disk_usage(output_dir).free
+        if free_bytes < least_bytes:
+            raise UserError(
+                f"--output-dir {output_dir}: {free_bytes / 1e6:,.1f} MB are free; "
+                f"one checkpoint takes at least {least_bytes / 1e6:,.1f} MB"
+            )
+        with open(staged, "w") as file:
+            json.dump(record, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.rename(output_dir / RUN)
+    except OSError as error:
+        raise UserError(f"--output-dir {output_dir}: not writable: {error.strerror}") from error
+
+
+def find_checkpoint(resume: str, output_dir: Path, *, peers: Peers, display: Display) -> Checkpoint | None:
+    """Return the checkpoint that --resume means, None to start at the beginning. All ranks.
+
+    Raises UserError when there is something to resume from and nothing of it is valid, and when `never` would mix two
+    runs in one folder.
+    """
+    checkpoints_dir = output_dir / CHECKPOINTS
+    if resume == "never":
+        if checkpoint_steps(checkpoints_dir):
+            raise UserError(
+                f"--resume never: {output_dir} holds checkpoints of a run. Choose another --output-dir, or remove it."
+            )
+        return None
+    if resume == "auto":
+        return _newest_valid(checkpoints_dir, peers=peers, display=display)
+    path = Path(resume)
+    if not path.is_dir():
+        raise UserError(f"--resume {path}: no such folder")
+    if step_of_dir_name(path.name) is not None or not (path / CHECKPOINTS).is_dir():
+        try:
+            return open_checkpoint(path, peers=peers)
+        except UserError as error:
+            raise UserError(f"--resume {path}: not a valid checkpoint: {error}") from error
+    checkpoint = _newest_valid(path / CHECKPOINTS, peers=peers, display=display)
+    if checkpoint is None:
+        raise UserError(f"--resume {path}: no checkpoint in this run folder")
+    return checkpoint
+
+
+def _newest_valid(checkpoints_dir: Path, *, peers: Peers, display: Display) -> Checkpoint | None:
+    steps = checkpoint_steps(checkpoints_dir)
+    damaged: list[str] = []
+
+    def on_damaged(error: UserError) -> None:
+        damaged.append(str(error))
+        display.warn(f"skipped a damaged checkpoint: {error}")
+
+    step_dirs = [checkpoints_dir / step_dir_name(step) for step in reversed(steps)]
+    checkpoint = latest_checkpoint(step_dirs, peers=peers, on_damaged=on_damaged)
+    if checkpoint is None and damaged:
+        raise UserError(
+            f"no checkpoint in {checkpoints_dir} is valid ({damaged[0]}). "
+            f"To start at the beginning, remove them or choose another --output-dir."
+        )
+    return checkpoint
+
+
+def saved_identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the identity record of the run that a checkpoint is of."""
+    record: dict[str, Any] = checkpoint.read_json(RECIPE)["run"]
+    return record
+
+
+def identity_of_folder(output_dir: Path) -> dict[str, Any] | None:
+    """Return the identity record of the run that an output folder holds checkpoints of, None if it holds none."""
+    path = output_dir / RUN
+    if not path.exists() or not checkpoint_steps(output_dir / CHECKPOINTS):
+        return None
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not readable ({error}); choose another --output-dir") from error
+    return record

@@ -1,0 +1,45 @@
+"""The two random streams: seeds derived from where the run stands, so that there is no generator state to keep."""
+
+import numpy as np
+import torch
+import xxhash
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix(x: int) -> int:
+    """Scatter 64 bits (the finaliser of splitmix64: Steele, Lea, Flood 2014)."""
+    x = (x + _GOLDEN) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Return a 63-bit seed that depends on every part and on their order."""
+    seed = 0
+    for part in parts:
+        number = xxhash.xxh3_64_intdigest(part.encode()) if isinstance(part, str) else part & _MASK
+        seed = _mix(seed ^ _mix(number))
+    return seed >> 1
+
+
+def seed_model_stream(seed: int, step: int, micro_batch: int, device: torch.device) -> None:
+    """Seed the generators that the model draws from (dropout) for one micro-batch.
+
+    The generators are seeded directly: torch.manual_seed visits every device and takes a hundred times as long.
+    """
+    value = derive_seed(seed, step, micro_batch)
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(value)
+
+
+def sample_seeds(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
+    """Return one 63-bit seed a sample for random preprocessing: int64, the shape of `samples` (their indices)."""
+    base = np.uint64(derive_seed(seed, "samples", epoch))
+    x = samples.astype(np.uint64) * np.uint64(_GOLDEN) + base
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)

@@ -1,0 +1,199 @@
+"""The training loop. It knows steps and micro-batches; ranks and strategies are behind `World` and `Strategy`."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from shardlaunch.errors import UserError
+from shardlaunch.launcher.batches import Batches, GlobalBatch
+from shardlaunch.launcher.evaluation import Evaluator
+from shardlaunch.launcher.forward import device_of, forward
+from shardlaunch.launcher.options import Options
+from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.seeding import seed_model_stream
+from shardlaunch.sharding.buffers import BufferMean
+from shardlaunch.sharding.precision import Precision
+from shardlaunch.sharding.strategy import Strategy
+from shardlaunch.sharding.world import World
+
+
+@dataclass(kw_only=True)
+class Position:
+    """Say where a run stands: all that a checkpoint keeps besides tensors."""
+
+    step: int = 0  # global batches consumed
+    best_value: float | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    is_finished: bool = False
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """Say how a step went. Loss a target, norm of the gradient before clipping, counts over all ranks, seconds."""
+
+    loss: float
+    lr: float
+    grad_norm: float
+    samples: int
+    tokens: int
+    step_s: float
+    is_skipped: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What the trainer calls as the run goes on. `save` is called by all ranks, the others too but for their effect."""
+
+    on_step: Callable[[int, StepReport], None]
+    on_evaluation: Callable[[int, dict[str, float]], None]
+    save: Callable[[Position], None]
+
+
+class Trainer:
+    """Run the steps of a recipe from a position to the end."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: Options,
+        strategy: Strategy,
+        batches: Batches,
+        evaluator: Evaluator | None,
+        *,
+        world: World,
+        precision: Precision,
+        num_steps: int,
+        hooks: Hooks,
+    ) -> None:
+        self.recipe = recipe
+        self.options = options
+        self.strategy = strategy
+        self.batches = batches
+        self.evaluator = evaluator
+        self.world = world
+        self.precision = precision
+        self.num_steps = num_steps
+        self.hooks = hooks
+        self.buffers = BufferMean(strategy.replicas, world=world)
+        self.peak_lrs = [group["lr"] for group in strategy.optimizer.param_groups]
+
+    def run(self, position: Position) -> None:
+        """Train from `position` to the end of the run, or to --stop-at-step. All ranks."""
+        end = self.num_steps
+        if self.options.stop_at_step:
+            end = min(end, max(self.options.stop_at_step, position.step))
+        if self.precision.loss_scale is not None and position.loss_scale:
+            self.precision.loss_scale.restore(position.loss_scale)
+        for model in self.strategy.replicas:
+            model.train()
+        begun = time.perf_counter()
+        for batch in self.batches.steps(position.step, end):
+            report = self.train_step(batch, begun)
+            position.step = batch.step + 1
+            self.hooks.on_step(position.step, report)
+            has_improved = self._is_evaluation_due(position.step) and self._evaluate(position)
+            self._save_if_due(position, end, has_improved=has_improved)
+            if position.is_finished:
+                return
+            begun = time.perf_counter()
+
+    def train_step(self, batch: GlobalBatch, begun: float) -> StepReport:
+        """Consume one global batch. All ranks. Raises UserError on all ranks when loss or gradient is not finite."""
+        num_targets = sum(m.weight * m.num_targets for m in batch.micro_batches)
+        num_tokens = sum(m.weight * m.num_tokens for m in batch.micro_batches)
+        if self.world.size > 1:
+            counts = torch.tensor([num_targets, num_tokens], device=self.world.device)
+            num_targets, num_tokens = self.world.sum(counts).tolist()
+        scale = self.precision.loss_scale.value if self.precision.loss_scale is not None else 1.0
+        replicas = self.strategy.replicas
+        total = torch.zeros((), device=self.world.device)
+        self.buffers.begin_step()
+        for slot, micro_batch in enumerate(batch.micro_batches):
+            model = replicas[slot % len(replicas)]
+            seed_model_stream(self.options.seed, batch.step, micro_batch.index, device_of(model))
+            _, _, loss = forward(self.recipe, model, micro_batch, self.precision)
+            factor = micro_batch.weight * scale / num_targets
+            self.strategy.backward(loss * factor, last=slot == len(batch.micro_batches) - 1)
+            total += loss.detach().to(total.device) * micro_batch.weight
+            self.buffers.end_micro_batch(model, index=micro_batch.index, weight=micro_batch.weight)
+        norm = self.strategy.finish_gradients(unscale=1.0 / scale, max_norm=self.options.max_grad_norm)
+        loss_value = self.world.sum(total).item() / num_targets
+        is_skipped = self._is_skipped(batch.step, loss_value, norm)
+        lr = self._set_lr(batch.step)
+        if is_skipped:
+            self.strategy.discard()
+        else:
+            self.strategy.update()
+        self.buffers.end_step(num_micro_batches=batch.num_micro_batches)
+        return StepReport(
+            loss=loss_value,
+            lr=lr,
+            grad_norm=norm,
+            samples=batch.num_samples,
+            tokens=num_tokens,
+            step_s=time.perf_counter() - begun,
+            is_skipped=is_skipped,
+        )
+
+    def _is_skipped(self, step: int, loss: float, norm: float) -> bool:
+        """Decide, from numbers that are the same on all ranks, whether the step's update is skipped."""
+        if not math.isfinite(loss) or (self.precision.loss_scale is None and not math.isfinite(norm)):
+            raise UserError(
+                f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before the update. "
+                f"Try a smaller --lr, --max-grad-norm, or another --precision; the last checkpoint is untouched."
+            )
+        if self.precision.loss_scale is None:
+            return False
+        overflow = not math.isfinite(norm)
+        self.precision.loss_scale.update(overflow=overflow)
+        return overflow
+
+    def _set_lr(self, step: int) -> float:
+        factor = self.recipe.schedule(step, self.num_steps)
+        for group, peak in zip(self.strategy.optimizer.param_groups, self.peak_lrs, strict=True):
+            group["lr"] = peak * factor
+        return float(self.peak_lrs[0] * factor)
+
+    def _is_evaluation_due(self, step: int) -> bool:
+        every = self.options.eval_every or self.batches.plan.steps_per_epoch
+        return self.evaluator is not None and (step % every == 0 or step == self.num_steps)
+
+    def _evaluate(self, position: Position) -> bool:
+        """Evaluate and keep track of the best value. Return whether it improved."""
+        assert self.evaluator is not None
+        results = self.evaluator.evaluate(self.strategy.replicas[0])
+        self.hooks.on_evaluation(position.step, results)
+        value, best = results[self.recipe.best_metric], position.best_value
+        is_better = best is None or (value > best if self.evaluator.higher_is_better else value < best)
+        if is_better and math.isfinite(value):
+            position.best_value, position.best_step, position.evaluations_since_best = value, position.step, 0
+            return True
+        position.evaluations_since_best += 1
+        patience = self.options.early_stopping_patience
+        position.is_finished = bool(patience) and position.evaluations_since_best >= patience
+        return False
+
+    def _save_if_due(self, position: Position, end: int, *, has_improved: bool) -> None:
+        every = self.options.save_every
+        position.is_finished |= position.step == self.num_steps
+        is_due = position.step == end or position.is_finished or (every and position.step % every == 0)
+        if is_due or (has_improved and self.options.save_on_best):
+            if self.precision.loss_scale is not None:
+                position.loss_scale = self.precision.loss_scale.state()
+            self.hooks.save(position)
+
+
+def position_of(trainer_state: dict[str, Any]) -> Position:
+    """Return the position that a checkpoint keeps."""
+    return Position(**trainer_state)
+
+
+def state_of(position: Position) -> dict[str, Any]:
+    """Return what a checkpoint keeps of a position."""
+    return asdict(position)

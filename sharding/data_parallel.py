@@ -1,0 +1,89 @@
+"""DataParallel: one process, a replica of the model on each of its GPUs, one whole micro-batch a replica.
+
+torch's nn.DataParallel splits a micro-batch over the GPUs, which changes what a micro-batch is (its padding, its batch
+statistics, its dropout masks); replicas that take whole micro-batches do not.
+"""
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+from shardlaunch.checkpoints.state import Fragment, StateReader
+from shardlaunch.sharding.gradients import GradientBuckets
+from shardlaunch.sharding.replicated import Replicated
+from shardlaunch.sharding.strategy import BuildOptimizer
+from shardlaunch.sharding.world import World
+
+
+class DataParallel:
+    """Run micro-batches on all devices of one process (see `Strategy`). On CPU it is a single replica.
+
+    Kernels are started one replica after the other without waiting, so that the devices work side by side.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        build_optimizer: BuildOptimizer,
+        *,
+        world: World,
+        devices: Sequence[torch.device] | None = None,
+    ) -> None:
+        assert world.size == 1, "DataParallel is for one process"
+        if devices is None:
+            cuda = world.device.type == "cuda"
+            devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if cuda else [world.device]
+        self._copies = [deepcopy(model).to(device) for device in devices[1:]]
+        self._main = Replicated(model, build_optimizer, world=world)
+        self._copied_gradients = [GradientBuckets(copy.parameters(), world=world) for copy in self._copies]
+        self.optimizer = self._main.optimizer
+        self.replicas: list[nn.Module] = [self._main.model, *self._copies]
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Accumulate on the replica that computed the loss."""
+        self._main.backward(loss, last=last)
+
+    def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
+        """Sum the replicas' gradients onto the first."""
+        for gradients in self._copied_gradients:
+            for bucket, copied in zip(self._main.gradients.flat, gradients.flat, strict=True):
+                bucket.add_(copied.to(bucket.device))
+        return self._main.finish_gradients(unscale=unscale, max_norm=max_norm)
+
+    def update(self) -> None:
+        """Apply the optimizer on the first replica and give the others its weights."""
+        self._main.update()
+        self._drop_copied_gradients()
+        self._spread()
+
+    def discard(self) -> None:
+        """Drop the gradients."""
+        self._main.discard()
+        self._drop_copied_gradients()
+
+    def state(self) -> Iterator[Fragment]:
+        """Yield the first replica's state: the others have none of their own."""
+        return self._main.state()
+
+    def restore(self, reader: StateReader) -> None:
+        """Restore the first replica and give the others its weights and buffers."""
+        self._main.restore(reader)
+        self._spread()
+
+    def _drop_copied_gradients(self) -> None:
+        for gradients in self._copied_gradients:
+            gradients.zero()
+
+    @torch.no_grad()
+    def _spread(self) -> None:
+        for copy in self._copies:
+            pairs = zip(_tensors(self._main.model), _tensors(copy), strict=True)
+            for mine, theirs in pairs:
+                theirs.copy_(mine, non_blocking=True)
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()

@@ -1,0 +1,71 @@
+"""The launch environment: the only module that reads the variables which launchers set."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shardlaunch.errors import UserError
+
+STRATEGY_VARIABLE = "SHARDLAUNCH_STRATEGY"
+RANKS_VARIABLE = "SHARDLAUNCH_RANKS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchEnvironment:
+    """Hold what the launcher (torchrun, accelerate launch, shardlaunch run, none) told this process."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    is_distributed: bool = False  # started as one of a group, even a group of one
+    attempt: int = 0  # counts the restarts of the worker group
+    use_cpu: bool = False
+    threads: int | None = None  # OMP_NUM_THREADS
+    strategy: str | None = None  # what `shardlaunch run --strategy` asked for
+    ranks: int | None = None  # what `shardlaunch run --ranks` asked for
+    accelerate_strategy: str | None = None  # what accelerate's configuration asked for
+    accelerate_precision: str | None = None
+    lone_of_many: bool = False  # accelerate was asked for several processes and started one
+
+
+def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
+    """Read the environment of this process. Raises UserError for a number that is none."""
+    env = os.environ if environ is None else environ
+
+    def number(name: str) -> int | None:
+        text = env.get(name, "")
+        if not text:
+            return None
+        try:
+            return int(text)
+        except ValueError:
+            raise UserError(f"environment variable {name}={text!r} is not a whole number") from None
+
+    accelerate_strategy = None
+    if _is_true(env.get("ACCELERATE_USE_DEEPSPEED")):
+        accelerate_strategy = f"zero{env.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '')}"
+    elif _is_true(env.get("ACCELERATE_USE_FSDP")):
+        accelerate_strategy = "fsdp2" if env.get("FSDP_VERSION") == "2" else "fsdp1"
+    is_distributed = "RANK" in env and "WORLD_SIZE" in env
+    world_size = number("WORLD_SIZE") or 1 if is_distributed else 1
+    return LaunchEnvironment(
+        rank=number("RANK") or 0 if is_distributed else 0,
+        world_size=world_size,
+        local_rank=number("LOCAL_RANK") or 0 if is_distributed else 0,
+        local_world_size=number("LOCAL_WORLD_SIZE") or world_size if is_distributed else 1,
+        is_distributed=is_distributed,
+        attempt=number("TORCHELASTIC_RESTART_COUNT") or 0,
+        use_cpu=_is_true(env.get("ACCELERATE_USE_CPU")),
+        threads=number("OMP_NUM_THREADS"),
+        strategy=env.get(STRATEGY_VARIABLE) or None,
+        ranks=number(RANKS_VARIABLE),
+        accelerate_strategy=accelerate_strategy,
+        accelerate_precision=env.get("ACCELERATE_MIXED_PRECISION") or None,
+        # accelerate's one-process launcher names an address to meet at only when it was asked for several processes.
+        lone_of_many="ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and not is_distributed,
+    )
+
+
+def _is_true(text: str | None) -> bool:
+    return (text or "").lower() in ("1", "true", "yes", "y", "on")

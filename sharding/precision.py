@@ -1,0 +1,101 @@
+"""Mixed precision: what the forward pass computes in, and the loss scale that fp16 needs. Weights stay fp32."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardlaunch.errors import UserError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_ACCELERATE_NAMES = {"no": None, "fp16": "fp16", "bf16": "bf16"}
+
+
+def resolve_precision(option: str, accelerate: str | None) -> str:
+    """Return the precision's name from `--precision` and what accelerate's configuration asks for.
+
+    Raises UserError for unknown names and when the two differ. `accelerate launch` says "no" also when nobody asked.
+    """
+    if accelerate is not None and accelerate not in _ACCELERATE_NAMES:
+        raise UserError(f"accelerate's configuration asks for mixed precision {accelerate!r}; known: no, bf16, fp16")
+    launched = _ACCELERATE_NAMES[accelerate] if accelerate else None
+    if option == "auto":
+        return launched or "fp32"
+    if option not in PRECISIONS:
+        raise UserError(f"--precision {option}: unknown; choose one of auto, {', '.join(PRECISIONS)}")
+    if launched and launched != option:
+        raise UserError(
+            f"--precision {option}, but accelerate's configuration asks for {launched}. Drop one of the two."
+        )
+    return option
+
+
+@dataclass(kw_only=True)
+class LossScale:
+    """Scale the loss so that fp16 gradients neither vanish nor overflow (dynamic loss scaling).
+
+    Halved when a step overflows, doubled after `growth_interval` steps without: the defaults of torch.amp.GradScaler.
+    """
+
+    value: float = 65536.0
+    good_steps: int = 0
+    growth_interval: int = 2000
+
+    def update(self, *, overflow: bool) -> None:
+        """Adapt to whether the step's gradients overflowed. Raises UserError when no scale is small enough."""
+        if overflow:
+            self.value /= 2
+            self.good_steps = 0
+            if self.value < 2.0**-14:
+                raise UserError("fp16: gradients overflow at every loss scale; use --precision bf16 or fp32")
+        else:
+            self.good_steps += 1
+            if self.good_steps == self.growth_interval:
+                self.value *= 2
+                self.good_steps = 0
+
+    def state(self) -> dict[str, Any]:
+        """Return the numbers that a checkpoint keeps."""
+        return {"value": self.value, "good_steps": self.good_steps}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the numbers of a checkpoint."""
+        self.value, self.good_steps = state["value"], state["good_steps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Hold a precision in force: its name, the context of a forward pass, and the loss scale (fp16 only)."""
+
+    name: str
+    forward_context: Callable[[], AbstractContextManager[Any]]
+    loss_scale: LossScale | None
+
+
+def apply_precision(name: str, device: torch.device) -> Precision:
+    """Put a precision in force on a device. Raises UserError when the device does not compute in it."""
+    if name == "fp32":
+        return Precision(name=name, forward_context=nullcontext, loss_scale=None)
+    dtype = PRECISIONS[name]
+
+    def autocast() -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, dtype=dtype)
+
+    in_force = _probe(device, autocast)
+    if in_force != dtype:
+        raise UserError(f"--precision {name}: {device.type} computes in {in_force} instead; use bf16 or fp32")
+    return Precision(name=name, forward_context=autocast, loss_scale=LossScale() if name == "fp16" else None)
+
+
+def _probe(device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]) -> object:
+    """Return the dtype in which a matrix product and its backward pass really run, or the reason why they do not."""
+    weight = torch.ones(2, 2, device=device, requires_grad=True)
+    try:
+        with autocast():
+            product = torch.nn.functional.linear(weight, weight)
+        product.sum().backward()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return product.dtype

@@ -1,0 +1,54 @@
+"""The whole model on every rank: a single device, or distributed data parallel (DDP) over several."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from shardlaunch.checkpoints.state import Fragment, StateReader
+from shardlaunch.sharding.gradients import GradientBuckets
+from shardlaunch.sharding.strategy import BuildOptimizer
+from shardlaunch.sharding.whole_state import check_optimizer, restore_whole_state, whole_state
+from shardlaunch.sharding.world import World
+
+
+class Replicated:
+    """Keep one replica of the model a rank; the ranks sum their gradients (see `Strategy`)."""
+
+    def __init__(self, model: nn.Module, build_optimizer: BuildOptimizer, *, world: World) -> None:
+        self.model = model.to(world.device)
+        self.replicas = [self.model]
+        self.optimizer = build_optimizer(self.model.named_parameters())
+        check_optimizer(self.model, self.optimizer)
+        self.gradients = GradientBuckets(self.model.parameters(), world=world)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Accumulate; on the last micro-batch, sum each bucket over the ranks as soon as it is full."""
+        if last:
+            self.gradients.arm()
+        loss.backward()
+
+    def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
+        """Wait for the sums, unscale and clip in one multiplication."""
+        self.gradients.finish()
+        norm = self.gradients.norm() * unscale
+        clip = max_norm / norm if 0 < max_norm < norm else 1.0
+        self.gradients.scale(unscale * clip)
+        return norm
+
+    def update(self) -> None:
+        """Apply the optimizer."""
+        self.optimizer.step()
+        self.gradients.zero()
+
+    def discard(self) -> None:
+        """Drop the gradients."""
+        self.gradients.zero()
+
+    def state(self) -> Iterator[Fragment]:
+        """Yield everything: each rank has it all."""
+        return whole_state(self.model, self.optimizer)
+
+    def restore(self, reader: StateReader) -> None:
+        """Read everything."""
+        restore_whole_state(self.model, self.optimizer, reader)

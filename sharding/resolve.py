@@ -1,0 +1,62 @@
+"""What decides the strategy, and the check that what was asked for is in force."""
+
+from shardlaunch.errors import UserError
+from shardlaunch.sharding.data_parallel import DataParallel
+from shardlaunch.sharding.environment import RANKS_VARIABLE, STRATEGY_VARIABLE, LaunchEnvironment
+from shardlaunch.sharding.replicated import Replicated
+from shardlaunch.sharding.strategy import BuildStrategy
+from shardlaunch.sharding.world import World
+
+STRATEGIES: dict[str, BuildStrategy] = {"single": Replicated, "ddp": Replicated, "dp": DataParallel}
+ONE_PROCESS = ("single", "dp")
+
+
+def resolve_strategy(option: str, env: LaunchEnvironment) -> str:
+    """Return the strategy's name: the option, else our variable, else accelerate's configuration, else by world size.
+
+    Raises UserError for an unknown name, for two sources that differ, and for a name that the world size contradicts.
+    """
+    sources = {
+        f"--strategy {option}": None if option == "auto" else option,
+        f"{STRATEGY_VARIABLE}={env.strategy}": env.strategy,
+        f"accelerate's configuration ({env.accelerate_strategy})": env.accelerate_strategy,
+    }
+    asked = {source: name for source, name in sources.items() if name is not None}
+    for source, name in asked.items():
+        check_strategy_name(name, source)
+    if len(set(asked.values())) > 1:
+        raise UserError(f"two strategies are asked for: {' and '.join(asked)}. Drop one of them.")
+    if not asked:
+        return "ddp" if env.world_size > 1 else "single"
+    source, name = next(iter(asked.items()))
+    if name in ONE_PROCESS and env.world_size > 1:
+        raise UserError(f"{source} is for one process, but {env.world_size} ranks were started. Use ddp, or one rank.")
+    if name not in ONE_PROCESS and env.world_size == 1:
+        raise UserError(
+            f"{source} is for several ranks, but one was started. "
+            f"Start more: `shardlaunch run RECIPE --strategy {name} --ranks 2`, or torchrun --nproc_per_node 2."
+        )
+    return name
+
+
+def check_strategy_name(name: str, source: str) -> None:
+    """Raise UserError when there is no strategy of this name."""
+    if name not in STRATEGIES:
+        raise UserError(f"{source}: unknown strategy {name!r}; choose one of {', '.join(STRATEGIES)}")
+
+
+def check_ranks(env: LaunchEnvironment, world: World, accelerate_ranks: int) -> None:
+    """Compare the ranks asked for with those in force. Raises UserError with both numbers when they differ."""
+    if env.lone_of_many:
+        raise UserError(
+            "accelerate launch was asked for several processes and started one (it does so on CPU without MPI). "
+            "Use `shardlaunch run RECIPE --ranks N`, or torchrun --nproc_per_node N. "
+            "If one process is what you want, unset MASTER_ADDR."
+        )
+    if env.ranks is not None and env.ranks != world.size:
+        raise UserError(f"{RANKS_VARIABLE}={env.ranks} ranks were asked for, {world.size} are in force")
+    if not env.world_size == world.size == accelerate_ranks:
+        raise UserError(
+            f"the launcher started {env.world_size} ranks, but torch.distributed has {world.size} "
+            f"and accelerate {accelerate_ranks}"
+        )

@@ -1,0 +1,119 @@
+"""The ranks of a run and their collectives."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from shardlaunch.checkpoints.peers import Peers
+from shardlaunch.errors import UserError
+from shardlaunch.sharding.environment import LaunchEnvironment
+
+T = TypeVar("T")
+
+# Rank 0 may prepare data for a long time while the others wait; a dead rank is noticed at once by its closed socket.
+TIMEOUT = timedelta(hours=2)
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Name this process among the ranks of a run, its device, and the process group of its host tensors."""
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    device: torch.device = CPU
+    host_group: dist.ProcessGroup | None = None
+    store: dist.Store | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def peers(self) -> Peers:
+        """Return these ranks as checkpoints see them."""
+        return Peers(rank=self.rank, num_ranks=self.size, group=self.host_group)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over the ranks, in place, and return it. All ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0, then on the others, which find its caches filled. All ranks.
+
+        Raises rank 0's UserError on every rank.
+        """
+        result = self.peers.together(lambda: [work()] if self.is_main else [])
+        return result[0] if self.is_main else work()
+
+    def is_first_to(self, deed: str) -> bool:
+        """Return True on just one rank: the first that asks. Any rank, at any time, also when others are gone."""
+        if self.store is None:
+            return self.is_main
+        try:
+            return int(self.store.add(f"shardlaunch/{deed}", 1)) == 1
+        except RuntimeError:  # the store went with its host: then nobody else can speak either
+            return True
+
+
+def connect(env: LaunchEnvironment) -> World:
+    """Join the ranks of this launch: gloo on CPU, NCCL beside gloo on GPUs. All ranks."""
+    use_cuda = torch.cuda.is_available() and not env.use_cpu
+    if use_cuda:
+        if env.local_world_size > torch.cuda.device_count():
+            raise UserError(
+                f"{env.local_world_size} ranks were started on this machine, which has {torch.cuda.device_count()} "
+                f"GPUs. Start as many ranks as GPUs, or set ACCELERATE_USE_CPU=true."
+            )
+        device = torch.device("cuda", env.local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if not env.is_distributed:
+        return World(device=device)
+    # A store of our own per attempt: a restarted worker group must not meet addresses of the one before.
+    store, rank, world_size = next(dist.rendezvous("env://", env.rank, env.world_size))
+    store = dist.PrefixStore(f"attempt{env.attempt}", store)
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    return World(
+        rank=rank,
+        size=world_size,
+        local_size=env.local_world_size,
+        device=device,
+        host_group=dist.new_group(backend="gloo", timeout=TIMEOUT),
+        store=store,
+    )
+
+
+def disconnect(world: World) -> None:
+    """Leave the ranks. All ranks."""
+    if world.host_group is not None:
+        dist.barrier(group=world.host_group)  # no rank takes its sockets away while another still works
+        dist.destroy_process_group()
+
+
+def threads_per_rank(asked: int, env: LaunchEnvironment) -> int:
+    """Return how many CPU threads a rank computes with.
+
+    `asked` > 0 decides. Else OMP_NUM_THREADS, if above 1: launchers set 1 on their own, so that it says nothing.
+    Else the ranks of a machine share its cores evenly.
+    """
+    if asked > 0:
+        return asked
+    if env.threads is not None and env.threads > 1:
+        return env.threads
+    return max(1, available_cores() // env.local_world_size)
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
