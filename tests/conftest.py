@@ -1,0 +1,37 @@
+"""Settings and fixtures of all tests."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+DATA_VARIABLE = "SHARDLAUNCH_DATA"
+
+
+@pytest.fixture(autouse=True)
+def _restored_environment() -> Iterator[None]:
+    """Give each test the environment and the number of threads that the one before found."""
+    environment = dict(os.environ)
+    threads = torch.get_num_threads()
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Return the folder of full data sets, or skip."""
+    if not os.environ.get(DATA_VARIABLE):
+        pytest.skip(f"{DATA_VARIABLE} does not name a folder with the data sets imdb/ and mnist/")
+    return Path(os.environ[DATA_VARIABLE])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

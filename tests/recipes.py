@@ -1,0 +1,161 @@
+"""Recipes for tests: small nets that have everything which could make a run depend on its ranks."""
+
+import contextlib
+import io
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from shardlaunch import Options, Recipe, TensorData
+from shardlaunch.launcher.demo_data import bert_dir
+from shardlaunch.launcher.launch import run
+from shardlaunch.recipes.bert_imdb import BertImdb
+
+NUM_FEATURES = 12
+NUM_CLASSES = 3
+
+
+@dataclass(kw_only=True)
+class NetOptions(Options):
+    """Options of the small net."""
+
+    num_train: int = 203
+    num_eval: int = 61
+    momentum: float = 0.0
+    global_batch_size: int = 32
+    micro_batch_size: int = 4
+    max_grad_norm: float = 1.0
+    tracker: str = "none"
+
+
+class Net(nn.Module):
+    """A net with batch norm, dropout, tied weights and a parameter that the loss reaches only now and then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(NUM_FEATURES, 16, bias=False)  # batch norm takes a bias away: its gradient is noise
+        self.norm = nn.BatchNorm1d(16)
+        self.middle = nn.Linear(16, 16)
+        self.tied = nn.Linear(16, 16)
+        self.tied.weight = self.middle.weight
+        self.rare = nn.Parameter(torch.ones(16))
+        self.never = nn.Parameter(torch.ones(3))
+        self.last = nn.Linear(16, NUM_CLASSES)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = F.dropout(self.norm(self.first(inputs)).relu(), 0.2, self.training)
+        if inputs[0, 0] > 0.5:
+            hidden = hidden * self.rare
+        result: torch.Tensor = self.last(self.tied(self.middle(hidden).relu()))
+        return result
+
+
+class NetRecipe(Recipe):
+    """Classify points of known classes; noise is added to them with the sample's own seed."""
+
+    options: NetOptions
+    best_metric = "accuracy"
+
+    def datasets(self) -> Mapping[str, Any]:
+        return {"train": _points(self.options.num_train, 1), "eval": _points(self.options.num_eval, 2)}
+
+    def lengths(self, dataset: Any) -> np.ndarray | None:
+        return (dataset.columns["inputs"][:, 0] * 100).long().numpy()
+
+    def model(self) -> nn.Module:
+        return Net()
+
+    def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
+        if seeds is None:
+            return samples
+        noise = [torch.rand(NUM_FEATURES, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+        return {**samples, "inputs": samples["inputs"] + 0.1 * torch.stack(noise)}
+
+    def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return F.cross_entropy(outputs.float(), batch["labels"], reduction="sum")
+
+    def metrics(self) -> Mapping[str, Any]:
+        return {"accuracy": MulticlassAccuracy(num_classes=NUM_CLASSES, average="micro")}
+
+    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        trainable = [parameter for _, parameter in parameters]
+        if self.options.momentum:
+            return torch.optim.SGD(trainable, lr=self.options.lr, momentum=self.options.momentum)
+        return torch.optim.AdamW(trainable, lr=self.options.lr)
+
+
+def _points(count: int, seed: int) -> TensorData:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(NUM_CLASSES, (count,), generator=generator)
+    return TensorData(
+        inputs=torch.rand(count, NUM_FEATURES, generator=generator) + 0.2 * labels[:, None], labels=labels
+    )
+
+
+class FewReviews(BertImdb):
+    """A BERT on a few hundred of the demo's reviews."""
+
+    def datasets(self) -> Mapping[str, Any]:
+        splits = super().datasets()
+        return {"train": splits["train"].select(range(301)), "eval": splits["eval"].select(range(45))}
+
+
+def save_small_bert(folder: Path) -> None:
+    """Write the model folder of a small encoder: the demo's vocabulary, 2 layers, 64 wide, random weights."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(bert_dir())
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def run_quietly(recipe_type: type[Recipe], argv: list[str]) -> tuple[int, str]:
+    """Run a recipe in this process and return (exit status, what it printed)."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        status = run(recipe_type, argv)
+    return status, output.getvalue()
+
+
+def run_well(recipe_type: type[Recipe], argv: list[str]) -> str:
+    """Run a recipe in this process, which must end well, and return what it printed."""
+    status, output = run_quietly(recipe_type, argv)
+    assert status == 0, output
+    return output
+
+
+def training_lines(output_dir: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl without the times."""
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "step_s"} for line in lines]
+
+
+def losses(output_dir: Path) -> dict[int, float]:
+    """Return the loss of each step."""
+    return {line["step"]: line["loss"] for line in training_lines(output_dir) if "loss" in line}
+
+
+def final_tensors(output_dir: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors, weights and optimizer, of a run's newest checkpoint, by key."""
+    from safetensors.torch import load_file
+
+    newest = max((output_dir / "checkpoints").iterdir())
+    tensors: dict[str, torch.Tensor] = {}
+    for file in newest.glob("*.safetensors"):
+        for key, tensor in load_file(file).items():
+            assert key not in tensors, f"{key} stands in two files"
+            tensors[key] = tensor
+    return tensors

@@ -1,0 +1,171 @@
+"""Checkpoints: what is written is read back bit by bit, and what is damaged is never read."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from shardlaunch import UserError
+from shardlaunch.checkpoints.layout import is_plain_file_name, plan_files, step_dir_name, step_of_dir_name
+from shardlaunch.checkpoints.peers import Peers
+from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
+from shardlaunch.checkpoints.retention import prune, sweep
+from shardlaunch.checkpoints.state import WEIGHT, Fragment, TensorSpec, whole
+from shardlaunch.checkpoints.writer import save
+
+ALONE = Peers()
+
+
+def _state() -> list[Fragment]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(7, 5, generator=generator)
+    return [
+        whole("layer.weight", WEIGHT, weight),
+        whole("layer.scale", WEIGHT, torch.tensor(3.5)),
+        whole("layer.half", WEIGHT, weight.bfloat16()),
+        whole("layer.empty", WEIGHT, torch.empty(0, 4)),
+        whole("layer.count", WEIGHT, torch.tensor([2**62, -1])),
+        whole("layer.mask", WEIGHT, torch.tensor([True, False])),
+        whole("layer.transposed", WEIGHT, weight.T),
+        whole("layer.weight", "exp_avg", weight * 2),
+        whole("layer.weight", "step", torch.tensor(12.0)),
+    ]
+
+
+def _export(staging: Path) -> None:
+    (staging / "config.json").write_text("{}")
+
+
+def _save(folder: Path, step: int) -> Path:
+    return save(
+        folder,
+        step=step,
+        state=_state(),
+        trainer_state={"step": step},
+        export=_export,
+        aliases={"head.weight": "layer.weight"},
+        peers=ALONE,
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(_save(tmp_path, 500), peers=ALONE)
+    assert (checkpoint.step, checkpoint.trainer_state) == (500, {"step": 500})
+    assert checkpoint.manifest.aliases == {"head.weight": "layer.weight"}
+    saved = set(checkpoint.specs())
+    for fragment in _state():
+        spec = fragment.spec
+        assert spec in saved
+        expected = fragment.tensor.reshape(-1)
+        assert torch.equal(checkpoint.read(spec, 0, spec.num_elements), expected)
+        middle = spec.num_elements // 2
+        assert torch.equal(checkpoint.read(spec, middle, spec.num_elements), expected[middle:])
+
+
+def test_safetensors_alone_reads_every_tensor_once(tmp_path: Path) -> None:
+    step_dir = _save(tmp_path, 1)
+    found = {}
+    for path in step_dir.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                assert key not in found
+                found[key] = file.get_tensor(key)
+    assert found.keys() == {fragment.spec.key for fragment in _state()}
+    for fragment in _state():
+        assert torch.equal(found[fragment.spec.key], fragment.tensor)
+    index = json.loads((step_dir / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == {f.spec.name for f in _state() if f.spec.kind == WEIGHT}
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _forge_file_name(step_dir: Path) -> None:
+    path = step_dir / "manifest.json"
+    path.write_text(path.read_text().replace("config.json", "../config.json"))
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a flipped bit in the weights": lambda d: _flip(next(d.glob("model-*"))),
+    "a flipped bit in the optimizer": lambda d: _flip(next(d.glob("optimizer-*"))),
+    "a flipped bit in the manifest": lambda d: _flip(d / "manifest.json"),
+    "a flipped bit in the state": lambda d: _flip(d / "trainer_state.json"),
+    "a missing shard": lambda d: next(d.glob("model-*")).unlink(),
+    "a missing manifest": lambda d: (d / "manifest.json").unlink(),
+    "an empty manifest": lambda d: (d / "manifest.json").write_text(""),
+    "a manifest that is a list": lambda d: (d / "manifest.json").write_text("[1]"),
+    "a shard cut short": lambda d: next(d.glob("model-*")).write_bytes(next(d.glob("model-*")).read_bytes()[:-3]),
+    "a file name that leads out": _forge_file_name,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_skipped(name: str, tmp_path: Path) -> None:
+    older, newer = _save(tmp_path, 1), _save(tmp_path, 2)
+    DAMAGE[name](newer)
+    with pytest.raises(UserError, match="step-00000002"):
+        open_checkpoint(newer, peers=ALONE)
+    errors: list[UserError] = []
+    found = latest_checkpoint([newer, older], peers=ALONE, on_damaged=errors.append)
+    assert isinstance(found, Checkpoint)
+    assert (found.step, len(errors)) == (1, 1)
+
+
+def test_a_valid_checkpoint_is_kept_and_a_damaged_one_replaced(tmp_path: Path) -> None:
+    step_dir = _save(tmp_path, 3)
+    before = (step_dir / "manifest.json").stat().st_mtime_ns
+    _save(tmp_path, 3)
+    assert (step_dir / "manifest.json").stat().st_mtime_ns == before
+    next(step_dir.glob("model-*")).unlink()
+    _save(tmp_path, 3)
+    assert open_checkpoint(step_dir, peers=ALONE).step == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def export(staging: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"step 4 was not saved.*No space left"):
+        save(tmp_path, step=4, state=_state(), trainer_state={}, export=export, aliases={}, peers=ALONE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_retention(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10, 11):
+        _save(tmp_path, step)
+    (tmp_path / ".staging-step-00000012").mkdir()
+    prune(tmp_path, keep=0)
+    assert checkpoint_steps(tmp_path) == [1, 2, 3, 10, 11]
+    prune(tmp_path, keep=2, protected=[2])
+    assert checkpoint_steps(tmp_path) == [2, 10, 11]
+    sweep(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_owners_have_equal_shares_and_every_tensor_one_file() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 1000, (60,), generator=generator).tolist()
+    specs = [TensorSpec(name=f"t{i}", kind=WEIGHT, shape=(n,), dtype=torch.float32) for i, n in enumerate(sizes)]
+    files = plan_files(specs, 4)
+    assert sorted(spec.name for file in files for spec in file.specs) == sorted(spec.name for spec in specs)
+    shares = [sum(spec.num_bytes for spec in file.specs) for file in files]
+    assert max(shares) - min(shares) < 4 * max(sizes)
+    assert files[0].file_name == "model-00001-of-00004.safetensors"
+    few = plan_files(specs[:2], 4)
+    assert [file.file_name[-len("00002-of-00002.safetensors") :] for file in few][1] == "00002-of-00002.safetensors"
+
+
+def test_names() -> None:
+    assert step_of_dir_name(step_dir_name(7)) == 7
+    assert step_of_dir_name("step-7") is None
+    assert step_of_dir_name(".staging-step-00000007") is None
+    assert not any(map(is_plain_file_name, ("", ".", "..", "../x", "a/b", "/x", ".hidden", "a\\b", "a\0b")))
+    assert all(map(is_plain_file_name, ("model-00001-of-00002.safetensors", "tokenizer.json")))

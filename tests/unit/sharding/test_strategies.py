@@ -1,0 +1,184 @@
+"""Gradients, buffers, precision, and the choice of a strategy."""
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import nn
+
+from shardlaunch import UserError
+from shardlaunch.sharding.buffers import BufferMean
+from shardlaunch.sharding.data_parallel import DataParallel
+from shardlaunch.sharding.environment import read_environment
+from shardlaunch.sharding.gradients import GradientBuckets
+from shardlaunch.sharding.precision import LossScale, apply_precision, resolve_precision
+from shardlaunch.sharding.replicated import Replicated
+from shardlaunch.sharding.resolve import check_ranks, resolve_strategy
+from shardlaunch.sharding.world import World, threads_per_rank
+
+ALONE = World()
+CPU = torch.device("cpu")
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
+
+def _net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+
+def _sgd(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    return torch.optim.SGD([parameter for _, parameter in parameters], lr=0.1, momentum=0.9)
+
+
+def test_gradients_equal_plain_ones_in_buckets_of_any_size() -> None:
+    inputs = torch.rand(6, 4)
+    plain, bucketed = _net(), _net()
+    for bucket_bytes in (1, 100, 1 << 20):
+        buckets = GradientBuckets(bucketed.parameters(), world=ALONE, bucket_bytes=bucket_bytes)
+        plain.zero_grad()
+        for net in (plain, bucketed):
+            net(inputs).square().sum().backward()
+            net(inputs).abs().sum().backward()
+        for p, q in zip(plain.parameters(), bucketed.parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            assert torch.equal(p.grad, q.grad)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
+        assert buckets.norm() == pytest.approx(norm.item())
+        buckets.zero()
+        assert all(p.grad is not None and not p.grad.any() for p in bucketed.parameters())
+
+
+def test_clipping() -> None:
+    strategy = Replicated(_net(), _sgd, world=ALONE)
+    strategy.backward(strategy.model(torch.rand(6, 4)).square().sum() * 8, last=True)
+    norm = strategy.finish_gradients(unscale=1 / 8, max_norm=0.01)
+    assert norm > 0.01
+    assert strategy.gradients.norm() == pytest.approx(0.01)
+
+
+def test_an_optimizer_that_lacks_a_parameter_is_refused() -> None:
+    def forgetful(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([parameter for _, parameter in list(parameters)[:-1]], lr=0.1)
+
+    with pytest.raises(UserError, match=r"2\.bias is missing"):
+        Replicated(_net(), forgetful, world=ALONE)
+
+
+def test_data_parallel_with_several_replicas_is_the_same_run() -> None:
+    """Three replicas on the CPU stand in for three GPUs."""
+    one = Replicated(_net(), _sgd, world=ALONE)
+    many = DataParallel(_net(), _sgd, world=ALONE, devices=[CPU] * 3)
+    for step in range(3):
+        micro_batches = torch.rand(5, 6, 4, generator=torch.Generator().manual_seed(step))
+        for strategy in (one, many):
+            buffers = BufferMean(strategy.replicas, world=ALONE)
+            buffers.begin_step()
+            for slot, inputs in enumerate(micro_batches):
+                replica = strategy.replicas[slot % len(strategy.replicas)]
+                strategy.backward(replica(inputs).square().sum() / 30, last=slot == 4)
+                buffers.end_micro_batch(replica, index=slot, weight=1)
+            strategy.finish_gradients(unscale=1.0, max_norm=1.0)
+            strategy.update()
+            buffers.end_step(num_micro_batches=5)
+    for name, expected in one.model.state_dict().items():
+        for replica in many.replicas:
+            torch.testing.assert_close(replica.state_dict()[name], expected, msg=name)
+
+
+def test_buffers_become_the_mean_of_the_micro_batches() -> None:
+    net = nn.BatchNorm1d(2)
+    buffers = BufferMean([net], world=ALONE)
+    buffers.begin_step()
+    for index, (value, weight) in enumerate([(1.0, 1), (3.0, 1), (100.0, 0)]):
+        net(torch.full((4, 2), value))
+        buffers.end_micro_batch(net, index=index, weight=weight)
+    buffers.end_step(num_micro_batches=2)
+    assert net.running_mean is not None
+    assert net.num_batches_tracked is not None
+    assert net.running_mean.tolist() == pytest.approx([0.2, 0.2])
+    assert net.num_batches_tracked.item() == 1
+
+
+def test_loss_scale_halves_at_overflow_and_grows_after_good_steps() -> None:
+    scale = LossScale(value=8.0, growth_interval=2)
+    scale.update(overflow=True)
+    assert scale.value == 4.0
+    scale.update(overflow=False)
+    scale.update(overflow=False)
+    assert scale.value == 8.0
+    scale.value = 2.0**-14
+    with pytest.raises(UserError, match="every loss scale"):
+        scale.update(overflow=True)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_precision_in_force_is_the_one_asked_for(name: str) -> None:
+    precision = apply_precision(name, CPU)
+    with precision.forward_context():
+        product = nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2))
+    assert product.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    assert (precision.loss_scale is not None) == (name == "fp16")
+
+
+def test_precision_sources() -> None:
+    assert resolve_precision("auto", None) == resolve_precision("auto", "no") == "fp32"
+    assert resolve_precision("auto", "bf16") == "bf16"
+    assert resolve_precision("bf16", "no") == "bf16"
+    with pytest.raises(UserError, match=r"fp32.*bf16"):
+        resolve_precision("fp32", "bf16")
+    with pytest.raises(UserError, match="fp7"):
+        resolve_precision("fp7", None)
+    with pytest.raises(UserError, match="fp8"):
+        resolve_precision("auto", "fp8")
+
+
+@pytest.mark.parametrize(
+    ("option", "variables", "expected"),
+    [
+        ("auto", {}, "single"),
+        ("auto", TORCHRUN, "ddp"),
+        ("dp", {}, "dp"),
+        ("auto", {"SHARDLAUNCH_STRATEGY": "dp"}, "dp"),
+        ("ddp", {**TORCHRUN, "SHARDLAUNCH_STRATEGY": "ddp"}, "ddp"),
+    ],
+)
+def test_strategy(option: str, variables: dict[str, str], expected: str) -> None:
+    assert resolve_strategy(option, read_environment(variables)) == expected
+
+
+@pytest.mark.parametrize(
+    ("option", "variables", "complaint"),
+    [
+        ("nope", {}, "unknown strategy 'nope'"),
+        ("ddp", {}, "several ranks"),
+        ("single", TORCHRUN, "one process"),
+        ("dp", TORCHRUN, "one process"),
+        ("ddp", {**TORCHRUN, "SHARDLAUNCH_STRATEGY": "single"}, "two strategies"),
+        ("auto", {**TORCHRUN, "ACCELERATE_USE_FSDP": "true"}, "accelerate's configuration"),
+        ("auto", {"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x'"),
+    ],
+)
+def test_strategies_that_cannot_be(option: str, variables: dict[str, str], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        resolve_strategy(option, read_environment(variables))
+
+
+def test_ranks_asked_for_are_compared_with_those_in_force() -> None:
+    two = World(rank=1, size=2)
+    check_ranks(read_environment({**TORCHRUN, "SHARDLAUNCH_RANKS": "2"}), two, 2)
+    with pytest.raises(UserError, match="3 ranks were asked for, 2"):
+        check_ranks(read_environment({**TORCHRUN, "SHARDLAUNCH_RANKS": "3"}), two, 2)
+    with pytest.raises(UserError, match="accelerate 1"):
+        check_ranks(read_environment(TORCHRUN), two, 1)
+    lone = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
+    with pytest.raises(UserError, match="started one"):
+        check_ranks(read_environment(lone), ALONE, 1)
+
+
+def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardlaunch.sharding.world.available_cores", lambda: 8)
+    assert threads_per_rank(0, read_environment({})) == 8
+    assert threads_per_rank(0, read_environment({**TORCHRUN, "OMP_NUM_THREADS": "1"})) == 4
+    assert threads_per_rank(0, read_environment({**TORCHRUN, "OMP_NUM_THREADS": "3"})) == 3
+    assert threads_per_rank(1, read_environment({**TORCHRUN, "OMP_NUM_THREADS": "3"})) == 1
