@@ -57,6 +57,8 @@ class Peers:
             result = work()
         except (UserError, OSError) as failure:
             error = str(failure) or repr(failure)
+            if isinstance(failure, OSError) and failure.filename:
+                error = f"{failure.filename}: {failure.strerror}"
         error = self.share_error(error)
         if error is not None:
             raise UserError(error)

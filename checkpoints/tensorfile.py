@@ -55,19 +55,19 @@ class DigestingFile:
     """Write a new file, digest it on the way and fsync it at the end. Raises OSError as the file system does."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "xb")  # noqa: SIM115 - closed by finish() or close()
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by finish() or close()
         self._hash = xxhash.xxh3_128()
         self._num_bytes = 0
 
-    def write(self, data: "bytes | memoryview") -> None:
+    def write(self, data: memoryview) -> None:
         """Append bytes."""
         self._hash.update(data)
-        self._file.write(data)
         self._num_bytes += len(data)
+        while data:
+            data = data[self._file.write(data) :]
 
     def finish(self) -> FileRecord:
         """Make the file durable and return its record."""
-        self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         return FileRecord(num_bytes=self._num_bytes, digest=self._hash.hexdigest())
@@ -115,6 +115,8 @@ def _write(path: Path, chunks: Iterable[memoryview]) -> FileRecord:
         for chunk in chunks:
             file.write(chunk)
         return file.finish()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a failing write does not know its file
     finally:
         file.close()
 

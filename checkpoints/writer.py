@@ -16,8 +16,9 @@ from shardlaunch.checkpoints.layout import (
     plan_files,
     step_dir_name,
 )
-from shardlaunch.checkpoints.manifest import DamagedCheckpoint, Manifest, read_manifest
+from shardlaunch.checkpoints.manifest import Manifest
 from shardlaunch.checkpoints.peers import Peers
+from shardlaunch.checkpoints.reader import open_checkpoint
 from shardlaunch.checkpoints.state import WEIGHT, Fragment, fragments_by_key
 from shardlaunch.checkpoints.tensorfile import FileRecord, digest_file, write_file, write_tensors
 from shardlaunch.errors import UserError
@@ -42,7 +43,7 @@ def save(
     same step is kept as it is. Raises UserError on all ranks, and leaves nothing behind, when any rank cannot write.
     """
     target = checkpoints_dir / step_dir_name(step)
-    if any(peers.gather([peers.rank == 0 and _is_committed(target)])[0]):
+    if _is_committed(target, peers):
         return target
     fragments = fragments_by_key(state)
     files = plan_files([fragment.spec for fragment in fragments.values()], peers.num_ranks)
@@ -65,13 +66,16 @@ def save(
     return target
 
 
-def _is_committed(target: Path) -> bool:
-    """Return whether `target` has a valid manifest and files of the right sizes."""
-    try:
-        manifest = read_manifest(target)
-        return all((target / name).stat().st_size == record.num_bytes for name, record in manifest.files.items())
-    except (DamagedCheckpoint, OSError):
+def _is_committed(target: Path, peers: Peers) -> bool:
+    """Return whether `target` is a valid checkpoint, down to its last byte. All ranks."""
+    (exists,) = peers.gather([target.exists()])[0]
+    if not exists:
         return False
+    try:
+        open_checkpoint(target, peers=peers)
+    except UserError:
+        return False
+    return True
 
 
 def _make_staging(staging: Path) -> None:

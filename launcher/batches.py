@@ -195,11 +195,12 @@ class Batches:
 
     def load(self, slot: Slot) -> MicroBatch:
         """Fetch and collate one micro-batch."""
-        samples = slot.samples.tolist()
-        if hasattr(self._dataset, "__getitems__"):
-            fetched = self._dataset.__getitems__(samples)
+        if hasattr(self._dataset, "rows_at"):
+            fetched = self._dataset.rows_at(slot.samples)
+        elif hasattr(self._dataset, "__getitems__"):
+            fetched = self._dataset.__getitems__(slot.samples.tolist())
         else:
-            fetched = [self._dataset[sample] for sample in samples]
+            fetched = [self._dataset[sample] for sample in slot.samples.tolist()]
         seeds = sample_seeds(self.plan.seed, slot.epoch, slot.samples) if self._training else None
         inputs = self._collate(fetched, seeds)
         return MicroBatch(

@@ -83,8 +83,8 @@ def run_recipe(recipe: Path, recipe_argv: Sequence[str], *, ranks: int, strategy
     On machines without a GPU the ranks are told to use the CPU and share its cores. Raises UserError for a recipe that
     is not there, an unknown strategy, and more ranks than the strategy or the machine has room for.
     """
-    if not recipe.is_file():
-        raise UserError(f"{recipe}: no such recipe file")
+    if not recipe.is_file() or recipe.suffix != ".py":
+        raise UserError(f"{recipe}: no such recipe file (a Python file whose last line is `launch(YourRecipe)`)")
     if ranks < 0:
         raise UserError(f"--ranks {ranks}: must be at least 1, or 0 for one a GPU")
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

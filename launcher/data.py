@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 
@@ -31,9 +32,10 @@ class TensorData:
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {name: column[index] for name, column in self.columns.items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        rows = torch.tensor(indices)
-        return {name: column[rows] for name, column in self.columns.items()}
+    def rows_at(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return the rows at some positions (int64 array), column by column."""
+        rows = torch.from_numpy(indices)
+        return {name: column.index_select(0, rows) for name, column in self.columns.items()}
 
     def fingerprint(self) -> str:
         """Return a digest of names and content."""
@@ -61,7 +63,7 @@ def load_splits(source: str, *, seed: int) -> dict[str, Any]:
     else:
         splits = _load_hub(source)
     if "train" not in splits:
-        raise UserError(f"--data {source}: no training split; it has {', '.join(splits)}")
+        raise UserError(f"--data {source}: no training data; it has {', '.join(splits)}")
     held_out = next((name for word in _HELD_OUT for name in splits if name.startswith(word)), None)
     train = splits["train"]
     if held_out is not None:
@@ -83,6 +85,9 @@ def _load_path(path: Path) -> Any:
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _LOADERS)
     if not files:
         raise UserError(f"--data {path}: no {', '.join(_LOADERS)} file in this folder")
+    for file in files:
+        if not file.stat().st_size:
+            raise UserError(f"--data {file}: the file is empty")
     kinds = {_LOADERS.get(file.suffix) for file in files}
     if len(kinds) > 1 or None in kinds:
         raise UserError(f"--data {path}: must be files of one kind out of {', '.join(_LOADERS)}")
@@ -91,7 +96,7 @@ def _load_path(path: Path) -> Any:
         word = next((word for word in ("train", *_HELD_OUT) if file.name.startswith(word)), None)
         if word is None and len(files) > 1:
             raise UserError(f"--data {path}: the name of {file.name} starts with none of train, {', '.join(_HELD_OUT)}")
-        by_split.setdefault(word if len(files) > 1 and word else "train", []).append(str(file))
+        by_split.setdefault(word if path.is_dir() and word else "train", []).append(str(file))
     try:
         return datasets.load_dataset(str(kinds.pop()), data_files=by_split)
     except datasets.exceptions.DatasetGenerationError as error:
@@ -99,6 +104,8 @@ def _load_path(path: Path) -> Any:
             raise UserError(f"--data {path}: no space left for the data sets' cache (HF_HOME)") from error
         raise UserError(f"--data {path}: not readable: {_one_line(error.__cause__ or error)}") from error
     except (ValueError, datasets.exceptions.DatasetsError) as error:
+        if "corresponds to no data" in str(error):
+            raise UserError(f"--data {path}: no rows") from error
         raise UserError(f"--data {path}: not readable: {_one_line(error)}") from error
 
 
@@ -119,33 +126,32 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def require_columns(splits: Mapping[str, Any], columns: Iterable[str]) -> None:
-    """Raise UserError when a split lacks a column or has no rows."""
+def require_columns(splits: Mapping[str, Any], columns: Iterable[str], *, source: str) -> None:
+    """Raise UserError when a split of --data `source` lacks a column or has no rows."""
     for name, split in splits.items():
         missing = [column for column in columns if column not in split.column_names]
         if missing:
             raise UserError(
-                f"the {name} data has no column {' and no column '.join(map(repr, missing))}; "
+                f"--data {source}: the {name} data has no column {' and no column '.join(map(repr, missing))}; "
                 f"it has {', '.join(map(repr, split.column_names))}"
             )
         if len(split) == 0:
-            raise UserError(f"the {name} data has no rows")
+            raise UserError(f"--data {source}: the {name} data has no rows")
 
 
-def class_names(splits: Mapping[str, Any], column: str = "label") -> tuple[dict[str, Any], list[str]]:
+def class_names(splits: Mapping[str, Any], column: str = "label", *, source: str) -> tuple[dict[str, Any], list[str]]:
     """Return the splits with labels 0..K-1 and the K names. Raises UserError for labels that are none or out of range.
 
     The classes are those that the column's type names, else the training data's values.
     """
     import datasets
-    import numpy as np
 
     splits = dict(splits)
     feature = splits["train"].features[column]
     values = {name: split.unique(column) for name, split in splits.items()}
     for name, found in values.items():
         if any(value is None for value in found):
-            raise UserError(f"the {name} data has rows without a {column!r}")
+            raise UserError(f"--data {source}: the {name} data has rows without a {column!r}")
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
     elif all(isinstance(value, str) for value in values["train"]):
@@ -155,7 +161,8 @@ def class_names(splits: Mapping[str, Any], column: str = "label") -> tuple[dict[
             unknown = [value for value in found if value not in position]
             if unknown:
                 raise UserError(
-                    f"labels out of range: {unknown[0]!r} is in the {name} data but not in the training data"
+                    f"--data {source}: labels out of range: {unknown[0]!r} of the {name} data is "
+                    f"not in the training data"
                 )
             splits[name] = derived(
                 splits[name],
@@ -167,11 +174,16 @@ def class_names(splits: Mapping[str, Any], column: str = "label") -> tuple[dict[
     elif all(isinstance(value, int | np.integer) for value in values["train"]):
         names = [str(number) for number in range(max(values["train"]) + 1)]
     else:
-        raise UserError(f"column {column!r} must hold class labels (whole numbers or text), not {feature}")
+        raise UserError(
+            f"--data {source}: column {column!r} must hold class labels (whole numbers or text), not {feature}"
+        )
     for name, found in values.items():
         outside = sorted(value for value in found if not 0 <= value < len(names))
         if outside:
-            raise UserError(f"labels out of range: {outside[0]} in the {name} data; labels are 0 to {len(names) - 1}")
+            raise UserError(
+                f"--data {source}: labels out of range: {outside[0]} in the {name} data; "
+                f"labels are 0 to {len(names) - 1}"
+            )
     return splits, names
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -36,7 +37,7 @@ from shardlaunch.launcher.run_folder import (
 )
 from shardlaunch.launcher.tracking import EVAL_PREFIX, MetricsLog, Trackers, read_metrics, tracker_names
 from shardlaunch.launcher.trainer import Hooks, Position, StepReport, Trainer, position_of, state_of
-from shardlaunch.sharding.environment import LaunchEnvironment, read_environment
+from shardlaunch.sharding.environment import is_main_process, read_environment
 from shardlaunch.sharding.precision import apply_precision, resolve_precision
 from shardlaunch.sharding.resolve import STRATEGIES, check_ranks, resolve_strategy
 from shardlaunch.sharding.world import World, connect, disconnect, threads_per_rank
@@ -46,9 +47,14 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "critical",
     "TOKENIZERS_PARALLELISM": "true",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+# Before the ranks are connected, rank 0 speaks for all. A rank that ended first would have the launcher end rank 0 too,
+# so the others wait to be ended.
+LAST_WORD_S = 60
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -56,7 +62,14 @@ EXIT_INTERRUPTED = 130
 def launch(recipe_type: type[Recipe]) -> None:
     """Run the recipe as the command line says. The last line of every recipe file; does nothing when it is imported."""
     if recipe_type.__module__ == "__main__":
-        sys.exit(run(recipe_type, sys.argv[1:]))
+        status = run(recipe_type, sys.argv[1:])
+        if read_environment().is_distributed:
+            # Threads of gloo may outlive the process group; the interpreter, taking itself down around them, now and
+            # then aborts ("terminate called without an active exception") and makes a failure of a run that went well.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        sys.exit(status)
 
 
 def run(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
@@ -69,7 +82,7 @@ def run(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
     is_debug = "--debug" in argv
     try:
         env = read_environment()
-        options = _options(recipe_type, argv, env)
+        options = _options(recipe_type, argv)
         is_debug = options.debug
         strategy_name = resolve_strategy(options.strategy, env)
         precision_name = resolve_precision(options.precision, env.accelerate_precision)
@@ -77,6 +90,10 @@ def run(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         world = connect(env)
         check_ranks(env, world, _accelerate_ranks(world))
         _Run(recipe_type(options), options, world, strategy_name, precision_name).run()
+    except SystemExit as exit_:  # the command line's own message or help
+        if exit_.code and not is_main_process():
+            time.sleep(LAST_WORD_S)
+        raise
     except UserError as error:
         _report(world, f"error: {error}", with_traceback=is_debug)
         return EXIT_USER_ERROR
@@ -104,7 +121,7 @@ def _silence_libraries() -> None:
         logging.disable_progress_bar()
 
 
-def _options(recipe_type: type[Recipe], argv: Sequence[str], env: LaunchEnvironment) -> Options:
+def _options(recipe_type: type[Recipe], argv: Sequence[str]) -> Options:
     options_type: type[Options] = get_type_hints(recipe_type)["options"]
     description = (recipe_type.__doc__ or recipe_type.__name__).strip()
     return parse_options(
@@ -113,7 +130,7 @@ def _options(recipe_type: type[Recipe], argv: Sequence[str], env: LaunchEnvironm
         argv,
         program=f"{recipe_name(recipe_type)}.py",
         description=description,
-        show=env.rank == 0,
+        show=is_main_process(),
     )
 
 
@@ -134,9 +151,10 @@ def _report(world: World | None, message: str, *, with_traceback: bool) -> None:
     """Print a message once, from the first rank that has one; each rank's traceback where asked for."""
     if with_traceback:
         traceback.print_exc()
-    is_first = world.is_first_to("report") if world is not None else read_environment().rank == 0
-    if is_first:
+    if world.is_first_to("report") if world is not None else is_main_process():
         print(message, file=sys.stderr, flush=True)
+    elif world is None:
+        time.sleep(LAST_WORD_S)
 
 
 class _Run:
@@ -282,18 +300,29 @@ class _Run:
 
     def _train(self, stack: ExitStack) -> None:
         self.log: MetricsLog | None = None
-        if self.world.is_main:
-            self.log = MetricsLog(self.output_dir, resumed_step=self.position.step)
-            stack.callback(self.log.close)
-            self.tracker = Trackers(
-                self.trackers, self.output_dir, resumed_step=self.position.step, options=asdict(self.options)
-            )
-            stack.callback(self.tracker.close)
+        self.world.peers.together(lambda: self._open_logs(stack) if self.world.is_main else None)
         end = min(self.num_steps, self.options.stop_at_step or self.num_steps)
         self.progress = stack.enter_context(self.display.progress(done=self.position.step, total=end))
         self.trainer.run(self.position)
         if self.last_saved is None or self.last_saved.name != step_dir_name(self.position.step):
-            raise UserError(f"the run ended at step {self.position.step}, but its last checkpoint could not be saved")
+            raise UserError(
+                f"the run ended at step {self.position.step}, but its last checkpoint could not be saved. "
+                f"Make room; then the same command resumes from {self.last_saved or 'where this start began'}."
+            )
+
+    def _open_logs(self, stack: ExitStack) -> None:
+        """Open metrics.jsonl and the trackers. Rank 0."""
+        step = self.position.step
+        self.log = MetricsLog(self.output_dir, resumed_step=step)
+        stack.callback(self.log.close)
+        self.tracker = Trackers(
+            self.trackers,
+            self.output_dir,
+            resumed_step=step,
+            options=asdict(self.options),
+            warn=self.display.warn,
+        )
+        stack.callback(self.tracker.close)
 
     def _on_step(self, step: int, report: StepReport) -> None:
         if self.log is None:
@@ -307,31 +336,28 @@ class _Run:
             samples=report.samples,
             step_s=report.step_s,
         )
+        values = {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm}
         if step % self.options.log_every == 0 or step == self.num_steps:
-            values = {
-                "loss": report.loss,
-                "lr": report.lr,
-                "grad_norm": report.grad_norm,
-                "samples": report.samples,
-                "tokens": report.tokens,
-                "step_s": report.step_s,
-            }
-            self._log(step, values, {"skipped": True} if report.is_skipped else {})
+            counts = {"samples": report.samples, "tokens": report.tokens, "step_s": report.step_s}
+            skipped = {"skipped": True} if report.is_skipped else {}
+            self.log.write({**self._where(step), **values, **counts, **skipped})
+        if step % self.options.track_every == 0 or step == self.num_steps:
+            self.tracker.log(values, step)
 
     def _on_evaluation(self, step: int, results: dict[str, float]) -> None:
-        self._log(step, {f"{EVAL_PREFIX}{name}": value for name, value in results.items()}, {})
+        if self.log is not None:
+            values = {f"{EVAL_PREFIX}{name}": value for name, value in results.items()}
+            self.log.write({**self._where(step), **values})
+            self.tracker.log(values, step)
         self.display.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in results.items()))
 
-    def _log(self, step: int, values: dict[str, float], notes: dict[str, Any]) -> None:
-        if self.log is not None:
-            self.log.write({"step": step, "epoch": step / self.plan.steps_per_epoch, **values, **notes})
-            self.tracker.log(values, step)
+    def _where(self, step: int) -> dict[str, float]:
+        return {"step": step, "epoch": step / self.plan.steps_per_epoch}
 
     def _save(self, position: Position) -> None:
         """Save a checkpoint; a save that fails is dropped on all ranks, the run goes on. All ranks."""
-        if self.log is not None:
-            self.log.sync()
         try:
+            self.world.peers.together(lambda: self.log.sync() if self.log is not None else None)
             self.last_saved = save(
                 self.checkpoints_dir,
                 step=position.step,
@@ -368,12 +394,13 @@ class _Run:
             {
                 "recipe": f"{self.name} ({type(self.recipe).__name__}), {type(self.model).__name__}",
                 "parameters": f"{num_parameters:,}{num_new}",
-                "ranks": f"{world.size} x {_device_name(world)}, {torch.get_num_threads()} threads each",
+                "ranks": f"{world.size} x {_device_name(world)}, threads each: {torch.get_num_threads()}",
                 "strategy": f"{self.strategy_name}{_strategy_note(self.strategy_name, world, replicas)}",
                 "precision": self.precision.name,
                 "global batch": f"{options.global_batch_size} = micro-batch {options.micro_batch_size} x "
-                f"accumulation {options.micro_batches / replicas:g} x {replicas} "
-                f"{'rank' if replicas == 1 else 'ranks' if world.size > 1 else 'replicas'}",
+                f"accumulation {-(-options.micro_batches // replicas)} x {replicas} "
+                f"{'rank' if replicas == 1 else 'ranks' if world.size > 1 else 'replicas'}"
+                + (", the last round not full" if options.micro_batches % replicas else ""),
                 "steps": f"{self.num_steps} ({self.plan.steps_per_epoch} an epoch, {self.plan.num_samples:,} samples)",
                 "begins at": begin,
                 "output": str(self.output_dir),

@@ -63,9 +63,11 @@ class Options:
     early_stopping_patience: int = option(0)
     """End the run after so many evaluations without a better metric; 0: never."""
     log_every: int = option(1, mark="free")
-    """Write metrics every so many steps."""
+    """Write training metrics to metrics.jsonl every so many steps."""
     tracker: str = option("tensorboard", mark="free")
     """accelerate trackers, separated by commas (tensorboard, wandb, mlflow, ...), or none."""
+    track_every: int = option(10, mark="free")
+    """Pass training metrics to the trackers every so many steps; evaluations always."""
     resume: str = option("auto", mark="free")
     """auto: from the newest valid checkpoint of the output folder; never; or the path of a checkpoint or run folder."""
     stop_at_step: int = option(0, mark="free")
@@ -96,6 +98,7 @@ class Options:
             "eval_every": 0,
             "early_stopping_patience": 0,
             "log_every": 1,
+            "track_every": 1,
             "stop_at_step": 0,
             "threads_per_rank": 0,
             "num_workers": 0,
@@ -170,7 +173,8 @@ def _peek(argv: Sequence[str], name: str) -> str | None:
 def _config_argv(options_type: type[Options], path: Path) -> list[str]:
     """Return a YAML file as command-line words, so that its values are parsed by the same rules."""
     try:
-        content = yaml.safe_load(path.read_text())
+        with open(path) as file:
+            content = yaml.safe_load(file)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ from shardlaunch.checkpoints.layout import RECIPE
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.display import Display
-from shardlaunch.launcher.run_folder import find_checkpoint
+from shardlaunch.launcher.run_folder import open_path
 
 TEXTS_AT_ONCE = 32
 
@@ -22,8 +22,7 @@ def predict_texts(path: Path, *, texts: Sequence[str], file: Path | None) -> Non
     texts = [*texts, *(_lines(file) if file is not None else ())]
     if not texts:
         raise UserError('no text: give --text "..." or --file PATH')
-    checkpoint = find_checkpoint(str(path), path, peers=Peers(), display=Display(silent=False))
-    assert checkpoint is not None
+    checkpoint = open_path(path, peers=Peers(), display=Display(silent=False))
     folder = checkpoint.step_dir
     if not (folder / "tokenizer_config.json").exists():
         name = checkpoint.read_json(RECIPE)["recipe"]

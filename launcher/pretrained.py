@@ -11,11 +11,14 @@ from shardlaunch.errors import UserError
 
 def from_source(auto_class: Any, source: str | Path, **options: Any) -> Any:
     """Return `auto_class.from_pretrained(source)`. Raises UserError with what else to use when that fails."""
+    path = Path(source)
+    if path.is_file() or (path.is_dir() and not (path / "config.json").exists()):
+        raise UserError(f"--model {source}: not a model folder: there is no config.json in it")
     try:
         return auto_class.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        if Path(source).is_dir():
+        if path.is_dir():
             raise UserError(f"--model {source}: not a model folder: {reason}") from error
         raise UserError(
             f"--model {source}: neither a local folder nor to be had from the hub ({reason}). "

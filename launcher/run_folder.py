@@ -29,7 +29,9 @@ def claim(output_dir: Path) -> Iterator[None]:
         (output_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         descriptor = os.open(output_dir, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"--output-dir {output_dir}: cannot be created: {error.strerror}") from error
+        raise UserError(
+            f"--output-dir {output_dir}: cannot be created: {error.strerror}. Choose another folder."
+        ) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,7 +52,7 @@ def write_run(output_dir: Path, record: Mapping[str, Any], *, least_bytes: int) 
         if free_bytes < least_bytes:
             raise UserError(
                 f"--output-dir {output_dir}: {free_bytes / 1e6:,.1f} MB are free; "
-                f"one checkpoint takes at least {least_bytes / 1e6:,.1f} MB"
+                f"one checkpoint takes at least {least_bytes / 1e6:,.1f} MB. Make room, or choose another folder."
             )
         with open(staged, "w") as file:
             json.dump(record, file, indent=1)
@@ -58,7 +60,7 @@ def write_run(output_dir: Path, record: Mapping[str, Any], *, least_bytes: int) 
             os.fsync(file.fileno())
         staged.rename(output_dir / RUN)
     except OSError as error:
-        raise UserError(f"--output-dir {output_dir}: not writable: {error.strerror}") from error
+        raise UserError(f"--output-dir {output_dir}: not writable: {error.strerror}. Choose another folder.") from error
 
 
 def find_checkpoint(resume: str, output_dir: Path, *, peers: Peers, display: Display) -> Checkpoint | None:
@@ -76,17 +78,27 @@ def find_checkpoint(resume: str, output_dir: Path, *, peers: Peers, display: Dis
         return None
     if resume == "auto":
         return _newest_valid(checkpoints_dir, peers=peers, display=display)
-    path = Path(resume)
+    try:
+        return open_path(Path(resume), peers=peers, display=display)
+    except UserError as error:
+        raise UserError(f"--resume {error}") from error
+
+
+def open_path(path: Path, *, peers: Peers, display: Display) -> Checkpoint:
+    """Return the checkpoint that a path means: a checkpoint's folder, or a run's, of which the newest valid one.
+
+    All ranks. Raises UserError that begins with the path.
+    """
     if not path.is_dir():
-        raise UserError(f"--resume {path}: no such folder")
+        raise UserError(f"{path}: no such folder")
     if step_of_dir_name(path.name) is not None or not (path / CHECKPOINTS).is_dir():
         try:
             return open_checkpoint(path, peers=peers)
         except UserError as error:
-            raise UserError(f"--resume {path}: not a valid checkpoint: {error}") from error
+            raise UserError(f"{path}: not a valid checkpoint: {error}") from error
     checkpoint = _newest_valid(path / CHECKPOINTS, peers=peers, display=display)
     if checkpoint is None:
-        raise UserError(f"--resume {path}: no checkpoint in this run folder")
+        raise UserError(f"{path}: no checkpoint in this run folder")
     return checkpoint
 
 

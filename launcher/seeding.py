@@ -1,11 +1,21 @@
 """The two random streams: seeds derived from where the run stands, so that there is no generator state to keep."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 import xxhash
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+
+# The same for arrays, made once: building numpy scalars would take longer than the arithmetic on a micro-batch.
+_ARRAY_GOLDEN = np.uint64(_GOLDEN)
+_ARRAY_ROUNDS = (
+    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
+    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
+)
+_ARRAY_LAST_SHIFT, _ARRAY_ONE = np.uint64(31), np.uint64(1)
 
 
 def _mix(x: int) -> int:
@@ -38,8 +48,17 @@ def seed_model_stream(seed: int, step: int, micro_batch: int, device: torch.devi
 
 def sample_seeds(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
     """Return one 63-bit seed a sample for random preprocessing: int64, the shape of `samples` (their indices)."""
-    base = np.uint64(derive_seed(seed, "samples", epoch))
-    x = samples.astype(np.uint64) * np.uint64(_GOLDEN) + base
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
+    x = samples.astype(np.uint64)
+    x *= _ARRAY_GOLDEN
+    x += _sample_base(seed, epoch)
+    for shift, factor in _ARRAY_ROUNDS:
+        x ^= x >> shift
+        x *= factor
+    x ^= x >> _ARRAY_LAST_SHIFT
+    x >>= _ARRAY_ONE
+    return x.view(np.int64)
+
+
+@lru_cache(maxsize=4)
+def _sample_base(seed: int, epoch: int) -> np.uint64:
+    return np.uint64(derive_seed(seed, "samples", epoch))

@@ -1,8 +1,9 @@
 """Metrics on disk: metrics.jsonl, one JSON object a line, and accelerate's trackers beside it."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,26 @@ class MetricsLog:
         staged = self.path.with_suffix(".staged")
         staged.write_text("".join(json.dumps(line) + "\n" for line in lines))
         staged.rename(self.path)
-        self._file = open(self.path, "a")  # noqa: SIM115 - closed by close()
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._unwritten = b""
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line, at once."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """Append one line, at once. What a full disk does not take is kept for the next time."""
+        self._unwritten += json.dumps(line).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            self._write()
 
     def sync(self) -> None:
-        """Make the lines durable, so that a checkpoint never knows of more steps than the log."""
-        os.fsync(self._file.fileno())
+        """Make the lines durable, so that a checkpoint never knows of more steps than the log. Raises OSError."""
+        try:
+            self._write()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def _write(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def close(self) -> None:
         """Close the file."""
@@ -50,12 +61,24 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
 
 
 class Trackers:
-    """Pass metrics on to accelerate's trackers. Rank 0, once accelerate's state is set up."""
+    """Pass metrics on to accelerate's trackers. Rank 0, once accelerate's state is set up.
 
-    def __init__(self, names: list[str], output_dir: Path, *, resumed_step: int, options: Mapping[str, Any]) -> None:
+    A tracker whose files cannot be written is dropped with a warning: it must not end the run.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        output_dir: Path,
+        *,
+        resumed_step: int,
+        options: Mapping[str, Any],
+        warn: Callable[[str], None],
+    ) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        self._trackers = []
+        self._warn = warn
+        self._trackers: list[Any] = []
         for name in names:
             tracker_class = LOGGER_TYPE_TO_CLASS[name]
             if name == "tensorboard":
@@ -73,13 +96,19 @@ class Trackers:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Log scalars at a step."""
-        for tracker in self._trackers:
-            tracker.log(dict(values), step=step)
+        self._tell(lambda tracker: tracker.log(dict(values), step=step))
 
     def close(self) -> None:
         """Finish all trackers."""
-        for tracker in self._trackers:
-            tracker.finish()
+        self._tell(lambda tracker: tracker.finish())
+
+    def _tell(self, message: Callable[[Any], object]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                message(tracker)
+            except OSError as error:
+                self._warn(f"tracker {tracker.name} is dropped: {error}")
+                self._trackers.remove(tracker)
 
 
 def tracker_names(option: str) -> list[str]:

@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -93,9 +93,11 @@ class Trainer:
         for model in self.strategy.replicas:
             model.train()
         begun = time.perf_counter()
-        for batch in self.batches.steps(position.step, end):
-            report = self.train_step(batch, begun)
-            position.step = batch.step + 1
+        batches = self.batches.steps(position.step, end)
+        ahead = self._counted(next(batches, None))
+        while ahead.batch is not None:
+            report, ahead = self.train_step(ahead, batches, begun)
+            position.step += 1
             self.hooks.on_step(position.step, report)
             has_improved = self._is_evaluation_due(position.step) and self._evaluate(position)
             self._save_if_due(position, end, has_improved=has_improved)
@@ -103,27 +105,36 @@ class Trainer:
                 return
             begun = time.perf_counter()
 
-    def train_step(self, batch: GlobalBatch, begun: float) -> StepReport:
-        """Consume one global batch. All ranks. Raises UserError on all ranks when loss or gradient is not finite."""
-        num_targets = sum(m.weight * m.num_targets for m in batch.micro_batches)
-        num_tokens = sum(m.weight * m.num_tokens for m in batch.micro_batches)
-        if self.world.size > 1:
-            counts = torch.tensor([num_targets, num_tokens], device=self.world.device)
-            num_targets, num_tokens = self.world.sum(counts).tolist()
+    def train_step(
+        self, counted: "CountedBatch", batches: Iterator[GlobalBatch], begun: float
+    ) -> tuple[StepReport, "CountedBatch"]:
+        """Consume one global batch and load the next. All ranks.
+
+        The next batch's counts are summed over the ranks together with this batch's loss: one small collective a step.
+        Raises UserError on all ranks when loss or gradient is not finite.
+        """
+        batch, num_targets = counted.batch, max(1, counted.num_targets)
+        assert batch is not None
+        last = len(batch.micro_batches) - 1
         scale = self.precision.loss_scale.value if self.precision.loss_scale is not None else 1.0
         replicas = self.strategy.replicas
-        total = torch.zeros((), device=self.world.device)
+        total: torch.Tensor | None = None
         self.buffers.begin_step()
         for slot, micro_batch in enumerate(batch.micro_batches):
             model = replicas[slot % len(replicas)]
             seed_model_stream(self.options.seed, batch.step, micro_batch.index, device_of(model))
             _, _, loss = forward(self.recipe, model, micro_batch, self.precision)
+            if micro_batch.weight:
+                total = loss.detach() if total is None else total + loss.detach().to(total.device)
+            if slot == last:
+                following = next(batches, None)
+                sums = self._begin_sums(total, following)
             factor = micro_batch.weight * scale / num_targets
-            self.strategy.backward(loss * factor, last=slot == len(batch.micro_batches) - 1)
-            total += loss.detach().to(total.device) * micro_batch.weight
+            self.strategy.backward(loss, factor=factor, last=slot == last)
             self.buffers.end_micro_batch(model, index=micro_batch.index, weight=micro_batch.weight)
         norm = self.strategy.finish_gradients(unscale=1.0 / scale, max_norm=self.options.max_grad_norm)
-        loss_value = self.world.sum(total).item() / num_targets
+        loss_sum, ahead = sums()
+        loss_value = loss_sum / num_targets
         is_skipped = self._is_skipped(batch.step, loss_value, norm)
         lr = self._set_lr(batch.step)
         if is_skipped:
@@ -131,15 +142,43 @@ class Trainer:
         else:
             self.strategy.update()
         self.buffers.end_step(num_micro_batches=batch.num_micro_batches)
-        return StepReport(
+        report = StepReport(
             loss=loss_value,
             lr=lr,
             grad_norm=norm,
             samples=batch.num_samples,
-            tokens=num_tokens,
+            tokens=counted.num_tokens,
             step_s=time.perf_counter() - begun,
             is_skipped=is_skipped,
         )
+        return report, ahead
+
+    def _begin_sums(
+        self, loss: torch.Tensor | None, following: GlobalBatch | None
+    ) -> Callable[[], tuple[float, "CountedBatch"]]:
+        """Begin to sum this step's loss and the next batch's counts; return how to get the sums. All ranks."""
+        counts = _counts(following)
+        if self.world.size == 1:
+            assert loss is not None
+            return lambda: (loss.item(), CountedBatch(following, *counts))
+        # float64 holds the loss as it is, and whole numbers up to 2**53.
+        sums = torch.tensor([0.0, *counts], dtype=torch.float64, device=self.world.device)
+        if loss is not None:
+            sums[0] = loss
+        work = self.world.begin_sum(sums)
+
+        def finish() -> tuple[float, CountedBatch]:
+            assert work is not None
+            work.wait()
+            loss_sum, num_targets, num_tokens = sums.tolist()
+            return loss_sum, CountedBatch(following, int(num_targets), int(num_tokens))
+
+        return finish
+
+    def _counted(self, batch: GlobalBatch | None) -> "CountedBatch":
+        """Return the first batch with its counts over all ranks. All ranks."""
+        counts = self.world.sum(torch.tensor(_counts(batch), device=self.world.device))
+        return CountedBatch(batch, *counts.tolist())
 
     def _is_skipped(self, step: int, loss: float, norm: float) -> bool:
         """Decide, from numbers that are the same on all ranks, whether the step's update is skipped."""
@@ -187,6 +226,23 @@ class Trainer:
             if self.precision.loss_scale is not None:
                 position.loss_scale = self.precision.loss_scale.state()
             self.hooks.save(position)
+
+
+class CountedBatch(NamedTuple):
+    """Hold this rank's share of a batch (None: the run is over) and the batch's counts over all ranks."""
+
+    batch: GlobalBatch | None
+    num_targets: int
+    num_tokens: int
+
+
+def _counts(batch: GlobalBatch | None) -> tuple[int, int]:
+    """Return this rank's numbers of (targets, tokens)."""
+    micro_batches = batch.micro_batches if batch is not None else []
+    return (
+        sum(m.weight * m.num_targets for m in micro_batches),
+        sum(m.weight * m.num_tokens for m in micro_batches),
+    )
 
 
 def position_of(trainer_state: dict[str, Any]) -> Position:

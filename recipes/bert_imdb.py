@@ -12,7 +12,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from shardlaunch import Options, Recipe, launch, option
+from shardlaunch import Options, Recipe, UserError, launch, option
 from shardlaunch.launcher.data import class_names, derived, load_splits, require_columns
 from shardlaunch.launcher.demo_data import DEMO, bert_dir, film_reviews
 from shardlaunch.launcher.optimizers import decay_groups
@@ -55,12 +55,14 @@ class BertImdb(Recipe):
         self.source = source
         self.tokenizer = from_source(AutoTokenizer, source)
         splits = film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
-        require_columns(splits, ("text", "label"))
-        splits, self.classes = class_names(splits)
+        require_columns(splits, ("text", "label"), source=options.data)
+        splits, self.classes = class_names(splits, source=options.data)
         return {name: self._tokenized(split) for name, split in splits.items()}
 
     def _tokenized(self, split: Any) -> Any:
-        def tokenize(texts: list[str]) -> dict[str, Any]:
+        def tokenize(texts: list[Any]) -> dict[str, Any]:
+            if not all(isinstance(text, str) for text in texts):
+                raise UserError(f"--data {self.options.data}: there are rows whose 'text' is missing or no text")
             ids = self.tokenizer(texts, truncation=True, max_length=self.options.max_length)["input_ids"]
             return {"input_ids": ids, "length": [len(one) for one in ids]}
 

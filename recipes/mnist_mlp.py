@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from shardlaunch import Options, Recipe, TensorData, launch, option
+from shardlaunch import Options, Recipe, TensorData, UserError, launch, option
 from shardlaunch.launcher.data import class_names, derived, load_splits, require_columns
 from shardlaunch.launcher.demo_data import DEMO, mnist_path
 
@@ -47,9 +47,12 @@ class MnistMlp(Recipe):
         if self.options.data == DEMO:
             return _demo_digits()
         splits = load_splits(self.options.data, seed=self.options.seed)
-        require_columns(splits, ("image", "label"))
-        splits, _ = class_names(splits)
-        return {name: _decoded(split) for name, split in splits.items()}
+        require_columns(splits, ("image", "label"), source=self.options.data)
+        splits, _ = class_names(splits, source=self.options.data)
+        try:
+            return {name: _decoded(split) for name, split in splits.items()}
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"--data {self.options.data}: column 'image' must hold 28x28 images ({error})") from error
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(NUM_PIXELS, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))

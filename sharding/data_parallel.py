@@ -41,9 +41,9 @@ class DataParallel:
         self.optimizer = self._main.optimizer
         self.replicas: list[nn.Module] = [self._main.model, *self._copies]
 
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+    def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
         """Accumulate on the replica that computed the loss."""
-        self._main.backward(loss, last=last)
+        self._main.backward(loss, factor=factor, last=last)
 
     def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
         """Sum the replicas' gradients onto the first."""

@@ -67,5 +67,10 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
     )
 
 
+def is_main_process() -> bool:
+    """Return whether this is rank 0, or no distributed launch at all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _is_true(text: str | None) -> bool:
     return (text or "").lower() in ("1", "true", "yes", "y", "on")

@@ -22,11 +22,11 @@ class Replicated:
         check_optimizer(self.model, self.optimizer)
         self.gradients = GradientBuckets(self.model.parameters(), world=world)
 
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+    def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
         """Accumulate; on the last micro-batch, sum each bucket over the ranks as soon as it is full."""
         if last:
             self.gradients.arm()
-        loss.backward()
+        loss.backward(torch.full_like(loss, factor))
 
     def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
         """Wait for the sums, unscale and clip in one multiplication."""

@@ -54,7 +54,10 @@ def check_ranks(env: LaunchEnvironment, world: World, accelerate_ranks: int) -> 
             "If one process is what you want, unset MASTER_ADDR."
         )
     if env.ranks is not None and env.ranks != world.size:
-        raise UserError(f"{RANKS_VARIABLE}={env.ranks} ranks were asked for, {world.size} are in force")
+        raise UserError(
+            f"{RANKS_VARIABLE}={env.ranks} ranks were asked for, {world.size} are in force. "
+            f"Start the recipe with `shardlaunch run RECIPE --ranks {env.ranks}`, or unset the variable."
+        )
     if not env.world_size == world.size == accelerate_ranks:
         raise UserError(
             f"the launcher started {env.world_size} ranks, but torch.distributed has {world.size} "

@@ -22,8 +22,8 @@ class Strategy(Protocol):
     optimizer: torch.optim.Optimizer
     replicas: list[nn.Module]
 
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Accumulate the gradient of one micro-batch; `last` ends the step's accumulation. All ranks."""
+    def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
+        """Accumulate `factor` times the gradient of one micro-batch; `last` ends the accumulation. All ranks."""
         ...
 
     def finish_gradients(self, *, unscale: float, max_norm: float) -> float:

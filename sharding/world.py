@@ -46,6 +46,10 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def begin_sum(self, tensor: torch.Tensor) -> dist.Work | None:
+        """Begin to sum a tensor over the ranks, in place; `wait` on what is returned. All ranks."""
+        return dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
+
     def main_first(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0, then on the others, which find its caches filled. All ranks.
 

@@ -51,7 +51,7 @@ def test_gradients_equal_plain_ones_in_buckets_of_any_size() -> None:
 
 def test_clipping() -> None:
     strategy = Replicated(_net(), _sgd, world=ALONE)
-    strategy.backward(strategy.model(torch.rand(6, 4)).square().sum() * 8, last=True)
+    strategy.backward(strategy.model(torch.rand(6, 4)).square().sum(), factor=8.0, last=True)
     norm = strategy.finish_gradients(unscale=1 / 8, max_norm=0.01)
     assert norm > 0.01
     assert strategy.gradients.norm() == pytest.approx(0.01)
@@ -76,7 +76,7 @@ def test_data_parallel_with_several_replicas_is_the_same_run() -> None:
             buffers.begin_step()
             for slot, inputs in enumerate(micro_batches):
                 replica = strategy.replicas[slot % len(strategy.replicas)]
-                strategy.backward(replica(inputs).square().sum() / 30, last=slot == 4)
+                strategy.backward(replica(inputs).square().sum(), factor=1 / 30, last=slot == 4)
                 buffers.end_micro_batch(replica, index=slot, weight=1)
             strategy.finish_gradients(unscale=1.0, max_norm=1.0)
             strategy.update()

@@ -1,0 +1,286 @@
+"""What a step of the training loop costs beside a hand-written DDP loop that does the same work.
+
+    python benchmarks/step_overhead.py                          # one rank
+    torchrun --nproc_per_node 2 benchmarks/step_overhead.py     # two ranks on gloo
+
+The work: a 784-128-64-10 perceptron (ReLU, cross-entropy, SGD), 64 random samples a rank and step, cut out of tensors
+in memory in the same order, fp32, one micro-batch a rank, one thread, and the loss as a Python number in each step.
+Ours is `Trainer.run` with its batches, strategy and hooks. It does more on purpose: it gives the gradient's norm, which
+the raw loop does not need, and on several ranks the loss and the counts over all ranks, not those of its own rank.
+
+Every arm has its own model and starts from the same weights. The arms take turns in one process, in alternating order;
+the first round is thrown away, after a check that all arms arrived at the same weights. CPU time is that of this
+process with all its threads (`time.process_time`); on several ranks, of rank 0 alone. "over DDP" is the median of the
+differences within a round to the raw DDP loop of that round, which an uneven machine disturbs less than the medians.
+"""
+
+import argparse
+import gc
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate import PartialState
+from rich.console import Console
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from shardlaunch import Options, Recipe, TensorData
+from shardlaunch.launcher.batches import Batches, BatchPlan
+from shardlaunch.launcher.launch import _Run
+from shardlaunch.launcher.tracking import MetricsLog, Trackers
+from shardlaunch.launcher.trainer import Hooks, Position, StepReport, Trainer
+from shardlaunch.sharding.environment import read_environment
+from shardlaunch.sharding.precision import apply_precision
+from shardlaunch.sharding.replicated import Replicated
+from shardlaunch.sharding.world import World, available_cores, connect, disconnect
+
+MICRO_BATCH = 64
+STEPS_PER_EPOCH = 200
+LR = 0.01  # small, so that rounding does not grow within the round that checks the weights
+GOAL_US = 50.0
+BASE = "raw loop, DDP"
+
+Advance = Callable[[int, int], None]  # do the steps [first, end)
+
+
+class Perceptron(Recipe):
+    """Train a perceptron on random tensors."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
+        return F.cross_entropy(outputs, batch["labels"], reduction="sum")
+
+    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for _, p in parameters], lr=self.options.lr)
+
+
+@dataclass(kw_only=True)
+class Arm:
+    """Hold what is measured: a model, how to advance it, and the seconds a step of each round."""
+
+    name: str
+    model: nn.Module
+    advance: Advance
+    cpu_s: list[float] = field(default_factory=list)
+    wall_s: list[float] = field(default_factory=list)
+
+    def measure(self, first: int, end: int) -> None:
+        """Do the steps [first, end) and note what they cost. All ranks."""
+        gc.collect()  # an arm pays for its own garbage only
+        if dist.is_initialized():
+            dist.barrier()
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.advance(first, end)
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        self.cpu_s.append(cpu / (end - first))
+        self.wall_s.append(wall / (end - first))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Hold what all arms share."""
+
+    world: World
+    recipe: Perceptron
+    options: Options
+    data: TensorData
+    plan: BatchPlan
+    weights: dict[str, torch.Tensor]
+    num_steps: int
+
+    def model(self) -> nn.Module:
+        """Return a model with the weights that all arms start from."""
+        model = self.recipe.model()
+        model.load_state_dict(self.weights)
+        return model
+
+    def raw(self, name: str, *, use_ddp: bool) -> Arm:
+        """Return the loop that one writes by hand."""
+        model = self.model()
+        wrapped = DistributedDataParallel(model) if use_ddp else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        inputs, labels = self.data.columns["inputs"], self.data.columns["labels"]
+        plan, offset = self.plan, self.world.rank * MICRO_BATCH
+
+        def advance(first: int, end: int) -> None:
+            order = torch.empty(0)
+            wrapped.train()
+            for step in range(first, end):
+                epoch, position = divmod(step, STEPS_PER_EPOCH)
+                if position == 0 or step == first:
+                    order = torch.from_numpy(plan.order(epoch))
+                begin = position * plan.global_batch_size + offset
+                rows = order[begin : begin + MICRO_BATCH]
+                outputs = wrapped(inputs.index_select(0, rows))
+                loss = F.cross_entropy(outputs, labels.index_select(0, rows))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                assert math.isfinite(loss.item())
+
+        return Arm(name=name, model=model, advance=advance)
+
+    def ours(self, name: str, *, on_step: Callable[[int, StepReport], None]) -> Arm:
+        """Return our loop, without evaluation and checkpoints."""
+        world = self.world
+        strategy = Replicated(self.model(), self.recipe.optimizer, world=world)
+        batches = Batches(
+            self.data,
+            self.plan,
+            collate=self.recipe.collate,
+            num_targets=self.recipe.num_targets,
+            num_tokens=self.recipe.num_tokens,
+            rank=world.rank,
+            num_ranks=world.size,
+            training=True,
+        )
+        trainer = Trainer(
+            self.recipe,
+            self.options,
+            strategy,
+            batches,
+            None,
+            world=world,
+            precision=apply_precision("fp32", world.device),
+            num_steps=self.num_steps,
+            hooks=Hooks(on_step=on_step, on_evaluation=lambda step, results: None, save=lambda position: None),
+        )
+        position = Position()
+
+        def advance(first: int, end: int) -> None:
+            assert position.step == first
+            self.options.stop_at_step = end
+            trainer.run(position)
+
+        return Arm(name=name, model=strategy.model, advance=advance)
+
+    @contextmanager
+    def run_hook(self, output_dir: Path, *, tracker: str) -> Iterator[Callable[[int, StepReport], None]]:
+        """Give the hook that a run calls after each step, with a progress view that shows plain lines to nobody."""
+        output_dir.mkdir()
+        run = _Run(self.recipe, self.options, self.world, "ddp", "fp32")
+        run.plan, run.num_steps, run.log = self.plan, self.num_steps, None
+        if not self.world.is_main:
+            yield run._on_step
+            return
+        with open(os.devnull, "w") as nobody:
+            run.display.console = Console(file=nobody)
+            run.progress = run.display.progress(done=0, total=self.num_steps)
+            run.log = MetricsLog(output_dir, resumed_step=0)
+            run.tracker = Trackers([tracker] if tracker else [], output_dir, resumed_step=0, options={})
+            yield run._on_step
+            run.tracker.close()
+            run.log.close()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure all arms and print a table. All ranks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10, help="rounds that count, after one that does not")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each arm in a round")
+    args = parser.parse_args(argv)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)
+    world = connect(read_environment())
+    PartialState(cpu=True)  # the trackers ask it which rank this is
+    if not dist.is_initialized():  # the raw DDP loop needs a group; our loop on one rank does not use it
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with tempfile.TemporaryDirectory() as folder:
+        _measure(world, Path(folder), rounds=args.rounds, steps=args.steps)
+    disconnect(world)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _measure(world: World, folder: Path, *, rounds: int, steps: int) -> None:
+    torch.manual_seed(0)
+    num_samples = STEPS_PER_EPOCH * MICRO_BATCH * world.size
+    options = Options(global_batch_size=MICRO_BATCH * world.size, micro_batch_size=MICRO_BATCH, lr=LR)
+    recipe = Perceptron(options)
+    bench = Bench(
+        world=world,
+        recipe=recipe,
+        options=options,
+        data=TensorData(inputs=torch.randn(num_samples, 784), labels=torch.randint(10, (num_samples,))),
+        plan=BatchPlan(
+            num_samples=num_samples,
+            global_batch_size=options.global_batch_size,
+            micro_batch_size=options.micro_batch_size,
+            seed=0,
+        ),
+        weights=recipe.model().state_dict(),
+        num_steps=(rounds + 1) * steps + 1,  # one more, so that no round ends the run
+    )
+    with (
+        bench.run_hook(folder / "log", tracker="") as log,
+        bench.run_hook(folder / "log_and_tensorboard", tracker="tensorboard") as log_and_tensorboard,
+    ):
+        arms = [
+            bench.raw(BASE, use_ddp=True),
+            bench.ours("ours, hooks do nothing", on_step=lambda step, report: None),
+            bench.ours("ours, metrics.jsonl", on_step=log),
+            bench.ours("ours, metrics.jsonl and TensorBoard", on_step=log_and_tensorboard),
+        ]
+        if world.size == 1:
+            arms.insert(0, bench.raw("raw loop, no DDP", use_ddp=False))
+        for number in range(rounds + 1):
+            for arm in arms if number % 2 else reversed(arms):
+                arm.measure(number * steps, (number + 1) * steps)
+            if number == 0:
+                _check_same_weights(arms)
+    if world.is_main:
+        _print_table(arms, world, rounds=rounds, steps=steps)
+
+
+def _check_same_weights(arms: Sequence[Arm]) -> None:
+    """Check that the arms did the same work, but for rounding."""
+    expected = arms[0].model.state_dict()
+    for arm in arms[1:]:
+        for name, weight in arm.model.state_dict().items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def _print_table(arms: Sequence[Arm], world: World, *, rounds: int, steps: int) -> None:
+    print(
+        f"machine  {available_cores()} cores, {_processor()}, {platform.system()}, Python {platform.python_version()}"
+    )
+    print(f"torch    {torch.__version__}, {torch.get_num_threads()} thread, {world.size} rank(s), figures of rank 0")
+    print(f"figures  microseconds a step, median [least, most] of {rounds} rounds of {steps} steps\n")
+    base = next(arm for arm in arms if arm.name == BASE)
+    width = max(len(arm.name) for arm in arms)
+    print(f"{'':{width}}  {'CPU':>20}  {'wall':>20}  {'CPU over DDP':>20}")
+    for arm in arms:
+        over = [ours - raw for ours, raw in zip(arm.cpu_s[1:], base.cpu_s[1:], strict=True)]
+        cells = (_cell(arm.cpu_s[1:]), _cell(arm.wall_s[1:]), _cell(over) if arm is not base else "")
+        print(f"{arm.name:{width}}  " + "  ".join(f"{cell:>20}" for cell in cells))
+    print(f"\ngoal: ours at most {GOAL_US:.0f} microseconds of CPU over the raw DDP loop")
+
+
+def _cell(seconds: Sequence[float]) -> str:
+    middle, least, most = (1e6 * f(seconds) for f in (statistics.median, min, max))
+    return f"{middle:.0f} [{least:.0f}, {most:.0f}]"
+
+
+def _processor() -> str:
+    """Return the processor's model, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()

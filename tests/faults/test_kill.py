@@ -1,0 +1,77 @@
+"""kill -9 at any moment: the run resumes from its last checkpoint and ends as if nothing had happened."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.recipes import final_tensors, training_lines
+
+ROOT = Path(__file__).parents[2]
+SHARDLAUNCH = Path(sys.executable).with_name("shardlaunch")
+TIMEOUT_S = 120
+
+
+def _command(num_ranks: int, output_dir: Path) -> list[str]:
+    return [
+        *(str(SHARDLAUNCH), "run", str(ROOT / "recipes/mnist_mlp.py"), "--ranks", str(num_ranks), "--"),
+        *("--preset", "demo", "--max-steps", "120", "--save-every", "7", "--momentum", "0.9", "--tracker", "none"),
+        *("--threads-per-rank", "1", "--keep", "3", "--output-dir", str(output_dir)),
+    ]
+
+
+def _run(num_ranks: int, output_dir: Path) -> None:
+    done = subprocess.run(_command(num_ranks, output_dir), capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _kill_at(step: int, num_ranks: int, output_dir: Path) -> None:
+    """Start the run, kill one of its ranks when its log has reached `step`, and wait for the launcher to end."""
+    launcher = subprocess.Popen(_command(num_ranks, output_dir), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log = output_dir / "metrics.jsonl"
+    begun = time.monotonic()
+    while not log.exists() or log.read_bytes().count(b"\n") < step:
+        assert launcher.poll() is None, launcher.communicate()[0].decode()
+        assert time.monotonic() - begun < TIMEOUT_S
+        time.sleep(0.001)
+    ranks = psutil.Process(launcher.pid).children(recursive=True)
+    random.Random(step).choice(ranks or [psutil.Process(launcher.pid)]).send_signal(signal.SIGKILL)
+    output = launcher.communicate(timeout=TIMEOUT_S)[0].decode()
+    assert launcher.returncode != 0
+    assert "Traceback" not in output, output
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    output_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    _run(request.param, output_dir)
+    return request.param, output_dir
+
+
+def test_killed_and_resumed_is_bit_identical(uninterrupted: tuple[int, Path], tmp_path: Path) -> None:
+    num_ranks, expected = uninterrupted
+    output_dir = tmp_path / "run"
+    for step in (17, 53):
+        _kill_at(step, num_ranks, output_dir)
+    _run(num_ranks, output_dir)
+    assert training_lines(output_dir) == training_lines(expected)
+    tensors, others = final_tensors(expected), final_tensors(output_dir)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[key], others[key]) for key in tensors)
+    assert not list((output_dir / "checkpoints").glob(".*")), "what the crash left must be swept away"
+
+
+def test_a_dead_run_leaves_no_lock(tmp_path: Path) -> None:
+    output_dir = tmp_path / "run"
+    _kill_at(10, 1, output_dir)
+    _run(1, output_dir)
+    assert json.loads((output_dir / "run.json").read_text())["ranks"] == 1
+    assert os.listdir(output_dir / "checkpoints")[0].startswith("step-")

@@ -1,0 +1,114 @@
+"""The command lines of the README, as a user types them."""
+
+import json
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.launch.command import ACCELERATE, BERT, MNIST, PYTHON, SHARDLAUNCH, TORCHRUN, end_of, environment
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "accelerate_configs"
+LAUNCHERS = {
+    "python": (PYTHON, 1, "single"),
+    "accelerate launch": (ACCELERATE, 1, "single"),
+    "accelerate launch ddp.yaml": ((*ACCELERATE, "--config_file", str(CONFIGS / "ddp.yaml")), 2, "ddp"),
+    "accelerate launch dp.yaml": ((*ACCELERATE, "--config_file", str(CONFIGS / "dp.yaml")), 1, "single"),
+    "torchrun": ((*TORCHRUN, "--nproc_per_node", "2"), 2, "ddp"),
+    "shardlaunch run": ((*SHARDLAUNCH, "run"), 1, "single"),
+    "shardlaunch run --ranks 3": ((*SHARDLAUNCH, "run", "--ranks", "3", "--strategy", "ddp"), 3, "ddp"),
+    "shardlaunch run --strategy dp": ((*SHARDLAUNCH, "run", "--strategy", "dp"), 1, "dp"),
+}
+
+
+@pytest.fixture(scope="session")
+def hf_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hf-home")
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_launcher_starts_the_run_that_was_asked_for(name: str, hf_home: Path, tmp_path: Path) -> None:
+    words, num_ranks, strategy = LAUNCHERS[name]
+    separator = ("--",) if "shardlaunch" in name else ()
+    options = ("--preset", "demo", "--max-steps", "3", "--tracker", "none", "--output-dir", str(tmp_path))
+    # accelerate decides by the GPUs that it finds; the CPU is what the launcher finds without being told.
+    env = {k: v for k, v in environment(hf_home).items() if k != "ACCELERATE_USE_CPU"} | {"CUDA_VISIBLE_DEVICES": ""}
+    ended = end_of((*words, MNIST, *separator, *options), env)
+    assert ended.status == 0, ended.both
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["ranks"], record["strategy"]) == (num_ranks, strategy)
+    # accelerate and torchrun say which of their defaults they use.
+    assert "accelerate" in name or name == "torchrun" or ended.err == "", ended.both
+    if strategy == "dp":
+        assert "on CPU there is just one" in ended.out
+
+
+def test_a_review_run_from_training_to_prediction(hf_home: Path, tmp_path: Path) -> None:
+    options = (
+        *("--preset", "demo", "--max-steps", "2", "--max-length", "16", "--global-batch-size", "8"),
+        *("--micro-batch-size", "4", "--output-dir", str(tmp_path / "run")),
+    )
+    env = environment(hf_home, {"HF_HUB_OFFLINE": "1"})
+    ended = end_of((*SHARDLAUNCH, "run", BERT, "--ranks", "2", "--", *options), env)
+    assert ended.status == 0, ended.both
+    assert ended.err == "", "a normal run's output is the run's own"
+    assert "fresh weights: classifier.weight, classifier.bias" in ended.out
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    fields = {"step", "epoch", "loss", "lr", "grad_norm", "samples", "tokens", "step_s"}
+    assert [fields <= line.keys() for line in lines] == [True, True, False]
+    assert {"step", "eval/loss", "eval/accuracy"} <= lines[2].keys()
+
+    (usage,) = [line for line in ended.out.splitlines() if line.startswith("use ")]
+    pasted = shlex.split(usage.removeprefix("use"))
+    assert pasted[0] == "python"
+    used = end_of((sys.executable, *pasted[1:]), env)
+    assert used.status == 0, used.both
+    assert "'label':" in used.out
+
+    (tmp_path / "texts").write_text("a triumph\n\nan awful mess\n")
+    words = ("predict", str(tmp_path / "run"), "--text", "a wonderful film", "--file", str(tmp_path / "texts"))
+    predicted = end_of((*SHARDLAUNCH, *words), env)
+    assert predicted.status == 0, predicted.both
+    rows = [line.split("\t") for line in predicted.out.splitlines()]
+    assert [row[2] for row in rows] == ["a wonderful film", "a triumph", "an awful mess"]
+    for label, shares, _ in rows:
+        probabilities = dict(zip(shares.split()[::2], map(float, shares.split()[1::2]), strict=True))
+        assert set(probabilities) == {"rotten", "fresh"}
+        assert max(probabilities, key=lambda name: probabilities[name]) == label
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-3)
+
+    again = end_of((*SHARDLAUNCH, "run", BERT, "--ranks", "2", "--", *options), env)
+    assert again.status == 0, again.both
+    assert "this run is complete: 2 of 2 steps" in again.out
+
+
+def test_the_recipe_in_the_readme_works_outside_the_repo(hf_home: Path, tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) < 60
+    (tmp_path / "my_recipe.py").write_text(code)
+    words = (*SHARDLAUNCH, "run", str(tmp_path / "my_recipe.py"), "--ranks", "2", "--")
+    ended = end_of((*words, "--max-steps", "20", "--output-dir", str(tmp_path / "run")), environment(hf_home))
+    assert ended.status == 0, ended.both
+    helped = end_of((*PYTHON, str(tmp_path / "my_recipe.py"), "--help"), environment(hf_home))
+    assert helped.status == 0
+    assert "--global-batch-size" in helped.out
+
+
+def test_a_wheel_installs_one_package(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"shardlaunch"}
+    for needed in ("py.typed", "launcher/trainer.py", "sharding/resolve.py", "checkpoints/writer.py"):
+        assert f"shardlaunch/{needed}" in names
