@@ -37,7 +37,7 @@ from shardlaunch.launcher.run_folder import (
 )
 from shardlaunch.launcher.tracking import EVAL_PREFIX, MetricsLog, Trackers, read_metrics, tracker_names
 from shardlaunch.launcher.trainer import Hooks, Position, StepReport, Trainer, position_of, state_of
-from shardlaunch.sharding.environment import is_main_process, read_environment
+from shardlaunch.sharding.environment import is_distributed_launch, is_main_process, read_environment
 from shardlaunch.sharding.precision import apply_precision, resolve_precision
 from shardlaunch.sharding.resolve import STRATEGIES, check_ranks, resolve_strategy
 from shardlaunch.sharding.world import World, connect, disconnect, threads_per_rank
@@ -63,7 +63,7 @@ def launch(recipe_type: type[Recipe]) -> None:
     """Run the recipe as the command line says. The last line of every recipe file; does nothing when it is imported."""
     if recipe_type.__module__ == "__main__":
         status = run(recipe_type, sys.argv[1:])
-        if read_environment().is_distributed:
+        if is_distributed_launch():
             # Threads of gloo may outlive the process group; the interpreter, taking itself down around them, now and
             # then aborts ("terminate called without an active exception") and makes a failure of a run that went well.
             sys.stdout.flush()

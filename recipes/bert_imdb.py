@@ -46,7 +46,17 @@ class BertImdb(Recipe):
     """Fine-tune a BERT-like encoder to classify texts (AdamW, linear warm-up and decay, dynamic padding)."""
 
     options: BertOptions
-    presets = {DEMO: {"model": DEMO, "data": DEMO, "max_length": 128, "epochs": 1, "lr": 1e-4, "micro_batch_size": 16}}
+    presets = {
+        DEMO: {
+            "model": DEMO,
+            "data": DEMO,
+            "max_length": 128,
+            "epochs": 1,
+            "lr": 1e-4,
+            "micro_batch_size": 16,
+            "save_every": 100,
+        }
+    }
     best_metric = "accuracy"
 
     def datasets(self) -> Mapping[str, Any]:

@@ -47,7 +47,7 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
         accelerate_strategy = f"zero{env.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '')}"
     elif _is_true(env.get("ACCELERATE_USE_FSDP")):
         accelerate_strategy = "fsdp2" if env.get("FSDP_VERSION") == "2" else "fsdp1"
-    is_distributed = "RANK" in env and "WORLD_SIZE" in env
+    is_distributed = is_distributed_launch(env)
     world_size = number("WORLD_SIZE") or 1 if is_distributed else 1
     return LaunchEnvironment(
         rank=number("RANK") or 0 if is_distributed else 0,
@@ -65,6 +65,12 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
         # accelerate's one-process launcher names an address to meet at only when it was asked for several processes.
         lone_of_many="ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and not is_distributed,
     )
+
+
+def is_distributed_launch(environ: Mapping[str, str] | None = None) -> bool:
+    """Return whether this process was started as one of a group."""
+    env = os.environ if environ is None else environ
+    return "RANK" in env and "WORLD_SIZE" in env
 
 
 def is_main_process() -> bool:
