@@ -6,7 +6,8 @@
 The work: a 784-128-64-10 perceptron (ReLU, cross-entropy, SGD), 64 random samples a rank and step, cut out of tensors
 in memory in the same order, fp32, one micro-batch a rank, one thread, and the loss as a Python number in each step.
 Ours is `Trainer.run` with its batches, strategy and hooks. It does more on purpose: it gives the gradient's norm, which
-the raw loop does not need, and on several ranks the loss and the counts over all ranks, not those of its own rank.
+the raw loop does not need, and on several ranks the loss and the counts over all ranks, not those of its own rank (one
+raw arm there sums the loss too). A run writes metrics.jsonl each step and tells TensorBoard every tenth, as by default.
 
 Every arm has its own model and starts from the same weights. The arms take turns in one process, in alternating order;
 the first round is thrown away, after a check that all arms arrived at the same weights. CPU time is that of this
@@ -38,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shardlaunch import Options, Recipe, TensorData
 from shardlaunch.launcher.batches import Batches, BatchPlan
-from shardlaunch.launcher.launch import _Run
+from shardlaunch.launcher.launch import Run
 from shardlaunch.launcher.tracking import MetricsLog, Trackers
 from shardlaunch.launcher.trainer import Hooks, Position, StepReport, Trainer
 from shardlaunch.sharding.environment import read_environment
@@ -108,8 +109,8 @@ class Bench:
         model.load_state_dict(self.weights)
         return model
 
-    def raw(self, name: str, *, use_ddp: bool) -> Arm:
-        """Return the loop that one writes by hand."""
+    def raw(self, name: str, *, use_ddp: bool, sum_loss: bool = False) -> Arm:
+        """Return the loop that one writes by hand. `sum_loss`: it logs the loss over all ranks, as ours does."""
         model = self.model()
         wrapped = DistributedDataParallel(model) if use_ddp else model
         optimizer = torch.optim.SGD(model.parameters(), lr=LR)
@@ -130,6 +131,9 @@ class Bench:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                if sum_loss:
+                    loss = loss.detach() / self.world.size
+                    dist.all_reduce(loss)
                 assert math.isfinite(loss.item())
 
         return Arm(name=name, model=model, advance=advance)
@@ -172,7 +176,7 @@ class Bench:
     def run_hook(self, output_dir: Path, *, tracker: str) -> Iterator[Callable[[int, StepReport], None]]:
         """Give the hook that a run calls after each step, with a progress view that shows plain lines to nobody."""
         output_dir.mkdir()
-        run = _Run(self.recipe, self.options, self.world, "ddp", "fp32")
+        run = Run(self.recipe, self.options, self.world, "ddp", "fp32")
         run.plan, run.num_steps, run.log = self.plan, self.num_steps, None
         if not self.world.is_main:
             yield run._on_step
@@ -181,7 +185,7 @@ class Bench:
             run.display.console = Console(file=nobody)
             run.progress = run.display.progress(done=0, total=self.num_steps)
             run.log = MetricsLog(output_dir, resumed_step=0)
-            run.tracker = Trackers([tracker] if tracker else [], output_dir, resumed_step=0, options={})
+            run.tracker = Trackers([tracker] if tracker else [], output_dir, resumed_step=0, options={}, warn=print)
             yield run._on_step
             run.tracker.close()
             run.log.close()
@@ -237,6 +241,8 @@ def _measure(world: World, folder: Path, *, rounds: int, steps: int) -> None:
         ]
         if world.size == 1:
             arms.insert(0, bench.raw("raw loop, no DDP", use_ddp=False))
+        else:
+            arms.insert(1, bench.raw("raw loop, DDP, loss over all ranks", use_ddp=True, sum_loss=True))
         for number in range(rounds + 1):
             for arm in arms if number % 2 else reversed(arms):
                 arm.measure(number * steps, (number + 1) * steps)

@@ -89,7 +89,7 @@ def run(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         torch.set_num_threads(threads_per_rank(options.threads_per_rank, env))
         world = connect(env)
         check_ranks(env, world, _accelerate_ranks(world))
-        _Run(recipe_type(options), options, world, strategy_name, precision_name).run()
+        Run(recipe_type(options), options, world, strategy_name, precision_name).run()
     except SystemExit as exit_:  # the command line's own message or help
         if exit_.code and not is_main_process():
             time.sleep(LAST_WORD_S)
@@ -157,7 +157,7 @@ def _report(world: World | None, message: str, *, with_traceback: bool) -> None:
         time.sleep(LAST_WORD_S)
 
 
-class _Run:
+class Run:
     """One launch of a run, from its data to its last line."""
 
     def __init__(self, recipe: Recipe, options: Options, world: World, strategy_name: str, precision_name: str) -> None:

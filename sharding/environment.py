@@ -42,6 +42,11 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
         except ValueError:
             raise UserError(f"environment variable {name}={text!r} is not a whole number") from None
 
+    if is_distributed_launch(env) and env.get("MASTER_PORT") == "0":
+        raise UserError(
+            "MASTER_PORT=0: the ranks cannot meet on a port that nobody chose. "
+            "Start torchrun with --standalone in the place of --master_port 0."
+        )
     accelerate_strategy = None
     if _is_true(env.get("ACCELERATE_USE_DEEPSPEED")):
         accelerate_strategy = f"zero{env.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '')}"

@@ -157,6 +157,7 @@ def test_strategy(option: str, variables: dict[str, str], expected: str) -> None
         ("ddp", {**TORCHRUN, "SHARDLAUNCH_STRATEGY": "single"}, "two strategies"),
         ("auto", {**TORCHRUN, "ACCELERATE_USE_FSDP": "true"}, "accelerate's configuration"),
         ("auto", {"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x'"),
+        ("auto", {**TORCHRUN, "MASTER_PORT": "0"}, "--standalone"),
     ],
 )
 def test_strategies_that_cannot_be(option: str, variables: dict[str, str], complaint: str) -> None:
