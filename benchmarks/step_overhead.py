@@ -161,7 +161,12 @@ class Bench:
             world=world,
             precision=apply_precision("fp32", world.device),
             num_steps=self.num_steps,
-            hooks=Hooks(on_step=on_step, on_evaluation=lambda step, results: None, save=lambda position: None),
+            hooks=Hooks(
+                on_step=on_step,
+                on_evaluating=lambda done, total: None,
+                on_evaluation=lambda step, results: None,
+                save=lambda position: None,
+            ),
         )
         position = Position()
 

@@ -87,8 +87,7 @@ class ProgressView:
         rate = (tokens or samples) / max(step_s, 1e-9)
         self._rate = rate if not self._rate else RATE_MEMORY * self._rate + (1 - RATE_MEMORY) * rate
         now = time.monotonic()
-        is_due = now - self._shown >= PLAIN_LINE_S or step in (self._first + 1, self._total)
-        if self._bar is None and not is_due:
+        if self._bar is None and not (self._is_due() or step in (self._first + 1, self._total)):
             return
         status = f"loss {loss:.4f}  lr {lr:.2e}  {self._rate:,.0f} {'tokens' if tokens else 'samples'}/s"
         if self._bar is not None:
@@ -97,6 +96,18 @@ class ProgressView:
             self._shown = now
             left_s = (now - self._begun) / max(1, step - self._first) * (self._total - step)
             self._console.print(f"step {step}/{self._total}  {status}  {_duration(left_s)} left")
+
+    def evaluating(self, num_done: int, num_samples: int) -> None:
+        """Show how far an evaluation is."""
+        status = f"evaluating {num_done:,}/{num_samples:,}"
+        if self._bar is not None:
+            self._bar.update(self._task, status=status)
+        elif self._is_due():
+            self._shown = time.monotonic()
+            self._console.print(status)
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._shown >= PLAIN_LINE_S
 
 
 def _duration(seconds: float) -> str:

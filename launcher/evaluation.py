@@ -1,5 +1,7 @@
 """Evaluation: every sample once, sharded over the ranks, the same metrics on any number of them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -32,19 +34,26 @@ class Evaluator:
         return ["loss", *self._metrics]
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Return the mean loss a target and the recipe's metrics. All ranks."""
+    def evaluate(self, model: nn.Module, on_progress: Callable[[int, int], None]) -> dict[str, float]:
+        """Return the mean loss a target and the recipe's metrics. All ranks.
+
+        `on_progress` is told how many samples are done, of how many.
+        """
         model.eval()
+        plan = self._batches.plan
+        num_done = 0
         for metric in self._metrics.values():
             metric.reset()
         sums = torch.zeros(2, dtype=torch.float64, device=self._world.device)
-        for batch in self._batches.steps(0, self._batches.plan.steps_per_epoch):
+        for batch in self._batches.steps(0, plan.steps_per_epoch):
             for micro_batch in batch.micro_batches:
                 inputs, outputs, loss = forward(self._recipe, model, micro_batch, self._precision)
                 if micro_batch.weight:
                     sums[0] += loss
                     sums[1] += micro_batch.num_targets
                     self._recipe.update(self._metrics, outputs, inputs)
+            num_done += batch.num_samples
+            on_progress(num_done, plan.num_samples)
         model.train()
         loss, num_targets = self._world.sum(sums).tolist()
         results = {"loss": loss / num_targets}

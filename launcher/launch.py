@@ -254,7 +254,12 @@ class Run:
             world=world,
             precision=self.precision,
             num_steps=self.num_steps,
-            hooks=Hooks(on_step=self._on_step, on_evaluation=self._on_evaluation, save=self._save),
+            hooks=Hooks(
+                on_step=self._on_step,
+                on_evaluating=self._on_evaluating,
+                on_evaluation=self._on_evaluation,
+                save=self._save,
+            ),
         )
 
     def _batches(self, dataset: Any, plan: BatchPlan, *, training: bool) -> Batches:
@@ -343,6 +348,10 @@ class Run:
             self.log.write({**self._where(step), **values, **counts, **skipped})
         if step % self.options.track_every == 0 or step == self.num_steps:
             self.tracker.log(values, step)
+
+    def _on_evaluating(self, num_done: int, num_samples: int) -> None:
+        assert self.progress is not None
+        self.progress.evaluating(num_done, num_samples)
 
     def _on_evaluation(self, step: int, results: dict[str, float]) -> None:
         if self.log is not None:

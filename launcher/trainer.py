@@ -51,6 +51,7 @@ class Hooks:
     """What the trainer calls as the run goes on. `save` is called by all ranks, the others too but for their effect."""
 
     on_step: Callable[[int, StepReport], None]
+    on_evaluating: Callable[[int, int], None]
     on_evaluation: Callable[[int, dict[str, float]], None]
     save: Callable[[Position], None]
 
@@ -206,7 +207,7 @@ class Trainer:
     def _evaluate(self, position: Position) -> bool:
         """Evaluate and keep track of the best value. Return whether it improved."""
         assert self.evaluator is not None
-        results = self.evaluator.evaluate(self.strategy.replicas[0])
+        results = self.evaluator.evaluate(self.strategy.replicas[0], self.hooks.on_evaluating)
         self.hooks.on_evaluation(position.step, results)
         value, best = results[self.recipe.best_metric], position.best_value
         is_better = best is None or (value > best if self.evaluator.higher_is_better else value < best)
