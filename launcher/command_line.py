@@ -116,7 +116,7 @@ def _run_agent(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # in this process only: the ranks speak for themselves
     try:
         run.run(run.parse_args(argv))
     except ChildFailedError as error:
