@@ -24,7 +24,7 @@ _NAMES_NOT_INHERITED = (
     "OMP_NUM_THREADS",
     "TRANSFORMERS_OFFLINE",
 )
-STUCK_S = 300  # no command takes so long; one that does would hang for ever
+STUCK_S = 300  # no short run takes so long; one that does would hang for ever
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def environment(hf_home: Path, extra: Mapping[str, str] | None = None) -> dict[s
     return {**kept, "HF_HOME": str(hf_home), "ACCELERATE_USE_CPU": "true", **(extra or {})}
 
 
-def end_of(words: Sequence[str], env: Mapping[str, str]) -> Ended:
+def end_of(words: Sequence[str], env: Mapping[str, str], *, stuck_s: float = STUCK_S) -> Ended:
     """Run a command line to its end."""
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=STUCK_S, stdin=subprocess.DEVNULL)
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=stuck_s, stdin=subprocess.DEVNULL)
     return Ended(status=done.returncode, out=done.stdout, err=done.stderr)
