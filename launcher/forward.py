@@ -1,10 +1,12 @@
 """One forward pass of a micro-batch, the same in training and evaluation."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from shardlaunch.errors import UserError
 from shardlaunch.launcher.batches import MicroBatch
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.sharding.precision import Precision
@@ -13,11 +15,18 @@ from shardlaunch.sharding.precision import Precision
 def forward(
     recipe: Recipe, model: nn.Module, micro_batch: MicroBatch, precision: Precision
 ) -> tuple[Any, Any, torch.Tensor]:
-    """Return the micro-batch on the model's device, the model's outputs, and the sum of the loss."""
+    """Return the micro-batch on the model's device, the model's outputs, and the sum of the loss.
+
+    Raises UserError when the recipe's loss is no scalar.
+    """
     inputs = to_device(micro_batch.inputs, device_of(model))
     with precision.forward_context():
         outputs = recipe.forward(model, inputs)
-        return inputs, outputs, recipe.loss(outputs, inputs)
+        loss = recipe.loss(outputs, inputs)
+    if not isinstance(loss, torch.Tensor) or loss.ndim:
+        got = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise UserError(f"the recipe's loss() must return a scalar tensor, the sum over targets; it gave {got}")
+    return inputs, outputs, loss
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -26,8 +35,12 @@ def to_device(value: Any, device: torch.device) -> Any:
         return value
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
+    if hasattr(value, "to"):  # a tokenizer's BatchEncoding, for one
+        return value.to(device)
+    if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(item, device) for item in value))
     if isinstance(value, list | tuple):
         return type(value)(to_device(item, device) for item in value)
     return value

@@ -1,5 +1,6 @@
 """What makes two runs the same run, and the comparison at a resume."""
 
+import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -64,7 +65,9 @@ def run_identity(
     """Return the identity of a run. `in_force` gives resolved values of `warn` options (precision, threads, ...)."""
     by_mark: dict[str, dict[str, Any]] = {"identity": {}, "warn": {}, "free": {}}
     for name, mark in marks(options).items():
-        by_mark[mark][flag(name)] = getattr(options, name)
+        # When early stopping watches the evaluations, how often there is one decides where the run ends.
+        decides = name == "eval_every" and options.early_stopping_patience
+        by_mark["identity" if decides else mark][flag(name)] = as_json(getattr(options, name))
     # The number of steps stands for both ways of giving it.
     for name in ("--epochs", "--max-steps"):
         del by_mark["identity"][name]
@@ -82,12 +85,25 @@ def run_record(identity: Identity, options: Options, ranks: int, strategy: str) 
     """Return the content of run.json."""
     return {
         **identity.to_json(),
-        "options": {name: {"value": value, "mark": marks(options)[name]} for name, value in asdict(options).items()},
+        "options": {
+            name: {"value": value, "mark": marks(options)[name]} for name, value in option_values(options).items()
+        },
         "ranks": ranks,
         "strategy": strategy,
         "versions": versions(),
         "machine": {"python": platform.python_version(), "processor": platform.machine()},
     }
+
+
+def option_values(options: Options) -> dict[str, Any]:
+    """Return the options as JSON holds them."""
+    values: dict[str, Any] = as_json(asdict(options))
+    return values
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as it comes back from JSON: tuples as lists, paths and the like as text."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def versions() -> dict[str, str]:

@@ -1,25 +1,27 @@
 """Weights at the start of a run: pretrained ones by name, fresh ones by (seed, module name), for any strategy alike."""
 
+import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from shardlaunch.errors import UserError
+from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.seeding import derive_seed
-from shardlaunch.sharding.whole_state import some
 
 
-def build_model(recipe: Recipe, seed: int) -> tuple[nn.Module, list[str]]:
+def build_model(recipe: Recipe, seed: int, *, is_resumed: bool) -> tuple[nn.Module, list[str]]:
     """Return the recipe's model on the CPU in fp32, its weights set, and the names of the parameters that start fresh.
 
-    The same on every rank. Raises UserError when pretrained weights do not fit the model.
+    The same on every rank. A resumed run gets its weights from the checkpoint, so that pretrained ones are not fetched.
+    Raises UserError when they do not fit the model.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, "model"))
         model = recipe.model().float()
-        weights = recipe.weights()
+        weights = {} if is_resumed else recipe.weights()
         fresh = [name for name, _ in model.named_parameters() if name not in weights]
         initialise(model, fresh, seed)
     load_weights(model, weights)
@@ -27,10 +29,10 @@ def build_model(recipe: Recipe, seed: int) -> tuple[nn.Module, list[str]]:
 
 
 def initialise(model: nn.Module, fresh: list[str], seed: int) -> None:
-    """Initialise every module that has fresh parameters, children first, seeded by (seed, the module's name).
+    """Initialise the modules of Hugging Face models that have fresh parameters, seeded by (seed, the module's name).
 
-    A module is initialised by its Hugging Face model's rule, else by its own `reset_parameters`; a module with neither
-    keeps what its constructor, called under a seed of its own, gave it.
+    Children come first. What is outside such a model keeps what its constructor, called under the run's seed, gave it:
+    an initialisation written there is the user's will.
     """
     modules = dict(model.named_modules())
     for name in sorted(modules, key=lambda name: (-name.count(".") if name else 1, name)):
@@ -43,20 +45,18 @@ def initialise(model: nn.Module, fresh: list[str], seed: int) -> None:
 
 
 def _initialiser(modules: Mapping[str, nn.Module], name: str) -> Callable[[], object] | None:
-    module = modules[name]
+    """Return how to initialise a module by the rule of the nearest Hugging Face model around it, None without one."""
+    if "transformers" not in sys.modules:
+        return None
+    from transformers import PreTrainedModel
+
     owner = name
-    while True:
-        if hasattr(modules[owner], "_init_weights"):
-            init_weights: Callable[[nn.Module], object] = modules[owner]._init_weights  # type: ignore[assignment]
-            return lambda: init_weights(module)
+    while not isinstance(modules[owner], PreTrainedModel):
         if not owner:
-            break
+            return None
         owner = owner.rpartition(".")[0]
-    for method in ("reset_parameters", "_reset_parameters"):
-        if hasattr(module, method):
-            found: Callable[[], object] = getattr(module, method)
-            return found
-    return None
+    model: Any = modules[owner]
+    return lambda: model._init_weights(modules[name])
 
 
 @torch.no_grad()

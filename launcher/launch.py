@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from math import prod
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-import torch.distributed as dist
+import xxhash
 
 from shardlaunch.checkpoints.layout import RECIPE, step_dir_name
 from shardlaunch.checkpoints.reader import Checkpoint
@@ -23,7 +24,7 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.batches import Batches, BatchPlan, EvaluationPlan
 from shardlaunch.launcher.display import Display, ProgressView
 from shardlaunch.launcher.evaluation import Evaluator
-from shardlaunch.launcher.identity import Identity, data_fingerprint, run_identity, run_record, versions
+from shardlaunch.launcher.identity import Identity, data_fingerprint, option_values, run_identity, run_record, versions
 from shardlaunch.launcher.initialise import build_model
 from shardlaunch.launcher.options import Options, parse_options
 from shardlaunch.launcher.recipe import Recipe
@@ -36,10 +37,11 @@ from shardlaunch.launcher.run_folder import (
     write_run,
 )
 from shardlaunch.launcher.tracking import EVAL_PREFIX, MetricsLog, Trackers, read_metrics, tracker_names
-from shardlaunch.launcher.trainer import Hooks, Position, StepReport, Trainer, position_of, state_of
-from shardlaunch.sharding.environment import is_distributed_launch, is_main_process, read_environment
+from shardlaunch.launcher.trainer import Hooks, Position, StepReport, Trainer
+from shardlaunch.sharding.environment import is_main_process, read_environment
 from shardlaunch.sharding.precision import apply_precision, resolve_precision
 from shardlaunch.sharding.resolve import STRATEGIES, check_ranks, resolve_strategy
+from shardlaunch.sharding.whole_state import group_numbers, restore_group_numbers
 from shardlaunch.sharding.world import World, connect, disconnect, threads_per_rank
 
 # A normal run's output is the run's own; whoever sets these variables gets the libraries' output too.
@@ -55,6 +57,8 @@ _QUIET = {
 # Before the ranks are connected, rank 0 speaks for all. A rank that ended first would have the launcher end rank 0 too,
 # so the others wait to be ended.
 LAST_WORD_S = 60
+# What gloo, NCCL and the store say when the other side is gone.
+_LOST_CONTACT = re.compile(r"connection (was )?(closed|reset|refused)|reset by peer|broken pipe|remote process", re.I)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -63,13 +67,12 @@ def launch(recipe_type: type[Recipe]) -> None:
     """Run the recipe as the command line says. The last line of every recipe file; does nothing when it is imported."""
     if recipe_type.__module__ == "__main__":
         status = run(recipe_type, sys.argv[1:])
-        if is_distributed_launch():
-            # Threads of gloo may outlive the process group; the interpreter, taking itself down around them, now and
-            # then aborts ("terminate called without an active exception") and makes a failure of a run that went well.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-        sys.exit(status)
+        # Threads of gloo may outlive the process group: the interpreter, taking itself down around them, now and then
+        # aborts ("terminate called without an active exception") and makes a failure of a run that went well. And it
+        # would wait for loading processes, which leave signals to the rank. All that is to be kept is closed by now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def run(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
@@ -86,7 +89,9 @@ def run(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         is_debug = options.debug
         strategy_name = resolve_strategy(options.strategy, env)
         precision_name = resolve_precision(options.precision, env.accelerate_precision)
-        torch.set_num_threads(threads_per_rank(options.threads_per_rank, env))
+        num_threads = threads_per_rank(options.threads_per_rank, env)
+        torch.set_num_threads(num_threads)
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)  # or accelerate sets a number of its own, with a warning
         world = connect(env)
         check_ranks(env, world, _accelerate_ranks(world))
         Run(recipe_type(options), options, world, strategy_name, precision_name).run()
@@ -98,12 +103,19 @@ def run(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         _report(world, f"error: {error}", with_traceback=is_debug)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        _report(world, "interrupted; the same command resumes from the last checkpoint", with_traceback=False)
+        _report(
+            world,
+            "interrupted; the same command resumes from the last checkpoint, if there is one",
+            with_traceback=False,
+        )
         return EXIT_INTERRUPTED
     except RuntimeError as error:
-        if "gloo" not in str(error).lower() and not isinstance(error, dist.DistError):
+        if not _LOST_CONTACT.search(str(error)):
             raise
-        message = "error: lost contact with another rank, which failed or was killed; the same command resumes"
+        message = (
+            "error: lost contact with another rank, which failed (then its own message says why) or was killed. "
+            "The same command resumes from the last checkpoint."
+        )
         _report(world, message, with_traceback=is_debug)
         return 1
     disconnect(world)
@@ -119,6 +131,8 @@ def _silence_libraries() -> None:
         if os.environ["TRANSFORMERS_VERBOSITY"] == "error":
             logging.set_verbosity_error()
         logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
 
 
 def _options(recipe_type: type[Recipe], argv: Sequence[str]) -> Options:
@@ -155,6 +169,7 @@ def _report(world: World | None, message: str, *, with_traceback: bool) -> None:
         print(message, file=sys.stderr, flush=True)
     elif world is None:
         time.sleep(LAST_WORD_S)
+        print(message, file=sys.stderr, flush=True)  # still here: rank 0 has nothing to say
 
 
 class Run:
@@ -215,7 +230,8 @@ class Run:
         if checkpoint is not None:
             for difference in self.identity.check(saved_identity(checkpoint), str(checkpoint.step_dir)):
                 self.display.warn(f"this resume may round differently: {difference}")
-        self.model, fresh = build_model(recipe, options.seed)
+        self.model, fresh = build_model(recipe, options.seed, is_resumed=checkpoint is not None)
+        self._check_ranks_agree()
         if options.gradient_checkpointing:
             _enable_gradient_checkpointing(self.model)
         self.aliases = _aliases(self.model)
@@ -227,6 +243,17 @@ class Run:
         self._write_run()
         self._say_start(checkpoint, fresh)
         self._build_trainer(splits)
+
+    def _check_ranks_agree(self) -> None:
+        """Check that all ranks have the same run before them. All ranks."""
+        everyone = self.world.peers.gather([_digest(self.identity.identity), _weights_digest(self.model)])
+        for rank, (identity, weights) in enumerate(everyone):
+            if (identity, weights) != tuple(everyone[0]):
+                what = "other weights" if identity == everyone[0][0] else "other options or data"
+                raise UserError(
+                    f"rank {rank} has {what} than rank 0: what datasets(), model() and weights() of the recipe return "
+                    f"must not depend on the rank, nor on randomness without a seed"
+                )
 
     def _build_trainer(self, splits: dict[str, Any]) -> None:
         options, world, recipe = self.options, self.world, self.recipe
@@ -241,10 +268,13 @@ class Run:
             )
             batches = self._batches(splits["eval"], plan, training=False)
             evaluator = Evaluator(recipe, batches, world=world, precision=self.precision)
-            if recipe.best_metric not in evaluator.names:
-                raise UserError(
-                    f"the recipe's best_metric {recipe.best_metric!r} is none of {', '.join(evaluator.names)}"
-                )
+            assert evaluator.higher_is_better in (True, False)  # asked now, to raise before any training
+            if not self.position.is_finished:
+                evaluator.rehearse(self.strategy.replicas[0])
+        elif options.early_stopping_patience or options.save_on_best:
+            raise UserError(
+                "--early-stopping-patience and --save-on-best need evaluation data, which the recipe has not"
+            )
         self.trainer = Trainer(
             recipe,
             options,
@@ -294,7 +324,9 @@ class Run:
         if checkpoint is None:
             return Position()
         self.strategy.restore(checkpoint)
-        return position_of(checkpoint.trainer_state)
+        position = Position(**checkpoint.trainer_state)
+        restore_group_numbers(self.strategy.optimizer, position.group_numbers)
+        return position
 
     def _write_run(self) -> None:
         record = run_record(self.identity, self.options, self.world.size, self.strategy_name)
@@ -324,7 +356,7 @@ class Run:
             self.trackers,
             self.output_dir,
             resumed_step=step,
-            options=asdict(self.options),
+            options=option_values(self.options),
             warn=self.display.warn,
         )
         stack.callback(self.tracker.close)
@@ -365,13 +397,14 @@ class Run:
 
     def _save(self, position: Position) -> None:
         """Save a checkpoint; a save that fails is dropped on all ranks, the run goes on. All ranks."""
+        position.group_numbers = group_numbers(self.strategy.optimizer)
         try:
             self.world.peers.together(lambda: self.log.sync() if self.log is not None else None)
             self.last_saved = save(
                 self.checkpoints_dir,
                 step=position.step,
                 state=self.strategy.state(),
-                trainer_state=state_of(position),
+                trainer_state=asdict(position),
                 export=self._export,
                 aliases=self.aliases,
                 peers=self.world.peers,
@@ -381,13 +414,16 @@ class Run:
             return
         if self.world.is_main:
             protected = [position.best_step] if self.options.save_on_best else []
-            prune(self.checkpoints_dir, keep=self.options.keep, protected=protected)
+            try:
+                prune(self.checkpoints_dir, newest=position.step, keep=self.options.keep, protected=protected)
+            except OSError as error:
+                self.display.warn(f"an old checkpoint could not be deleted: {error}")
 
     def _export(self, folder: Path) -> None:
         self.recipe.export(folder, self.model)
         record = {
             "recipe": f"{self.name}.{type(self.recipe).__name__}",
-            "options": asdict(self.options),
+            "options": option_values(self.options),
             "run": self.identity.to_json(),
         }
         (folder / RECIPE).write_text(json.dumps(record, indent=1))
@@ -444,6 +480,17 @@ def _checked_splits(recipe: Recipe) -> dict[str, Any]:
     return splits
 
 
+def _digest(record: Mapping[str, Any]) -> int:
+    return xxhash.xxh3_64_intdigest(json.dumps(record).encode()) >> 1
+
+
+def _weights_digest(model: torch.nn.Module) -> int:
+    digest = xxhash.xxh3_64()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.intdigest() >> 1
+
+
 def _aliases(model: torch.nn.Module) -> dict[str, str]:
     """Return the other names of tied parameters, each with the name under which it is saved."""
     names: dict[int, str] = {}
@@ -455,10 +502,13 @@ def _aliases(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _enable_gradient_checkpointing(model: torch.nn.Module) -> None:
-    enable = getattr(model, "gradient_checkpointing_enable", None)
+    enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is None:
         raise UserError(f"--gradient-checkpointing: {type(model).__name__} does not offer it; drop the option")
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"--gradient-checkpointing: {error}") from error
 
 
 def _device_name(world: World) -> str:

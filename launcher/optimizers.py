@@ -8,9 +8,9 @@ from torch import nn
 
 def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Split parameters into those with weight decay (matrices) and those without (biases, norms: one dimension)."""
-    trainable = [parameter for _, parameter in parameters if parameter.requires_grad]
+    tensors = [parameter for _, parameter in parameters]
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in tensors if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in tensors if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

@@ -149,11 +149,15 @@ def parse_options(
     if preset and preset not in presets:
         known = f"choose one of {', '.join(presets)}" if presets else "this recipe has none"
         raise UserError(f"--preset {preset}: unknown; {known}")
+    try:
+        default = options_type()
+    except TypeError as error:
+        raise UserError(f"every option of a recipe needs a default: {error}") from error
     return tyro.cli(
         options_type,
         prog=program,
         description=description,
-        default=replace(options_type(), **presets[preset]) if preset else options_type(),
+        default=replace(default, **presets[preset]) if preset else default,
         args=[*config_argv, *argv],
         console_outputs=show,
     )

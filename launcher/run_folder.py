@@ -17,25 +17,26 @@ from shardlaunch.launcher.display import Display
 
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
 
 
 @contextmanager
 def claim(output_dir: Path) -> Iterator[None]:
     """Create the folder and keep other runs out of it. Rank 0. Raises UserError when it is not to be written or taken.
 
-    The lock is the system's: it ends with the process, however that ends.
+    The lock is the system's: it ends with the process, however that ends, and is not passed on to its children.
     """
     try:
         (output_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(output_dir, os.O_RDONLY)
+        descriptor = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise UserError(
             f"--output-dir {output_dir}: cannot be created: {error.strerror}. Choose another folder."
         ) from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise UserError(
                 f"--output-dir {output_dir}: another run is using it. Wait for it, or choose another folder."
             ) from None
@@ -79,9 +80,17 @@ def find_checkpoint(resume: str, output_dir: Path, *, peers: Peers, display: Dis
     if resume == "auto":
         return _newest_valid(checkpoints_dir, peers=peers, display=display)
     try:
-        return open_path(Path(resume), peers=peers, display=display)
+        checkpoint = open_path(Path(resume), peers=peers, display=display)
     except UserError as error:
         raise UserError(f"--resume {error}") from error
+    newer = [step for step in checkpoint_steps(checkpoints_dir) if step > checkpoint.step]
+    if newer and checkpoint.step_dir.resolve().parent == checkpoints_dir.resolve():
+        # Going back in place would cut the metrics of steps that the newer checkpoints vouch for.
+        raise UserError(
+            f"--resume {resume}: {output_dir} holds newer checkpoints (steps {', '.join(map(str, newer))}). "
+            f"Give another --output-dir, or remove them."
+        )
+    return checkpoint
 
 
 def open_path(path: Path, *, peers: Peers, display: Display) -> Checkpoint:

@@ -20,7 +20,10 @@ class MetricsLog:
         self.path = output_dir / METRICS
         lines = [line for line in read_metrics(output_dir) if line["step"] <= resumed_step]
         staged = self.path.with_suffix(".staged")
-        staged.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with open(staged, "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
         staged.rename(self.path)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         self._unwritten = b""

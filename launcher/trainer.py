@@ -2,8 +2,9 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ class Position:
     evaluations_since_best: int = 0
     is_finished: bool = False
     loss_scale: dict[str, Any] = field(default_factory=dict)
+    group_numbers: list[dict[str, Any]] = field(default_factory=list)  # of the optimizer's parameter groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +96,15 @@ class Trainer:
         for model in self.strategy.replicas:
             model.train()
         begun = time.perf_counter()
+        is_first = True
         batches = self.batches.steps(position.step, end)
         ahead = self._counted(next(batches, None))
         while ahead.batch is not None:
             report, ahead = self.train_step(ahead, batches, begun)
             position.step += 1
+            if is_first:
+                deque(self.strategy.state(), maxlen=0)  # an optimizer that cannot be saved is found out now
+                is_first = False
             self.hooks.on_step(position.step, report)
             has_improved = self._is_evaluation_due(position.step) and self._evaluate(position)
             self._save_if_due(position, end, has_improved=has_improved)
@@ -244,13 +250,3 @@ def _counts(batch: GlobalBatch | None) -> tuple[int, int]:
         sum(m.weight * m.num_targets for m in micro_batches),
         sum(m.weight * m.num_tokens for m in micro_batches),
     )
-
-
-def position_of(trainer_state: dict[str, Any]) -> Position:
-    """Return the position that a checkpoint keeps."""
-    return Position(**trainer_state)
-
-
-def state_of(position: Position) -> dict[str, Any]:
-    """Return what a checkpoint keeps of a position."""
-    return asdict(position)

@@ -12,12 +12,24 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from shardlaunch import Options, Recipe, UserError, launch, option
-from shardlaunch.launcher.data import class_names, derived, load_splits, require_columns
-from shardlaunch.launcher.demo_data import DEMO, bert_dir, film_reviews
-from shardlaunch.launcher.optimizers import decay_groups
-from shardlaunch.launcher.pretrained import from_source, pretrained_weights
-from shardlaunch.launcher.schedules import linear
+from shardlaunch import (
+    Options,
+    Recipe,
+    UserError,
+    class_names,
+    decay_groups,
+    demo_data,
+    derived,
+    from_source,
+    launch,
+    linear,
+    load_splits,
+    option,
+    pretrained_weights,
+    require_columns,
+)
+
+DEMO = demo_data.DEMO
 
 
 @dataclass(kw_only=True)
@@ -61,10 +73,10 @@ class BertImdb(Recipe):
 
     def datasets(self) -> Mapping[str, Any]:
         options = self.options
-        source = bert_dir() if options.model == DEMO else options.model
+        source = demo_data.bert_dir() if options.model == DEMO else options.model
         self.source = source
         self.tokenizer = from_source(AutoTokenizer, source)
-        splits = film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
+        splits = demo_data.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
         require_columns(splits, ("text", "label"), source=options.data)
         splits, self.classes = class_names(splits, source=options.data)
         return {name: self._tokenized(split) for name, split in splits.items()}
@@ -89,6 +101,9 @@ class BertImdb(Recipe):
         config = from_source(
             AutoConfig, self.source, id2label=names, label2id={name: number for number, name in names.items()}
         )
+        longest = getattr(config, "max_position_embeddings", self.options.max_length)
+        if self.options.max_length > longest:
+            raise UserError(f"--max-length {self.options.max_length}: this model reads at most {longest} tokens")
         model: nn.Module = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         return model
 

@@ -10,9 +10,21 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from shardlaunch import Options, Recipe, TensorData, UserError, launch, option
-from shardlaunch.launcher.data import class_names, derived, load_splits, require_columns
-from shardlaunch.launcher.demo_data import DEMO, mnist_path
+from shardlaunch import (
+    Options,
+    Recipe,
+    TensorData,
+    UserError,
+    class_names,
+    demo_data,
+    derived,
+    launch,
+    load_splits,
+    option,
+    require_columns,
+)
+
+DEMO = demo_data.DEMO
 
 NUM_PIXELS = 784
 NUM_DEMO_TEST = 1000
@@ -95,7 +107,7 @@ def _demo_digits() -> dict[str, TensorData]:
     """Return 4,000 digits to train on and 1,000 to test on."""
     import pandas as pd
 
-    rows = pd.read_csv(mnist_path(), header=None).to_numpy()
+    rows = pd.read_csv(demo_data.mnist_path(), header=None).to_numpy()
     rows = rows[np.random.default_rng(0).permutation(len(rows))]  # the file is sorted by digit
     pixels, labels = torch.from_numpy(rows[:, :-1].astype(np.uint8)), torch.from_numpy(rows[:, -1].astype(np.int64))
     test, train = slice(0, NUM_DEMO_TEST), slice(NUM_DEMO_TEST, None)

@@ -18,7 +18,9 @@ class Replicated:
     def __init__(self, model: nn.Module, build_optimizer: BuildOptimizer, *, world: World) -> None:
         self.model = model.to(world.device)
         self.replicas = [self.model]
-        self.optimizer = build_optimizer(self.model.named_parameters())
+        self.optimizer = build_optimizer(
+            [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        )
         check_optimizer(self.model, self.optimizer)
         self.gradients = GradientBuckets(self.model.parameters(), world=world)
 

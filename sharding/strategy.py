@@ -15,8 +15,8 @@ BuildOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Opti
 class Strategy(Protocol):
     """Spread a model and its optimizer, run backward passes, hand out state and take it back.
 
-    A step: for each slot `replica(slot)` and `backward(...)`; once `finish_gradients(...)`; then `update()` or, to skip
-    the step, `discard()`.
+    A step: for each slot a forward pass of `replicas[slot % len(replicas)]` and `backward(...)`; then, once,
+    `finish_gradients(...)`; then `update()` or, to skip the step, `discard()`.
     """
 
     optimizer: torch.optim.Optimizer

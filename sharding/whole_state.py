@@ -1,16 +1,16 @@
 """State of models that every rank holds whole: out of module and optimizer by name, and back."""
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from shardlaunch.checkpoints.state import WEIGHT, Fragment, StateReader, TensorSpec, whole
-from shardlaunch.errors import UserError
+from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES
+from shardlaunch.errors import UserError, some
 from shardlaunch.sharding.buffers import persistent_buffers
-
-MOST_NAMED = 10
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -19,12 +19,37 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UserError("LBFGS evaluates the loss several times a step, which a run does not; use another optimizer")
     wrong = [name for name, p in model.named_parameters() if p.requires_grad and seen.pop(id(p), 0) != 1]
     if wrong:
         raise UserError(
             f"the recipe's optimizer() must have every trainable parameter once; {some(wrong)} "
             f"{'is' if len(wrong) == 1 else 'are'} missing or there twice"
         )
+
+
+def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return what each parameter group holds besides parameters and learning rate.
+
+    Some optimizers keep state there. Raises UserError when it is not made of numbers and texts.
+    """
+    groups = [
+        {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
+        for group in optimizer.param_groups
+    ]
+    try:
+        numbers: list[dict[str, Any]] = json.loads(json.dumps(groups))
+    except TypeError as error:
+        raise UserError(f"{type(optimizer).__name__} cannot be saved: in its parameter groups, {error}") from error
+    return numbers
+
+
+def restore_group_numbers(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:
+    """Set what `group_numbers` gave, where it differs."""
+    here = group_numbers(optimizer)
+    for group, numbers, others in zip(optimizer.param_groups, here, saved, strict=True):
+        group.update({key: value for key, value in others.items() if value != numbers.get(key)})
 
 
 def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Fragment]:
@@ -36,12 +61,13 @@ def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
         yield whole(name, WEIGHT, tensor)
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and value.dtype in DTYPE_NAMES:
                 yield whole(name, kind, value)
             elif value is not None:
+                found = getattr(value, "dtype", type(value).__name__)
                 raise UserError(
-                    f"{type(optimizer).__name__} keeps {kind!r} of {name} as {type(value).__name__}; "
-                    f"checkpoints hold tensors only, so use another optimizer"
+                    f"{type(optimizer).__name__} keeps {kind!r} of {name} as {found}, which a checkpoint cannot hold; "
+                    f"use another optimizer"
                 )
 
 
@@ -85,10 +111,3 @@ def _check_names(saved: dict[str, TensorSpec], targets: dict[str, torch.Tensor])
     ]
     if problems:
         raise UserError(f"the checkpoint is of another model; tensors {'; '.join(problems)}")
-
-
-def some(names: Iterable[str]) -> str:
-    """Join names, at most ten of them, with the count of the others."""
-    names = list(names)
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
-from shardlaunch import Options, Recipe, TensorData
+from shardlaunch import Options, Recipe, TensorData, UserError
 from shardlaunch.launcher.demo_data import bert_dir
 from shardlaunch.launcher.launch import run
 from shardlaunch.recipes.bert_imdb import BertImdb
@@ -30,6 +30,7 @@ class NetOptions(Options):
     num_train: int = 203
     num_eval: int = 61
     momentum: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
     global_batch_size: int = 32
     micro_batch_size: int = 4
     max_grad_norm: float = 1.0
@@ -89,7 +90,7 @@ class NetRecipe(Recipe):
         trainable = [parameter for _, parameter in parameters]
         if self.options.momentum:
             return torch.optim.SGD(trainable, lr=self.options.lr, momentum=self.options.momentum)
-        return torch.optim.AdamW(trainable, lr=self.options.lr)
+        return torch.optim.AdamW(trainable, lr=self.options.lr, betas=self.options.betas)
 
 
 def _points(count: int, seed: int) -> TensorData:
@@ -98,6 +99,31 @@ def _points(count: int, seed: int) -> TensorData:
     return TensorData(
         inputs=torch.rand(count, NUM_FEATURES, generator=generator) + 0.2 * labels[:, None], labels=labels
     )
+
+
+class RankedNet(NetRecipe):
+    """The net judged by a metric that keeps all predictions."""
+
+    best_metric = "auroc"
+
+    def metrics(self) -> Mapping[str, Any]:
+        return {"auroc": MulticlassAUROC(num_classes=NUM_CLASSES)}
+
+
+class UnseededNet(NetRecipe):
+    """A net whose training data differs from rank to rank."""
+
+    def datasets(self) -> Mapping[str, Any]:
+        return {"train": TensorData(inputs=torch.rand(9, NUM_FEATURES), labels=torch.zeros(9, dtype=torch.int64))}
+
+
+class PickyNet(NetRecipe):
+    """A net that finds something to mend in its training data."""
+
+    def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
+        if seeds is not None:
+            raise UserError("this is not to my taste")
+        return samples
 
 
 class FewReviews(BertImdb):

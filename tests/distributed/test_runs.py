@@ -9,12 +9,22 @@ import torch
 
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import checkpoint_steps, open_checkpoint
-from shardlaunch.launcher import trainer
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.gradients import GradientBuckets
 from shardlaunch.sharding.world import connect, disconnect
 from tests.distributed.ranks import run_on_ranks
-from tests.recipes import NetRecipe, final_tensors, run_well, training_lines
+from tests.recipes import (
+    FewReviews,
+    NetRecipe,
+    PickyNet,
+    RankedNet,
+    UnseededNet,
+    final_tensors,
+    run_quietly,
+    run_well,
+    save_small_bert,
+    training_lines,
+)
 
 BASE = ["--max-steps", "12", "--lr", "0.003", "--threads-per-rank", "1"]
 
@@ -131,10 +141,68 @@ def _fail_on_main(rank: int) -> None:
         raise OSError(28, "No space left on device", "cache")
 
 
+def test_a_rank_without_evaluation_data_takes_part_in_metrics_that_keep_lists(tmp_path: Path) -> None:
+    found = []
+    for num_ranks in (1, 4):
+        argv = [*BASE, "--num-eval", "6", "--output-dir", str(tmp_path / str(num_ranks))]
+        run_on_ranks(num_ranks, run_well, RankedNet, argv)
+        found.append([line["eval/auroc"] for line in _evaluations(tmp_path / str(num_ranks))])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def _unseeded(argv: list[str]) -> tuple[int, str]:
+    torch.seed()
+    return run_quietly(UnseededNet, argv)
+
+
+def test_ranks_with_different_data_are_refused(tmp_path: Path) -> None:
+    answers = run_on_ranks(2, _unseeded, [*BASE, "--output-dir", str(tmp_path)])
+    assert [status for status, _ in answers] == [2, 2]
+    assert "rank 1 has other options or data than rank 0" in "".join(output for _, output in answers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_while_loading_is_one_message(num_workers: int, tmp_path: Path) -> None:
+    argv = [*BASE, "--num-workers", str(num_workers), "--output-dir", str(tmp_path)]
+    ((status, output),) = run_on_ranks(1, run_quietly, PickyNet, argv)
+    assert (status, output.splitlines()[-1]) == (2, "error: this is not to my taste")
+    assert "Traceback" not in output
+
+
+def test_going_back_in_place_is_refused(tmp_path: Path) -> None:
+    _run(1, tmp_path / "run", "--save-every", "4", "--keep", "0")
+    older = tmp_path / "run" / "checkpoints" / "step-00000004"
+    argv = [*BASE, "--resume", str(older), "--output-dir"]
+    ((status, output),) = run_on_ranks(1, run_quietly, NetRecipe, [*argv, str(tmp_path / "run")])
+    assert status == 2
+    assert "newer checkpoints (steps 8, 12)" in output
+    run_on_ranks(1, run_well, NetRecipe, [*argv, str(tmp_path / "branch")])
+    tensors, others = final_tensors(tmp_path / "run"), final_tensors(tmp_path / "branch")
+    assert all(torch.equal(tensors[key], others[key]) for key in tensors)
+
+
+def test_evaluations_decide_with_early_stopping(tmp_path: Path) -> None:
+    patient = ("--early-stopping-patience", "9")
+    _run(1, tmp_path, *patient, "--eval-every", "3", "--stop-at-step", "5")
+    argv = [*BASE, *patient, "--eval-every", "1", "--output-dir", str(tmp_path)]
+    ((status, output),) = run_on_ranks(1, run_quietly, NetRecipe, argv)
+    assert status == 2
+    assert "--eval-every was 3 and is 1" in output
+
+
+def test_gradient_checkpointing_is_the_same_run(tmp_path: Path) -> None:
+    save_small_bert(tmp_path / "model")
+    argv = [
+        *("--preset", "demo", "--max-steps", "3", "--model", str(tmp_path / "model"), "--max-length", "16"),
+        *("--tracker", "none", "--threads-per-rank", "1"),
+    ]
+    run_on_ranks(2, run_well, FewReviews, [*argv, "--output-dir", str(tmp_path / "plain")])
+    words = [*argv, "--gradient-checkpointing", "--output-dir", str(tmp_path / "again")]
+    (output, _) = run_on_ranks(2, run_well, FewReviews, words)
+    assert "Warning" not in output
+    for expected, found in zip(training_lines(tmp_path / "plain"), training_lines(tmp_path / "again"), strict=True):
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
 def test_an_error_of_rank_0_reaches_all_ranks() -> None:
     assert run_on_ranks(3, _main_first_with_failing_main) == ["cache: No space left on device"] * 3
-
-
-def test_the_position_survives_json() -> None:
-    position = trainer.Position(step=3, best_value=0.1 + 0.2, best_step=2, loss_scale={"value": 2.0, "good_steps": 1})
-    assert trainer.position_of(json.loads(json.dumps(trainer.state_of(position)))) == position

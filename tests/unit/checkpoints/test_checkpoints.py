@@ -142,9 +142,11 @@ def test_retention(tmp_path: Path) -> None:
     for step in (1, 2, 3, 10, 11):
         _save(tmp_path, step)
     (tmp_path / ".staging-step-00000012").mkdir()
-    prune(tmp_path, keep=0)
+    prune(tmp_path, newest=11, keep=0)
     assert checkpoint_steps(tmp_path) == [1, 2, 3, 10, 11]
-    prune(tmp_path, keep=2, protected=[2])
+    prune(tmp_path, newest=3, keep=2)
+    assert checkpoint_steps(tmp_path) == [2, 3, 10, 11], "what was just saved stays, later ones do not count"
+    prune(tmp_path, newest=11, keep=2, protected=[2])
     assert checkpoint_steps(tmp_path) == [2, 10, 11]
     sweep(tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
