@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shardlaunch import Options, Recipe, TensorData
 from shardlaunch.launcher.batches import Batches, BatchPlan
-from shardlaunch.launcher.launch import Run
+from shardlaunch.launcher.run import Run
 from shardlaunch.launcher.tracking import MetricsLog, Trackers
 from shardlaunch.launcher.trainer import Hooks, Position, StepReport, Trainer
 from shardlaunch.sharding.environment import read_environment

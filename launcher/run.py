@@ -1,0 +1,399 @@
+"""One launch of a run: from options and connected ranks to data, model, strategy, trainer, and its last line."""
+
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from shardlaunch.checkpoints.layout import RECIPE, step_dir_name
+from shardlaunch.checkpoints.reader import Checkpoint
+from shardlaunch.checkpoints.retention import prune, sweep
+from shardlaunch.checkpoints.writer import save
+from shardlaunch.errors import UserError
+from shardlaunch.launcher.batches import Batches, BatchPlan, EvaluationPlan
+from shardlaunch.launcher.display import Display, ProgressView
+from shardlaunch.launcher.evaluation import Evaluator
+from shardlaunch.launcher.identity import Identity, data_fingerprint, option_values, run_identity, run_record, versions
+from shardlaunch.launcher.initialise import build_model
+from shardlaunch.launcher.options import Options
+from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.run_folder import (
+    CHECKPOINTS,
+    claim,
+    find_checkpoint,
+    identity_of_folder,
+    saved_identity,
+    write_run,
+)
+from shardlaunch.launcher.tracking import EVAL_PREFIX, MetricsLog, Trackers, read_metrics, tracker_names
+from shardlaunch.launcher.trainer import Hooks, Position, StepReport, Trainer
+from shardlaunch.sharding.precision import apply_precision
+from shardlaunch.sharding.resolve import STRATEGIES
+from shardlaunch.sharding.whole_state import group_numbers, restore_group_numbers
+from shardlaunch.sharding.world import World
+
+
+class Run:
+    """One launch of a run, from its data to its last line."""
+
+    def __init__(self, recipe: Recipe, options: Options, world: World, strategy_name: str, precision_name: str) -> None:
+        self.recipe = recipe
+        self.options = options
+        self.world = world
+        self.strategy_name = strategy_name
+        self.precision = apply_precision(precision_name, world.device)
+        self.display = Display(silent=not world.is_main)
+        self.name = recipe_name(type(recipe))
+        preset = f"-{options.preset}" if options.preset else ""
+        self.output_dir = Path(options.output_dir or f"outputs/{self.name}{preset}")
+        self.trackers = tracker_names(options.tracker)
+        self.progress: ProgressView | None = None
+        self.last_saved: Path | None = None
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.output_dir / CHECKPOINTS
+
+    def run(self) -> None:
+        """Do all of it. All ranks."""
+        with ExitStack() as stack:
+            self.world.peers.together(
+                lambda: stack.enter_context(claim(self.output_dir)) if self.world.is_main else None
+            )
+            self._prepare()
+            if self.position.is_finished:
+                self.display.say(f"this run is complete: {self.position.step} of {self.num_steps} steps")
+            elif 0 < self.options.stop_at_step <= self.position.step:
+                self.display.say(f"this run is at step {self.position.step}, past --stop-at-step")
+            else:
+                self._train(stack)
+            self._say_end()
+
+    def _prepare(self) -> None:
+        """Build everything and decide where to begin."""
+        options, world, recipe = self.options, self.world, self.recipe
+        splits = world.main_first(lambda: _checked_splits(recipe))
+        self.plan = BatchPlan(
+            num_samples=len(splits["train"]),
+            global_batch_size=options.global_batch_size,
+            micro_batch_size=options.micro_batch_size,
+            seed=options.seed,
+            lengths=recipe.lengths(splits["train"]),
+        )
+        self.num_steps = options.max_steps or options.epochs * self.plan.steps_per_epoch
+        self.identity = self._identity(splits)
+        found = identity_of_folder(self.output_dir)
+        if found is not None:
+            self.identity.check(found, str(self.output_dir))
+        if world.is_main:
+            sweep(self.checkpoints_dir)
+        checkpoint = find_checkpoint(options.resume, self.output_dir, peers=world.peers, display=self.display)
+        if checkpoint is not None:
+            for difference in self.identity.check(saved_identity(checkpoint), str(checkpoint.step_dir)):
+                self.display.warn(f"this resume may round differently: {difference}")
+        self.model, fresh = build_model(recipe, options.seed, is_resumed=checkpoint is not None)
+        self._check_ranks_agree()
+        if options.gradient_checkpointing:
+            _enable_gradient_checkpointing(self.model)
+        self.aliases = _aliases(self.model)
+        self.strategy = STRATEGIES[self.strategy_name](self.model, recipe.optimizer, world=world)
+        if options.compile:
+            for replica in self.strategy.replicas:
+                replica.compile()
+        self.position = self._restore(checkpoint)
+        self._write_run()
+        self._say_start(checkpoint, fresh)
+        self._build_trainer(splits)
+
+    def _check_ranks_agree(self) -> None:
+        """Check that all ranks have the same run before them. All ranks."""
+        everyone = self.world.peers.gather([_digest(self.identity.identity), _weights_digest(self.model)])
+        for rank, (identity, weights) in enumerate(everyone):
+            if (identity, weights) != tuple(everyone[0]):
+                what = "other weights" if identity == everyone[0][0] else "other options or data"
+                raise UserError(
+                    f"rank {rank} has {what} than rank 0: what datasets(), model() and weights() of the recipe return "
+                    f"must not depend on the rank, nor on randomness without a seed"
+                )
+
+    def _build_trainer(self, splits: dict[str, Any]) -> None:
+        options, world, recipe = self.options, self.world, self.recipe
+        evaluator = None
+        if "eval" in splits:
+            plan = EvaluationPlan(
+                num_samples=len(splits["eval"]),
+                global_batch_size=options.global_batch_size,
+                micro_batch_size=options.micro_batch_size,
+                seed=options.seed,
+                lengths=recipe.lengths(splits["eval"]),
+            )
+            batches = self._batches(splits["eval"], plan, training=False)
+            evaluator = Evaluator(recipe, batches, world=world, precision=self.precision)
+            assert evaluator.higher_is_better in (True, False)  # asked now, to raise before any training
+            if not self.position.is_finished:
+                evaluator.rehearse(self.strategy.replicas[0])
+        elif options.early_stopping_patience or options.save_on_best:
+            raise UserError(
+                "--early-stopping-patience and --save-on-best need evaluation data, which the recipe has not"
+            )
+        self.trainer = Trainer(
+            recipe,
+            options,
+            self.strategy,
+            self._batches(splits["train"], self.plan, training=True),
+            evaluator,
+            world=world,
+            precision=self.precision,
+            num_steps=self.num_steps,
+            hooks=Hooks(
+                on_step=self._on_step,
+                on_evaluating=self._on_evaluating,
+                on_evaluation=self._on_evaluation,
+                save=self._save,
+            ),
+        )
+
+    def _batches(self, dataset: Any, plan: BatchPlan, *, training: bool) -> Batches:
+        return Batches(
+            dataset,
+            plan,
+            collate=self.recipe.collate,
+            num_targets=self.recipe.num_targets,
+            num_tokens=self.recipe.num_tokens,
+            rank=self.world.rank,
+            num_ranks=self.world.size,
+            training=training,
+            num_workers=self.options.num_workers,
+        )
+
+    def _identity(self, splits: dict[str, Any]) -> Identity:
+        return run_identity(
+            self.name,
+            self.options,
+            num_steps=self.num_steps,
+            data={name: data_fingerprint(split) for name, split in splits.items()},
+            plan_digest=self.plan.digest(),
+            in_force={
+                "--precision": self.precision.name,
+                "--threads-per-rank": torch.get_num_threads(),
+                "device": self.world.device.type,
+                "torch": versions()["torch"],
+            },
+        )
+
+    def _restore(self, checkpoint: Checkpoint | None) -> Position:
+        if checkpoint is None:
+            return Position()
+        self.strategy.restore(checkpoint)
+        position = Position(**checkpoint.trainer_state)
+        restore_group_numbers(self.strategy.optimizer, position.group_numbers)
+        return position
+
+    def _write_run(self) -> None:
+        record = run_record(self.identity, self.options, self.world.size, self.strategy_name)
+        least_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
+        self.world.peers.together(
+            lambda: write_run(self.output_dir, record, least_bytes=least_bytes) if self.world.is_main else None
+        )
+
+    def _train(self, stack: ExitStack) -> None:
+        self.log: MetricsLog | None = None
+        self.world.peers.together(lambda: self._open_logs(stack) if self.world.is_main else None)
+        end = min(self.num_steps, self.options.stop_at_step or self.num_steps)
+        self.progress = stack.enter_context(self.display.progress(done=self.position.step, total=end))
+        self.trainer.run(self.position)
+        if self.last_saved is None or self.last_saved.name != step_dir_name(self.position.step):
+            raise UserError(
+                f"the run ended at step {self.position.step}, but its last checkpoint could not be saved. "
+                f"Make room; then the same command resumes from {self.last_saved or 'where this start began'}."
+            )
+
+    def _open_logs(self, stack: ExitStack) -> None:
+        """Open metrics.jsonl and the trackers. Rank 0."""
+        step = self.position.step
+        self.log = MetricsLog(self.output_dir, resumed_step=step)
+        stack.callback(self.log.close)
+        self.tracker = Trackers(
+            self.trackers,
+            self.output_dir,
+            resumed_step=step,
+            options=option_values(self.options),
+            warn=self.display.warn,
+        )
+        stack.callback(self.tracker.close)
+
+    def _on_step(self, step: int, report: StepReport) -> None:
+        if self.log is None:
+            return
+        assert self.progress is not None
+        self.progress.step(
+            step,
+            loss=report.loss,
+            lr=report.lr,
+            tokens=report.tokens,
+            samples=report.samples,
+            step_s=report.step_s,
+        )
+        values = {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm}
+        if step % self.options.log_every == 0 or step == self.num_steps:
+            counts = {"samples": report.samples, "tokens": report.tokens, "step_s": report.step_s}
+            skipped = {"skipped": True} if report.is_skipped else {}
+            self.log.write({**self._where(step), **values, **counts, **skipped})
+        if step % self.options.track_every == 0 or step == self.num_steps:
+            self.tracker.log(values, step)
+
+    def _on_evaluating(self, num_done: int, num_samples: int) -> None:
+        assert self.progress is not None
+        self.progress.evaluating(num_done, num_samples)
+
+    def _on_evaluation(self, step: int, results: dict[str, float]) -> None:
+        if self.log is not None:
+            values = {f"{EVAL_PREFIX}{name}": value for name, value in results.items()}
+            self.log.write({**self._where(step), **values})
+            self.tracker.log(values, step)
+        self.display.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in results.items()))
+
+    def _where(self, step: int) -> dict[str, float]:
+        return {"step": step, "epoch": step / self.plan.steps_per_epoch}
+
+    def _save(self, position: Position) -> None:
+        """Save a checkpoint; a save that fails is dropped on all ranks, the run goes on. All ranks."""
+        position.group_numbers = group_numbers(self.strategy.optimizer)
+        try:
+            self.world.peers.together(lambda: self.log.sync() if self.log is not None else None)
+            self.last_saved = save(
+                self.checkpoints_dir,
+                step=position.step,
+                state=self.strategy.state(),
+                trainer_state=asdict(position),
+                export=self._export,
+                aliases=self.aliases,
+                peers=self.world.peers,
+            )
+        except UserError as error:
+            self.display.warn(str(error))
+            return
+        if self.world.is_main:
+            protected = [position.best_step] if self.options.save_on_best else []
+            try:
+                prune(self.checkpoints_dir, newest=position.step, keep=self.options.keep, protected=protected)
+            except OSError as error:
+                self.display.warn(f"an old checkpoint could not be deleted: {error}")
+
+    def _export(self, folder: Path) -> None:
+        self.recipe.export(folder, self.model)
+        record = {
+            "recipe": f"{self.name}.{type(self.recipe).__name__}",
+            "options": option_values(self.options),
+            "run": self.identity.to_json(),
+        }
+        (folder / RECIPE).write_text(json.dumps(record, indent=1))
+
+    def _say_start(self, checkpoint: Checkpoint | None, fresh: list[str]) -> None:
+        options, world = self.options, self.world
+        num_parameters = sum(prod(parameter.shape) for parameter in self.model.parameters())
+        replicas = world.size * len(self.strategy.replicas)
+        num_tensors = sum(1 for _ in self.model.parameters())
+        num_new = "" if checkpoint else f", {len(fresh)} of {num_tensors} tensors fresh"
+        begin = f"step {checkpoint.step} ({checkpoint.step_dir})" if checkpoint else "the beginning"
+        self.display.summary(
+            {
+                "recipe": f"{self.name} ({type(self.recipe).__name__}), {type(self.model).__name__}",
+                "parameters": f"{num_parameters:,}{num_new}",
+                "ranks": f"{world.size} x {_device_name(world)}, threads each: {torch.get_num_threads()}",
+                "strategy": f"{self.strategy_name}{_strategy_note(self.strategy_name, world, replicas)}",
+                "precision": self.precision.name,
+                "global batch": f"{options.global_batch_size} = micro-batch {options.micro_batch_size} x "
+                f"accumulation {-(-options.micro_batches // replicas)} x {replicas} "
+                f"{'rank' if replicas == 1 else 'ranks' if world.size > 1 else 'replicas'}"
+                + (", the last round not full" if options.micro_batches % replicas else ""),
+                "steps": f"{self.num_steps} ({self.plan.steps_per_epoch} an epoch, {self.plan.num_samples:,} samples)",
+                "begins at": begin,
+                "output": str(self.output_dir),
+            }
+        )
+        if checkpoint is None and 0 < len(fresh) < num_tensors:
+            self.display.say(f"fresh weights: {', '.join(fresh)}")
+
+    def _say_end(self) -> None:
+        evaluations = [line for line in read_metrics(self.output_dir) if f"{EVAL_PREFIX}loss" in line]
+        if evaluations:
+            last = evaluations[-1]
+            rows = {key: value for key, value in last.items() if key.startswith(EVAL_PREFIX)}
+            self.display.table(f"evaluation at step {last['step']}", rows)
+        checkpoint = self.checkpoints_dir / step_dir_name(self.position.step)
+        if self.position.best_value is not None:
+            best = f"{self.recipe.best_metric} {self.position.best_value:.4f} at step {self.position.best_step}"
+            self.display.say(f"best   {best}")
+        self.display.say(f"model  {checkpoint}")
+        if self.recipe.usage(checkpoint):
+            self.display.say(f"use    {self.recipe.usage(checkpoint)}")
+
+
+def _checked_splits(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe's data sets. Raises UserError when one is empty or `train` is missing."""
+    splits = dict(recipe.datasets())
+    if "train" not in splits:
+        raise UserError(f"the recipe's datasets() must have 'train'; it has {', '.join(splits)}")
+    for name, split in splits.items():
+        if len(split) == 0:
+            raise UserError(f"the {name} data has no rows")
+    return splits
+
+
+def _digest(record: Mapping[str, Any]) -> int:
+    return xxhash.xxh3_64_intdigest(json.dumps(record).encode()) >> 1
+
+
+def _weights_digest(model: torch.nn.Module) -> int:
+    digest = xxhash.xxh3_64()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.intdigest() >> 1
+
+
+def _aliases(model: torch.nn.Module) -> dict[str, str]:
+    """Return the other names of tied parameters, each with the name under which it is saved."""
+    names: dict[int, str] = {}
+    aliases = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if names.setdefault(id(parameter), name) != name:
+            aliases[name] = names[id(parameter)]
+    return aliases
+
+
+def _enable_gradient_checkpointing(model: torch.nn.Module) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:
+        raise UserError(f"--gradient-checkpointing: {type(model).__name__} does not offer it; drop the option")
+    try:
+        enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"--gradient-checkpointing: {error}") from error
+
+
+def _device_name(world: World) -> str:
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+
+
+def _strategy_note(name: str, world: World, replicas: int) -> str:
+    if name == "dp":
+        return f": {replicas} replica{'s' if replicas > 1 else ''} in one process" + (
+            " (on CPU there is just one)" if world.device.type == "cpu" else ""
+        )
+    if name == "single" and world.device.type == "cuda" and torch.cuda.device_count() > 1:
+        return f" (1 of {torch.cuda.device_count()} GPUs; `shardlaunch run RECIPE` or `accelerate launch` use all)"
+    return ""
+
+
+def recipe_name(recipe_type: type[Recipe]) -> str:
+    """Return the name of a recipe: its file's."""
+    file = getattr(sys.modules[recipe_type.__module__], "__file__", None)
+    return Path(file).stem if file else recipe_type.__name__
