@@ -1,6 +1,5 @@
 """A run's options: one dataclass, its command line, its YAML file."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -206,8 +205,3 @@ def _config_argv(options_type: type[Options], path: Path) -> list[str]:
 
 def _default(option_field: Any) -> Any:
     return None if option_field.default is MISSING else option_field.default
-
-
-def program_name() -> str:
-    """Return the name of the running recipe file."""
-    return Path(sys.argv[0]).name

@@ -26,7 +26,6 @@ class World:
 
     rank: int = 0
     size: int = 1
-    local_size: int = 1
     device: torch.device = CPU
     host_group: dist.ProcessGroup | None = None
     store: dist.Store | None = None
@@ -91,7 +90,6 @@ def connect(env: LaunchEnvironment) -> World:
     return World(
         rank=rank,
         size=world_size,
-        local_size=env.local_world_size,
         device=device,
         host_group=dist.new_group(backend="gloo", timeout=TIMEOUT),
         store=store,

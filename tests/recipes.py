@@ -101,6 +101,16 @@ def _points(count: int, seed: int) -> TensorData:
     )
 
 
+class LinearNet(NetRecipe):
+    """A linear classifier on data as it is: what a step does to it can be worked out by hand."""
+
+    def model(self) -> nn.Module:
+        return nn.Linear(NUM_FEATURES, NUM_CLASSES)
+
+    def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
+        return samples
+
+
 class RankedNet(NetRecipe):
     """The net judged by a metric that keeps all predictions."""
 

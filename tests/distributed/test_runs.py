@@ -9,12 +9,15 @@ import torch
 
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import checkpoint_steps, open_checkpoint
+from shardlaunch.launcher.initialise import build_model
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.gradients import GradientBuckets
 from shardlaunch.sharding.world import connect, disconnect
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import (
     FewReviews,
+    LinearNet,
+    NetOptions,
     NetRecipe,
     PickyNet,
     RankedNet,
@@ -148,6 +151,26 @@ def test_a_rank_without_evaluation_data_takes_part_in_metrics_that_keep_lists(tm
         run_on_ranks(num_ranks, run_well, RankedNet, argv)
         found.append([line["eval/auroc"] for line in _evaluations(tmp_path / str(num_ranks))])
     assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_a_step_is_that_of_the_whole_batch_at_once(num_ranks: int, tmp_path: Path) -> None:
+    """11 samples in micro-batches of 4, 4 and 3: a mean of their means would be another loss and another gradient."""
+    options = ("--num-train", "11", "--max-steps", "1", "--momentum", "0.9", "--lr", "0.5", "--max-grad-norm", "0")
+    argv = [*BASE, *options, "--output-dir", str(tmp_path)]
+    run_on_ranks(num_ranks, run_well, LinearNet, argv)
+    recipe = LinearNet(NetOptions(num_train=11))
+    model, _ = build_model(recipe, 0, is_resumed=False)
+    data = recipe.datasets()["train"].columns
+    loss = torch.nn.functional.cross_entropy(model(data["inputs"]), data["labels"])
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    line = training_lines(tmp_path)[0]
+    assert line["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    assert line["grad_norm"] == pytest.approx(torch.nn.utils.get_total_norm(gradients).item(), abs=1e-6)
+    assert (line["samples"], line["lr"]) == (11, 0.5)
+    tensors = final_tensors(tmp_path)
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+        torch.testing.assert_close(tensors[name], parameter.detach() - 0.5 * gradient, atol=1e-6, rtol=0)
 
 
 def _unseeded(argv: list[str]) -> tuple[int, str]:
