@@ -23,7 +23,7 @@ TIMEOUT_S = 120
 def _command(num_ranks: int, output_dir: Path) -> list[str]:
     return [
         *(str(SHARDLAUNCH), "run", str(ROOT / "recipes/mnist_mlp.py"), "--ranks", str(num_ranks), "--"),
-        *("--preset", "demo", "--max-steps", "120", "--save-every", "7", "--momentum", "0.9", "--tracker", "none"),
+        *("--preset", "demo", "--max-steps", "240", "--save-every", "11", "--momentum", "0.9", "--tracker", "none"),
         *("--threads-per-rank", "1", "--keep", "3", "--output-dir", str(output_dir)),
     ]
 
