@@ -1,4 +1,4 @@
-"""Weights at the start of a run: pretrained ones by name, fresh ones by (seed, module name), for any strategy alike."""
+"""Weights at the start of a run, the same on every rank: pretrained ones by name, fresh ones by the seed."""
 
 import sys
 from collections.abc import Callable, Mapping

@@ -35,7 +35,7 @@ from shardlaunch.launcher.run_folder import (
 from shardlaunch.launcher.tracking import EVAL_PREFIX, MetricsLog, Trackers, read_metrics, tracker_names
 from shardlaunch.launcher.trainer import Hooks, Position, StepReport, Trainer
 from shardlaunch.sharding.precision import apply_precision
-from shardlaunch.sharding.resolve import STRATEGIES
+from shardlaunch.sharding.resolve import STRATEGIES, describe_strategy
 from shardlaunch.sharding.whole_state import group_numbers, restore_group_numbers
 from shardlaunch.sharding.world import World
 
@@ -190,7 +190,8 @@ class Run:
 
     def _restore(self, checkpoint: Checkpoint | None) -> Position:
         if checkpoint is None:
-            return Position()
+            # Asked now, so that an optimizer whose groups cannot be saved is refused before any work.
+            return Position(group_numbers=group_numbers(self.strategy.optimizer))
         self.strategy.restore(checkpoint)
         position = Position(**checkpoint.trainer_state)
         restore_group_numbers(self.strategy.optimizer, position.group_numbers)
@@ -308,7 +309,7 @@ class Run:
                 "recipe": f"{self.name} ({type(self.recipe).__name__}), {type(self.model).__name__}",
                 "parameters": f"{num_parameters:,}{num_new}",
                 "ranks": f"{world.size} x {_device_name(world)}, threads each: {torch.get_num_threads()}",
-                "strategy": f"{self.strategy_name}{_strategy_note(self.strategy_name, world, replicas)}",
+                "strategy": describe_strategy(self.strategy_name, world, num_replicas=replicas),
                 "precision": self.precision.name,
                 "global batch": f"{options.global_batch_size} = micro-batch {options.micro_batch_size} x "
                 f"accumulation {-(-options.micro_batches // replicas)} x {replicas} "
@@ -381,16 +382,6 @@ def _enable_gradient_checkpointing(model: torch.nn.Module) -> None:
 
 def _device_name(world: World) -> str:
     return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-
-
-def _strategy_note(name: str, world: World, replicas: int) -> str:
-    if name == "dp":
-        return f": {replicas} replica{'s' if replicas > 1 else ''} in one process" + (
-            " (on CPU there is just one)" if world.device.type == "cpu" else ""
-        )
-    if name == "single" and world.device.type == "cuda" and torch.cuda.device_count() > 1:
-        return f" (1 of {torch.cuda.device_count()} GPUs; `shardlaunch run RECIPE` or `accelerate launch` use all)"
-    return ""
 
 
 def recipe_name(recipe_type: type[Recipe]) -> str:

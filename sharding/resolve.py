@@ -1,5 +1,7 @@
 """What decides the strategy, and the check that what was asked for is in force."""
 
+import torch
+
 from shardlaunch.errors import UserError
 from shardlaunch.sharding.data_parallel import DataParallel
 from shardlaunch.sharding.environment import RANKS_VARIABLE, STRATEGY_VARIABLE, LaunchEnvironment
@@ -43,6 +45,18 @@ def check_strategy_name(name: str, source: str) -> None:
     """Raise UserError when there is no strategy of this name."""
     if name not in STRATEGIES:
         raise UserError(f"{source}: unknown strategy {name!r}; choose one of {', '.join(STRATEGIES)}")
+
+
+def describe_strategy(name: str, world: World, *, num_replicas: int) -> str:
+    """Return a strategy's name with what a person should know of it on this machine."""
+    if name == "dp":
+        on_cpu = " (on CPU there is just one)" if world.device.type == "cpu" else ""
+        return f"{name}: {num_replicas} replica{'s' if num_replicas > 1 else ''} in one process{on_cpu}"
+    if name == "single" and world.device.type == "cuda" and torch.cuda.device_count() > 1:
+        return (
+            f"{name} (1 of {torch.cuda.device_count()} GPUs; `shardlaunch run RECIPE` or `accelerate launch` use all)"
+        )
+    return name
 
 
 def check_ranks(env: LaunchEnvironment, world: World, accelerate_ranks: int) -> None:
