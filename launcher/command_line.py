@@ -16,7 +16,7 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.launch import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from shardlaunch.launcher.predict import predict_texts
 from shardlaunch.sharding.environment import RANKS_VARIABLE, STRATEGY_VARIABLE, read_environment
-from shardlaunch.sharding.resolve import ONE_PROCESS, check_strategy_name
+from shardlaunch.sharding.resolve import STRATEGIES, check_strategy_name
 from shardlaunch.sharding.world import available_cores
 
 _DESCRIPTION = f"""shardlaunch {version("shardlaunch")}: one run, any shards.
@@ -90,9 +90,10 @@ def run_recipe(recipe: Path, recipe_argv: Sequence[str], *, ranks: int, strategy
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() and not read_environment().use_cpu else 0
     if strategy != "auto":
         check_strategy_name(strategy, f"--strategy {strategy}")
-    if strategy in ONE_PROCESS and ranks > 1:
+    for_one_process = strategy != "auto" and STRATEGIES[strategy].for_one_process
+    if for_one_process and ranks > 1:
         raise UserError(f"--strategy {strategy} is for one process, not --ranks {ranks}")
-    ranks = ranks or (1 if strategy in ONE_PROCESS else max(1, num_gpus))
+    ranks = ranks or (1 if for_one_process else max(1, num_gpus))
     if num_gpus and ranks > num_gpus:
         raise UserError(f"--ranks {ranks}: this machine has {num_gpus} GPUs. Start as many ranks, or hide the GPUs.")
     environment = {RANKS_VARIABLE: str(ranks)}

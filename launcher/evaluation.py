@@ -9,7 +9,7 @@ from torch import nn
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.batches import Batches
-from shardlaunch.launcher.forward import device_of, forward
+from shardlaunch.launcher.forward import forward
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.seeding import derive_seed, seed_model_stream
 from shardlaunch.sharding.precision import Precision
@@ -56,7 +56,6 @@ class Evaluator:
     @torch.no_grad()
     def _evaluate(self, model: nn.Module, num_steps: int, on_progress: Callable[[int, int], None]) -> dict[str, float]:
         model.eval()
-        device = device_of(model)
         plan = self._batches.plan
         has_work = False
         num_done = 0
@@ -65,8 +64,8 @@ class Evaluator:
         sums = torch.zeros(2, dtype=torch.float64, device=self._world.device)
         for batch in self._batches.steps(0, num_steps):
             for micro_batch in batch.micro_batches:
-                seed_model_stream(self._seed, batch.step, micro_batch.index, device)
-                inputs, outputs, loss = forward(self._recipe, model, micro_batch, self._precision)
+                seed_model_stream(self._seed, batch.step, micro_batch.index, self._world.device)
+                inputs, outputs, loss = forward(self._recipe, model, micro_batch, self._precision, self._world.device)
                 if micro_batch.weight:
                     sums[0] += loss
                     sums[1] += micro_batch.num_targets

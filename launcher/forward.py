@@ -13,13 +13,13 @@ from shardlaunch.sharding.precision import Precision
 
 
 def forward(
-    recipe: Recipe, model: nn.Module, micro_batch: MicroBatch, precision: Precision
+    recipe: Recipe, model: nn.Module, micro_batch: MicroBatch, precision: Precision, device: torch.device
 ) -> tuple[Any, Any, torch.Tensor]:
-    """Return the micro-batch on the model's device, the model's outputs, and the sum of the loss.
+    """Return the micro-batch on the device, the model's outputs, and the sum of the loss.
 
     Raises UserError when the recipe's loss is no scalar.
     """
-    inputs = to_device(micro_batch.inputs, device_of(model))
+    inputs = to_device(micro_batch.inputs, device)
     with precision.forward_context():
         outputs = recipe.forward(model, inputs)
         loss = recipe.loss(outputs, inputs)
@@ -44,8 +44,3 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(to_device(item, device) for item in value)
     return value
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's first parameter."""
-    return next(model.parameters()).device

@@ -34,9 +34,9 @@ from shardlaunch.launcher.run_folder import (
 )
 from shardlaunch.launcher.tracking import EVAL_PREFIX, MetricsLog, Trackers, read_metrics, tracker_names
 from shardlaunch.launcher.trainer import Hooks, Position, StepReport, Trainer
+from shardlaunch.sharding.named_state import group_numbers, restore_group_numbers
 from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.resolve import STRATEGIES, describe_strategy
-from shardlaunch.sharding.whole_state import group_numbers, restore_group_numbers
 from shardlaunch.sharding.world import World
 
 

@@ -12,7 +12,7 @@ import torch
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.batches import Batches, GlobalBatch
 from shardlaunch.launcher.evaluation import Evaluator
-from shardlaunch.launcher.forward import device_of, forward
+from shardlaunch.launcher.forward import forward
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.seeding import seed_model_stream
@@ -124,13 +124,13 @@ class Trainer:
         assert batch is not None
         last = len(batch.micro_batches) - 1
         scale = self.precision.loss_scale.value if self.precision.loss_scale is not None else 1.0
-        replicas = self.strategy.replicas
+        replicas, devices = self.strategy.replicas, self.strategy.devices
         total: torch.Tensor | None = None
         self.buffers.begin_step()
         for slot, micro_batch in enumerate(batch.micro_batches):
-            model = replicas[slot % len(replicas)]
-            seed_model_stream(self.options.seed, batch.step, micro_batch.index, device_of(model))
-            _, _, loss = forward(self.recipe, model, micro_batch, self.precision)
+            model, device = replicas[slot % len(replicas)], devices[slot % len(replicas)]
+            seed_model_stream(self.options.seed, batch.step, micro_batch.index, device)
+            _, _, loss = forward(self.recipe, model, micro_batch, self.precision, device)
             if micro_batch.weight:
                 total = loss.detach() if total is None else total + loss.detach().to(total.device)
             if slot == last:

@@ -13,15 +13,17 @@ from torch import nn
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.sharding.gradients import GradientBuckets
 from shardlaunch.sharding.replicated import Replicated
-from shardlaunch.sharding.strategy import BuildOptimizer
+from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
 
 
-class DataParallel:
+class DataParallel(Strategy):
     """Run micro-batches on all devices of one process (see `Strategy`). On CPU it is a single replica.
 
     Kernels are started one replica after the other without waiting, so that the devices work side by side.
     """
+
+    for_one_process = True
 
     def __init__(
         self,
@@ -29,6 +31,7 @@ class DataParallel:
         build_optimizer: BuildOptimizer,
         *,
         world: World,
+        settings: Settings = DEFAULT_SETTINGS,
         devices: Sequence[torch.device] | None = None,
     ) -> None:
         assert world.size == 1, "DataParallel is for one process"
@@ -36,10 +39,11 @@ class DataParallel:
             cuda = world.device.type == "cuda"
             devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if cuda else [world.device]
         self._copies = [deepcopy(model).to(device) for device in devices[1:]]
-        self._main = Replicated(model, build_optimizer, world=world)
+        self._main = Replicated(model, build_optimizer, world=world, settings=settings)
         self._copied_gradients = [GradientBuckets(copy.parameters(), world=world) for copy in self._copies]
         self.optimizer = self._main.optimizer
         self.replicas: list[nn.Module] = [self._main.model, *self._copies]
+        self.devices = list(devices)
 
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
         """Accumulate on the replica that computed the loss."""

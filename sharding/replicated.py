@@ -7,17 +7,20 @@ from torch import nn
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.sharding.gradients import GradientBuckets
-from shardlaunch.sharding.strategy import BuildOptimizer
-from shardlaunch.sharding.whole_state import check_optimizer, restore_whole_state, whole_state
+from shardlaunch.sharding.named_state import check_optimizer, named_state, restore_named_state
+from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
 
 
-class Replicated:
+class Replicated(Strategy):
     """Keep one replica of the model a rank; the ranks sum their gradients (see `Strategy`)."""
 
-    def __init__(self, model: nn.Module, build_optimizer: BuildOptimizer, *, world: World) -> None:
+    def __init__(
+        self, model: nn.Module, build_optimizer: BuildOptimizer, *, world: World, settings: Settings = DEFAULT_SETTINGS
+    ) -> None:
         self.model = model.to(world.device)
         self.replicas = [self.model]
+        self.devices = [world.device]
         self.optimizer = build_optimizer(
             [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         )
@@ -49,8 +52,14 @@ class Replicated:
 
     def state(self) -> Iterator[Fragment]:
         """Yield everything: each rank has it all."""
-        return whole_state(self.model, self.optimizer)
+        return named_state(self.model, self.optimizer)
 
     def restore(self, reader: StateReader) -> None:
         """Read everything."""
-        restore_whole_state(self.model, self.optimizer, reader)
+        restore_named_state(self.model, self.optimizer, reader)
+
+
+class Single(Replicated):
+    """One replica on one device."""
+
+    for_one_process = True

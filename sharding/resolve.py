@@ -5,12 +5,11 @@ import torch
 from shardlaunch.errors import UserError
 from shardlaunch.sharding.data_parallel import DataParallel
 from shardlaunch.sharding.environment import RANKS_VARIABLE, STRATEGY_VARIABLE, LaunchEnvironment
-from shardlaunch.sharding.replicated import Replicated
-from shardlaunch.sharding.strategy import BuildStrategy
+from shardlaunch.sharding.replicated import Replicated, Single
+from shardlaunch.sharding.strategy import Strategy
 from shardlaunch.sharding.world import World
 
-STRATEGIES: dict[str, BuildStrategy] = {"single": Replicated, "ddp": Replicated, "dp": DataParallel}
-ONE_PROCESS = ("single", "dp")
+STRATEGIES: dict[str, type[Strategy]] = {"single": Single, "ddp": Replicated, "dp": DataParallel}
 
 
 def resolve_strategy(option: str, env: LaunchEnvironment) -> str:
@@ -31,9 +30,10 @@ def resolve_strategy(option: str, env: LaunchEnvironment) -> str:
     if not asked:
         return "ddp" if env.world_size > 1 else "single"
     source, name = next(iter(asked.items()))
-    if name in ONE_PROCESS and env.world_size > 1:
+    STRATEGIES[name].check_available()
+    if STRATEGIES[name].for_one_process and env.world_size > 1:
         raise UserError(f"{source} is for one process, but {env.world_size} ranks were started. Use ddp, or one rank.")
-    if name not in ONE_PROCESS and env.world_size == 1:
+    if not STRATEGIES[name].for_one_process and env.world_size == 1:
         raise UserError(
             f"{source} is for several ranks, but one was started. "
             f"Start more: `shardlaunch run RECIPE --strategy {name} --ranks 2`, or torchrun --nproc_per_node 2."

@@ -1,16 +1,20 @@
-"""State of models that every rank holds whole: out of module and optimizer by name, and back."""
+"""State of a model and its optimizer by parameter name: out of them and back, whole tensors or this rank's slices.
+
+A tensor is held whole (a plain tensor) or sliced along dimension 0 over a mesh of ranks (a DTensor, see `slices`).
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from shardlaunch.checkpoints.state import WEIGHT, Fragment, StateReader, TensorSpec, whole
+from shardlaunch.checkpoints.state import WEIGHT, Fragment, StateReader, TensorSpec
 from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES
 from shardlaunch.errors import UserError, some
 from shardlaunch.sharding.buffers import persistent_buffers
+from shardlaunch.sharding.slices import fragment, like_slice, local_part, read_slice
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -52,17 +56,17 @@ def restore_group_numbers(optimizer: torch.optim.Optimizer, saved: list[dict[str
         group.update({key: value for key, value in others.items() if value != numbers.get(key)})
 
 
-def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Fragment]:
+def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Fragment]:
     """Yield all weights, persistent buffers and optimizer entries, in the model's order.
 
     Raises UserError for an optimizer whose state is not made of tensors.
     """
     for name, tensor in (*model.named_parameters(), *persistent_buffers(model).items()):
-        yield whole(name, WEIGHT, tensor)
+        yield fragment(name, WEIGHT, tensor)
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor) and value.dtype in DTYPE_NAMES:
-                yield whole(name, kind, value)
+                yield fragment(name, kind, value)
             elif value is not None:
                 found = getattr(value, "dtype", type(value).__name__)
                 raise UserError(
@@ -72,31 +76,31 @@ def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
 
 
 @torch.no_grad()
-def restore_whole_state(model: nn.Module, optimizer: torch.optim.Optimizer, reader: StateReader) -> None:
+def restore_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, reader: StateReader) -> None:
     """Set weights, buffers and optimizer entries to the saved ones. Raises UserError when names or shapes differ."""
     specs = list(reader.specs())
     weights = {spec.name: spec for spec in specs if spec.kind == WEIGHT}
     targets = dict(model.named_parameters()) | persistent_buffers(model)
-    _check_names(weights, targets)
+    check_names(weights, targets)
     for name, tensor in targets.items():
-        tensor.copy_(_read(reader, weights[name]))
+        local_part(tensor).copy_(read_slice(reader, weights[name], tensor))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     position = {id(parameter): index for index, parameter in enumerate(parameters)}
     state: dict[int, dict[str, Any]] = {}
     by_name = dict(model.named_parameters())
     for spec in specs:
         if spec.kind != WEIGHT:
-            if spec.name not in by_name or id(by_name[spec.name]) not in position:
+            parameter = by_name.get(spec.name)
+            if parameter is None or id(parameter) not in position:
                 raise UserError(f"the checkpoint has {spec.kind} of {spec.name}, which this run does not train")
-            state.setdefault(position[id(by_name[spec.name])], {})[spec.kind] = _read(reader, spec)
+            # An entry that is not of the parameter's shape (a count of steps) is held whole.
+            like = parameter if spec.shape == tuple(parameter.shape) else torch.empty(spec.shape)
+            state.setdefault(position[id(parameter)], {})[spec.kind] = like_slice(read_slice(reader, spec, like), like)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _read(reader: StateReader, spec: TensorSpec) -> torch.Tensor:
-    return reader.read(spec, 0, spec.num_elements).reshape(spec.shape)
-
-
-def _check_names(saved: dict[str, TensorSpec], targets: dict[str, torch.Tensor]) -> None:
+def check_names(saved: Mapping[str, TensorSpec], targets: Mapping[str, torch.Tensor]) -> None:
+    """Check that saved weights are just those of the model. Raises UserError that names those which are not."""
     missing = [name for name in targets if name not in saved]
     unexpected = [name for name in saved if name not in targets]
     misshapen = [
