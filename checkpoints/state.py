@@ -47,10 +47,6 @@ class Fragment:
     flat_end: int
     tensor: torch.Tensor
 
-    @property
-    def is_whole(self) -> bool:
-        return self.flat_start == 0 and self.flat_end == self.spec.num_elements
-
 
 def whole(name: str, kind: str, tensor: torch.Tensor) -> Fragment:
     """Return the fragment that is all of `tensor`."""

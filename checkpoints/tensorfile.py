@@ -52,9 +52,10 @@ class TensorEntry:
 
 
 class DigestingFile:
-    """Write a new file, digest it on the way and fsync it at the end. Raises OSError as the file system does."""
+    """Write a new file, digest it on the way and fsync it at the end. Raises OSError that names the file."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by finish() or close()
         self._hash = xxhash.xxh3_128()
         self._num_bytes = 0
@@ -63,60 +64,52 @@ class DigestingFile:
         """Append bytes."""
         self._hash.update(data)
         self._num_bytes += len(data)
-        while data:
-            data = data[self._file.write(data) :]
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def finish(self) -> FileRecord:
         """Make the file durable and return its record."""
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         self._file.close()
         return FileRecord(num_bytes=self._num_bytes, digest=self._hash.hexdigest())
 
     def close(self) -> None:
-        """Give up: close without making durable."""
+        """Give up, where not finished: close without making durable."""
         self._file.close()
+
+
+class TensorWriter(DigestingFile):
+    """Write a new safetensors file: the header at once, then the tensors' bytes as they come, in the order given."""
+
+    def __init__(self, path: Path, entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+        super().__init__(path)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for key, dtype, shape in entries:
+            end = offset + prod(shape) * BYTES_PER_ELEMENT[dtype]
+            header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        try:
+            self.write(memoryview(len(text).to_bytes(8, "little") + text))
+        except OSError:
+            self.close()
+            raise
 
 
 def write_file(path: Path, data: bytes) -> FileRecord:
     """Write `data` as a new durable file."""
-    return _write(path, (memoryview(data),))
-
-
-def write_tensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> FileRecord:
-    """Write named tensors as a new durable safetensors file, in the order given."""
-    tensors = list(tensors)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for key, tensor in tensors:
-        num_bytes = tensor.numel() * tensor.element_size()
-        header[key] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + num_bytes],
-        }
-        offset += num_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
-    def chunks() -> Iterable[memoryview]:
-        yield memoryview(len(text).to_bytes(8, "little") + text)
-        for _, tensor in tensors:
-            flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-            data = flat.numpy().data
-            for start in range(0, len(data), CHUNK_BYTES):
-                yield data[start : start + CHUNK_BYTES]
-
-    return _write(path, chunks())
-
-
-def _write(path: Path, chunks: Iterable[memoryview]) -> FileRecord:
     file = DigestingFile(path)
     try:
-        for chunk in chunks:
-            file.write(chunk)
+        file.write(memoryview(data))
         return file.finish()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a failing write does not know its file
     finally:
         file.close()
 

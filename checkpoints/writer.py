@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from shardlaunch.checkpoints.gather import gather
 from shardlaunch.checkpoints.layout import (
     MANIFEST,
     OPTIMIZER_INDEX,
@@ -20,7 +21,7 @@ from shardlaunch.checkpoints.manifest import Manifest
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
 from shardlaunch.checkpoints.state import WEIGHT, Fragment, fragments_by_key
-from shardlaunch.checkpoints.tensorfile import FileRecord, digest_file, write_file, write_tensors
+from shardlaunch.checkpoints.tensorfile import FileRecord, TensorWriter, digest_file, write_file
 from shardlaunch.errors import UserError
 
 STAGING_PREFIX = ".staging-"
@@ -37,8 +38,10 @@ def save(
     aliases: Mapping[str, str],
     peers: Peers,
 ) -> Path:
-    """Save `state` as the checkpoint of `step` and return its folder. All ranks; the state is the same on each.
+    """Save `state` as the checkpoint of `step` and return its folder. All ranks.
 
+    The pieces of all ranks together are the state: every rank names the same tensors, in the same order. Besides them,
+    a rank needs memory for two buckets of 16 MiB that come in and two that go out to each rank which lacks its pieces.
     `export` writes the further files of a model folder (configuration, tokenizer) on rank 0. A valid checkpoint of the
     same step is kept as it is. Raises UserError on all ranks, and leaves nothing behind, when any rank cannot write.
     """
@@ -50,7 +53,7 @@ def save(
     staging = checkpoints_dir / f"{STAGING_PREFIX}{target.name}"
     try:
         peers.together(lambda: _make_staging(staging) if peers.rank == 0 else None)
-        records = peers.together(lambda: _write_share(staging, files, fragments, peers.rank))
+        records = peers.together(lambda: _write_share(staging, files, fragments, peers))
         everyone = _exchange(files, records, peers)
         peers.together(
             lambda: (
@@ -85,16 +88,35 @@ def _make_staging(staging: Path) -> None:
 
 
 def _write_share(
-    staging: Path, files: list[TensorFile], fragments: Mapping[str, Fragment], rank: int
+    staging: Path, files: list[TensorFile], fragments: Mapping[str, Fragment], peers: Peers
 ) -> dict[str, FileRecord]:
-    records = {}
-    for file in files:
-        if file.owner == rank:
-            owned = [fragments[spec.key] for spec in file.specs]
-            assert all(fragment.is_whole for fragment in owned), "pieces must be gathered to their owner first"
-            tensors = [(fragment.spec.key, fragment.tensor.reshape(fragment.spec.shape)) for fragment in owned]
-            records[file.file_name] = write_tensors(staging / file.file_name, tensors)
-    return records
+    """Gather and write the files that this rank owns. All ranks.
+
+    A rank that cannot write goes on gathering, for the others need its pieces. Raises OSError then.
+    """
+    failure: OSError | None = None
+    writing: dict[str, TensorWriter] = {}
+    try:
+        try:
+            for file in files:
+                if file.owner == peers.rank:
+                    entries = [(spec.key, spec.dtype, spec.shape) for spec in file.specs]
+                    writing[file.file_name] = TensorWriter(staging / file.file_name, entries)
+        except OSError as error:
+            failure = error
+        for file, chunks in gather(files, fragments, peers):
+            try:
+                if failure is None:
+                    for chunk in chunks:
+                        writing[file.file_name].write(chunk)
+            except OSError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        return {name: writer.finish() for name, writer in writing.items()}
+    finally:
+        for writer in writing.values():
+            writer.close()
 
 
 def _exchange(files: list[TensorFile], records: Mapping[str, FileRecord], peers: Peers) -> dict[str, FileRecord]:
