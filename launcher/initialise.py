@@ -1,11 +1,13 @@
 """Weights at the start of a run, the same on every rank: pretrained ones by name, fresh ones by the seed."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.recipe import Recipe
@@ -26,6 +28,52 @@ def build_model(recipe: Recipe, seed: int, *, is_resumed: bool) -> tuple[nn.Modu
         initialise(model, fresh, seed)
     load_weights(model, weights)
     return model, fresh
+
+
+def build_empty_model(recipe: Recipe) -> nn.Module:
+    """Return the recipe's model with its parameters on the meta device, without values; its buffers are as built.
+
+    Raises UserError when the model's constructor needs the values.
+    """
+    with torch.random.fork_rng(devices=[]), _parameters_on_meta():
+        try:
+            model = recipe.model().float()
+        except (NotImplementedError, RuntimeError) as error:
+            raise UserError(
+                f"the recipe's model() reads values of parameters, which are on the meta device while a model is built "
+                f"to be sliced ({str(error).splitlines()[0]}); set them in weights(), or use --strategy ddp"
+            ) from error
+    lost = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if lost:
+        raise UserError(
+            f"the recipe's model() computes buffers from values of parameters, which are on the meta device while a "
+            f"model is built to be sliced: {some(lost)}; use --strategy ddp"
+        )
+    return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Let modules drop each parameter's values as it is registered, so that no more than one is there at a time.
+
+    torch.device("meta") as a context would take the buffers' values too, and nobody could tell what they were.
+    """
+    register = nn.Module.register_parameter
+    seen = WeakIdKeyDictionary()  # a parameter that is registered twice, as tied ones are, stays one
+
+    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            if param not in seen:
+                seen[param] = type(param)(param.detach().to("meta"), requires_grad=param.requires_grad)
+                seen[param].__dict__.update(param.__dict__)
+            param = seen[param]
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def initialise(model: nn.Module, fresh: list[str], seed: int) -> None:

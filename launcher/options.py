@@ -72,7 +72,15 @@ class Options:
     stop_at_step: int = option(0, mark="free")
     """End early after this step, with a checkpoint. The run stays the same and can be resumed; 0: do not."""
     strategy: str = option("auto", mark="free")
-    """single, ddp, dp, or auto: what was launched."""
+    """single, dp, ddp, fsdp2, hsdp, zero1, zero2, zero3, or auto: what was launched."""
+    layer_classes: tuple[str, ...] = option((), mark="free")
+    """Classes of modules that are gathered as one under fsdp2 and hsdp; none: what recipe or model declares."""
+    reshard_after_forward: bool = option(True, mark="free")
+    """Drop gathered parameters after the forward pass (fsdp2, hsdp): less memory, more traffic."""
+    cpu_offload: bool = option(False, mark="free")
+    """Keep slices of parameters and optimizer state in host memory (fsdp2, hsdp, zero1, zero2, zero3)."""
+    shard_ranks: int = option(0, mark="free")
+    """Ranks among which hsdp slices one copy of the model; 0: those of a machine."""
     threads_per_rank: int = option(0, mark="warn")
     """CPU threads of each rank; 0: the ranks share the cores evenly."""
     num_workers: int = option(0, mark="free")
@@ -101,6 +109,7 @@ class Options:
             "stop_at_step": 0,
             "threads_per_rank": 0,
             "num_workers": 0,
+            "shard_ranks": 0,
         }
         for name, minimum in least.items():
             if not getattr(self, name) >= minimum:

@@ -25,6 +25,8 @@ class Recipe:
     """Named sets of option defaults, chosen by --preset."""
     best_metric: ClassVar[str] = "loss"
     """The metric that says which checkpoint is best."""
+    layer_classes: ClassVar[tuple[str, ...]] = ()
+    """Classes of the model's blocks, gathered one at a time under FSDP2. Hugging Face models declare theirs."""
 
     def __init__(self, options: Options) -> None:
         self.options = options

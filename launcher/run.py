@@ -5,7 +5,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from shardlaunch.launcher.batches import Batches, BatchPlan, EvaluationPlan
 from shardlaunch.launcher.display import Display, ProgressView
 from shardlaunch.launcher.evaluation import Evaluator
 from shardlaunch.launcher.identity import Identity, data_fingerprint, option_values, run_identity, run_record, versions
-from shardlaunch.launcher.initialise import build_model
+from shardlaunch.launcher.initialise import build_empty_model, build_model
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.run_folder import (
@@ -34,9 +33,11 @@ from shardlaunch.launcher.run_folder import (
 )
 from shardlaunch.launcher.tracking import EVAL_PREFIX, MetricsLog, Trackers, read_metrics, tracker_names
 from shardlaunch.launcher.trainer import Hooks, Position, StepReport, Trainer
+from shardlaunch.sharding.initial import InitialWeights
 from shardlaunch.sharding.named_state import group_numbers, restore_group_numbers
 from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.resolve import STRATEGIES, describe_strategy
+from shardlaunch.sharding.strategy import Settings
 from shardlaunch.sharding.world import World
 
 
@@ -98,25 +99,64 @@ class Run:
         if checkpoint is not None:
             for difference in self.identity.check(saved_identity(checkpoint), str(checkpoint.step_dir)):
                 self.display.warn(f"this resume may round differently: {difference}")
-        self.model, fresh = build_model(recipe, options.seed, is_resumed=checkpoint is not None)
-        self._check_ranks_agree()
+        initial = self._build_model(is_resumed=checkpoint is not None)
         if options.gradient_checkpointing:
             _enable_gradient_checkpointing(self.model)
         self.aliases = _aliases(self.model)
-        self.strategy = STRATEGIES[self.strategy_name](self.model, recipe.optimizer, world=world)
+        self.model_name = type(self.model).__name__
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.strategy = STRATEGIES[self.strategy_name](
+            self.model, recipe.optimizer, world=world, settings=self._settings()
+        )
+        if initial is not None:
+            self.strategy.restore(initial)
         if options.compile:
             for replica in self.strategy.replicas:
                 replica.compile()
         self.position = self._restore(checkpoint)
         self._write_run()
-        self._say_start(checkpoint, fresh)
+        self._say_start(checkpoint)
         self._build_trainer(splits)
 
-    def _check_ranks_agree(self) -> None:
-        """Check that all ranks have the same run before them. All ranks."""
-        everyone = self.world.peers.gather([_digest(self.identity.identity), _weights_digest(self.model)])
+    def _build_model(self, *, is_resumed: bool) -> InitialWeights | None:
+        """Build the model, whole, or empty for a strategy that starts so; then return what its weights begin with.
+
+        All ranks.
+        """
+        recipe, seed, world = self.recipe, self.options.seed, self.world
+        if not STRATEGIES[self.strategy_name].starts_empty:
+            self.model, self.fresh = build_model(recipe, seed, is_resumed=is_resumed)
+            self._check_ranks_agree(self.model)
+            return None
+        self.model, self.fresh = world.peers.together(lambda: build_empty_model(recipe)), []
+        if is_resumed:
+            self._check_ranks_agree(None)
+            return None
+        whole = None
+        built = world.peers.together(
+            lambda: build_model(recipe, seed, is_resumed=False) if world.is_local_main else None
+        )
+        if built is not None:
+            whole, self.fresh = built
+        self._check_ranks_agree(whole)
+        return InitialWeights(self.model, whole, world=world)
+
+    def _settings(self) -> Settings:
+        options = self.options
+        return Settings(
+            compute_dtype=self.precision.dtype,
+            layer_classes=options.layer_classes or self.recipe.layer_classes,
+            reshard_after_forward=options.reshard_after_forward,
+            cpu_offload=options.cpu_offload,
+            shard_ranks=options.shard_ranks,
+        )
+
+    def _check_ranks_agree(self, whole: torch.nn.Module | None) -> None:
+        """Check that all ranks have the same run before them, and the same model where they hold one. All ranks."""
+        weights_here = _weights_digest(whole) if whole is not None else -1
+        everyone = self.world.peers.gather([_digest(self.identity.identity), weights_here])
         for rank, (identity, weights) in enumerate(everyone):
-            if (identity, weights) != tuple(everyone[0]):
+            if identity != everyone[0][0] or weights not in (-1, everyone[0][1]):
                 what = "other weights" if identity == everyone[0][0] else "other options or data"
                 raise UserError(
                     f"rank {rank} has {what} than rank 0: what datasets(), model() and weights() of the recipe return "
@@ -199,7 +239,7 @@ class Run:
 
     def _write_run(self) -> None:
         record = run_record(self.identity, self.options, self.world.size, self.strategy_name)
-        least_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
+        least_bytes = 4 * self.num_parameters
         self.world.peers.together(
             lambda: write_run(self.output_dir, record, least_bytes=least_bytes) if self.world.is_main else None
         )
@@ -297,17 +337,16 @@ class Run:
         }
         (folder / RECIPE).write_text(json.dumps(record, indent=1))
 
-    def _say_start(self, checkpoint: Checkpoint | None, fresh: list[str]) -> None:
+    def _say_start(self, checkpoint: Checkpoint | None) -> None:
         options, world = self.options, self.world
-        num_parameters = sum(prod(parameter.shape) for parameter in self.model.parameters())
         replicas = world.size * len(self.strategy.replicas)
         num_tensors = sum(1 for _ in self.model.parameters())
-        num_new = "" if checkpoint else f", {len(fresh)} of {num_tensors} tensors fresh"
+        num_new = "" if checkpoint else f", {len(self.fresh)} of {num_tensors} tensors fresh"
         begin = f"step {checkpoint.step} ({checkpoint.step_dir})" if checkpoint else "the beginning"
         self.display.summary(
             {
-                "recipe": f"{self.name} ({type(self.recipe).__name__}), {type(self.model).__name__}",
-                "parameters": f"{num_parameters:,}{num_new}",
+                "recipe": f"{self.name} ({type(self.recipe).__name__}), {self.model_name}",
+                "parameters": f"{self.num_parameters:,}{num_new}",
                 "ranks": f"{world.size} x {_device_name(world)}, threads each: {torch.get_num_threads()}",
                 "strategy": describe_strategy(self.strategy_name, world, num_replicas=replicas),
                 "precision": self.precision.name,
@@ -320,8 +359,8 @@ class Run:
                 "output": str(self.output_dir),
             }
         )
-        if checkpoint is None and 0 < len(fresh) < num_tensors:
-            self.display.say(f"fresh weights: {', '.join(fresh)}")
+        if checkpoint is None and 0 < len(self.fresh) < num_tensors:
+            self.display.say(f"fresh weights: {', '.join(self.fresh)}")
 
     def _say_end(self) -> None:
         evaluations = [line for line in read_metrics(self.output_dir) if f"{EVAL_PREFIX}loss" in line]

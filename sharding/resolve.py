@@ -5,11 +5,18 @@ import torch
 from shardlaunch.errors import UserError
 from shardlaunch.sharding.data_parallel import DataParallel
 from shardlaunch.sharding.environment import RANKS_VARIABLE, STRATEGY_VARIABLE, LaunchEnvironment
+from shardlaunch.sharding.fsdp2 import Fsdp2, Hsdp
 from shardlaunch.sharding.replicated import Replicated, Single
 from shardlaunch.sharding.strategy import Strategy
 from shardlaunch.sharding.world import World
 
-STRATEGIES: dict[str, type[Strategy]] = {"single": Single, "ddp": Replicated, "dp": DataParallel}
+STRATEGIES: dict[str, type[Strategy]] = {
+    "single": Single,
+    "dp": DataParallel,
+    "ddp": Replicated,
+    "fsdp2": Fsdp2,
+    "hsdp": Hsdp,
+}
 
 
 def resolve_strategy(option: str, env: LaunchEnvironment) -> str:

@@ -26,9 +26,19 @@ class World:
 
     rank: int = 0
     size: int = 1
+    local_ranks: range = range(1)
+    """The ranks of this machine."""
     device: torch.device = CPU
     host_group: dist.ProcessGroup | None = None
     store: dist.Store | None = None
+
+    @property
+    def local_size(self) -> int:
+        return len(self.local_ranks)
+
+    @property
+    def is_local_main(self) -> bool:
+        return self.rank == self.local_ranks.start
 
     @property
     def is_main(self) -> bool:
@@ -90,6 +100,7 @@ def connect(env: LaunchEnvironment) -> World:
     return World(
         rank=rank,
         size=world_size,
+        local_ranks=range(first := rank - env.local_rank, first + env.local_world_size),
         device=device,
         host_group=dist.new_group(backend="gloo", timeout=TIMEOUT),
         store=store,

@@ -1,0 +1,156 @@
+"""FSDP2: parameters, gradients and optimizer state in slices, one a rank; a block is whole while it works.
+
+The same code drives gloo on CPU and NCCL on GPUs. HSDP keeps several such copies of the model, one a group of ranks.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from shardlaunch.checkpoints.state import Fragment, StateReader
+from shardlaunch.errors import UserError, some
+from shardlaunch.sharding.layers import layers_to_wrap
+from shardlaunch.sharding.named_state import check_optimizer, named_state, restore_named_state
+from shardlaunch.sharding.slices import local_part
+from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
+from shardlaunch.sharding.world import World
+
+
+class Fsdp2(Strategy):
+    """Give each rank a slice of every parameter (see `Strategy`).
+
+    Each micro-batch's gradients are summed over the ranks at once, into slices: whole gradients of all blocks would
+    take as much memory as the model.
+    """
+
+    starts_empty = True
+
+    def __init__(
+        self, model: nn.Module, build_optimizer: BuildOptimizer, *, world: World, settings: Settings = DEFAULT_SETTINGS
+    ) -> None:
+        _check_shapes(model)
+        self._world = world
+        mesh = self._mesh(world, settings)
+        self._copies = mesh.size() // mesh.size(mesh.ndim - 1)
+        self._wrap(model, mesh, settings)
+        _materialise(model, world.device, offload=settings.cpu_offload)
+        self.model = model
+        self.replicas = [model]
+        self.devices = [world.device]
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._trainable = list(trainable.values())
+        self.optimizer = build_optimizer(trainable.items())
+        check_optimizer(model, self.optimizer)
+
+    def _mesh(self, world: World, settings: Settings) -> DeviceMesh:
+        return init_device_mesh(world.device.type, (world.size,))
+
+    def _wrap(self, model: nn.Module, mesh: DeviceMesh, settings: Settings) -> None:
+        offload = (
+            CPUOffloadPolicy(pin_memory=self._world.device.type == "cuda") if settings.cpu_offload else OffloadPolicy()
+        )
+        fp32 = MixedPrecisionPolicy()
+        # Autocast decides what is computed in which dtype, as under every strategy; what it would cast in each use is
+        # gathered in that dtype, at half the traffic.
+        gathered = MixedPrecisionPolicy(
+            param_dtype=settings.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        policy = fp32 if settings.compute_dtype == torch.float32 else gathered
+        layers = layers_to_wrap(model, settings.layer_classes)
+        if policy is gathered:  # batch norm takes weights of the dtype of its statistics only
+            layers = [module for module in model.modules() if isinstance(module, _BatchNorm)] + layers
+        for module in (*layers, model):
+            fully_shard(
+                module,
+                mesh=mesh,
+                reshard_after_forward=settings.reshard_after_forward,
+                mp_policy=fp32 if isinstance(module, _BatchNorm) else policy,
+                offload_policy=offload,
+            )
+        self._blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for block in self._blocks:
+            block.set_gradient_divide_factor(1.0)  # sums over the ranks, not means
+            block.set_force_sum_reduction_for_comms(True)  # gloo has no sums with a factor
+        # Ranks must send the same tensors, also where the data decides which parameters the loss reaches.
+        model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
+
+    def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
+        """Accumulate into the slices; the sums over copies of the model wait for the last micro-batch."""
+        if self._copies > 1:
+            for block in self._blocks:
+                block.set_requires_all_reduce(last, recurse=False)
+        loss.backward(torch.full_like(loss, factor))
+
+    def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
+        """Sum the squares over the ranks, unscale and clip in one multiplication."""
+        for parameter in self._trainable:
+            if parameter.grad is None:  # of a block that no rank has run
+                parameter.grad = torch.zeros_like(parameter)
+        slices = [local_part(p.grad) for p in self._trainable if p.grad is not None]
+        square = torch.nn.utils.get_total_norm(slices).to(self._world.device, torch.float64).square()
+        norm = (self._world.sum(square) / self._copies).sqrt().item() * unscale
+        factor = unscale * (max_norm / norm if 0 < max_norm < norm else 1.0)
+        if factor != 1.0:
+            for part in slices:
+                part.mul_(factor)
+        return norm
+
+    def update(self) -> None:
+        """Apply the optimizer to the slices."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def discard(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad()
+
+    def state(self) -> Iterator[Fragment]:
+        """Yield this rank's slices."""
+        self._reshard()
+        return named_state(self.model, self.optimizer)
+
+    def restore(self, reader: StateReader) -> None:
+        """Read this rank's slices."""
+        self._reshard()
+        restore_named_state(self.model, self.optimizer, reader)
+
+    def _reshard(self) -> None:
+        """Put the slices back in the place of whole parameters, which an evaluation may have left."""
+        for block in self._blocks:
+            block.reshard()
+
+
+class Hsdp(Fsdp2):
+    """Keep one copy of the model a machine (or --shard-ranks ranks), in slices; sum gradients over the copies."""
+
+    def _mesh(self, world: World, settings: Settings) -> DeviceMesh:
+        shard = settings.shard_ranks or world.local_size
+        if world.size % shard or shard == 1 or shard == world.size:
+            raise UserError(
+                f"hsdp: {world.size} ranks cannot be {'one copy' if shard == world.size else 'copies'} of the model "
+                f"in {shard} slices. Give --shard-ranks a divisor of {world.size} above 1 and below {world.size}, "
+                f"or use fsdp2 (one copy) or ddp (a copy on each rank)."
+            )
+        return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("copies", "slices"))
+
+
+def _check_shapes(model: nn.Module) -> None:
+    scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
+    if scalars:
+        raise UserError(
+            f"FSDP2 cannot slice parameters without dimensions: {some(scalars)}; use ddp, or zero1 to zero3"
+        )
+
+
+def _materialise(model: nn.Module, device: torch.device, *, offload: bool) -> None:
+    """Give parameters memory for their slices, without values, and move the buffers with theirs to the device."""
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    moved = {id(buffer): buffer.to(device) for buffer in buffers.values()}
+    model.to_empty(device=torch.device("cpu") if offload else device)
+    for name, buffer in buffers.items():
+        module, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(module), own_name, moved[id(buffer)])
