@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.errors import UserError, some
-from shardlaunch.sharding.layers import layers_to_wrap
+from shardlaunch.sharding.layers import exact_modules, layers_to_wrap
 from shardlaunch.sharding.named_state import check_optimizer, named_state, restore_named_state
 from shardlaunch.sharding.slices import local_part
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
@@ -54,21 +53,23 @@ class Fsdp2(Strategy):
             CPUOffloadPolicy(pin_memory=self._world.device.type == "cuda") if settings.cpu_offload else OffloadPolicy()
         )
         fp32 = MixedPrecisionPolicy()
-        # Autocast decides what is computed in which dtype, as under every strategy; what it would cast in each use is
-        # gathered in that dtype, at half the traffic.
-        gathered = MixedPrecisionPolicy(
-            param_dtype=settings.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        policy = fp32 if settings.compute_dtype == torch.float32 else gathered
+        policy = fp32
+        exact: list[nn.Module] = []
         layers = layers_to_wrap(model, settings.layer_classes)
-        if policy is gathered:  # batch norm takes weights of the dtype of its statistics only
-            layers = [module for module in model.modules() if isinstance(module, _BatchNorm)] + layers
-        for module in (*layers, model):
+        if settings.compute_dtype != torch.float32:
+            # Autocast decides what is computed in which dtype, as under every strategy. Weights that it would cast at
+            # each use are gathered in that dtype, at half the traffic; those of norms and embeddings it would not.
+            policy = MixedPrecisionPolicy(
+                param_dtype=settings.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+            exact = [module for layer in layers for module in exact_modules(layer)]
+        policies = dict.fromkeys(exact, fp32) | dict.fromkeys(layers, policy) | {model: fp32}
+        for module, its_policy in policies.items():
             fully_shard(
                 module,
                 mesh=mesh,
                 reshard_after_forward=settings.reshard_after_forward,
-                mp_policy=fp32 if isinstance(module, _BatchNorm) else policy,
+                mp_policy=its_policy,
                 offload_policy=offload,
             )
         self._blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -23,14 +23,29 @@ def layers_to_wrap(model: nn.Module, layer_classes: Sequence[str]) -> list[nn.Mo
         inside = any(name.startswith(f"{outer}.") for outer in layers)
         if name and not inside and type(module).__name__ in wanted and next(module.parameters(), None) is not None:
             layers[name] = module
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    return [module for name, module in layers.items() if _shares_nothing(model, name)]
+
+
+def exact_modules(layer: nn.Module) -> list[nn.Module]:
+    """Return the modules inside a layer that autocast computes with their weights as they are: norms, embeddings.
+
+    They are known by having no matrix: a module whose weights are multiplied by has one.
+    """
     return [
         module
-        for layer, module in layers.items()
-        if all(name.startswith(f"{layer}.") for p in module.parameters() for name in names[id(p)])
+        for name, module in layer.named_modules()
+        if name
+        and (own := list(module.parameters(recurse=False)))
+        and (isinstance(module, nn.Embedding) or all(parameter.ndim <= 1 for parameter in own))
+        and _shares_nothing(layer, name)
     ]
+
+
+def _shares_nothing(model: nn.Module, inner: str) -> bool:
+    """Return whether no parameter of the module named `inner` has a name outside of it."""
+    inside = {id(parameter) for parameter in model.get_submodule(inner).parameters()}
+    names = model.named_parameters(remove_duplicate=False)
+    return all(name.startswith(f"{inner}.") for name, parameter in names if id(parameter) in inside)
 
 
 def _declared(model: nn.Module) -> set[str]:
