@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
-from shardlaunch import Options, Recipe, TensorData, UserError
+from shardlaunch import Options, Recipe, TensorData, UserError, decay_groups
 from shardlaunch.launcher.demo_data import bert_dir
 from shardlaunch.launcher.launch import run
 from shardlaunch.recipes.bert_imdb import BertImdb
@@ -195,3 +195,65 @@ def final_tensors(output_dir: Path) -> dict[str, torch.Tensor]:
             assert key not in tensors, f"{key} stands in two files"
             tensors[key] = tensor
     return tensors
+
+
+@dataclass(kw_only=True)
+class MaskedOptions(Options):
+    """Options of the small masked language model: M = 6 micro-batches, which 4 ranks cannot share evenly."""
+
+    global_batch_size: int = 12
+    micro_batch_size: int = 2
+    lr: float = 0.003
+    max_grad_norm: float = 1.0
+    tracker: str = "none"
+    eval_every: int = 1000
+
+
+class MaskedBert(Recipe):
+    """A small BERT that fills gaps: dropout, tied weights, two parameter groups, a parameter without a gradient."""
+
+    options: MaskedOptions
+    vocab_size = 101
+
+    def datasets(self) -> Mapping[str, Any]:
+        generator = torch.Generator().manual_seed(1)
+        start = torch.randint(3, self.vocab_size, (97, 1), generator=generator)
+        return {"train": TensorData(inputs=3 + (start + torch.arange(9)) % (self.vocab_size - 3))}
+
+    def model(self) -> nn.Module:
+        from transformers import BertConfig, BertForMaskedLM
+
+        config = BertConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=20,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=33,
+            max_position_embeddings=9,
+        )
+        model = BertForMaskedLM(config)
+        model.never = nn.Parameter(torch.ones(5))
+        return model
+
+    def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
+        assert seeds is not None
+        masks = [torch.rand(9, generator=torch.Generator().manual_seed(int(seed))) < 0.3 for seed in seeds]
+        mask = torch.stack(masks)
+        mask[:, 0] = True
+        return {"inputs": samples["inputs"].where(~mask, 1), "labels": samples["inputs"].where(mask, -100)}
+
+    def num_targets(self, batch: Any) -> int:
+        return int((batch["labels"] != -100).sum())
+
+    def forward(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=batch["inputs"]).logits
+        return logits
+
+    def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return F.cross_entropy(outputs.float().flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+
+    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(decay_groups(parameters, 0.1), lr=self.options.lr, fused=True)
+
+    def export(self, folder: Path, model: Any) -> None:
+        model.config.save_pretrained(folder)

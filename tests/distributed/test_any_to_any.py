@@ -1,0 +1,136 @@
+"""One run under every strategy: the same losses, checkpoints of the same bits, a resume of any under any other."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shardlaunch.checkpoints.peers import Peers
+from shardlaunch.checkpoints.reader import open_checkpoint
+from shardlaunch.launcher.display import Display
+from shardlaunch.launcher.options import parse_options
+from shardlaunch.launcher.run import Run
+from shardlaunch.sharding.environment import read_environment
+from shardlaunch.sharding.world import connect, disconnect
+from tests.distributed.ranks import run_on_ranks
+from tests.recipes import MaskedBert, MaskedOptions, losses, training_lines
+
+NUM_STEPS, SAVED = 30, 15
+LOSS_BOUND = 1e-6
+ARGV = ["--max-steps", str(NUM_STEPS), "--save-every", str(SAVED), "--keep", "0", "--threads-per-rank", "1"]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A strategy on a number of ranks."""
+
+    strategy: str
+    num_ranks: int
+    options: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.strategy if self.strategy == "single" else f"{self.strategy}-x{self.num_ranks}"
+
+
+SINGLE = Topology("single", 1)
+HSDP = Topology("hsdp", 4, ("--shard-ranks", "2"))
+TOPOLOGIES = [
+    SINGLE,
+    *(Topology("ddp", n) for n in (2, 4)),
+    *(Topology("fsdp2", n) for n in (2, 3, 4)),
+    HSDP,
+]
+
+
+class RunThatSavesFirst(Run):
+    """A run that saves the state which it has just read, before it goes on."""
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        if self.position.step:
+            self.log = None
+            self._save(self.position)
+
+
+def _run_all(topology: Topology, sources: dict[str, Path | None], folder: Path) -> None:
+    """Run to the end once for each source (None: from the beginning; else a checkpoint to resume). All ranks."""
+    world = connect(read_environment())
+    for name, source in sources.items():
+        argv = [*ARGV, *topology.options, "--output-dir", str(folder / name)]
+        if source is not None:
+            argv += ["--resume", str(source)]
+        options = parse_options(MaskedOptions, {}, argv, program="test", description="")
+        torch.set_num_threads(1)
+        run = RunThatSavesFirst(MaskedBert(options), options, world, topology.strategy, "fp32")
+        run.display = Display(silent=True)
+        run.run()
+    disconnect(world)
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function that gives the folder of the uninterrupted run under a topology."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @cache
+    def whole_run(topology: Topology) -> Path:
+        run_on_ranks(topology.num_ranks, _run_all, topology, {str(topology): None}, folder)
+        return folder / str(topology)
+
+    return whole_run
+
+
+def _largest_difference(one: Path, other: Path, *, after: int = 0) -> float:
+    expected, found = losses(one), losses(other)
+    steps = range(after + 1, NUM_STEPS + 1)
+    assert set(expected) == set(steps) | set(range(1, NUM_STEPS + 1))
+    assert set(steps) <= set(found)
+    return max(abs(expected[step] - found[step]) for step in steps)
+
+
+def _tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
+    checkpoint = open_checkpoint(run / "checkpoints" / f"step-{step:08d}", peers=Peers())
+    return {spec.key: checkpoint.read(spec, 0, spec.num_elements) for spec in checkpoint.specs()}
+
+
+def _have_same_bits(one: Path, other: Path, step: int) -> bool:
+    tensors, others = _tensors(one, step), _tensors(other, step)
+    return tensors.keys() == others.keys() and all(torch.equal(tensors[key], others[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES[1:], ids=str)
+def test_every_strategy_runs_the_same_run(topology: Topology, whole_runs: Any) -> None:
+    assert _largest_difference(whole_runs(SINGLE), whole_runs(topology)) <= LOSS_BOUND
+
+
+@pytest.mark.parametrize("target", TOPOLOGIES, ids=str)
+def test_any_checkpoint_resumes_here(target: Topology, whole_runs: Any, tmp_path: Path, capsys: Any) -> None:
+    """All sources resume under one target, in one process group."""
+    sources = {str(source): whole_runs(source) / "checkpoints" / f"step-{SAVED:08d}" for source in TOPOLOGIES}
+    run_on_ranks(target.num_ranks, _run_all, target, sources, tmp_path)
+    differences = {}
+    for source in TOPOLOGIES:
+        resumed = tmp_path / str(source)
+        assert _have_same_bits(whole_runs(source), resumed, SAVED), f"{source}: other bits than what was read"
+        differences[str(source)] = _largest_difference(whole_runs(SINGLE), resumed, after=SAVED)
+    row = "  ".join(f"{source} {difference:.1e}" for source, difference in differences.items())
+    with capsys.disabled():
+        print(f"\nlosses of steps {SAVED + 1}-{NUM_STEPS} under {target}, resumed from: {row}")
+    assert max(differences.values()) <= LOSS_BOUND
+    assert training_lines(tmp_path / str(target)) == training_lines(whole_runs(target))[SAVED:]
+    assert _have_same_bits(whole_runs(target), tmp_path / str(target), NUM_STEPS)
+
+
+def test_what_a_strategy_leaves_is_a_model_folder(whole_runs: Any) -> None:
+    from transformers import AutoModelForMaskedLM
+
+    for topology in TOPOLOGIES:
+        step_dir = whole_runs(topology) / "checkpoints" / f"step-{NUM_STEPS:08d}"
+        model, info = AutoModelForMaskedLM.from_pretrained(step_dir, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert set(info["unexpected_keys"]) == {"never"}
+        tensors = _tensors(whole_runs(topology), NUM_STEPS)
+        assert all(torch.equal(p.reshape(-1), tensors[name]) for name, p in model.named_parameters())
