@@ -15,8 +15,9 @@ from shardlaunch.launcher.options import Options, parse_options
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.run import Run, recipe_name
 from shardlaunch.sharding.environment import is_main_process, read_environment
-from shardlaunch.sharding.precision import resolve_precision
+from shardlaunch.sharding.precision import PRECISIONS, resolve_precision
 from shardlaunch.sharding.resolve import check_ranks, resolve_strategy
+from shardlaunch.sharding.strategy import Settings
 from shardlaunch.sharding.world import World, connect, disconnect, threads_per_rank
 
 # A normal run's output is the run's own; whoever sets these variables gets the libraries' output too.
@@ -77,7 +78,14 @@ def run(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         os.environ["OMP_NUM_THREADS"] = str(num_threads)  # or accelerate sets a number of its own, with a warning
         world = connect(env)
         check_ranks(env, world, _accelerate_ranks(world))
-        Run(recipe_type(options), options, world, strategy_name, precision_name).run()
+        settings = Settings(
+            compute_dtype=PRECISIONS[precision_name],
+            layer_classes=options.layer_classes or env.layer_classes or recipe_type.layer_classes,
+            reshard_after_forward=options.reshard_after_forward and env.reshard_after_forward,
+            cpu_offload=options.cpu_offload or env.cpu_offload,
+            shard_ranks=options.shard_ranks or env.shard_ranks,
+        )
+        Run(recipe_type(options), options, world, strategy_name, precision_name, settings).run()
     except SystemExit as exit_:  # the command line's own message or help
         if exit_.code and not is_main_process():
             time.sleep(LAST_WORD_S)
@@ -134,6 +142,9 @@ def _options(recipe_type: type[Recipe], argv: Sequence[str]) -> Options:
 def _accelerate_ranks(world: World) -> int:
     """Return how many ranks accelerate counts; it takes over the process group that is there."""
     from accelerate import PartialState
+
+    # DeepSpeed is for the strategy to start; started by accelerate it would look for another process group.
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
     return int(PartialState(cpu=world.device.type == "cpu").num_processes)
 

@@ -37,18 +37,27 @@ from shardlaunch.sharding.initial import InitialWeights
 from shardlaunch.sharding.named_state import group_numbers, restore_group_numbers
 from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.resolve import STRATEGIES, describe_strategy
-from shardlaunch.sharding.strategy import Settings
+from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
 from shardlaunch.sharding.world import World
 
 
 class Run:
     """One launch of a run, from its data to its last line."""
 
-    def __init__(self, recipe: Recipe, options: Options, world: World, strategy_name: str, precision_name: str) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: Options,
+        world: World,
+        strategy_name: str,
+        precision_name: str,
+        settings: Settings = DEFAULT_SETTINGS,
+    ) -> None:
         self.recipe = recipe
         self.options = options
         self.world = world
         self.strategy_name = strategy_name
+        self.settings = settings
         self.precision = apply_precision(precision_name, world.device)
         self.display = Display(silent=not world.is_main)
         self.name = recipe_name(type(recipe))
@@ -106,7 +115,7 @@ class Run:
         self.model_name = type(self.model).__name__
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.strategy = STRATEGIES[self.strategy_name](
-            self.model, recipe.optimizer, world=world, settings=self._settings()
+            self.model, recipe.optimizer, world=world, settings=self.settings
         )
         if initial is not None:
             self.strategy.restore(initial)
@@ -140,16 +149,6 @@ class Run:
             whole, self.fresh = built
         self._check_ranks_agree(whole)
         return InitialWeights(self.model, whole, world=world)
-
-    def _settings(self) -> Settings:
-        options = self.options
-        return Settings(
-            compute_dtype=self.precision.dtype,
-            layer_classes=options.layer_classes or self.recipe.layer_classes,
-            reshard_after_forward=options.reshard_after_forward,
-            cpu_offload=options.cpu_offload,
-            shard_ranks=options.shard_ranks,
-        )
 
     def _check_ranks_agree(self, whole: torch.nn.Module | None) -> None:
         """Check that all ranks have the same run before them, and the same model where they hold one. All ranks."""

@@ -8,6 +8,8 @@ from shardlaunch.errors import UserError
 
 STRATEGY_VARIABLE = "SHARDLAUNCH_STRATEGY"
 RANKS_VARIABLE = "SHARDLAUNCH_RANKS"
+_OFFLOAD_OPTIMIZER = "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"
+_OFFLOAD_PARAMETERS = "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,11 @@ class LaunchEnvironment:
     threads: int | None = None  # OMP_NUM_THREADS
     strategy: str | None = None  # what `shardlaunch run --strategy` asked for
     ranks: int | None = None  # what `shardlaunch run --ranks` asked for
-    accelerate_strategy: str | None = None  # what accelerate's configuration asked for
+    accelerate_strategy: str | None = None  # what accelerate's configuration asked for, and with it:
+    layer_classes: tuple[str, ...] = ()
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    shard_ranks: int = 0
     accelerate_precision: str | None = None
     lone_of_many: bool = False  # accelerate was asked for several processes and started one
 
@@ -47,11 +53,14 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
             "MASTER_PORT=0: the ranks cannot meet on a port that nobody chose. "
             "Start torchrun with --standalone in the place of --master_port 0."
         )
+    _check_accelerate(env)
+    copies, shard_ranks = number("PARALLELISM_CONFIG_DP_REPLICATE_SIZE"), number("PARALLELISM_CONFIG_DP_SHARD_SIZE")
+    is_hybrid = (copies or 1) > 1 and (shard_ranks or 1) > 1
     accelerate_strategy = None
     if _is_true(env.get("ACCELERATE_USE_DEEPSPEED")):
         accelerate_strategy = f"zero{env.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '')}"
     elif _is_true(env.get("ACCELERATE_USE_FSDP")):
-        accelerate_strategy = "fsdp2" if env.get("FSDP_VERSION") == "2" else "fsdp1"
+        accelerate_strategy = "hsdp" if is_hybrid else "fsdp2"
     is_distributed = is_distributed_launch(env)
     world_size = number("WORLD_SIZE") or 1 if is_distributed else 1
     return LaunchEnvironment(
@@ -66,10 +75,42 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
         strategy=env.get(STRATEGY_VARIABLE) or None,
         ranks=number(RANKS_VARIABLE),
         accelerate_strategy=accelerate_strategy,
+        layer_classes=tuple(filter(None, env.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(","))),
+        reshard_after_forward=env.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false",
+        cpu_offload=_is_true(env.get("FSDP_OFFLOAD_PARAMS"))
+        or "cpu" in (env.get(_OFFLOAD_OPTIMIZER), env.get(_OFFLOAD_PARAMETERS)),
+        shard_ranks=shard_ranks or 0 if is_hybrid else 0,
         accelerate_precision=env.get("ACCELERATE_MIXED_PRECISION") or None,
         # accelerate's one-process launcher names an address to meet at only when it was asked for several processes.
         lone_of_many="ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and not is_distributed,
     )
+
+
+def _check_accelerate(env: Mapping[str, str]) -> None:
+    """Refuse what accelerate's configuration asks for and no strategy here does. Raises UserError."""
+    problems = []
+    if _is_true(env.get("ACCELERATE_USE_FSDP")) and env.get("FSDP_VERSION") != "2":
+        problems.append("FSDP of version 1; write fsdp_version: 2")
+    if env.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD") != "FULL_SHARD":
+        problems.append(
+            f"fsdp_sharding_strategy {env['FSDP_SHARDING_STRATEGY']}; FSDP2 knows fsdp_reshard_after_forward instead, "
+            f"and parallelism_config_dp_replicate_size for copies of the model"
+        )
+    if _is_true(env.get("FSDP_ACTIVATION_CHECKPOINTING")):
+        problems.append("fsdp_activation_checkpointing; give the recipe --gradient-checkpointing instead")
+    if env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        problems.append("a deepspeed_config_file; write zero_stage and offload_*_device in accelerate's file instead")
+    if "nvme" in (env.get(_OFFLOAD_OPTIMIZER), env.get(_OFFLOAD_PARAMETERS)):
+        problems.append("offload to nvme; there is cpu or none")
+    if env.get("ACCELERATE_GRADIENT_CLIPPING", "none").lower() != "none":
+        problems.append("gradient_clipping; give the recipe --max-grad-norm instead")
+    if env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", "auto"):
+        problems.append("gradient_accumulation_steps; here it follows from --global-batch-size and --micro-batch-size")
+    for kind in ("TP", "CP", "SP"):
+        if env.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1") != "1":
+            problems.append(f"parallelism_config_{kind.lower()}_size, which no strategy here has")
+    if problems:
+        raise UserError(f"accelerate's configuration asks for {'; and for '.join(problems)}")
 
 
 def is_distributed_launch(environ: Mapping[str, str] | None = None) -> bool:

@@ -70,7 +70,6 @@ class Precision:
     """Hold a precision in force: its name, the context of a forward pass, and the loss scale (fp16 only)."""
 
     name: str
-    dtype: torch.dtype
     forward_context: Callable[[], AbstractContextManager[Any]]
     loss_scale: LossScale | None
 
@@ -78,7 +77,7 @@ class Precision:
 def apply_precision(name: str, device: torch.device) -> Precision:
     """Put a precision in force on a device. Raises UserError when the device does not compute in it."""
     if name == "fp32":
-        return Precision(name=name, dtype=torch.float32, forward_context=nullcontext, loss_scale=None)
+        return Precision(name=name, forward_context=nullcontext, loss_scale=None)
     dtype = PRECISIONS[name]
 
     def autocast() -> AbstractContextManager[Any]:
@@ -87,9 +86,7 @@ def apply_precision(name: str, device: torch.device) -> Precision:
     in_force = _probe(device, autocast)
     if in_force != dtype:
         raise UserError(f"--precision {name}: {device.type} computes in {in_force} instead; use bf16 or fp32")
-    return Precision(
-        name=name, dtype=dtype, forward_context=autocast, loss_scale=LossScale() if name == "fp16" else None
-    )
+    return Precision(name=name, forward_context=autocast, loss_scale=LossScale() if name == "fp16" else None)
 
 
 def _probe(device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]) -> object:

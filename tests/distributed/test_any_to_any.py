@@ -14,6 +14,7 @@ from shardlaunch.launcher.display import Display
 from shardlaunch.launcher.options import parse_options
 from shardlaunch.launcher.run import Run
 from shardlaunch.sharding.environment import read_environment
+from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
 from shardlaunch.sharding.world import connect, disconnect
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import MaskedBert, MaskedOptions, losses, training_lines
@@ -29,14 +30,14 @@ class Topology:
 
     strategy: str
     num_ranks: int
-    options: tuple[str, ...] = ()
+    settings: Settings = DEFAULT_SETTINGS
 
     def __str__(self) -> str:
         return self.strategy if self.strategy == "single" else f"{self.strategy}-x{self.num_ranks}"
 
 
 SINGLE = Topology("single", 1)
-HSDP = Topology("hsdp", 4, ("--shard-ranks", "2"))
+HSDP = Topology("hsdp", 4, Settings(shard_ranks=2))
 TOPOLOGIES = [
     SINGLE,
     *(Topology("ddp", n) for n in (2, 4)),
@@ -59,12 +60,12 @@ def _run_all(topology: Topology, sources: dict[str, Path | None], folder: Path) 
     """Run to the end once for each source (None: from the beginning; else a checkpoint to resume). All ranks."""
     world = connect(read_environment())
     for name, source in sources.items():
-        argv = [*ARGV, *topology.options, "--output-dir", str(folder / name)]
+        argv = [*ARGV, "--output-dir", str(folder / name)]
         if source is not None:
             argv += ["--resume", str(source)]
         options = parse_options(MaskedOptions, {}, argv, program="test", description="")
         torch.set_num_threads(1)
-        run = RunThatSavesFirst(MaskedBert(options), options, world, topology.strategy, "fp32")
+        run = RunThatSavesFirst(MaskedBert(options), options, world, topology.strategy, "fp32", topology.settings)
         run.display = Display(silent=True)
         run.run()
     disconnect(world)
