@@ -1,4 +1,4 @@
-"""The console command `shardlaunch`: run a recipe on several ranks, predict with a checkpoint."""
+"""The console command `shardlaunch`: run a recipe on several ranks, compare strategies, predict with a checkpoint."""
 
 import logging
 import os
@@ -14,6 +14,7 @@ import tyro
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.launch import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from shardlaunch.launcher.parity import compare_strategies
 from shardlaunch.launcher.predict import predict_texts
 from shardlaunch.sharding.environment import RANKS_VARIABLE, STRATEGY_VARIABLE, read_environment
 from shardlaunch.sharding.resolve import STRATEGIES, check_strategy_name
@@ -22,6 +23,7 @@ from shardlaunch.sharding.world import available_cores
 _DESCRIPTION = f"""shardlaunch {version("shardlaunch")}: one run, any shards.
 
   shardlaunch run recipes/bert_imdb.py --ranks 2 -- --preset demo
+  shardlaunch parity recipes/bert_imdb.py --ranks 2 --steps 20 -- --preset demo
   shardlaunch predict outputs/bert_imdb-demo --text "a wonderful film"
 """
 
@@ -43,9 +45,31 @@ def main() -> None:
         Args:
             recipe: The recipe's file.
             ranks: Processes to start on this machine; 0: one a GPU, or one where there is none.
-            strategy: single, ddp, dp, or auto.
+            strategy: single, dp, ddp, fsdp2, hsdp, zero1, zero2, zero3, or auto: ddp on several ranks.
         """
         return run_recipe(recipe, recipe_argv, ranks=ranks, strategy=strategy)
+
+    def parity(
+        recipe: tyro.conf.Positional[Path],
+        ranks: int = 2,
+        steps: int = 20,
+        strategies: tuple[str, ...] = (),
+        tolerance: float = 1e-4,
+    ) -> int:
+        """Run a recipe for some steps under each strategy and show how far its losses and weights differ.
+
+        What follows ` -- ` goes to the recipe. The exit status is 1 when a strategy failed or differs.
+
+        Args:
+            recipe: The recipe's file.
+            ranks: Processes a strategy; the reference is a run on one.
+            steps: Steps to run.
+            strategies: Those to compare; none: all for several ranks.
+            tolerance: The largest difference of a step's loss that counts as the same run.
+        """
+        return compare_strategies(
+            recipe, recipe_argv, ranks=ranks, steps=steps, strategies=strategies, tolerance=tolerance
+        )
 
     def predict(
         checkpoint: tyro.conf.Positional[Path],
@@ -67,7 +91,10 @@ def main() -> None:
     try:
         sys.exit(
             tyro.extras.subcommand_cli_from_dict(
-                {"run": run, "predict": predict}, prog="shardlaunch", description=_DESCRIPTION, args=argv
+                {"run": run, "parity": parity, "predict": predict},
+                prog="shardlaunch",
+                description=_DESCRIPTION,
+                args=argv,
             )
         )
     except UserError as error:
