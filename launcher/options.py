@@ -50,7 +50,7 @@ class Options:
     seed: int = option(0)
     """Decides order, fresh weights, dropout and augmentation."""
     precision: str = option("auto", mark="warn")
-    """fp32, bf16, fp16, or auto: what accelerate's configuration says, else fp32."""
+    """fp32, bf16, fp16, fp8 (newer GPUs), or auto: what accelerate's configuration says, else fp32."""
     save_every: int = option(500, mark="free")
     """Save a checkpoint every so many steps, besides the last; 0: only the last."""
     save_on_best: bool = option(False, mark="free")

@@ -35,7 +35,7 @@ from shardlaunch.launcher.tracking import EVAL_PREFIX, MetricsLog, Trackers, rea
 from shardlaunch.launcher.trainer import Hooks, Position, StepReport, Trainer
 from shardlaunch.sharding.initial import InitialWeights
 from shardlaunch.sharding.named_state import group_numbers, restore_group_numbers
-from shardlaunch.sharding.precision import apply_precision
+from shardlaunch.sharding.precision import apply_precision, convert_model
 from shardlaunch.sharding.resolve import STRATEGIES, describe_strategy
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
 from shardlaunch.sharding.world import World
@@ -109,6 +109,7 @@ class Run:
             for difference in self.identity.check(saved_identity(checkpoint), str(checkpoint.step_dir)):
                 self.display.warn(f"this resume may round differently: {difference}")
         initial = self._build_model(is_resumed=checkpoint is not None)
+        convert_model(self.model, self.precision.name)
         if options.gradient_checkpointing:
             _enable_gradient_checkpointing(self.model)
         self.aliases = _aliases(self.model)

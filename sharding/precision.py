@@ -3,14 +3,19 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 
 from shardlaunch.errors import UserError
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_ACCELERATE_NAMES = {"no": None, "fp16": "fp16", "bf16": "bf16"}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+"""What autocast computes in; under fp8 that is for all but the large matrix products."""
+_ACCELERATE_NAMES = {"no": None, "fp16": "fp16", "bf16": "bf16", "fp8": "fp8"}
+_FP8_CAPABILITY = (8, 9)  # of the first NVIDIA GPUs that multiply fp8 matrices
+_FP8_MULTIPLE = 16  # of which both sizes of such a matrix must be multiples
 
 
 def resolve_precision(option: str, accelerate: str | None) -> str:
@@ -19,7 +24,9 @@ def resolve_precision(option: str, accelerate: str | None) -> str:
     Raises UserError for unknown names and when the two differ. `accelerate launch` says "no" also when nobody asked.
     """
     if accelerate is not None and accelerate not in _ACCELERATE_NAMES:
-        raise UserError(f"accelerate's configuration asks for mixed precision {accelerate!r}; known: no, bf16, fp16")
+        raise UserError(
+            f"accelerate's configuration asks for mixed precision {accelerate!r}; known: no, bf16, fp16, fp8"
+        )
     launched = _ACCELERATE_NAMES[accelerate] if accelerate else None
     if option == "auto":
         return launched or "fp32"
@@ -76,6 +83,8 @@ class Precision:
 
 def apply_precision(name: str, device: torch.device) -> Precision:
     """Put a precision in force on a device. Raises UserError when the device does not compute in it."""
+    if name == "fp8":
+        _check_fp8(device)
     if name == "fp32":
         return Precision(name=name, forward_context=nullcontext, loss_scale=None)
     dtype = PRECISIONS[name]
@@ -87,6 +96,31 @@ def apply_precision(name: str, device: torch.device) -> Precision:
     if in_force != dtype:
         raise UserError(f"--precision {name}: {device.type} computes in {in_force} instead; use bf16 or fp32")
     return Precision(name=name, forward_context=autocast, loss_scale=LossScale() if name == "fp16" else None)
+
+
+def _check_fp8(device: torch.device) -> None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        found = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+        raise UserError(
+            f"--precision fp8: needs a GPU of compute capability {_FP8_CAPABILITY[0]}.{_FP8_CAPABILITY[1]} or newer; "
+            f"here is {found}. Use bf16 or fp32."
+        )
+    if find_spec("torchao") is None:
+        raise UserError('--precision fp8: torchao is not installed: pip install "shardlaunch[fp8]"')
+
+
+def convert_model(model: nn.Module, name: str) -> None:
+    """Let linear layers multiply in fp8, where the precision `name` is that. Weights stay as they are."""
+    if name == "fp8":
+        from torchao.float8 import convert_to_float8_training
+
+        convert_to_float8_training(model, module_filter_fn=_can_multiply_in_fp8)
+
+
+def _can_multiply_in_fp8(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and not (
+        module.in_features % _FP8_MULTIPLE or module.out_features % _FP8_MULTIPLE
+    )
 
 
 def _probe(device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]) -> object:

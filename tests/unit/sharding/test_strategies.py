@@ -129,8 +129,10 @@ def test_precision_sources() -> None:
         resolve_precision("fp32", "bf16")
     with pytest.raises(UserError, match="fp7"):
         resolve_precision("fp7", None)
-    with pytest.raises(UserError, match="fp8"):
-        resolve_precision("auto", "fp8")
+    with pytest.raises(UserError, match="fp9"):
+        resolve_precision("auto", "fp9")
+    with pytest.raises(UserError, match=r"fp8: needs a GPU of compute capability 8\.9"):
+        apply_precision(resolve_precision("auto", "fp8"), CPU)
 
 
 @pytest.mark.parametrize(

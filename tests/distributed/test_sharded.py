@@ -1,0 +1,174 @@
+"""What sharded strategies take besides the plain run: other precisions, odd models, and what they refuse."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from shardlaunch import Recipe
+from tests.distributed.ranks import run_on_ranks
+from tests.recipes import (
+    FewReviews,
+    MaskedBert,
+    NetRecipe,
+    final_tensors,
+    losses,
+    run_quietly,
+    run_well,
+    save_small_bert,
+    training_lines,
+)
+
+STEPS = ["--max-steps", "8", "--threads-per-rank", "1", "--lr", "0.003"]
+
+
+def _run(num_ranks: int, recipe_type: type[Recipe], output_dir: Path, *options: str) -> Path:
+    run_on_ranks(num_ranks, run_well, recipe_type, [*STEPS, *options, "--output-dir", str(output_dir)])
+    return output_dir
+
+
+def _loss_difference(one: Path, other: Path) -> float:
+    expected, found = losses(one), losses(other)
+    assert expected.keys() == found.keys()
+    return max(abs(expected[step] - found[step]) for step in expected)
+
+
+def _refusal(recipe_type: type[Recipe], argv: list[str]) -> str:
+    """Return what two ranks say together, one of them for both, when they refuse a run."""
+    answers = run_on_ranks(2, run_quietly, recipe_type, argv)
+    assert [status for status, _ in answers] == [2, 2], answers
+    return "".join(output for _, output in answers)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--no-reshard-after-forward",),
+        ("--cpu-offload",),
+        ("--momentum", "0.9"),
+        ("--precision", "bf16"),
+        ("--precision", "fp16"),
+        ("--layer-classes", "Linear", "BatchNorm1d"),
+    ],
+    ids=str,
+)
+def test_fsdp2_runs_a_net_with_batch_norm_and_a_parameter_that_data_decides_upon(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    run_options = options if "precision" in str(options) or "momentum" in str(options) else ()
+    one = _run(1, NetRecipe, tmp_path / "one", *run_options)
+    two = _run(2, NetRecipe, tmp_path / "two", "--strategy", "fsdp2", *options)
+    assert _loss_difference(one, two) <= 1e-6
+    tensors, others = final_tensors(one), final_tensors(two)
+    assert tensors.keys() == others.keys()
+    for key in tensors:
+        torch.testing.assert_close(others[key], tensors[key], atol=5e-5, rtol=0, msg=key)
+
+
+def test_bf16_differs_under_fsdp2_no_more_than_under_ddp(tmp_path: Path) -> None:
+    """Order of sums is rounded to bf16 in either; a norm or an embedding gathered in bf16 would add 20 times that."""
+    one = _run(1, MaskedBert, tmp_path / "one", "--precision", "bf16")
+    fp32 = _run(1, MaskedBert, tmp_path / "fp32")
+    ddp = _run(2, MaskedBert, tmp_path / "ddp", "--precision", "bf16")
+    fsdp2 = _run(2, MaskedBert, tmp_path / "fsdp2", "--precision", "bf16", "--strategy", "fsdp2")
+    assert _loss_difference(one, fp32) > 5e-5, "bf16 is in force"
+    assert _loss_difference(one, fsdp2) <= 2 * _loss_difference(one, ddp) + 1e-5
+    assert all(tensor.dtype == torch.float32 for tensor in final_tensors(fsdp2).values())
+
+
+def test_pretrained_weights_reach_every_slice(tmp_path: Path) -> None:
+    save_small_bert(tmp_path / "model")
+    options = ("--preset", "demo", "--model", str(tmp_path / "model"), "--max-length", "16", "--tracker", "none")
+    one = _run(1, FewReviews, tmp_path / "one", *options)
+    three = _run(3, FewReviews, tmp_path / "three", "--strategy", "fsdp2", *options)
+    assert _loss_difference(one, three) <= 1e-6
+    evaluations = [[line for line in training_lines(folder) if "eval/loss" in line] for folder in (one, three)]
+    assert evaluations[0][0]["eval/accuracy"] == evaluations[1][0]["eval/accuracy"]
+
+
+class ScaledNet(NetRecipe):
+    """A net with a parameter that has no dimension."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model.scale = nn.Parameter(torch.tensor(1.0))
+        return model
+
+
+class PeekingNet(NetRecipe):
+    """A net whose constructor looks at values of its parameters."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        assert next(model.parameters()).abs().max().item() >= 0
+        return model
+
+
+class CountingNet(NetRecipe):
+    """A net with a buffer that is made of a parameter's values."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model.register_buffer("sum", next(model.parameters()).detach().sum())
+        return model
+
+
+class NarrowBert(MaskedBert):
+    """The masked model as it is."""
+
+
+class WiderBert(MaskedBert):
+    """The masked model with more tokens than there are, and one tensor under another name."""
+
+    def model(self) -> nn.Module:
+        self.vocab_size = 103
+        model = super().model()
+        model.always = model.never
+        del model.never
+        return model
+
+
+class ShampooLike(torch.optim.SGD):
+    """An optimizer that nobody knows."""
+
+
+class OddlyOptimized(NetRecipe):
+    """A net trained by an optimizer that nobody knows."""
+
+    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        return ShampooLike([parameter for _, parameter in parameters], lr=self.options.lr)
+
+
+REFUSED: list[tuple[type[Recipe], tuple[str, ...], tuple[str, ...]]] = [
+    (NetRecipe, ("--strategy", "fsdp2", "--layer-classes", "Nope"), ("--layer-classes Nope", "Linear")),
+    (NetRecipe, ("--strategy", "hsdp"), ("one copy of the model in 2 slices",)),
+    (NetRecipe, ("--strategy", "hsdp", "--shard-ranks", "3"), ("copies of the model in 3 slices",)),
+    (ScaledNet, ("--strategy", "fsdp2"), ("without dimensions: scale",)),
+    (PeekingNet, ("--strategy", "fsdp2"), ("reads values of parameters", "--strategy ddp")),
+    (CountingNet, ("--strategy", "fsdp2"), ("computes buffers from values of parameters", "sum")),
+]
+
+
+@pytest.mark.parametrize(("recipe_type", "options", "said"), REFUSED, ids=str)
+def test_what_cannot_be_is_refused_before_any_work(
+    recipe_type: type[Recipe], options: tuple[str, ...], said: tuple[str, ...], tmp_path: Path
+) -> None:
+    argv = [*STEPS, *options, "--output-dir", str(tmp_path)]
+    output = _refusal(recipe_type, argv)
+    assert "Traceback" not in output
+    assert all(text in output for text in said), output
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_checkpoint_of_another_model_is_refused_by_names(strategy: str, tmp_path: Path) -> None:
+    _run(1, NarrowBert, tmp_path, "--max-steps", "4", "--stop-at-step", "2")
+    argv = [*STEPS, "--max-steps", "4", "--strategy", strategy, "--output-dir", str(tmp_path)]
+    output = _refusal(WiderBert, argv)
+    assert "1 missing: always" in output
+    assert "1 unexpected: never" in output
+    assert "bert.embeddings.word_embeddings.weight (saved [101, 20], here [103, 20])" in output
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002"]
