@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from shardlaunch import Options, Recipe, UserError
-from shardlaunch.launcher.initialise import build_model
+from shardlaunch.launcher.initialise import build_empty_model, build_model
 from shardlaunch.recipes.bert_imdb import BertImdb, BertOptions
 from tests.recipes import save_small_bert
 
@@ -52,6 +52,31 @@ def test_pretrained_weights_by_name() -> None:
     assert state["0.weight"].eq(1).all()
     with pytest.raises(UserError, match=r"0\.weight \[3, 4\], nowhere"):
         _build(_Misfit(Options()), 1)
+
+
+class _Tied(Recipe):
+    """A model with ties, buffers of both kinds, and weights made in its constructor."""
+
+    def model(self) -> nn.Module:
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+        model[1].weight = model[0].weight
+        shared = nn.Parameter(torch.rand(3))
+        model[0].extra = model[1].extra = shared
+        model.register_buffer("steps", torch.arange(4), persistent=False)
+        return model.double()
+
+
+def test_an_empty_model_has_names_ties_and_buffers_but_no_values() -> None:
+    whole, _ = build_model(_Tied(Options()), 0, is_resumed=False)
+    empty = build_empty_model(_Tied(Options()))
+    shapes = {name: (p.shape, p.dtype) for name, p in whole.named_parameters()}
+    assert {name: (p.shape, p.dtype) for name, p in empty.named_parameters()} == shapes
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert empty[0].weight is empty[1].weight
+    assert empty[0].extra is empty[1].extra
+    for name, buffer in whole.named_buffers():
+        assert torch.equal(empty.get_buffer(name), buffer), name
+    assert not nn.Linear(1, 1).weight.is_meta, "other models are built as ever"
 
 
 def test_a_new_head_on_a_pretrained_encoder(tmp_path: Path) -> None:

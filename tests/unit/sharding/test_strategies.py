@@ -157,7 +157,7 @@ def test_strategy(option: str, variables: dict[str, str], expected: str) -> None
         ("single", TORCHRUN, "one process"),
         ("dp", TORCHRUN, "one process"),
         ("ddp", {**TORCHRUN, "SHARDLAUNCH_STRATEGY": "single"}, "two strategies"),
-        ("auto", {**TORCHRUN, "ACCELERATE_USE_FSDP": "true"}, "accelerate's configuration"),
+        ("ddp", {**TORCHRUN, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "two strategies"),
         ("auto", {"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x'"),
         ("auto", {**TORCHRUN, "MASTER_PORT": "0"}, "--standalone"),
     ],
@@ -165,6 +165,50 @@ def test_strategy(option: str, variables: dict[str, str], expected: str) -> None
 def test_strategies_that_cannot_be(option: str, variables: dict[str, str], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         resolve_strategy(option, read_environment(variables))
+
+
+FSDP = {**TORCHRUN, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}
+DEEPSPEED = {**TORCHRUN, "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
+def test_what_accelerates_configuration_says_of_a_strategy() -> None:
+    plain = read_environment(FSDP)
+    assert (plain.accelerate_strategy, plain.layer_classes, plain.cpu_offload) == ("fsdp2", (), False)
+    assert plain.reshard_after_forward
+    copies = {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"}
+    full = read_environment(
+        {
+            **FSDP,
+            **copies,
+            "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer,BertEmbeddings",
+            "FSDP_RESHARD_AFTER_FORWARD": "false",
+            "FSDP_OFFLOAD_PARAMS": "true",
+        }
+    )
+    assert (full.accelerate_strategy, full.shard_ranks) == ("hsdp", 4)
+    assert full.layer_classes == ("BertLayer", "BertEmbeddings")
+    assert (full.reshard_after_forward, full.cpu_offload) == (False, True)
+    zero = read_environment({**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"})
+    assert (zero.accelerate_strategy, zero.cpu_offload) == ("zero3", True)
+
+
+@pytest.mark.parametrize(
+    ("variables", "complaint"),
+    [
+        ({**FSDP, "FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        ({**FSDP, "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, "dp_replicate_size"),
+        ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--gradient-checkpointing"),
+        ({**FSDP, "PARALLELISM_CONFIG_TP_SIZE": "2"}, "parallelism_config_tp_size"),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "deepspeed_config_file"),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "nvme"),
+        ({**DEEPSPEED, "ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "--max-grad-norm"),
+        ({**DEEPSPEED, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "--global-batch-size"),
+    ],
+    ids=str,
+)
+def test_what_accelerates_configuration_asks_for_in_vain(variables: dict[str, str], complaint: str) -> None:
+    with pytest.raises(UserError, match=f"accelerate's configuration asks for .*{complaint}"):
+        read_environment(variables)
 
 
 def test_ranks_asked_for_are_compared_with_those_in_force() -> None:

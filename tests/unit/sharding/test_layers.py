@@ -1,0 +1,54 @@
+"""Which modules are gathered as one."""
+
+import pytest
+from torch import nn
+
+from shardlaunch import UserError
+from shardlaunch.sharding.layers import exact_modules, layers_to_wrap
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.norm = nn.LayerNorm(3)
+        self.table = nn.Embedding(5, 3)
+        self.inner: nn.Module | None = None
+
+
+def _model() -> nn.Sequential:
+    model = nn.Sequential(Block(), Block(), nn.Linear(3, 3))
+    model[1].inner = Block()
+    return model
+
+
+def test_outer_modules_of_the_classes_asked_for() -> None:
+    model = _model()
+    assert layers_to_wrap(model, ["Block"]) == [model[0], model[1]]
+    assert layers_to_wrap(model, ["Linear", "Block"]) == [model[0], model[1], model[2]]
+    assert layers_to_wrap(model, []) == []
+
+
+def test_what_the_model_declares() -> None:
+    model = _model()
+    model._no_split_modules = ["Block"]  # as Hugging Face models do
+    assert layers_to_wrap(model, ()) == [model[0], model[1]]
+    assert layers_to_wrap(model, ("Linear",)) == [model[0].first, model[1].first, model[1].inner.first, model[2]]
+
+
+def test_a_module_with_a_tied_parameter_stays_with_the_rest() -> None:
+    model = _model()
+    model[2].weight = model[0].first.weight
+    assert layers_to_wrap(model, ["Block"]) == [model[1]]
+
+
+def test_a_class_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--layer-classes Blok: .*Block, Embedding, LayerNorm, Linear, Sequential"):
+        layers_to_wrap(_model(), ["Blok"])
+
+
+def test_norms_and_embeddings_are_computed_with_exact_weights() -> None:
+    block = Block()
+    assert exact_modules(block) == [block.norm, block.table]
+    block.first.weight = block.table.weight
+    assert exact_modules(block) == [block.norm]
