@@ -25,6 +25,7 @@ from shardlaunch.sharding.zero_order import GradientOrder, SameCourse, fill_grad
 from shardlaunch.sharding.zero_partitions import Partitions
 
 BUCKET_ELEMENTS = 1 << 24  # 64 MiB of gradients are reduced at a time
+PERSISTENT_ELEMENTS = 100_000  # stage 3 keeps parameters of up to this size gathered between steps
 # An update of one element must depend on nothing but that element's own history: a partition has no other shape.
 # (Adagrad is elementwise too, but DeepSpeed builds it anew, without its parameter groups.)
 ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
@@ -62,7 +63,9 @@ class Zero(Strategy):
             if self.stage == 3:
                 _materialise(model, config)
             self._engine, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
-        self.partitions = Partitions(model, self._zero, self.optimizer, rank=world.rank)
+        self.partitions = Partitions(
+            model, self._zero, self.optimizer, rank=world.rank, is_offloaded=settings.cpu_offload
+        )
         self._trained = [p for p in model.parameters() if id(p) in self.partitions.pieces]
         self._course = SameCourse(model, self._zero, world=world) if self.stage == 3 else None
         self._order = GradientOrder(self._zero, self._trained, course=self._course) if self.stage > 1 else None
@@ -103,7 +106,10 @@ class Zero(Strategy):
         unscale *= self._mean_over
         gradients = self.partitions.gradients()
         squares = sum(torch.linalg.vector_norm(gradient).double() ** 2 for gradient in gradients)
-        norm = math.sqrt(self.world.sum(torch.as_tensor(squares, device=self.world.device)).item()) * unscale
+        norm = (
+            math.sqrt(self.world.sum(torch.as_tensor(squares, dtype=torch.float64, device=self.world.device)).item())
+            * unscale
+        )
         factor = unscale * (max_norm / norm if 0 < max_norm < norm else 1.0)
         if factor != 1.0:
             for gradient in gradients:
@@ -174,6 +180,7 @@ def _config(stage: int, world: World, settings: Settings) -> dict[str, Any]:
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
         "round_robin_gradients": False,
+        "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
     }
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -202,6 +209,8 @@ def _deepspeed(world: World) -> Iterator[Any]:
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", "0")
+    # torch's new names for two collectives, which DeepSpeed calls by the old ones at each step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
@@ -222,7 +231,7 @@ def _materialise(model: nn.Module, config: dict[str, Any]) -> None:
     """
     from deepspeed.runtime.zero import Init
 
-    class EmptyInit(Init):  # type: ignore[misc, valid-type]
+    class EmptyInit(Init):
         def _zero_init_param(self, parameter: Any) -> None:  # DeepSpeed's own would broadcast the values
             self._convert_to_deepspeed_param(parameter)
             parameter.partition()
@@ -231,7 +240,9 @@ def _materialise(model: nn.Module, config: dict[str, Any]) -> None:
     for parameter in model.parameters():
         if parameter.is_meta:
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=init.local_device)
-            torch.utils.swap_tensors(parameter, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+            real = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            real.__dict__.update(parameter.__dict__)
+            torch.utils.swap_tensors(parameter, real)
         init._convert_to_zero_parameters([parameter])
     for module in model.modules():
         for name, buffer in module._buffers.items():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 from shardlaunch.errors import UserError
 from shardlaunch.sharding.world import World
@@ -86,8 +87,8 @@ class SameCourse:
 class GradientOrder:
     """Hand gradients to ZeRO from the last parameter to the first, each as soon as it is there and it is its turn.
 
-    After a backward pass, what the pass did not reach is handed over as zero. So each pass reduces all parameters, in
-    buckets that are a function of the model only.
+    What a backward pass does not reach is handed over as zero. So each pass reduces all parameters, in buckets that are
+    a function of the model only.
     """
 
     def __init__(self, zero: Any, parameters: Iterable[nn.Parameter], *, course: SameCourse | None) -> None:
@@ -96,7 +97,7 @@ class GradientOrder:
         self._parameters = list(reversed(list(parameters)))
         self._index = {id(parameter): index for index, parameter in enumerate(self._parameters)}
         self._groups = {id(p): index for index, group in enumerate(_groups(zero)) for p in group}
-        self._reached: set[int] = set()
+        self._ready: set[int] = set()  # positions of parameters whose gradients are there, or will not come
         self._next = 0
         # The hooks that DeepSpeed put on the parameters call this, with a parameter (and, in stage 2, its group).
         self._reduce = zero.reduce_ready_partitions_and_remove_grads
@@ -109,28 +110,37 @@ class GradientOrder:
                 "a backward pass reached a parameter again after its gradient was summed over the ranks; "
                 "with activation checkpointing, set use_reentrant=False"
             )
-        self._reached.add(index)
-        while self._next in self._reached:
+        if not self._ready:
+            self._ready = {index for index, other in enumerate(self._parameters) if not _will_be_reached(other)}
+        self._ready.add(index)
+        while self._next in self._ready:
             self._hand_over()
 
     def finish(self) -> None:
         """Hand over what is left, with zeros for what the backward pass did not reach."""
         while self._next < len(self._parameters):
-            fill_gradient(self._parameters[self._next])
             self._hand_over()
-        self._reached.clear()
+        self._ready.clear()
         self._next = 0
 
     def _hand_over(self) -> None:
         parameter: Any = self._parameters[self._next]
         self._next += 1
+        fill_gradient(parameter)
         if self._course is None:
             self._reduce(parameter, self._groups[id(parameter)])
             return
         (bucket,) = self._zero.ipg_buckets.values()
-        if 0 < bucket.elements and bucket.elements + parameter.ds_numel > self._zero.reduce_bucket_size:
+        if bucket.elements > 0 and bucket.elements + parameter.ds_numel > self._zero.reduce_bucket_size:
             self._course.step(REDUCE)
         self._reduce(parameter)
+
+
+def _will_be_reached(parameter: nn.Parameter) -> bool:
+    """Return whether the backward pass that is under way has this parameter in its graph."""
+    with torch.enable_grad():
+        node = get_gradient_edge(parameter).node
+    return bool(torch._C._will_engine_execute_node(node))
 
 
 def _groups(zero: Any) -> list[list[nn.Parameter]]:

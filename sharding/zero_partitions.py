@@ -43,11 +43,14 @@ def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
 class Partitions:
     """Name what is in a rank's partitions: state out of them, and back into them. No collectives."""
 
-    def __init__(self, model: nn.Module, zero: Any, optimizer: torch.optim.Optimizer, *, rank: int) -> None:
+    def __init__(
+        self, model: nn.Module, zero: Any, optimizer: torch.optim.Optimizer, *, rank: int, is_offloaded: bool
+    ) -> None:
         self._model = model
         self._zero = zero
         self._optimizer = optimizer
         self._rank = rank
+        self._is_offloaded = is_offloaded
         self._is_sliced = hasattr(zero, "fp16_partitioned_groups_flat")  # stage 3: the model itself is sliced
         self.masters: list[torch.Tensor] = (
             zero.fp32_partitioned_groups_flat if self._is_sliced else zero.single_partition_of_fp32_groups
@@ -81,27 +84,27 @@ class Partitions:
 
     def gradients(self) -> list[torch.Tensor]:
         """Return the reduced gradients of this rank's partitions; each element once, padding is zero."""
-        if all(master.grad is not None for master in self.masters):  # offloaded to the host
+        if self._is_offloaded:
             return [master.grad for master in self.masters if master.grad is not None]
         averaged = self._zero.averaged_gradients
         return [gradient for index in range(len(self.masters)) for gradient in averaged[index]]
 
     def state(self) -> Iterator[Fragment]:
         """Yield this rank's piece of all weights, persistent buffers and optimizer entries, in the model's order."""
-        for name, parameter in self._model.named_parameters():
+        parameters: list[tuple[str, Any]] = list(self._model.named_parameters())
+        for name, parameter in parameters:
             piece = self.pieces.get(id(parameter))
             if piece is not None:
                 yield _fragment(name, WEIGHT, parameter, piece, self.masters[piece.partition])
             elif self._is_sliced:
                 start, end = self._slice(parameter)
-                yield _fragment(
-                    name, WEIGHT, parameter, Piece(partition=-1, offset=0, start=start, end=end), parameter.ds_tensor
-                )
+                frozen = Piece(partition=-1, offset=0, start=start, end=end)
+                yield _fragment(name, WEIGHT, parameter, frozen, parameter.ds_tensor)
             else:
                 yield whole(name, WEIGHT, parameter)
         for name, buffer in persistent_buffers(self._model).items():
             yield whole(name, WEIGHT, buffer)
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in parameters:
             piece = self.pieces.get(id(parameter))
             if piece is None:
                 continue
@@ -129,7 +132,7 @@ class Partitions:
         """
         specs = list(reader.specs())
         weights = {spec.name: spec for spec in specs if spec.kind == WEIGHT}
-        parameters = dict(self._model.named_parameters())
+        parameters: dict[str, Any] = dict(self._model.named_parameters())
         buffers = persistent_buffers(self._model)
         shapes = {name: torch.empty(shape_of(parameter), device="meta") for name, parameter in parameters.items()}
         check_names(weights, shapes | buffers)
@@ -150,9 +153,7 @@ class Partitions:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
         self._restore_optimizer([spec for spec in specs if spec.kind != WEIGHT], parameters, reader)
 
-    def _restore_optimizer(
-        self, specs: list[TensorSpec], parameters: dict[str, nn.Parameter], reader: StateReader
-    ) -> None:
+    def _restore_optimizer(self, specs: list[TensorSpec], parameters: dict[str, Any], reader: StateReader) -> None:
         entries: list[_Entries] = [_Entries() for _ in self.masters]
         for spec in specs:
             parameter = parameters.get(spec.name)
