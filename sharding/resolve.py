@@ -9,6 +9,7 @@ from shardlaunch.sharding.fsdp2 import Fsdp2, Hsdp
 from shardlaunch.sharding.replicated import Replicated, Single
 from shardlaunch.sharding.strategy import Strategy
 from shardlaunch.sharding.world import World
+from shardlaunch.sharding.zero import Zero1, Zero2, Zero3
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "single": Single,
@@ -16,6 +17,9 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "ddp": Replicated,
     "fsdp2": Fsdp2,
     "hsdp": Hsdp,
+    "zero1": Zero1,
+    "zero2": Zero2,
+    "zero3": Zero3,
 }
 
 

@@ -43,6 +43,7 @@ TOPOLOGIES = [
     *(Topology("ddp", n) for n in (2, 4)),
     *(Topology("fsdp2", n) for n in (2, 3, 4)),
     HSDP,
+    *(Topology(f"zero{stage}", n) for stage, n in ((1, 2), (1, 4), (2, 2), (2, 4), (3, 2), (3, 3), (3, 4))),
 ]
 
 

@@ -1,0 +1,250 @@
+"""ZeRO by DeepSpeed: optimizer state (stage 1), gradients (2) and parameters (3) divided among the ranks.
+
+DeepSpeed holds the partitions, runs the collectives and updates; it runs in fp32 throughout. What decides the numbers
+is here: what is summed, when a step is over, the norm, clipping, loss scaling, learning rates, state.
+"""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from shardlaunch.checkpoints.state import Fragment, StateReader
+from shardlaunch.errors import UserError
+from shardlaunch.sharding.named_state import check_optimizer
+from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
+from shardlaunch.sharding.world import World
+from shardlaunch.sharding.zero_order import GradientOrder, SameCourse, fill_gradient
+from shardlaunch.sharding.zero_partitions import Partitions
+
+BUCKET_ELEMENTS = 1 << 24  # 64 MiB of gradients are reduced at a time
+PERSISTENT_ELEMENTS = 100_000  # stage 3 keeps parameters of up to this size gathered between steps
+# An update of one element must depend on nothing but that element's own history: a partition has no other shape.
+# (Adagrad is elementwise too, but DeepSpeed builds it anew, without its parameter groups.)
+ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Adadelta,
+    torch.optim.Rprop,
+)
+
+
+class Zero(Strategy):
+    """Train with DeepSpeed's ZeRO (see `Strategy`)."""
+
+    stage: ClassVar[int]
+
+    def __init__(
+        self, model: nn.Module, build_optimizer: BuildOptimizer, *, world: World, settings: Settings = DEFAULT_SETTINGS
+    ) -> None:
+        self.check_available()
+        self.world = world
+        self.model = model
+        self.replicas = [model]
+        self.devices = [world.device]
+        # While all parameters have their true shapes: an optimizer's groups may depend on them.
+        self.optimizer = build_optimizer([(name, p) for name, p in model.named_parameters() if p.requires_grad])
+        check_optimizer(model, self.optimizer)
+        _check_elementwise(self.optimizer)
+        config = _config(self.stage, world, settings)
+        with _deepspeed(world) as deepspeed:
+            if self.stage == 3:
+                _materialise(model, config)
+            self._engine, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
+        self.partitions = Partitions(
+            model, self._zero, self.optimizer, rank=world.rank, is_offloaded=settings.cpu_offload
+        )
+        self._trained = [p for p in model.parameters() if id(p) in self.partitions.pieces]
+        self._course = SameCourse(model, self._zero, world=world) if self.stage == 3 else None
+        self._order = GradientOrder(self._zero, self._trained, course=self._course) if self.stage > 1 else None
+        # DeepSpeed's stage 3 takes the mean over ranks, the others can be told to sum.
+        self._mean_over = world.size if self.stage == 3 else 1
+
+    @classmethod
+    def check_available(cls) -> None:
+        """Raise UserError when DeepSpeed is not installed."""
+        if find_spec("deepspeed") is None:
+            raise UserError(
+                f'--strategy zero{cls.stage} needs DeepSpeed, which is missing: pip install "shardlaunch[deepspeed]"'
+            )
+
+    def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
+        """Accumulate: stage 1 locally, reducing once at the last micro-batch; stages 2 and 3 reduce each micro-batch.
+
+        DeepSpeed's engine is told when a step ends; its own count of micro-batches is not used.
+        """
+        self._zero.clear_backward_seen_flag()
+        self._engine.set_gradient_accumulation_boundary(last)
+        if self._course is not None:
+            self._course.begin_backward()
+        loss.backward(torch.full_like(loss, factor))
+        if self._order is not None:
+            self._order.finish()
+        elif last:
+            self._zero.setup_buckets()
+            for parameter in self._trained:
+                fill_gradient(parameter)
+        if self._course is not None:
+            self._course.end_backward()
+        self._engine.allreduce_gradients()
+        self._zero.backward_epilogue()
+
+    def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
+        """Sum the norms of the partitions over the ranks, unscale and clip in one multiplication."""
+        unscale *= self._mean_over
+        gradients = self.partitions.gradients()
+        squares = sum(torch.linalg.vector_norm(gradient).double() ** 2 for gradient in gradients)
+        norm = (
+            math.sqrt(self.world.sum(torch.as_tensor(squares, dtype=torch.float64, device=self.world.device)).item())
+            * unscale
+        )
+        factor = unscale * (max_norm / norm if 0 < max_norm < norm else 1.0)
+        if factor != 1.0:
+            for gradient in gradients:
+                gradient.mul_(factor)
+        return norm
+
+    def update(self) -> None:
+        """Apply the optimizer to the partitions and gather the weights."""
+        self._zero.step()
+        assert not self._zero.overflow, "DeepSpeed skipped an update"
+        self._zero.zero_grad()
+
+    def discard(self) -> None:
+        """Drop the gradients, as DeepSpeed does after an overflow."""
+        self._zero.zero_grad()
+        if self.stage < 3:
+            self._zero.micro_step_id = -1
+            for index in self._zero.averaged_gradients:
+                self._zero.averaged_gradients[index] = None
+                self._zero.all_grad_tensors[index] = None
+        else:
+            self._zero.averaged_gradients = {}
+
+    def state(self) -> Iterator[Fragment]:
+        """Yield this rank's pieces, as views of its partitions."""
+        return self.partitions.state()
+
+    def restore(self, reader: StateReader) -> None:
+        """Read this rank's pieces into its partitions; stages 1 and 2 read all weights."""
+        self.partitions.restore(reader)
+
+
+class Zero1(Zero):
+    """Divide the optimizer state among the ranks."""
+
+    stage = 1
+
+
+class Zero2(Zero):
+    """Divide optimizer state and gradients among the ranks."""
+
+    stage = 2
+
+
+class Zero3(Zero):
+    """Divide optimizer state, gradients and parameters among the ranks; a module is gathered while it runs."""
+
+    stage = 3
+    starts_empty = True
+
+
+def _check_elementwise(optimizer: torch.optim.Optimizer) -> None:
+    if type(optimizer) not in ELEMENTWISE:
+        raise UserError(
+            f"ZeRO flattens parameters, which {type(optimizer).__name__} may not bear; it is known to be right for "
+            f"{', '.join(kind.__name__ for kind in ELEMENTWISE)}. Use one of these, or --strategy ddp or fsdp2"
+        )
+    if any(not group["params"] for group in optimizer.param_groups):
+        raise UserError("ZeRO does not take a parameter group without parameters; leave it out of optimizer()")
+
+
+def _config(stage: int, world: World, settings: Settings) -> dict[str, Any]:
+    """Return DeepSpeed's configuration: fp32, sums, no clipping or scaling of its own, sizes that are ours."""
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "round_robin_gradients": False,
+        "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+    }
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "zero_optimization": zero,
+    }
+    if stage < 3:
+        config["gradient_allreduce_op"] = "sum"
+        zero["compute_grad_norm"] = settings.cpu_offload
+    if settings.cpu_offload:
+        pinned = {"device": "cpu", "pin_memory": world.device.type != "cpu"}
+        zero["offload_optimizer"] = pinned
+        if stage == 3:
+            zero["offload_param"] = pinned
+    return config
+
+
+@contextmanager
+def _deepspeed(world: World) -> Iterator[Any]:
+    """Import DeepSpeed, for the ranks' device, and keep it quiet while it is set up."""
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", "0")
+    # torch's new names for two collectives, which DeepSpeed calls by the old ones at each step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+
+        # A CPU collective that we do not use; it would be compiled now, for half a minute, with g++ and ninja.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # Models are equal on all ranks already, and a parameter without dimensions would break its broadcast.
+        deepspeed.DeepSpeedEngine._broadcast_model = lambda engine: None
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        yield deepspeed
+
+
+def _materialise(model: nn.Module, config: dict[str, Any]) -> None:
+    """Give the parameters memory, one at a time, each divided among the ranks at once. Values are arbitrary. All ranks.
+
+    A parameter stays the object that it is, so that ties and the optimizer's groups hold.
+    """
+    from deepspeed.runtime.zero import Init
+
+    class EmptyInit(Init):
+        def _zero_init_param(self, parameter: Any) -> None:  # DeepSpeed's own would broadcast the values
+            self._convert_to_deepspeed_param(parameter)
+            parameter.partition()
+
+    init = EmptyInit(module=nn.Module(), config_dict_or_path=config, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.is_meta:
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=init.local_device)
+            real = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            real.__dict__.update(parameter.__dict__)
+            torch.utils.swap_tensors(parameter, real)
+        init._convert_to_zero_parameters([parameter])
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(init.local_device)

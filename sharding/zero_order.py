@@ -1,0 +1,159 @@
+"""Keep all ranks in step under ZeRO: gradients are reduced, and parameters gathered, in the same order everywhere.
+
+DeepSpeed reduces gradients in the order in which a backward pass reaches them and leaves out what it does not reach;
+ranks whose passes differ then sum unlike gradients, silently, or wait for each other for ever.
+"""
+
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+
+from shardlaunch.errors import UserError
+from shardlaunch.sharding.world import World
+
+PATIENCE = timedelta(seconds=120)
+"""How long a rank that does something new waits for the others to do the same."""
+END = -1
+REDUCE = -2
+
+
+class SameCourse:
+    """Hold the sequence of a stage 3 pass's collectives and see to it that all ranks follow the same one.
+
+    A step that this rank took at the same place of the pass before is taken at once. A new step is announced, and taken
+    when all ranks announce the same; the first pass is all announcements, later ones have none.
+    """
+
+    def __init__(self, model: nn.Module, zero: Any, *, world: World) -> None:
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._training: list[int] = []
+        self._evaluating: list[int] = []
+        self._course = self._training
+        self._positions = {id(self._training): 0, id(self._evaluating): 0}
+        coordinator = zero.parameter_offload.get_param_coordinator()
+        fetch = coordinator.fetch_sub_module
+
+        def fetch_together(module: Any, forward: bool) -> None:
+            self.step(2 * module.ds_id + forward)
+            fetch(module, forward)
+
+        coordinator.fetch_sub_module = fetch_together
+        model.register_forward_pre_hook(self._begin_forward, prepend=True)
+
+    def _begin_forward(self, *_: object) -> None:
+        self._course = self._training if torch.is_grad_enabled() else self._evaluating
+        if self._course is self._evaluating:
+            self._positions[id(self._course)] = 0
+
+    def begin_backward(self) -> None:
+        """Say that what follows belongs to the training pass."""
+        self._course = self._training
+
+    def end_backward(self) -> None:
+        """Say that a training pass is over. All ranks."""
+        self.step(END)
+        self._positions[id(self._training)] = 0
+
+    def step(self, code: int) -> None:
+        """Go on when all ranks are about to take the same step. Raises UserError when they are not."""
+        course, position = self._course, self._positions[id(self._course)]
+        self._positions[id(course)] += 1
+        if position < len(course) and course[position] == code:
+            return
+        del course[position:]
+        course.append(code)
+        if self._group is not None and not self._all_take(code):
+            raise UserError(
+                "ZeRO stage 3: the ranks do not run the same modules in the same order (a module that only some "
+                "batches use, layer dropping?); use --strategy ddp, zero1 or zero2"
+            )
+
+    def _all_take(self, code: int) -> bool:
+        codes = torch.tensor([code, -code])
+        work = dist.all_reduce(codes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        try:
+            work.wait(PATIENCE)
+        except RuntimeError:  # the others go another way, or are gone
+            return False
+        return codes.tolist() == [code, -code]
+
+
+class GradientOrder:
+    """Hand gradients to ZeRO from the last parameter to the first, each as soon as it is there and it is its turn.
+
+    What a backward pass does not reach is handed over as zero. So each pass reduces all parameters, in buckets that are
+    a function of the model only.
+    """
+
+    def __init__(self, zero: Any, parameters: Iterable[nn.Parameter], *, course: SameCourse | None) -> None:
+        self._zero = zero
+        self._course = course
+        self._parameters = list(reversed(list(parameters)))
+        self._index = {id(parameter): index for index, parameter in enumerate(self._parameters)}
+        self._groups = {id(p): index for index, group in enumerate(_groups(zero)) for p in group}
+        self._ready: set[int] = set()  # positions of parameters whose gradients are there, or will not come
+        self._next = 0
+        # The hooks that DeepSpeed put on the parameters call this, with a parameter (and, in stage 2, its group).
+        self._reduce = zero.reduce_ready_partitions_and_remove_grads
+        zero.reduce_ready_partitions_and_remove_grads = self._on_gradient
+
+    def _on_gradient(self, parameter: nn.Parameter, *_: int) -> None:
+        index = self._index[id(parameter)]
+        if index < self._next:
+            raise UserError(
+                "a backward pass reached a parameter again after its gradient was summed over the ranks; "
+                "with activation checkpointing, set use_reentrant=False"
+            )
+        if not self._ready:
+            self._ready = {index for index, other in enumerate(self._parameters) if not _will_be_reached(other)}
+        self._ready.add(index)
+        while self._next in self._ready:
+            self._hand_over()
+
+    def finish(self) -> None:
+        """Hand over what is left, with zeros for what the backward pass did not reach."""
+        while self._next < len(self._parameters):
+            self._hand_over()
+        self._ready.clear()
+        self._next = 0
+
+    def _hand_over(self) -> None:
+        parameter: Any = self._parameters[self._next]
+        self._next += 1
+        fill_gradient(parameter)
+        if self._course is None:
+            self._reduce(parameter, self._groups[id(parameter)])
+            return
+        (bucket,) = self._zero.ipg_buckets.values()
+        if bucket.elements > 0 and bucket.elements + parameter.ds_numel > self._zero.reduce_bucket_size:
+            self._course.step(REDUCE)
+        self._reduce(parameter)
+
+
+def _will_be_reached(parameter: nn.Parameter) -> bool:
+    """Return whether the backward pass that is under way has this parameter in its graph."""
+    with torch.enable_grad():
+        node = get_gradient_edge(parameter).node
+    return bool(torch._C._will_engine_execute_node(node))
+
+
+def _groups(zero: Any) -> list[list[nn.Parameter]]:
+    groups: list[list[nn.Parameter]] = zero.fp16_groups if hasattr(zero, "fp16_groups") else zero.bit16_groups
+    return groups
+
+
+def fill_gradient(parameter: Any) -> None:
+    """Give a parameter without a gradient a zero one, of its full shape also when it is partitioned."""
+    if parameter.grad is not None:
+        return
+    held = parameter.data
+    zeros = torch.zeros(getattr(parameter, "ds_shape", held.shape), dtype=held.dtype, device=held.device)
+    parameter.data = zeros  # autograd takes a gradient of the parameter's present shape only
+    parameter.grad = zeros
+    parameter.data = held
