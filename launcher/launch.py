@@ -16,7 +16,7 @@ from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.run import Run, recipe_name
 from shardlaunch.sharding.environment import is_main_process, read_environment
 from shardlaunch.sharding.precision import PRECISIONS, resolve_precision
-from shardlaunch.sharding.resolve import check_ranks, resolve_strategy
+from shardlaunch.sharding.resolve import check_ranks, check_settings, resolve_strategy
 from shardlaunch.sharding.strategy import Settings
 from shardlaunch.sharding.world import World, connect, disconnect, threads_per_rank
 
@@ -85,6 +85,7 @@ def run(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
             cpu_offload=options.cpu_offload or env.cpu_offload,
             shard_ranks=options.shard_ranks or env.shard_ranks,
         )
+        check_settings(strategy_name, settings)
         Run(recipe_type(options), options, world, strategy_name, precision_name, settings).run()
     except SystemExit as exit_:  # the command line's own message or help
         if exit_.code and not is_main_process():

@@ -80,7 +80,7 @@ class Options:
     cpu_offload: bool = option(False, mark="free")
     """Keep slices of parameters and optimizer state in host memory (fsdp2, hsdp, zero1, zero2, zero3)."""
     shard_ranks: int = option(0, mark="free")
-    """Ranks among which hsdp slices one copy of the model; 0: those of a machine."""
+    """Ranks among which hsdp slices one copy of the model; 0: those of a machine, or half of all on one machine."""
     threads_per_rank: int = option(0, mark="warn")
     """CPU threads of each rank; 0: the ranks share the cores evenly."""
     num_workers: int = option(0, mark="free")

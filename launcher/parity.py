@@ -96,8 +96,8 @@ def _why_unavailable(name: str, ranks: int) -> str:
     """Return why a strategy cannot be compared here; empty: it can."""
     if STRATEGIES[name].for_one_process:
         return "it is for one process"
-    if name == "hsdp" and (ranks < 4 or ranks % 2):
-        return "it needs an even number of at least 4 ranks"
+    if ranks < STRATEGIES[name].least_ranks:
+        return f"it needs at least {STRATEGIES[name].least_ranks} ranks"
     try:
         STRATEGIES[name].check_available()
     except UserError as error:
@@ -109,8 +109,6 @@ def _run(recipe: Path, recipe_argv: Sequence[str], folder: Path, name: str, rank
     """Run the recipe in a process of its own."""
     argv = [*recipe_argv, "--stop-at-step", str(steps), "--output-dir", str(folder), "--tracker", "none"]
     argv += ["--eval-every", _NEVER, "--save-every", "0", "--log-every", "1"]
-    if name == "hsdp" and "--shard-ranks" not in argv:
-        argv += ["--shard-ranks", str(ranks // 2)]
     if "--threads-per-rank" not in argv:
         argv += ["--threads-per-rank", "1"]  # the number of threads changes how sums are rounded
     words = [*_COMMAND, "run", str(recipe), "--ranks", str(ranks), "--strategy", name, "--", *argv]

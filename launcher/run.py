@@ -36,7 +36,7 @@ from shardlaunch.launcher.trainer import Hooks, Position, StepReport, Trainer
 from shardlaunch.sharding.initial import InitialWeights
 from shardlaunch.sharding.named_state import group_numbers, restore_group_numbers
 from shardlaunch.sharding.precision import apply_precision, convert_model
-from shardlaunch.sharding.resolve import STRATEGIES, describe_strategy
+from shardlaunch.sharding.resolve import STRATEGIES
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
 from shardlaunch.sharding.world import World
 
@@ -348,7 +348,7 @@ class Run:
                 "recipe": f"{self.name} ({type(self.recipe).__name__}), {self.model_name}",
                 "parameters": f"{self.num_parameters:,}{num_new}",
                 "ranks": f"{world.size} x {_device_name(world)}, threads each: {torch.get_num_threads()}",
-                "strategy": describe_strategy(self.strategy_name, world, num_replicas=replicas),
+                "strategy": ": ".join(filter(None, (self.strategy_name, self.strategy.describe()))),
                 "precision": self.precision.name,
                 "global batch": f"{options.global_batch_size} = micro-batch {options.micro_batch_size} x "
                 f"accumulation {-(-options.micro_batches // replicas)} x {replicas} "

@@ -24,6 +24,8 @@ class DataParallel(Strategy):
     """
 
     for_one_process = True
+    least_ranks = 1
+    is_sharded = False
 
     def __init__(
         self,
@@ -44,6 +46,11 @@ class DataParallel(Strategy):
         self.optimizer = self._main.optimizer
         self.replicas: list[nn.Module] = [self._main.model, *self._copies]
         self.devices = list(devices)
+
+    def describe(self) -> str:
+        """Say how many replicas there are."""
+        on_cpu = " (on CPU there is just one)" if self.devices[0].type == "cpu" else ""
+        return f"{len(self.replicas)} replica{'s' if len(self.replicas) > 1 else ''} in one process{on_cpu}"
 
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
         """Accumulate on the replica that computed the loss."""

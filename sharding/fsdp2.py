@@ -33,6 +33,7 @@ class Fsdp2(Strategy):
     ) -> None:
         _check_shapes(model)
         self._world = world
+        self._offload = settings.cpu_offload
         mesh = self._mesh(world, settings)
         self._copies = mesh.size() // mesh.size(mesh.ndim - 1)
         self._wrap(model, mesh, settings)
@@ -78,6 +79,13 @@ class Fsdp2(Strategy):
             block.set_force_sum_reduction_for_comms(True)  # gloo has no sums with a factor
         # Ranks must send the same tensors, also where the data decides which parameters the loss reaches.
         model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
+
+    def describe(self) -> str:
+        """Say how many copies there are, and where the slices are kept."""
+        copies = [f"{self._copies} copies of the model"] if self._copies > 1 else []
+        blocks = len(self._blocks) - 1
+        parts = [*copies, f"{self._world.size // self._copies} slices", f"{blocks} modules gathered one at a time"]
+        return ", ".join(parts + ["slices in host memory"] * self._offload)
 
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
         """Accumulate into the slices; the sums over copies of the model wait for the last micro-batch."""
@@ -126,10 +134,13 @@ class Fsdp2(Strategy):
 
 
 class Hsdp(Fsdp2):
-    """Keep one copy of the model a machine (or --shard-ranks ranks), in slices; sum gradients over the copies."""
+    """Keep several copies of the model, each in slices; sum gradients over the slices, then over the copies."""
+
+    least_ranks = 4
 
     def _mesh(self, world: World, settings: Settings) -> DeviceMesh:
-        shard = settings.shard_ranks or world.local_size
+        machine = world.local_size if world.local_size < world.size else world.size // 2
+        shard = settings.shard_ranks or machine
         if world.size % shard or shard == 1 or shard == world.size:
             raise UserError(
                 f"hsdp: {world.size} ranks cannot be {'one copy' if shard == world.size else 'copies'} of the model "

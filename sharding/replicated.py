@@ -15,6 +15,8 @@ from shardlaunch.sharding.world import World
 class Replicated(Strategy):
     """Keep one replica of the model a rank; the ranks sum their gradients (see `Strategy`)."""
 
+    is_sharded = False
+
     def __init__(
         self, model: nn.Module, build_optimizer: BuildOptimizer, *, world: World, settings: Settings = DEFAULT_SETTINGS
     ) -> None:
@@ -63,3 +65,9 @@ class Single(Replicated):
     """One replica on one device."""
 
     for_one_process = True
+    least_ranks = 1
+
+    def describe(self) -> str:
+        """Say so when there is more than one GPU."""
+        num_gpus = torch.cuda.device_count() if self.devices[0].type == "cuda" else 0
+        return f"1 of {num_gpus} GPUs; `shardlaunch run RECIPE` or `accelerate launch` use all" if num_gpus > 1 else ""

@@ -1,13 +1,11 @@
 """What decides the strategy, and the check that what was asked for is in force."""
 
-import torch
-
 from shardlaunch.errors import UserError
 from shardlaunch.sharding.data_parallel import DataParallel
 from shardlaunch.sharding.environment import RANKS_VARIABLE, STRATEGY_VARIABLE, LaunchEnvironment
 from shardlaunch.sharding.fsdp2 import Fsdp2, Hsdp
 from shardlaunch.sharding.replicated import Replicated, Single
-from shardlaunch.sharding.strategy import Strategy
+from shardlaunch.sharding.strategy import Settings, Strategy
 from shardlaunch.sharding.world import World
 from shardlaunch.sharding.zero import Zero1, Zero2, Zero3
 
@@ -44,30 +42,25 @@ def resolve_strategy(option: str, env: LaunchEnvironment) -> str:
     STRATEGIES[name].check_available()
     if STRATEGIES[name].for_one_process and env.world_size > 1:
         raise UserError(f"{source} is for one process, but {env.world_size} ranks were started. Use ddp, or one rank.")
-    if not STRATEGIES[name].for_one_process and env.world_size == 1:
+    least = STRATEGIES[name].least_ranks
+    if env.world_size < least:
         raise UserError(
-            f"{source} is for several ranks, but one was started. "
-            f"Start more: `shardlaunch run RECIPE --strategy {name} --ranks 2`, or torchrun --nproc_per_node 2."
+            f"{source} is for several ranks, at least {least}; started: {env.world_size}. Start more: "
+            f"`shardlaunch run RECIPE --strategy {name} --ranks {least}`, or torchrun --nproc_per_node {least}."
         )
     return name
+
+
+def check_settings(name: str, settings: Settings) -> None:
+    """Raise UserError for a setting that the strategy would ignore and that decides whether a model fits."""
+    if settings.cpu_offload and not STRATEGIES[name].is_sharded:
+        raise UserError(f"--cpu-offload: {name} keeps nothing in slices; use fsdp2, hsdp, zero1, zero2 or zero3")
 
 
 def check_strategy_name(name: str, source: str) -> None:
     """Raise UserError when there is no strategy of this name."""
     if name not in STRATEGIES:
         raise UserError(f"{source}: unknown strategy {name!r}; choose one of {', '.join(STRATEGIES)}")
-
-
-def describe_strategy(name: str, world: World, *, num_replicas: int) -> str:
-    """Return a strategy's name with what a person should know of it on this machine."""
-    if name == "dp":
-        on_cpu = " (on CPU there is just one)" if world.device.type == "cpu" else ""
-        return f"{name}: {num_replicas} replica{'s' if num_replicas > 1 else ''} in one process{on_cpu}"
-    if name == "single" and world.device.type == "cuda" and torch.cuda.device_count() > 1:
-        return (
-            f"{name} (1 of {torch.cuda.device_count()} GPUs; `shardlaunch run RECIPE` or `accelerate launch` use all)"
-        )
-    return name
 
 
 def check_ranks(env: LaunchEnvironment, world: World, accelerate_ranks: int) -> None:

@@ -27,7 +27,7 @@ class Settings:
     cpu_offload: bool = False
     """Keep a rank's share of parameters and optimizer state in host memory."""
     shard_ranks: int = 0
-    """Ranks that share one copy of the model, where there are several copies; 0: those of a machine."""
+    """Ranks that share one copy of the model, where there are several copies; 0: those of a machine, of one half."""
 
 
 DEFAULT_SETTINGS = Settings()
@@ -41,6 +41,9 @@ class Strategy(ABC):
     """
 
     for_one_process: ClassVar[bool] = False
+    least_ranks: ClassVar[int] = 2
+    is_sharded: ClassVar[bool] = True
+    """Each rank keeps a part of the state only."""
     starts_empty: ClassVar[bool] = False
     """The model is built with parameters on the meta device; `restore` gives them values, also at the start of a run.
 
@@ -62,6 +65,10 @@ class Strategy(ABC):
     @classmethod  # noqa: B027 - most strategies need nothing
     def check_available(cls) -> None:
         """Raise UserError when something that the strategy needs is not installed."""
+
+    def describe(self) -> str:
+        """Return what a person should know of it on this machine; empty: nothing."""
+        return ""
 
     @abstractmethod
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:

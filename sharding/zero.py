@@ -80,6 +80,10 @@ class Zero(Strategy):
                 f'--strategy zero{cls.stage} needs DeepSpeed, which is missing: pip install "shardlaunch[deepspeed]"'
             )
 
+    def describe(self) -> str:
+        """Say where the partitions are kept."""
+        return "slices in host memory" if self.partitions.is_offloaded else ""
+
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
         """Accumulate: stage 1 locally, reducing once at the last micro-batch; stages 2 and 3 reduce each micro-batch.
 

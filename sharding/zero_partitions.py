@@ -50,7 +50,7 @@ class Partitions:
         self._zero = zero
         self._optimizer = optimizer
         self._rank = rank
-        self._is_offloaded = is_offloaded
+        self.is_offloaded = is_offloaded
         self._is_sliced = hasattr(zero, "fp16_partitioned_groups_flat")  # stage 3: the model itself is sliced
         self.masters: list[torch.Tensor] = (
             zero.fp32_partitioned_groups_flat if self._is_sliced else zero.single_partition_of_fp32_groups
@@ -84,7 +84,7 @@ class Partitions:
 
     def gradients(self) -> list[torch.Tensor]:
         """Return the reduced gradients of this rank's partitions; each element once, padding is zero."""
-        if self._is_offloaded:
+        if self.is_offloaded:
             return [master.grad for master in self.masters if master.grad is not None]
         averaged = self._zero.averaged_gradients
         return [gradient for index in range(len(self.masters)) for gradient in averaged[index]]

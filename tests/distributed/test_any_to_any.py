@@ -43,8 +43,9 @@ TOPOLOGIES = [
     *(Topology("ddp", n) for n in (2, 4)),
     *(Topology("fsdp2", n) for n in (2, 3, 4)),
     HSDP,
-    *(Topology(f"zero{stage}", n) for stage, n in ((1, 2), (1, 4), (2, 2), (2, 4), (3, 2), (3, 3), (3, 4))),
+    *(Topology(f"zero{stage}", n) for stage, n in ((1, 2), (2, 2), (2, 4), (3, 2), (3, 3))),
 ]
+FOR_PARITY_ONLY = [Topology("zero1", 4), Topology("zero3", 4)]
 
 
 class RunThatSavesFirst(Run):
@@ -103,7 +104,7 @@ def _have_same_bits(one: Path, other: Path, step: int) -> bool:
     return tensors.keys() == others.keys() and all(torch.equal(tensors[key], others[key]) for key in tensors)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES[1:], ids=str)
+@pytest.mark.parametrize("topology", TOPOLOGIES[1:] + FOR_PARITY_ONLY, ids=str)
 def test_every_strategy_runs_the_same_run(topology: Topology, whole_runs: Any) -> None:
     assert _largest_difference(whole_runs(SINGLE), whole_runs(topology)) <= LOSS_BOUND
 

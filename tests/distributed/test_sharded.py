@@ -35,10 +35,10 @@ def _loss_difference(one: Path, other: Path) -> float:
     return max(abs(expected[step] - found[step]) for step in expected)
 
 
-def _refusal(recipe_type: type[Recipe], argv: list[str]) -> str:
-    """Return what two ranks say together, one of them for both, when they refuse a run."""
-    answers = run_on_ranks(2, run_quietly, recipe_type, argv)
-    assert [status for status, _ in answers] == [2, 2], answers
+def _refusal(recipe_type: type[Recipe], argv: list[str], *, num_ranks: int = 2) -> str:
+    """Return what the ranks say together, one of them for all, when they refuse a run."""
+    answers = run_on_ranks(num_ranks, run_quietly, recipe_type, argv)
+    assert [status for status, _ in answers] == [2] * num_ranks, answers
     return "".join(output for _, output in answers)
 
 
@@ -144,8 +144,8 @@ class OddlyOptimized(NetRecipe):
 
 REFUSED: list[tuple[type[Recipe], tuple[str, ...], tuple[str, ...]]] = [
     (NetRecipe, ("--strategy", "fsdp2", "--layer-classes", "Nope"), ("--layer-classes Nope", "Linear")),
-    (NetRecipe, ("--strategy", "hsdp"), ("one copy of the model in 2 slices",)),
-    (NetRecipe, ("--strategy", "hsdp", "--shard-ranks", "3"), ("copies of the model in 3 slices",)),
+    (NetRecipe, ("--strategy", "ddp", "--cpu-offload"), ("ddp keeps nothing in slices",)),
+    (OddlyOptimized, ("--strategy", "zero2"), ("ShampooLike", "AdamW", "--strategy ddp or fsdp2")),
     (ScaledNet, ("--strategy", "fsdp2"), ("without dimensions: scale",)),
     (PeekingNet, ("--strategy", "fsdp2"), ("reads values of parameters", "--strategy ddp")),
     (CountingNet, ("--strategy", "fsdp2"), ("computes buffers from values of parameters", "sum")),
@@ -163,7 +163,12 @@ def test_what_cannot_be_is_refused_before_any_work(
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_copies_that_the_ranks_do_not_make_up_are_refused(tmp_path: Path) -> None:
+    argv = [*STEPS, "--strategy", "hsdp", "--shard-ranks", "3", "--output-dir", str(tmp_path)]
+    assert "4 ranks cannot be copies of the model in 3 slices" in _refusal(NetRecipe, argv, num_ranks=4)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_a_checkpoint_of_another_model_is_refused_by_names(strategy: str, tmp_path: Path) -> None:
     _run(1, NarrowBert, tmp_path, "--max-steps", "4", "--stop-at-step", "2")
     argv = [*STEPS, "--max-steps", "4", "--strategy", strategy, "--output-dir", str(tmp_path)]

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import socket
 import subprocess
 import sys
 import zipfile
@@ -13,15 +14,34 @@ from tests.launch.command import ACCELERATE, BERT, MNIST, PYTHON, SHARDLAUNCH, T
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"
+RANKS_OF_CONFIGS = {
+    "ddp": 2,
+    "dp": 1,
+    "fsdp2": 2,
+    "hsdp": 4,
+    "zero1": 2,
+    "zero2": 2,
+    "zero2_offload": 2,
+    "zero3": 2,
+    "zero3_offload": 2,
+}
 LAUNCHERS = {
     "python": (PYTHON, 1, "single"),
     "accelerate launch": (ACCELERATE, 1, "single"),
-    "accelerate launch ddp.yaml": ((*ACCELERATE, "--config_file", str(CONFIGS / "ddp.yaml")), 2, "ddp"),
-    "accelerate launch dp.yaml": ((*ACCELERATE, "--config_file", str(CONFIGS / "dp.yaml")), 1, "dp"),
+    **{
+        f"accelerate launch {name}.yaml": (
+            (*ACCELERATE, "--config_file", str(CONFIGS / f"{name}.yaml")),
+            num_ranks,
+            name.removesuffix("_offload"),
+        )
+        for name, num_ranks in RANKS_OF_CONFIGS.items()
+    },
     "torchrun": ((*TORCHRUN, "--nproc_per_node", "2"), 2, "ddp"),
     "shardlaunch run": ((*SHARDLAUNCH, "run"), 1, "single"),
     "shardlaunch run --ranks 3": ((*SHARDLAUNCH, "run", "--ranks", "3", "--strategy", "ddp"), 3, "ddp"),
     "shardlaunch run --strategy dp": ((*SHARDLAUNCH, "run", "--strategy", "dp"), 1, "dp"),
+    "shardlaunch run --strategy fsdp2": ((*SHARDLAUNCH, "run", "--ranks", "2", "--strategy", "fsdp2"), 2, "fsdp2"),
+    "shardlaunch run --strategy zero3": ((*SHARDLAUNCH, "run", "--ranks", "2", "--strategy", "zero3"), 2, "zero3"),
 }
 
 
@@ -47,6 +67,41 @@ def test_every_launcher_starts_the_run_that_was_asked_for(name: str, hf_home: Pa
     assert "accelerate" in name or name == "torchrun" or ended.err == "", ended.both
     if strategy == "dp":
         assert "on CPU there is just one" in ended.out
+    if name.endswith("_offload.yaml"):
+        assert "slices in host memory" in ended.out
+
+
+def test_every_configuration_is_tested_and_has_a_twin_for_several_machines() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(RANKS_OF_CONFIGS)
+    assert {path.stem for path in (CONFIGS / "multi_node").glob("*.yaml")} == set(RANKS_OF_CONFIGS) - {"dp"}
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
+def test_two_machines(strategy: str, hf_home: Path, tmp_path: Path) -> None:
+    """Two launchers on one machine, with a rank each, stand in for two machines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = environment(hf_home, {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"})
+    launchers = [
+        subprocess.Popen(
+            [
+                *(*ACCELERATE, "--config_file", str(CONFIGS / "multi_node" / f"{strategy}.yaml")),
+                *("--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)),
+                *("--machine_rank", str(machine), MNIST, "--preset", "demo", "--max-steps", "3"),
+                *("--tracker", "none", "--output-dir", str(tmp_path)),
+            ],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for machine in (0, 1)
+    ]
+    outputs = [launcher.communicate(timeout=120)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["ranks"], record["strategy"]) == (2, strategy)
 
 
 def test_a_review_run_from_training_to_prediction(hf_home: Path, tmp_path: Path) -> None:

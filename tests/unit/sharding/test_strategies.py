@@ -155,6 +155,7 @@ def test_strategy(option: str, variables: dict[str, str], expected: str) -> None
         ("nope", {}, "unknown strategy 'nope'"),
         ("ddp", {}, "several ranks"),
         ("single", TORCHRUN, "one process"),
+        ("hsdp", TORCHRUN, "at least 4; started: 2"),
         ("dp", TORCHRUN, "one process"),
         ("ddp", {**TORCHRUN, "SHARDLAUNCH_STRATEGY": "single"}, "two strategies"),
         ("ddp", {**TORCHRUN, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "two strategies"),
