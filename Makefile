@@ -10,7 +10,7 @@ demo: $(VENV)/.demo  ## Fine-tune a pretrained BERT on real reviews, on 2 ranks 
 	ACCELERATE_USE_CPU=true $(BIN)/shardlaunch run recipes/bert_imdb.py --ranks 2 -- --preset demo
 
 test: $(VENV)/.dev  ## Run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/.dev  ## Lint, types, layers
 	$(BIN)/ruff check .

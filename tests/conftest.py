@@ -8,6 +8,7 @@ import pytest
 import torch
 
 DATA_VARIABLE = "SHARDLAUNCH_DATA"
+TABLE = "resumes"
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +28,19 @@ def data_dir() -> Path:
     if not os.environ.get(DATA_VARIABLE):
         pytest.skip(f"{DATA_VARIABLE} does not name a folder with the data sets imdb/ and mnist/")
     return Path(os.environ[DATA_VARIABLE])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the table of resumes, of which each test gives a row."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    properties = [entry for report in reports for entry in getattr(report, "user_properties", ())]
+    rows = dict(value for name, value in properties if name == TABLE)
+    if rows:
+        terminalreporter.section("largest difference of a loss: resumed under (row) what was saved under (column)")
+        columns = list(next(iter(rows.values())))
+        terminalreporter.line(" " * 10 + "".join(f"{column:>10}" for column in columns))
+        for target, row in rows.items():
+            terminalreporter.line(f"{target:<10}" + "".join(f"{row[column]:>10}" for column in columns))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ from shardlaunch.launcher.run import Run
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
 from shardlaunch.sharding.world import connect, disconnect
+from tests.conftest import TABLE
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import MaskedBert, MaskedOptions, losses, training_lines
 
@@ -110,7 +111,7 @@ def test_every_strategy_runs_the_same_run(topology: Topology, whole_runs: Any) -
 
 
 @pytest.mark.parametrize("target", TOPOLOGIES, ids=str)
-def test_any_checkpoint_resumes_here(target: Topology, whole_runs: Any, tmp_path: Path, capsys: Any) -> None:
+def test_any_checkpoint_resumes_here(target: Topology, whole_runs: Any, tmp_path: Path, record_property: Any) -> None:
     """All sources resume under one target, in one process group."""
     sources = {str(source): whole_runs(source) / "checkpoints" / f"step-{SAVED:08d}" for source in TOPOLOGIES}
     run_on_ranks(target.num_ranks, _run_all, target, sources, tmp_path)
@@ -119,9 +120,7 @@ def test_any_checkpoint_resumes_here(target: Topology, whole_runs: Any, tmp_path
         resumed = tmp_path / str(source)
         assert _have_same_bits(whole_runs(source), resumed, SAVED), f"{source}: other bits than what was read"
         differences[str(source)] = _largest_difference(whole_runs(SINGLE), resumed, after=SAVED)
-    row = "  ".join(f"{source} {difference:.1e}" for source, difference in differences.items())
-    with capsys.disabled():
-        print(f"\nlosses of steps {SAVED + 1}-{NUM_STEPS} under {target}, resumed from: {row}")
+    record_property(TABLE, (str(target), {name: f"{value:.0e}" for name, value in differences.items()}))
     assert max(differences.values()) <= LOSS_BOUND
     assert training_lines(tmp_path / str(target)) == training_lines(whole_runs(target))[SAVED:]
     assert _have_same_bits(whole_runs(target), tmp_path / str(target), NUM_STEPS)

@@ -20,22 +20,28 @@ SHARDLAUNCH = Path(sys.executable).with_name("shardlaunch")
 TIMEOUT_S = 120
 
 
-def _command(num_ranks: int, output_dir: Path) -> list[str]:
+# (strategy, ranks)
+Topology = tuple[str, int]
+
+
+def _command(topology: Topology, output_dir: Path) -> list[str]:
+    strategy, num_ranks = topology
     return [
-        *(str(SHARDLAUNCH), "run", str(ROOT / "recipes/mnist_mlp.py"), "--ranks", str(num_ranks), "--"),
-        *("--preset", "demo", "--max-steps", "240", "--save-every", "11", "--momentum", "0.9", "--tracker", "none"),
+        *(str(SHARDLAUNCH), "run", str(ROOT / "recipes/mnist_mlp.py")),
+        *("--ranks", str(num_ranks), "--strategy", strategy, "--"),
+        *("--preset", "demo", "--max-steps", "80", "--save-every", "11", "--momentum", "0.9", "--tracker", "none"),
         *("--threads-per-rank", "1", "--keep", "3", "--output-dir", str(output_dir)),
     ]
 
 
-def _run(num_ranks: int, output_dir: Path) -> None:
-    done = subprocess.run(_command(num_ranks, output_dir), capture_output=True, text=True, timeout=TIMEOUT_S)
+def _run(topology: Topology, output_dir: Path) -> None:
+    done = subprocess.run(_command(topology, output_dir), capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def _kill_at(step: int, num_ranks: int, output_dir: Path) -> None:
+def _kill_at(step: int, topology: Topology, output_dir: Path) -> None:
     """Start the run, kill one of its ranks when its log has reached `step`, and wait for the launcher to end."""
-    launcher = subprocess.Popen(_command(num_ranks, output_dir), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    launcher = subprocess.Popen(_command(topology, output_dir), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     log = output_dir / "metrics.jsonl"
     begun = time.monotonic()
     while not log.exists() or log.read_bytes().count(b"\n") < step:
@@ -49,19 +55,19 @@ def _kill_at(step: int, num_ranks: int, output_dir: Path) -> None:
     assert "Traceback" not in output, output
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
-def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+@pytest.fixture(scope="module", params=[("single", 1), ("ddp", 4), ("fsdp2", 2), ("zero3", 2)], ids=str)
+def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Topology, Path]:
     output_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     _run(request.param, output_dir)
     return request.param, output_dir
 
 
-def test_killed_and_resumed_is_bit_identical(uninterrupted: tuple[int, Path], tmp_path: Path) -> None:
-    num_ranks, expected = uninterrupted
+def test_killed_and_resumed_is_bit_identical(uninterrupted: tuple[Topology, Path], tmp_path: Path) -> None:
+    topology, expected = uninterrupted
     output_dir = tmp_path / "run"
-    for step in (17, 53):
-        _kill_at(step, num_ranks, output_dir)
-    _run(num_ranks, output_dir)
+    for step in (17, 41):
+        _kill_at(step, topology, output_dir)
+    _run(topology, output_dir)
     assert training_lines(output_dir) == training_lines(expected)
     tensors, others = final_tensors(expected), final_tensors(output_dir)
     assert tensors.keys() == others.keys()
@@ -71,7 +77,7 @@ def test_killed_and_resumed_is_bit_identical(uninterrupted: tuple[int, Path], tm
 
 def test_a_dead_run_leaves_no_lock(tmp_path: Path) -> None:
     output_dir = tmp_path / "run"
-    _kill_at(10, 1, output_dir)
-    _run(1, output_dir)
+    _kill_at(10, ("single", 1), output_dir)
+    _run(("single", 1), output_dir)
     assert json.loads((output_dir / "run.json").read_text())["ranks"] == 1
     assert os.listdir(output_dir / "checkpoints")[0].startswith("step-")
