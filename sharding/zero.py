@@ -125,6 +125,7 @@ class Zero(Strategy):
     def discard(self) -> None:
         """Drop the gradients, as DeepSpeed does after an overflow."""
         self._zero.zero_grad()
+        self._zero.reset_cpu_buffers()
         if self.stage < 3:
             self._zero.micro_step_id = -1
             for index in self._zero.averaged_gradients:

@@ -59,7 +59,7 @@ class Partitions:
         self._share_masters()
 
     def _share_masters(self) -> None:
-        """Let the weights that are updated be those that are computed with: DeepSpeed holds them twice, also in fp32."""
+        """Let the weights that are updated be those that are computed with: DeepSpeed holds both, in fp32 too."""
         if self._is_sliced:
             weights: list[torch.Tensor] = self._zero.fp16_partitioned_groups_flat
         else:
@@ -97,6 +97,8 @@ class Partitions:
     def gradients(self) -> list[torch.Tensor]:
         """Return the reduced gradients of this rank's partitions; each element once, padding is zero."""
         if self._is_offloaded:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # they are copied to the host while the device goes on
             return [master.grad for master in self.masters if master.grad is not None]
         averaged = self._zero.averaged_gradients
         return [gradient for index in range(len(self.masters)) for gradient in averaged[index]]

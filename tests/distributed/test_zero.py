@@ -285,7 +285,7 @@ OPTIMIZERS = [
     partial(optimizer_of, torch.optim.Adamax),
     partial(optimizer_of, torch.optim.NAdam),
     partial(optimizer_of, torch.optim.RAdam),
-    partial(optimizer_of, torch.optim.RMSprop, momentum=0.9),
+    partial(optimizer_of, torch.optim.RMSprop, momentum=0.9, eps=1e-3),
     partial(optimizer_of, torch.optim.Adadelta),
 ]
 
