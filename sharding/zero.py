@@ -106,10 +106,8 @@ class Zero(Strategy):
         unscale *= self._mean_over
         gradients = self.partitions.gradients()
         squares = sum(torch.linalg.vector_norm(gradient).double() ** 2 for gradient in gradients)
-        norm = (
-            math.sqrt(self.world.sum(torch.as_tensor(squares, dtype=torch.float64, device=self.world.device)).item())
-            * unscale
-        )
+        total = self.world.sum(torch.as_tensor(squares, dtype=torch.float64, device=self.world.device))
+        norm = math.sqrt(total.item()) * unscale
         factor = unscale * (max_norm / norm if 0 < max_norm < norm else 1.0)
         if factor != 1.0:
             for gradient in gradients:
