@@ -110,10 +110,8 @@ class Zero(Strategy):
         unscale *= self._mean_over
         gradients = self.partitions.gradients()
         squares = sum(torch.linalg.vector_norm(gradient).double() ** 2 for gradient in gradients)
-        norm = (
-            math.sqrt(self.world.sum(torch.as_tensor(squares, dtype=torch.float64, device=self.world.device)).item())
-            * unscale
-        )
+        total = self.world.sum(torch.as_tensor(squares, dtype=torch.float64, device=self.world.device))
+        norm = math.sqrt(total.item()) * unscale
         factor = unscale * (max_norm / norm if 0 < max_norm < norm else 1.0)
         if factor != 1.0:
             for gradient in gradients:
@@ -129,6 +127,7 @@ class Zero(Strategy):
     def discard(self) -> None:
         """Drop the gradients, as DeepSpeed does after an overflow."""
         self._zero.zero_grad()
+        self._zero.reset_cpu_buffers()
         if self.stage < 3:
             self._zero.micro_step_id = -1
             for index in self._zero.averaged_gradients:
@@ -185,6 +184,11 @@ def _config(stage: int, world: World, settings: Settings) -> dict[str, Any]:
         "allgather_bucket_size": BUCKET_ELEMENTS,
         "round_robin_gradients": False,
         "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+        "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+        # In elements: how near a module's next use must be for its parameters to stay gathered, and how many may be
+        # gathered for parameters to be fetched before their modules run.
+        "stage3_max_reuse_distance": 0 if settings.reshard_after_forward else 10**12,
+        "stage3_max_live_parameters": 4 * BUCKET_ELEMENTS if settings.reshard_after_forward else 10**12,
     }
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -233,13 +237,16 @@ def _materialise(model: nn.Module, config: dict[str, Any]) -> None:
 
     A parameter stays the object that it is, so that ties and the optimizer's groups hold.
     """
-    from deepspeed.runtime.zero import Init
+    from deepspeed.runtime.zero import Init, linear
 
     class EmptyInit(Init):
         def _zero_init_param(self, parameter: Any) -> None:  # DeepSpeed's own would broadcast the values
             self._convert_to_deepspeed_param(parameter)
             parameter.partition()
 
+    # DeepSpeed puts a linear layer of its own in the place of torch's, as torch's holds on to gathered weights. It adds
+    # the bias in a rounding of its own, which under autocast is seen; so let it call torch's for the forward pass.
+    linear.LinearFunctionForZeroStage3.forward = staticmethod(_linear)
     init = EmptyInit(module=nn.Module(), config_dict_or_path=config, dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.is_meta:
@@ -252,3 +259,7 @@ def _materialise(model: nn.Module, config: dict[str, Any]) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(init.local_device)
+
+
+def _linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch._C._nn.linear(inputs, weight, bias)

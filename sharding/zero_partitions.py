@@ -56,6 +56,18 @@ class Partitions:
             zero.fp32_partitioned_groups_flat if self._is_sliced else zero.single_partition_of_fp32_groups
         )
         self.pieces: dict[int, Piece] = dict(self._slices() if self._is_sliced else self._cuts())
+        self._share_masters()
+
+    def _share_masters(self) -> None:
+        """Let the weights that are updated be those that are computed with: DeepSpeed holds both, in fp32 too."""
+        if self._is_sliced:
+            weights: list[torch.Tensor] = self._zero.fp16_partitioned_groups_flat
+        else:
+            weights = [partitions[self._rank] for partitions in self._zero.parallel_partitioned_bit16_groups]
+        for master, weight in zip(self.masters, weights, strict=True):
+            if (master.device, master.dtype) == (weight.device, weight.dtype):
+                master.data = weight.data
+        self._zero._link_all_hp_params()  # DeepSpeed's own views of the masters
 
     def _cuts(self) -> Iterator[tuple[int, Piece]]:
         """Yield the pieces of stages 1 and 2, by id of the parameter."""
@@ -85,6 +97,8 @@ class Partitions:
     def gradients(self) -> list[torch.Tensor]:
         """Return the reduced gradients of this rank's partitions; each element once, padding is zero."""
         if self.is_offloaded:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # they are copied to the host while the device goes on
             return [master.grad for master in self.masters if master.grad is not None]
         averaged = self._zero.averaged_gradients
         return [gradient for index in range(len(self.masters)) for gradient in averaged[index]]

@@ -285,18 +285,18 @@ OPTIMIZERS = [
     partial(optimizer_of, torch.optim.Adamax),
     partial(optimizer_of, torch.optim.NAdam),
     partial(optimizer_of, torch.optim.RAdam),
-    partial(optimizer_of, torch.optim.RMSprop, momentum=0.9),
+    partial(optimizer_of, torch.optim.RMSprop, momentum=0.9, eps=1e-3),
     partial(optimizer_of, torch.optim.Adadelta),
 ]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_optimizers(stage: str) -> None:
-    plans = [Plan(last=3, build_optimizer=build) for build in OPTIMIZERS]
+    plans = [Plan(last=2, build_optimizer=build) for build in OPTIMIZERS]
     begun = zero(2, [(stage, plan) for plan in plans])
-    ends = [replace(plan, first=3, last=6, start=run[1]) for plan, run in zip(plans, begun, strict=True)]
+    ends = [replace(plan, first=2, last=4, start=run[1]) for plan, run in zip(plans, begun, strict=True)]
     for plan, first, second in zip(plans, begun, zero(2, [(stage, end) for end in ends]), strict=True):
-        assert_same_run((first[0] + second[0], second[1]), plain(replace(plan, last=6)), bound=1e-5)
+        assert_same_run((first[0] + second[0], second[1]), plain(replace(plan, last=4)), bound=1e-5)
 
 
 @pytest.mark.parametrize("plan", [Plan(), HARD])
