@@ -18,7 +18,7 @@ from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
 from shardlaunch.sharding.world import connect, disconnect
 from tests.conftest import TABLE
 from tests.distributed.ranks import run_on_ranks
-from tests.recipes import MaskedBert, MaskedOptions, losses, training_lines
+from tests.recipes import MaskedBert, MaskedOptions, final_tensors, losses, training_lines
 
 NUM_STEPS, SAVED = 30, 15
 LOSS_BOUND = 1e-6
@@ -136,3 +136,6 @@ def test_what_a_strategy_leaves_is_a_model_folder(whole_runs: Any) -> None:
         assert set(info["unexpected_keys"]) == {"never"}
         tensors = _tensors(whole_runs(topology), NUM_STEPS)
         assert all(torch.equal(p.reshape(-1), tensors[name]) for name, p in model.named_parameters())
+        found = final_tensors(whole_runs(topology))  # by safetensors alone, each once
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[key].reshape(-1), tensors[key]) for key in tensors)
