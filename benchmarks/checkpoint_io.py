@@ -296,7 +296,9 @@ def _rounds(arms: Sequence[Arm], world: World, folder: Path, args: argparse.Name
     """Measure each arm's save and load in each round and print the tables. All ranks."""
     order = random.Random(args.seed)
     jobs = [(arm, is_save) for arm in arms for is_save in (True, False) if arm.save or not is_save]
-    for _ in range(args.rounds):
+    for number in range(args.rounds):
+        if world.is_main:
+            print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
         order.shuffle(jobs)
         for arm, is_save in jobs:
             _take_and_free_memory(int(1.5e9 * args.gigabytes / world.size))
