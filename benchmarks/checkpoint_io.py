@@ -1,0 +1,467 @@
+"""What a durable save and a load cost beside other ways to keep the same state, and beside the bare disk.
+
+    python benchmarks/checkpoint_io.py                          # one rank
+    torchrun --nproc_per_node 2 benchmarks/checkpoint_io.py     # two ranks on gloo; with --memory: peaks of memory
+
+The state: a GPT's parameters in fp32 with AdamW's exp_avg, exp_avg_sq and step. On several ranks each holds slices
+along dimension 0, as FSDP2 does (DTensors for torch.distributed.checkpoint); for accelerate it is DDP, its default:
+each rank holds all, and rank 0 writes.
+
+Save: every arm ends durable. After another's save, its files and folder are fsynced (the ranks share the files);
+"before fsync" is when its own call came back. Ours includes digests, fsync, manifest and rename. "raw" writes the same
+bytes of the same tensors, one file a rank, in chunks of 16 MiB, and fsyncs file and folder.
+Load: into the tensors that the rank holds, from a folder that the arm wrote before the first round. Ours includes the
+check of every digest. The page cache of the files is dropped before each load (POSIX_FADV_DONTNEED; a virtual disk may
+have another cache beneath). Checkpoints of other numbers of ranks are written by a launch of that many.
+
+All arms take turns, saves and loads mixed, in another order each round; each load is checked. "x raw" and "x ours" are
+medians of the ratios within a round, which an uneven machine disturbs less than the seconds. Before each measurement
+every rank takes and frees memory, for a virtual machine may have to fetch free pages from its host first.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import math
+import mmap
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from accelerate import Accelerator
+from accelerate import __version__ as accelerate_version
+from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from shardlaunch.checkpoints.peers import Peers
+from shardlaunch.checkpoints.reader import open_checkpoint
+from shardlaunch.checkpoints.state import WEIGHT, Fragment, TensorSpec
+from shardlaunch.checkpoints.writer import save
+from shardlaunch.sharding.environment import read_environment
+from shardlaunch.sharding.world import World, available_cores, connect, disconnect
+
+NUM_BLOCKS = 12
+VOCABULARY = 30522
+CHUNK_BYTES = 16 << 20
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+RAW, OURS = "raw", "ours"
+
+Work = Callable[[Path], object]
+
+
+@dataclass(kw_only=True)
+class Arm:
+    """Hold a way to keep state: how it saves to a folder and loads from it, and the seconds of each round."""
+
+    name: str
+    tensors: Callable[[], Sequence[torch.Tensor]]  # what this rank holds, as a load leaves it
+    load: Work
+    save: Work | None = None  # None: loads what another launch wrote
+    is_durable: bool = False  # its own save ends with all on the disk
+    save_s: list[float] = field(default_factory=list)
+    returned_s: list[float] = field(default_factory=list)
+    load_s: list[float] = field(default_factory=list)
+
+    def digests(self) -> list[str]:
+        return [xxhash.xxh3_128_hexdigest(_bytes(tensor)) for tensor in self.tensors()]
+
+
+def specs(gigabytes: float) -> Iterator[TensorSpec]:
+    """Give the tensors of a GPT and its AdamW, of about `gigabytes` in all."""
+    area = 12 * NUM_BLOCKS  # parameters = area * width**2 + VOCABULARY * width, each of 12 bytes
+    width = (math.sqrt(VOCABULARY**2 + 4 * area * gigabytes * 1e9 / 12) - VOCABULARY) / (2 * area)
+    width = max(16, 16 * round(width / 16))
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (VOCABULARY, width)}
+    for block in range(NUM_BLOCKS):
+        for name, rows, columns in (("qkv", 3, 1), ("out", 1, 1), ("up", 4, 1), ("down", 1, 4)):
+            shapes[f"blocks.{block}.{name}.weight"] = (rows * width, columns * width)
+            shapes[f"blocks.{block}.{name}.bias"] = (rows * width,)
+        for name in ("norm_1", "norm_2"):
+            shapes[f"blocks.{block}.{name}.weight"] = shapes[f"blocks.{block}.{name}.bias"] = (width,)
+    for name, shape in shapes.items():
+        for kind in (WEIGHT, "exp_avg", "exp_avg_sq"):
+            yield TensorSpec(name=name, kind=kind, shape=shape, dtype=torch.float32)
+        yield TensorSpec(name=name, kind="step", shape=(), dtype=torch.float32)
+
+
+def fragments(gigabytes: float, *, rank: int, num_ranks: int) -> list[Fragment]:
+    """Return the rows that a rank holds of each tensor; a tensor without rows is whole on each rank."""
+    held = []
+    for seed, spec in enumerate(specs(gigabytes)):
+        tensor = torch.randn(spec.shape, generator=torch.Generator().manual_seed(seed))
+        begin, end = 0, spec.num_elements
+        if spec.shape:
+            chunk = math.ceil(spec.shape[0] / num_ranks)
+            first, last = (min(n * chunk, spec.shape[0]) for n in (rank, rank + 1))
+            row = spec.num_elements // spec.shape[0]
+            tensor, begin, end = tensor[first:last].clone(), first * row, last * row
+        held.append(Fragment(spec=spec, flat_start=begin, flat_end=end, tensor=tensor))
+    return held
+
+
+def save_ours(folder: Path, held: Iterable[Fragment], peers: Peers) -> None:
+    """Save as a run does. All ranks."""
+    save(folder, step=1, state=held, trainer_state={"step": 1}, export=lambda staging: None, aliases={}, peers=peers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Make the arms, which share what this rank holds."""
+
+    world: World
+    gigabytes: float
+    held: list[Fragment]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [fragment.tensor for fragment in self.held]
+
+    def raw(self) -> Arm:
+        def write(folder: Path) -> None:
+            with open(folder / self._file_name, "xb", buffering=0) as file:
+                for tensor in self.tensors():
+                    data = _bytes(tensor)
+                    while data:
+                        data = data[file.write(data[:CHUNK_BYTES]) :]
+                os.fsync(file.fileno())
+            _fsync(folder)
+
+        def read(folder: Path) -> None:
+            with open(folder / self._file_name, "rb", buffering=0) as file:
+                for tensor in self.tensors():
+                    data = _bytes(tensor)
+                    while data:
+                        data = data[file.readinto(data[:CHUNK_BYTES]) or len(data) :]
+
+        return Arm(name=RAW, tensors=self.tensors, save=write, load=read, is_durable=True)
+
+    def ours(self, name: str) -> Arm:
+        def load(folder: Path) -> None:
+            (step_dir,) = folder.glob("step-*")
+            checkpoint = open_checkpoint(step_dir, peers=self.world.peers)
+            for fragment in self.held:
+                flat = checkpoint.read(fragment.spec, fragment.flat_start, fragment.flat_end)
+                fragment.tensor.view(-1).copy_(flat)
+
+        def save(folder: Path) -> None:
+            save_ours(folder, self.held, self.world.peers)
+
+        return Arm(name=name, tensors=self.tensors, save=save, load=load, is_durable=True)
+
+    def dcp(self) -> Arm:
+        state: dict[str, Any] = {fragment.spec.key: fragment.tensor for fragment in self.held}
+        alone = self.world.size == 1
+        mesh = None if alone else init_device_mesh("cpu", (self.world.size,))
+        for fragment in self.held:
+            shape = fragment.spec.shape
+            if mesh and shape:
+                stride = torch.empty(shape, device="meta").stride()
+                state[fragment.spec.key] = DTensor.from_local(
+                    fragment.tensor, mesh, [Shard(0)], shape=torch.Size(shape), stride=stride
+                )
+        return Arm(
+            name="torch.distributed.checkpoint",
+            tensors=self.tensors,
+            save=lambda folder: dcp_save(state, checkpoint_id=folder, no_dist=alone),
+            load=lambda folder: dcp_load(state, checkpoint_id=folder, no_dist=alone),
+        )
+
+    def accelerate(self) -> Arm:
+        model = nn.Module()
+        states: dict[str, dict[str, torch.Tensor]] = {}
+        for fragment in fragments(self.gigabytes, rank=0, num_ranks=1):
+            name = fragment.spec.name.replace(".", "_")
+            if fragment.spec.kind == WEIGHT:
+                model.register_parameter(name, nn.Parameter(fragment.tensor))
+            else:
+                states.setdefault(name, {})[fragment.spec.kind] = fragment.tensor
+        optimizer = torch.optim.AdamW(model.parameters())
+        optimizer.state.update({parameter: states[name] for name, parameter in model.named_parameters()})
+        accelerator = Accelerator(cpu=True)
+        accelerator.prepare(model, optimizer)
+
+        def tensors() -> list[torch.Tensor]:  # a load replaces the optimizer's
+            entries = (optimizer.state[parameter] for parameter in model.parameters())
+            return [*(p.detach() for p in model.parameters()), *(t for entry in entries for t in entry.values())]
+
+        return Arm(
+            name="accelerate" if self.world.size == 1 else "accelerate (DDP: rank 0 writes)",
+            tensors=tensors,
+            save=lambda folder: accelerator.save_state(str(folder)),
+            load=lambda folder: accelerator.load_state(str(folder)),
+        )
+
+    def torch_save(self) -> Arm:
+        state = {fragment.spec.key: fragment.tensor for fragment in self.held}
+
+        def load(folder: Path) -> None:
+            for key, tensor in torch.load(folder / self._file_name, weights_only=True).items():
+                state[key].copy_(tensor)
+
+        def save(folder: Path) -> None:
+            torch.save(state, folder / self._file_name)
+
+        return Arm(name="torch.save, a file a rank", tensors=self.tensors, save=save, load=load)
+
+    @property
+    def _file_name(self) -> str:
+        return f"rank-{self.world.rank}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure all arms and print a table. All ranks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=1.3, help="size of the state")
+    parser.add_argument("--rounds", type=int, default=10, help="how often each arm saves and loads")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the arms")
+    parser.add_argument("--written-by", type=int, nargs="*", default=[1, 2, 4], help="load what so many ranks wrote")
+    parser.add_argument("--memory", action="store_true", help="measure peaks of memory, not time")
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="a folder on the disk to measure")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    parser.add_argument("--write-only", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)
+    world = connect(read_environment())
+    held = fragments(args.gigabytes, rank=world.rank, num_ranks=world.size)
+    if args.write_only:
+        save_ours(args.write_only, held, world.peers)
+    else:
+        with _shared_folder(args, world) as folder:
+            arms = _prepare(Bench(world=world, gigabytes=args.gigabytes, held=held), folder, args)
+            report = (_memory if args.memory else _rounds)(arms, world, folder, args)
+        if world.is_main:
+            report |= {"machine": _machine(args, world, held)}
+            print("\n".join(f"{key:9}{value}" for key, value in report["machine"].items()))
+            if args.json:
+                args.json.write_text(json.dumps(report, indent=1))
+    disconnect(world)
+
+
+@contextmanager
+def _shared_folder(args: argparse.Namespace, world: World) -> Iterator[Path]:
+    """Give the ranks a folder with room enough, and remove it. All ranks."""
+    folder = args.dir / f"checkpoint-io-{_max(os.getpid() if world.is_main else 0)}"
+    needed = (7 + len(args.written_by)) * args.gigabytes * 1e9
+    free = shutil.disk_usage(args.dir).free
+    if free < needed:
+        raise SystemExit(f"{args.dir}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed: free some, or set --dir")
+    if world.is_main:
+        folder.mkdir()
+    try:
+        yield folder
+    finally:
+        if world.is_main:
+            shutil.rmtree(folder)
+
+
+def _prepare(bench: Bench, folder: Path, args: argparse.Namespace) -> list[Arm]:
+    """Make the arms; let each save once, where its loads find it. All ranks."""
+    arms = [bench.raw(), bench.ours(OURS), bench.dcp(), bench.accelerate(), bench.torch_save()]
+    for arm in arms:
+        _save(arm, bench.world, folder / arm.name)
+        arm.save_s.clear()
+        arm.returned_s.clear()
+    for num_ranks in args.written_by:
+        arm = bench.ours(f"ours, written by {num_ranks} rank{'s' * (num_ranks > 1)}")
+        arm.save = None
+        if bench.world.is_main:
+            environ = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCH_VARIABLES)}
+            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+            options = ["--gigabytes", str(args.gigabytes), "--write-only", str(folder / arm.name)]
+            subprocess.run([sys.executable, *launch, __file__, *options], env=environ, check=True)
+        _barrier()
+        arms.append(arm)
+    return arms
+
+
+def _rounds(arms: Sequence[Arm], world: World, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure each arm's save and load in each round and print the tables. All ranks."""
+    order = random.Random(args.seed)
+    jobs = [(arm, is_save) for arm in arms for is_save in (True, False) if arm.save or not is_save]
+    for number in range(args.rounds):
+        if world.is_main:
+            print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+        order.shuffle(jobs)
+        for arm, is_save in jobs:
+            _take_and_free_memory(int(1.5e9 * args.gigabytes / world.size))
+            if is_save:
+                _save(arm, world, folder / "round")
+                _remove(folder / "round", world)
+            else:
+                _load(arm, world, folder / arm.name)
+    if world.is_main:
+        print(f"seconds, median [least, most] of {args.rounds} rounds\n")
+        savers = [arm for arm in arms if arm.save]
+        _print_table("save", [(arm.name, arm.save_s) for arm in savers], [arm.returned_s for arm in savers])
+        _print_table("load", [(arm.name, arm.load_s) for arm in arms])
+    return {arm.name: {"save_s": arm.save_s, "returned_s": arm.returned_s, "load_s": arm.load_s} for arm in arms}
+
+
+def _save(arm: Arm, world: World, folder: Path) -> None:
+    """Save to a new folder, durably. All ranks."""
+    assert arm.save
+    if world.is_main:
+        folder.mkdir()
+    _barrier()
+    begin = time.perf_counter()
+    arm.save(folder)
+    _barrier()
+    arm.returned_s.append(time.perf_counter() - begin)
+    if not arm.is_durable:
+        for path in _files(folder)[world.rank :: world.size]:
+            _fsync(path)
+        _barrier()
+        if world.is_main:
+            _fsync(folder)
+        _barrier()
+    arm.save_s.append(time.perf_counter() - begin)
+
+
+def _load(arm: Arm, world: World, folder: Path) -> None:
+    """Load from a folder and check what came. All ranks."""
+    expected = arm.digests()
+    for tensor in arm.tensors():
+        tensor.zero_()
+    for path in _files(folder):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    _barrier()
+    begin = time.perf_counter()
+    arm.load(folder)
+    _barrier()
+    arm.load_s.append(time.perf_counter() - begin)
+    assert arm.digests() == expected, f"{arm.name}: what was loaded is not what was saved"
+
+
+def _memory(arms: Sequence[Arm], world: World, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the peak of host memory in each arm's save and load, and print a table. All ranks."""
+    figures: dict[str, dict[str, int]] = {}
+    for arm in arms:
+        row = figures[arm.name] = {"holds": _max(sum(tensor.nbytes for tensor in arm.tensors()))}
+        if arm.save:
+            row["save"] = _extra_bytes(_save, arm, world, folder / "round")
+            _remove(folder / "round", world)
+        row["load"] = _extra_bytes(_load, arm, world, folder / arm.name)
+    if world.is_main:
+        print("MB of a rank, the greatest of all ranks: what it holds, and the peaks in save and load beyond that\n")
+        width = max(len(name) for name in figures)
+        print(f"{'':{width}}  {'holds':>8}  {'save':>8}  {'load':>8}")
+        for name, row in figures.items():
+            cells = (f"{row[key] / 1e6:8.1f}" if key in row else f"{'':8}" for key in ("holds", "save", "load"))
+            print(f"{name:{width}}  " + "  ".join(cells))
+        print()
+    return {"memory_bytes": figures}
+
+
+def _extra_bytes(work: Callable[[Arm, World, Path], None], arm: Arm, world: World, folder: Path) -> int:
+    """Return by how many bytes the process grows at its peak in `work`, on the rank where it grows most. All ranks."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is needed now
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back (proc(5))
+    before = _status_bytes("VmRSS")
+    work(arm, world, folder)
+    return _max(_status_bytes("VmHWM") - before)
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def _print_table(title: str, rows: Sequence[tuple[str, list[float]]], returned: Sequence[list[float]] = ()) -> None:
+    seconds = dict(rows)
+    width = max(len(name) for name, _ in rows)
+    print(f"{title:{width}}  {'':>20}  {'x raw':>6}  {'x ours':>6}  {'before fsync' if returned else '':>20}".rstrip())
+    for number, (name, figures) in enumerate(rows):
+        line = f"{name:{width}}  {_cell(figures):>20}"
+        for base in (RAW, OURS):
+            ratios = [one / other for one, other in zip(figures, seconds[base], strict=True)]
+            line += f"  {statistics.median(ratios):>6.2f}"
+        print(line + (f"  {_cell(returned[number]):>20}" if returned else ""))
+    print()
+
+
+def _cell(seconds: Sequence[float]) -> str:
+    middle, least, most = (f(seconds) for f in (statistics.median, min, max))
+    return f"{middle:.2f} [{least:.2f}, {most:.2f}]"
+
+
+def _machine(args: argparse.Namespace, world: World, held: Sequence[Fragment]) -> dict[str, str]:
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), "")
+    disk = subprocess.run(["stat", "-f", "-c", "%T", args.dir], capture_output=True, text=True).stdout.strip()
+    total = sum(fragment.spec.num_bytes for fragment in held)
+    mine = sum(fragment.tensor.nbytes for fragment in held)
+    return {
+        "state": f"{total / 1e9:.2f} GB in {len(held)} tensors; rank 0 of {world.size} holds {mine / 1e9:.2f} GB",
+        "machine": f"{available_cores()} cores, {processor or platform.machine()}, {platform.platform()}, {disk}",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, accelerate {accelerate_version}",
+    }
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    data: memoryview = tensor.detach().view(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _max(value: int) -> int:
+    """Return the greatest of all ranks' values. All ranks."""
+    tensor = torch.tensor(value)
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _remove(folder: Path, world: World) -> None:
+    """Remove a folder and let the disk settle, so that the next arm does not pay for it. All ranks."""
+    if world.is_main:
+        shutil.rmtree(folder)
+        os.sync()
+    _barrier()
+
+
+def _take_and_free_memory(num_bytes: int) -> None:
+    gc.collect()
+    with mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
+        pages.madvise(mmap.MADV_HUGEPAGE)  # large pages, as the page cache takes them
+        for offset in range(0, num_bytes, mmap.PAGESIZE):
+            pages[offset] = 1
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    main()
