@@ -21,6 +21,9 @@ BUCKET_BYTES = 16 << 20
 ROUND_BYTES = 256 << 20
 
 
+_Buffers = dict[int, torch.Tensor]  # by the rank that sends
+
+
 class Piece(NamedTuple):
     """Name elements [start, end) of a tensor and the rank that provides them."""
 
@@ -56,17 +59,29 @@ def gather(
     bucket_bytes = max(1 << 10, min(bucket_bytes, ROUND_BYTES // peers.num_ranks))
     plan = _plan(files, _ranges(files, fragments, peers), peers.num_ranks, bucket_bytes)
     num_rounds = max((len(buckets) for buckets in plan), default=0)
-    coming = _Round(0, plan, fragments, peers) if num_rounds else None
-    for number in range(num_rounds):
+    # What comes in is received while the bucket before is written: into two sets of buffers in turn, for memory that
+    # is touched for the first time costs more than the copy into it.
+    buffers: tuple[_Buffers, _Buffers] = ({}, {})
+    coming = _Round(0, plan, fragments, peers, buffers[0]) if num_rounds else None
+    for number in range(1, num_rounds + 1):
         assert coming is not None
-        here, coming = coming, _Round(number + 1, plan, fragments, peers) if number + 1 < num_rounds else None
+        here = coming
+        if number < num_rounds:
+            coming = _Round(number, plan, fragments, peers, buffers[number % 2])
         yield from here.finish()
 
 
 class _Round:
     """Send and receive the messages of one round; begun by the constructor, so that it goes on beside a write."""
 
-    def __init__(self, number: int, plan: list[list[Bucket]], fragments: Mapping[str, Fragment], peers: Peers) -> None:
+    def __init__(
+        self,
+        number: int,
+        plan: list[list[Bucket]],
+        fragments: Mapping[str, Fragment],
+        peers: Peers,
+        buffers: _Buffers,
+    ) -> None:
         self._fragments = fragments
         self._rank = peers.rank
         self._works: list[dist.Work] = []
@@ -77,7 +92,9 @@ class _Round:
             for provider in range(peers.num_ranks):
                 num_bytes = sum(piece.num_bytes for piece in self._bucket.pieces if piece.provider == provider)
                 if provider != peers.rank and num_bytes:
-                    self._received[provider] = torch.empty(num_bytes, dtype=torch.uint8)
+                    if provider not in buffers or len(buffers[provider]) < num_bytes:
+                        buffers[provider] = torch.empty(num_bytes, dtype=torch.uint8)
+                    self._received[provider] = buffers[provider][:num_bytes]
                     self._add(dist.irecv(self._received[provider], provider, group=peers.group, tag=number))
         for owner, buckets in enumerate(plan):
             if owner != peers.rank and number < len(buckets):
