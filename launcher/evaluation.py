@@ -12,6 +12,7 @@ from shardlaunch.launcher.batches import Batches
 from shardlaunch.launcher.forward import forward
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.seeding import derive_seed, seed_model_stream
+from shardlaunch.sharding.buffers import persistent_buffers
 from shardlaunch.sharding.precision import Precision
 from shardlaunch.sharding.world import World
 
@@ -57,6 +58,7 @@ class Evaluator:
     def _evaluate(self, model: nn.Module, num_steps: int, on_progress: Callable[[int, int], None]) -> dict[str, float]:
         model.eval()
         plan = self._batches.plan
+        start = {name: buffer.clone() for name, buffer in persistent_buffers(model).items()}
         has_work = False
         num_done = 0
         for metric in self._metrics.values():
@@ -76,6 +78,8 @@ class Evaluator:
                     _empty(self._metrics)
             num_done += batch.num_samples
             on_progress(num_done, plan.num_samples)
+        for name, buffer in start.items():  # an evaluation leaves no trace
+            model.get_buffer(name).copy_(buffer)
         model.train()
         loss, num_targets = self._world.sum(sums).tolist()
         results = {"loss": loss / num_targets if num_targets else math.nan}

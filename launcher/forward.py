@@ -17,11 +17,19 @@ def forward(
 ) -> tuple[Any, Any, torch.Tensor]:
     """Return the micro-batch on the device, the model's outputs, and the sum of the loss.
 
-    Raises UserError when the recipe's loss is no scalar.
+    Raises UserError when the recipe's loss is no scalar, and when its forward() goes around a sliced model.
     """
     inputs = to_device(micro_batch.inputs, device)
     with precision.forward_context():
-        outputs = recipe.forward(model, inputs)
+        try:
+            outputs = recipe.forward(model, inputs)
+        except RuntimeError as error:
+            if "mixed torch.Tensor and DTensor" not in str(error):
+                raise
+            raise UserError(
+                "the recipe's forward() uses a part of the model, or a method of it, where its parameters are slices; "
+                "it must call the model itself (model(...)), or use --strategy ddp, zero1 or zero2"
+            ) from error
         loss = recipe.loss(outputs, inputs)
     if not isinstance(loss, torch.Tensor) or loss.ndim:
         got = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__

@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.seeding import derive_seed
+from shardlaunch.sharding.buffers import constants
 
 
 def build_model(recipe: Recipe, seed: int, *, is_resumed: bool) -> tuple[nn.Module, list[str]]:
@@ -30,18 +32,22 @@ def build_model(recipe: Recipe, seed: int, *, is_resumed: bool) -> tuple[nn.Modu
     return model, fresh
 
 
-def build_empty_model(recipe: Recipe) -> nn.Module:
+def build_empty_model(recipe: Recipe, seed: int) -> nn.Module:
     """Return the recipe's model with its parameters on the meta device, without values; its buffers are as built.
 
     Raises UserError when the model's constructor needs the values.
     """
     with torch.random.fork_rng(devices=[]), _parameters_on_meta():
+        torch.default_generator.manual_seed(derive_seed(seed, "model"))
         try:
             model = recipe.model().float()
         except (NotImplementedError, RuntimeError) as error:
+            if not str(error):
+                raise
             raise UserError(
-                f"the recipe's model() reads values of parameters, which are on the meta device while a model is built "
-                f"to be sliced ({str(error).splitlines()[0]}); set them in weights(), or use --strategy ddp"
+                f"the recipe's model() cannot be built with its parameters on the meta device, without values, as a "
+                f"model to be sliced is: {str(error).splitlines()[0]}. It may create and initialise parameters, not "
+                f"read them or set their data; values of your own come from weights(). Or use --strategy ddp"
             ) from error
     lost = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if lost:
@@ -50,6 +56,27 @@ def build_empty_model(recipe: Recipe) -> nn.Module:
             f"model is built to be sliced: {some(lost)}; use --strategy ddp"
         )
     return model
+
+
+def check_constants(model: nn.Module, empty: nn.Module) -> None:
+    """Check that the buffers outside of the state are the same, built whole or empty. Raises UserError."""
+    others = constants(empty)
+    differing = [name for name, buffer in constants(model).items() if not torch.equal(buffer, others[name])]
+    if differing:
+        raise UserError(
+            f"buffers that are not part of the model's state come out otherwise when the model is built to be sliced, "
+            f"for its constructor draws them at random: {some(differing)}. Register them with persistent=True, draw "
+            f"them from a torch.Generator of their own, or use --strategy ddp"
+        )
+
+
+def constants_digest(model: nn.Module) -> str:
+    """Return a digest of the buffers outside of the state, for a resume to compare."""
+    digest = xxhash.xxh3_64()
+    for name, buffer in sorted(constants(model).items()):
+        digest.update(name.encode())
+        digest.update(buffer.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager

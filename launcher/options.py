@@ -76,7 +76,7 @@ class Options:
     layer_classes: tuple[str, ...] = option((), mark="free")
     """Classes of modules that are gathered as one under fsdp2 and hsdp; none: what recipe or model declares."""
     reshard_after_forward: bool = option(True, mark="free")
-    """Drop gathered parameters after the forward pass (fsdp2, hsdp): less memory, more traffic."""
+    """Drop gathered parameters after the forward pass (fsdp2, hsdp, zero3): less memory, more traffic."""
     cpu_offload: bool = option(False, mark="free")
     """Keep slices of parameters and optimizer state in host memory (fsdp2, hsdp, zero1, zero2, zero3)."""
     shard_ranks: int = option(0, mark="free")

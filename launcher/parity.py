@@ -1,5 +1,7 @@
 """`shardlaunch parity`: one recipe, a few steps under each strategy that this machine has, and what differs."""
 
+import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -80,6 +82,7 @@ def compare_strategies(
             outcome = _run(recipe, recipe_argv, Path(folder) / name, name, ranks, steps)
             if not outcome.problem:
                 outcome = _compare(outcome, reference, Path(folder) / name)
+            shutil.rmtree(Path(folder) / name, ignore_errors=True)
             said = outcome.problem or f"{steps} steps in {outcome.seconds:.1f} s"
             console.print(escape(f"{name}, {ranks} ranks: {said}"))
             outcomes.append(outcome)
@@ -109,7 +112,7 @@ def _run(recipe: Path, recipe_argv: Sequence[str], folder: Path, name: str, rank
     """Run the recipe in a process of its own."""
     argv = [*recipe_argv, "--stop-at-step", str(steps), "--output-dir", str(folder), "--tracker", "none"]
     argv += ["--eval-every", _NEVER, "--save-every", "0", "--log-every", "1"]
-    if "--threads-per-rank" not in argv:
+    if not any(word.startswith("--threads-per-rank") for word in argv):
         argv += ["--threads-per-rank", "1"]  # the number of threads changes how sums are rounded
     words = [*_COMMAND, "run", str(recipe), "--ranks", str(ranks), "--strategy", name, "--", *argv]
     begun = time.monotonic()
@@ -124,7 +127,8 @@ def _run(recipe: Path, recipe_argv: Sequence[str], folder: Path, name: str, rank
 def _compare(outcome: Outcome, reference: Path, folder: Path) -> Outcome:
     expected, found = _losses(reference), _losses(folder)
     loss, loss_step = max((abs(expected[step] - found[step]), step) for step in expected)
-    weight, weight_name = max(_weight_differences(_last_checkpoint(reference), _last_checkpoint(folder)))
+    differences = _weight_differences(_last_checkpoint(reference), _last_checkpoint(folder))
+    weight, weight_name = max(differences, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
     return Outcome(
         strategy=outcome.strategy,
         ranks=outcome.ranks,

@@ -68,7 +68,7 @@ class Recipe:
         return int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
-        """Return the model's outputs."""
+        """Return the model's outputs. Call the model itself: parts of it may be slices until it is called."""
         return model(batch["inputs"])
 
     def loss(self, outputs: Any, batch: Any) -> torch.Tensor:

@@ -20,7 +20,7 @@ from shardlaunch.launcher.batches import Batches, BatchPlan, EvaluationPlan
 from shardlaunch.launcher.display import Display, ProgressView
 from shardlaunch.launcher.evaluation import Evaluator
 from shardlaunch.launcher.identity import Identity, data_fingerprint, option_values, run_identity, run_record, versions
-from shardlaunch.launcher.initialise import build_empty_model, build_model
+from shardlaunch.launcher.initialise import build_empty_model, build_model, check_constants, constants_digest
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.run_folder import (
@@ -109,6 +109,7 @@ class Run:
             for difference in self.identity.check(saved_identity(checkpoint), str(checkpoint.step_dir)):
                 self.display.warn(f"this resume may round differently: {difference}")
         initial = self._build_model(is_resumed=checkpoint is not None)
+        self.constants = constants_digest(self.model)
         convert_model(self.model, self.precision.name)
         if options.gradient_checkpointing:
             _enable_gradient_checkpointing(self.model)
@@ -138,18 +139,21 @@ class Run:
             self.model, self.fresh = build_model(recipe, seed, is_resumed=is_resumed)
             self._check_ranks_agree(self.model)
             return None
-        self.model, self.fresh = world.peers.together(lambda: build_empty_model(recipe)), []
+        self.model, self.fresh = world.peers.together(lambda: build_empty_model(recipe, seed)), []
         if is_resumed:
             self._check_ranks_agree(None)
             return None
         whole = None
-        built = world.peers.together(
-            lambda: build_model(recipe, seed, is_resumed=False) if world.is_local_main else None
-        )
+        built = world.peers.together(lambda: self._build_whole() if world.is_local_main else None)
         if built is not None:
             whole, self.fresh = built
         self._check_ranks_agree(whole)
         return InitialWeights(self.model, whole, world=world)
+
+    def _build_whole(self) -> tuple[torch.nn.Module, list[str]]:
+        whole, fresh = build_model(self.recipe, self.options.seed, is_resumed=False)
+        check_constants(whole, self.model)
+        return whole, fresh
 
     def _check_ranks_agree(self, whole: torch.nn.Module | None) -> None:
         """Check that all ranks have the same run before them, and the same model where they hold one. All ranks."""
@@ -231,9 +235,14 @@ class Run:
     def _restore(self, checkpoint: Checkpoint | None) -> Position:
         if checkpoint is None:
             # Asked now, so that an optimizer whose groups cannot be saved is refused before any work.
-            return Position(group_numbers=group_numbers(self.strategy.optimizer))
-        self.strategy.restore(checkpoint)
+            return Position(group_numbers=group_numbers(self.strategy.optimizer), constants=self.constants)
         position = Position(**checkpoint.trainer_state)
+        if position.constants != self.constants:
+            raise UserError(
+                f"{checkpoint.step_dir}: the model's buffers outside of its state are not those of the run: the "
+                f"constructor draws them at random, or has changed. Register them with persistent=True"
+            )
+        self.strategy.restore(checkpoint)
         restore_group_numbers(self.strategy.optimizer, position.group_numbers)
         return position
 

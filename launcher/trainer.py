@@ -33,6 +33,7 @@ class Position:
     is_finished: bool = False
     loss_scale: dict[str, Any] = field(default_factory=dict)
     group_numbers: list[dict[str, Any]] = field(default_factory=list)  # of the optimizer's parameter groups
+    constants: str = ""  # digest of the model's buffers that are not part of its state
 
 
 @dataclass(frozen=True, kw_only=True)

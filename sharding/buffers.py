@@ -12,6 +12,12 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
+def constants(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers that do not belong to the model's state: its constructor makes them, each time it is built."""
+    saved = persistent_buffers(model)
+    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+
+
 class BufferMean:
     """Make the buffers after a step independent of how its micro-batches are spread over ranks.
 

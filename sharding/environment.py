@@ -1,6 +1,7 @@
 """The launch environment: the only module that reads the variables which launchers set."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
         )
     _check_accelerate(env)
     copies, shard_ranks = number("PARALLELISM_CONFIG_DP_REPLICATE_SIZE"), number("PARALLELISM_CONFIG_DP_SHARD_SIZE")
-    is_hybrid = (copies or 1) > 1 and (shard_ranks or 1) > 1
+    is_hybrid = (copies or 1) > 1
     accelerate_strategy = None
     if _is_true(env.get("ACCELERATE_USE_DEEPSPEED")):
         accelerate_strategy = f"zero{env.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '')}"
@@ -75,7 +76,7 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
         strategy=env.get(STRATEGY_VARIABLE) or None,
         ranks=number(RANKS_VARIABLE),
         accelerate_strategy=accelerate_strategy,
-        layer_classes=tuple(filter(None, env.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(","))),
+        layer_classes=tuple(filter(None, re.split(r"[,\s]+", env.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")))),
         reshard_after_forward=env.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false",
         cpu_offload=_is_true(env.get("FSDP_OFFLOAD_PARAMS"))
         or "cpu" in (env.get(_OFFLOAD_OPTIMIZER), env.get(_OFFLOAD_PARAMETERS)),
@@ -96,6 +97,21 @@ def _check_accelerate(env: Mapping[str, str]) -> None:
             f"fsdp_sharding_strategy {env['FSDP_SHARDING_STRATEGY']}; FSDP2 knows fsdp_reshard_after_forward instead, "
             f"and parallelism_config_dp_replicate_size for copies of the model"
         )
+    if env.get("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP":
+        problems.append("fsdp_auto_wrap_policy SIZE_BASED_WRAP; there is TRANSFORMER_BASED_WRAP")
+    if env.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        problems.append(f"dynamo_backend {env['ACCELERATE_DYNAMO_BACKEND']}; give the recipe --compile instead")
+    sizes = [int(env.get(f"PARALLELISM_CONFIG_DP_{kind}_SIZE") or 1) for kind in ("REPLICATE", "SHARD")]
+    if sizes[0] > 1 and (sizes[1] < 2 or str(sizes[0] * sizes[1]) != env.get("WORLD_SIZE", "1")):
+        problems.append(
+            f"{sizes[0]} copies of the model in {sizes[1]} slices on {env.get('WORLD_SIZE', '1')} ranks; "
+            f"parallelism_config_dp_replicate_size times parallelism_config_dp_shard_size must be the number of ranks, "
+            f"and both at least 2 (whole copies on each rank: distributed_type MULTI_GPU)"
+        )
+    if env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" and env.get(_OFFLOAD_OPTIMIZER, "none") != env.get(
+        _OFFLOAD_PARAMETERS, "none"
+    ):
+        problems.append("offload of parameters or optimizer state alone; under ZeRO 3 it is both or none")
     if _is_true(env.get("FSDP_ACTIVATION_CHECKPOINTING")):
         problems.append("fsdp_activation_checkpointing; give the recipe --gradient-checkpointing instead")
     if env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):

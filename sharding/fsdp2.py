@@ -4,6 +4,7 @@ The same code drives gloo on CPU and NCCL on GPUs. HSDP keeps several such copie
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,11 +13,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.errors import UserError, some
+from shardlaunch.sharding.course import SameCourse
 from shardlaunch.sharding.layers import exact_modules, layers_to_wrap
 from shardlaunch.sharding.named_state import check_optimizer, named_state, restore_named_state
 from shardlaunch.sharding.slices import local_part
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
+
+# Optimizers of torch that work with norms or products of whole matrices.
+WHOLE_MATRICES = ("Adafactor", "Muon")
 
 
 class Fsdp2(Strategy):
@@ -31,7 +36,10 @@ class Fsdp2(Strategy):
     def __init__(
         self, model: nn.Module, build_optimizer: BuildOptimizer, *, world: World, settings: Settings = DEFAULT_SETTINGS
     ) -> None:
-        _check_shapes(model)
+        check_shapes(model)
+        for parameter in model.parameters():
+            if not parameter.is_contiguous():  # slices follow each other in memory
+                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
         self._world = world
         self._offload = settings.cpu_offload
         mesh = self._mesh(world, settings)
@@ -45,6 +53,14 @@ class Fsdp2(Strategy):
         self._trainable = list(trainable.values())
         self.optimizer = build_optimizer(trainable.items())
         check_optimizer(model, self.optimizer)
+        if type(self.optimizer).__name__ in WHOLE_MATRICES:
+            raise UserError(
+                f"{type(self.optimizer).__name__} needs matrices as wholes, of which each rank has a slice here; use "
+                f"an optimizer that works element by element, such as AdamW, or --strategy ddp"
+            )
+        self._course = SameCourse(model, world=world)
+        for number, block in enumerate(self._blocks):
+            block.register_forward_pre_hook(partial(self._run_together, number), prepend=True)
 
     def _mesh(self, world: World, settings: Settings) -> DeviceMesh:
         return init_device_mesh(world.device.type, (world.size,))
@@ -58,13 +74,14 @@ class Fsdp2(Strategy):
         exact: list[nn.Module] = []
         layers = layers_to_wrap(model, settings.layer_classes)
         if settings.compute_dtype != torch.float32:
-            # Autocast decides what is computed in which dtype, as under every strategy. Weights that it would cast at
-            # each use are gathered in that dtype, at half the traffic; those of norms and embeddings it would not.
+            # Autocast decides what is computed in which dtype, as under every strategy. Weights that it casts at each
+            # use are gathered in that dtype, at half the traffic; others as they are.
             policy = MixedPrecisionPolicy(
                 param_dtype=settings.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
             exact = [module for layer in layers for module in exact_modules(layer)]
-        policies = dict.fromkeys(exact, fp32) | dict.fromkeys(layers, policy) | {model: fp32}
+        low = [layer for layer in layers if layer not in exact]
+        policies = dict.fromkeys(exact, fp32) | dict.fromkeys(low, policy) | {model: fp32}
         for module, its_policy in policies.items():
             fully_shard(
                 module,
@@ -80,6 +97,9 @@ class Fsdp2(Strategy):
         # Ranks must send the same tensors, also where the data decides which parameters the loss reaches.
         model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
 
+    def _run_together(self, number: int, *_: object) -> None:
+        self._course.step(number)
+
     def describe(self) -> str:
         """Say how many copies there are, and where the slices are kept."""
         copies = [f"{self._copies} copies of the model"] if self._copies > 1 else []
@@ -92,7 +112,9 @@ class Fsdp2(Strategy):
         if self._copies > 1:
             for block in self._blocks:
                 block.set_requires_all_reduce(last, recurse=False)
+        self._course.begin_backward()
         loss.backward(torch.full_like(loss, factor))
+        self._course.end_backward()
 
     def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
         """Sum the squares over the ranks, unscale and clip in one multiplication."""
@@ -142,15 +164,20 @@ class Hsdp(Fsdp2):
         machine = world.local_size if world.local_size < world.size else world.size // 2
         shard = settings.shard_ranks or machine
         if world.size % shard or shard == 1 or shard == world.size:
+            divisors = [str(n) for n in range(2, world.size) if world.size % n == 0]
+            advice = f"Give --shard-ranks {' or '.join(divisors)}, or use" if divisors else "Use"
             raise UserError(
-                f"hsdp: {world.size} ranks cannot be {'one copy' if shard == world.size else 'copies'} of the model "
-                f"in {shard} slices. Give --shard-ranks a divisor of {world.size} above 1 and below {world.size}, "
-                f"or use fsdp2 (one copy) or ddp (a copy on each rank)."
+                f"hsdp: {world.size} ranks cannot be several copies of the model in {shard} slices each. "
+                f"{advice} fsdp2 (one copy) or ddp (a copy on each rank)."
             )
         return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("copies", "slices"))
 
 
-def _check_shapes(model: nn.Module) -> None:
+def check_shapes(model: nn.Module) -> None:
+    """Raise UserError for parameters that have nothing to slice."""
+    empty = [name for name, parameter in model.named_parameters() if parameter.numel() == 0]
+    if empty:
+        raise UserError(f"parameters without elements cannot be sliced: {some(empty)}; use ddp")
     scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
     if scalars:
         raise UserError(

@@ -6,6 +6,9 @@ from torch import nn
 
 from shardlaunch.errors import UserError, some
 
+_CAST = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+_CAST_NAMES = ("Conv1D",)  # the linear layer of GPT-2 in transformers
+
 
 def layers_to_wrap(model: nn.Module, layer_classes: Sequence[str]) -> list[nn.Module]:
     """Return the model's modules of the given classes, by default those that the model declares; outer ones only.
@@ -27,18 +30,20 @@ def layers_to_wrap(model: nn.Module, layer_classes: Sequence[str]) -> list[nn.Mo
 
 
 def exact_modules(layer: nn.Module) -> list[nn.Module]:
-    """Return the modules inside a layer that autocast computes with their weights as they are: norms, embeddings.
+    """Return the modules of a layer, inner ones first, whose own weights autocast may use as they are.
 
-    They are known by having no matrix: a module whose weights are multiplied by has one.
+    Those of other modules it casts at each use, for they do nothing with them but multiply and convolve. A layer that
+    owns such weights itself is the last.
     """
-    return [
+    modules = [
         module
         for name, module in layer.named_modules()
-        if name
-        and (own := list(module.parameters(recurse=False)))
-        and (isinstance(module, nn.Embedding) or all(parameter.ndim <= 1 for parameter in own))
-        and _shares_nothing(layer, name)
+        if not isinstance(module, _CAST)
+        and type(module).__name__ not in _CAST_NAMES
+        and next(module.parameters(recurse=False), None) is not None
+        and (not name or _shares_nothing(layer, name))
     ]
+    return modules[::-1]
 
 
 def _shares_nothing(model: nn.Module, inner: str) -> bool:

@@ -55,6 +55,8 @@ def check_settings(name: str, settings: Settings) -> None:
     """Raise UserError for a setting that the strategy would ignore and that decides whether a model fits."""
     if settings.cpu_offload and not STRATEGIES[name].is_sharded:
         raise UserError(f"--cpu-offload: {name} keeps nothing in slices; use fsdp2, hsdp, zero1, zero2 or zero3")
+    if settings.shard_ranks and name != "hsdp":
+        raise UserError(f"--shard-ranks: {name} keeps no copies in slices; use --strategy hsdp")
 
 
 def check_strategy_name(name: str, source: str) -> None:

@@ -7,7 +7,7 @@ or empty. That is how FSDP2 spreads parameters.
 from math import prod
 
 import torch
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from shardlaunch.checkpoints.state import Fragment, StateReader, TensorSpec
 
@@ -29,6 +29,8 @@ def flat_range(tensor: torch.Tensor) -> tuple[int, int]:
             size = -(-length // tensor.device_mesh.size(dimension))
             begin = min(length, size * tensor.device_mesh.get_local_rank(dimension))
             start, length = start + begin, min(size, length - begin)
+        else:
+            assert isinstance(placement, Replicate), "each rank has but a summand of this tensor"
     row = prod(tensor.shape[1:])
     return start * row, (start + length) * row
 

@@ -16,7 +16,7 @@ BuildOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Opti
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Hold how a model is to be spread; a strategy takes what concerns it. Nothing of it changes the run."""
+    """Hold how a model is to be spread; a strategy takes what concerns it. Nothing but the dtype changes the run."""
 
     compute_dtype: torch.dtype = torch.float32
     """What forward passes compute in, by autocast; a strategy that gathers parameters may gather them in it."""

@@ -18,10 +18,11 @@ from torch import nn
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.errors import UserError
+from shardlaunch.sharding.course import SameCourse
 from shardlaunch.sharding.named_state import check_optimizer
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
-from shardlaunch.sharding.zero_order import GradientOrder, SameCourse, fill_gradient
+from shardlaunch.sharding.zero_order import GradientOrder, fill_gradient, gather_together
 from shardlaunch.sharding.zero_partitions import Partitions
 
 BUCKET_ELEMENTS = 1 << 24  # 64 MiB of gradients are reduced at a time
@@ -58,6 +59,8 @@ class Zero(Strategy):
         self.optimizer = build_optimizer([(name, p) for name, p in model.named_parameters() if p.requires_grad])
         check_optimizer(model, self.optimizer)
         _check_elementwise(self.optimizer)
+        if any(parameter.numel() == 0 for parameter in model.parameters()):
+            raise UserError("ZeRO cannot divide parameters without elements; use --strategy ddp")
         config = _config(self.stage, world, settings)
         with _deepspeed(world) as deepspeed:
             if self.stage == 3:
@@ -67,7 +70,9 @@ class Zero(Strategy):
             model, self._zero, self.optimizer, rank=world.rank, is_offloaded=settings.cpu_offload
         )
         self._trained = [p for p in model.parameters() if id(p) in self.partitions.pieces]
-        self._course = SameCourse(model, self._zero, world=world) if self.stage == 3 else None
+        self._course = SameCourse(model, world=world) if self.stage == 3 else None
+        if self._course is not None:
+            gather_together(self._zero, self._course)
         self._order = GradientOrder(self._zero, self._trained, course=self._course) if self.stage > 1 else None
         # DeepSpeed's stage 3 takes the mean over ranks, the others can be told to sum.
         self._mean_over = world.size if self.stage == 3 else 1

@@ -5,83 +5,28 @@ ranks whose passes differ then sum unlike gradients, silently, or wait for each 
 """
 
 from collections.abc import Iterable
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from shardlaunch.errors import UserError
-from shardlaunch.sharding.world import World
+from shardlaunch.sharding.course import SameCourse
 
-PATIENCE = timedelta(seconds=120)
-"""How long a rank that does something new waits for the others to do the same."""
-END = -1
 REDUCE = -2
 
 
-class SameCourse:
-    """Hold the sequence of a stage 3 pass's collectives and see to it that all ranks follow the same one.
+def gather_together(zero: Any, course: SameCourse) -> None:
+    """Let stage 3 gather a module's parameters only when all ranks are about to gather the same."""
+    coordinator = zero.parameter_offload.get_param_coordinator()
+    fetch = coordinator.fetch_sub_module
 
-    A step that this rank took at the same place of the pass before is taken at once. A new step is announced, and taken
-    when all ranks announce the same; the first pass is all announcements, later ones have none.
-    """
+    def fetch_together(module: Any, forward: bool) -> None:
+        course.step(2 * module.ds_id + forward)
+        fetch(module, forward)
 
-    def __init__(self, model: nn.Module, zero: Any, *, world: World) -> None:
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
-        self._training: list[int] = []
-        self._evaluating: list[int] = []
-        self._course = self._training
-        self._positions = {id(self._training): 0, id(self._evaluating): 0}
-        coordinator = zero.parameter_offload.get_param_coordinator()
-        fetch = coordinator.fetch_sub_module
-
-        def fetch_together(module: Any, forward: bool) -> None:
-            self.step(2 * module.ds_id + forward)
-            fetch(module, forward)
-
-        coordinator.fetch_sub_module = fetch_together
-        model.register_forward_pre_hook(self._begin_forward, prepend=True)
-
-    def _begin_forward(self, *_: object) -> None:
-        self._course = self._training if torch.is_grad_enabled() else self._evaluating
-        if self._course is self._evaluating:
-            self._positions[id(self._course)] = 0
-
-    def begin_backward(self) -> None:
-        """Say that what follows belongs to the training pass."""
-        self._course = self._training
-
-    def end_backward(self) -> None:
-        """Say that a training pass is over. All ranks."""
-        self.step(END)
-        self._positions[id(self._training)] = 0
-
-    def step(self, code: int) -> None:
-        """Go on when all ranks are about to take the same step. Raises UserError when they are not."""
-        course, position = self._course, self._positions[id(self._course)]
-        self._positions[id(course)] += 1
-        if position < len(course) and course[position] == code:
-            return
-        del course[position:]
-        course.append(code)
-        if self._group is not None and not self._all_take(code):
-            raise UserError(
-                "ZeRO stage 3: the ranks do not run the same modules in the same order (a module that only some "
-                "batches use, layer dropping?); use --strategy ddp, zero1 or zero2"
-            )
-
-    def _all_take(self, code: int) -> bool:
-        codes = torch.tensor([code, -code])
-        work = dist.all_reduce(codes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        assert work is not None
-        try:
-            work.wait(PATIENCE)
-        except RuntimeError:  # the others go another way, or are gone
-            return False
-        return codes.tolist() == [code, -code]
+    coordinator.fetch_sub_module = fetch_together
 
 
 class GradientOrder:

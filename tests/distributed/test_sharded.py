@@ -1,13 +1,16 @@
 """What sharded strategies take besides the plain run: other precisions, odd models, and what they refuse."""
 
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from shardlaunch import Recipe
+from shardlaunch.sharding import course
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import (
     FewReviews,
@@ -116,6 +119,108 @@ class CountingNet(NetRecipe):
         return model
 
 
+class DroppedBert(MaskedBert):
+    """The masked model that skips blocks at random, each micro-batch others."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        layers = model.bert.encoder.layer
+        for number, layer in enumerate(layers):
+            layers[number] = Skipping(layer)
+        return model
+
+
+class Skipping(nn.Module):
+    """A block that is left out now and then."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hidden if torch.rand(()) < 0.5 else self.layer(hidden, *args, **kwargs)
+
+
+class RandomFeatures(NetRecipe):
+    """A net whose constructor draws a buffer that is not part of its state, and after parameters at that."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model.register_buffer("features", torch.rand(3), persistent=False)
+        return model
+
+
+class SubmoduleNet(NetRecipe):
+    """A net whose forward goes around the model."""
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        return model.last(model.tied(model.middle(model.norm(model.first(batch["inputs"])))))
+
+
+class EmptyParameterNet(NetRecipe):
+    """A net with a parameter of no elements."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model.nothing = nn.Parameter(torch.ones(0, 3))
+        return model
+
+
+class Factored(NetRecipe):
+    """A net trained by an optimizer that looks at whole matrices."""
+
+    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        return torch.optim.Adafactor([parameter for _, parameter in parameters], lr=self.options.lr)
+
+
+class CountingInEvaluation(NetRecipe):
+    """A net that counts its forward passes, also those of an evaluation."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model.register_buffer("passes", torch.zeros(()))
+        model.register_forward_pre_hook(_count)
+        return model
+
+
+def _count(model: nn.Module, _: object) -> None:
+    model.passes.add_(1)
+
+
+class ScaledBlocks(MaskedBert):
+    """The masked model with a scale that belongs to each block, a table of sums, and a norm over two dimensions."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        for layer in model.bert.encoder.layer:
+            layer.scale = nn.Parameter(torch.rand(20))
+            layer.square = nn.LayerNorm((2, 10))
+            layer.register_forward_hook(_scale)
+        return model
+
+
+def _scale(layer: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
+    return layer.square((output.float() * layer.scale).unflatten(-1, (2, 10))).flatten(-2)
+
+
+def test_what_autocast_leaves_alone_is_left_alone_in_slices(tmp_path: Path) -> None:
+    one = _run(1, ScaledBlocks, tmp_path / "one", "--precision", "bf16")
+    two = _run(2, ScaledBlocks, tmp_path / "two", "--precision", "bf16", "--strategy", "fsdp2")
+    assert _loss_difference(one, two) <= 1e-4
+
+
+def test_an_evaluation_leaves_no_trace_in_buffers(tmp_path: Path) -> None:
+    one = _run(1, CountingInEvaluation, tmp_path / "one", "--eval-every", "2")
+    two = _run(2, CountingInEvaluation, tmp_path / "two", "--eval-every", "2", "--strategy", "fsdp2")
+    assert final_tensors(one)["passes"] == final_tensors(two)["passes"] == 8
+
+
+def test_a_random_buffer_is_noticed_at_a_resume_too(tmp_path: Path) -> None:
+    _run(1, RandomFeatures, tmp_path, "--stop-at-step", "2")
+    argv = [*STEPS, "--strategy", "fsdp2", "--output-dir", str(tmp_path)]
+    assert "buffers outside of its state are not those of the run" in _refusal(RandomFeatures, argv)
+
+
 class NarrowBert(MaskedBert):
     """The masked model as it is."""
 
@@ -147,7 +252,13 @@ REFUSED: list[tuple[type[Recipe], tuple[str, ...], tuple[str, ...]]] = [
     (NetRecipe, ("--strategy", "ddp", "--cpu-offload"), ("ddp keeps nothing in slices",)),
     (OddlyOptimized, ("--strategy", "zero2"), ("ShampooLike", "AdamW", "--strategy ddp or fsdp2")),
     (ScaledNet, ("--strategy", "fsdp2"), ("without dimensions: scale",)),
-    (PeekingNet, ("--strategy", "fsdp2"), ("reads values of parameters", "--strategy ddp")),
+    (EmptyParameterNet, ("--strategy", "fsdp2"), ("without elements", "nothing")),
+    (EmptyParameterNet, ("--strategy", "zero3"), ("without elements", "ddp")),
+    (RandomFeatures, ("--strategy", "fsdp2"), ("draws them at random: features", "persistent=True")),
+    (Factored, ("--strategy", "fsdp2"), ("Adafactor needs matrices as wholes",)),
+    (SubmoduleNet, ("--strategy", "fsdp2"), ("must call the model itself",)),
+    (NetRecipe, ("--strategy", "fsdp2", "--shard-ranks", "2"), ("use --strategy hsdp",)),
+    (PeekingNet, ("--strategy", "fsdp2"), ("on the meta device, without values", "--strategy ddp")),
     (CountingNet, ("--strategy", "fsdp2"), ("computes buffers from values of parameters", "sum")),
 ]
 
@@ -165,7 +276,23 @@ def test_what_cannot_be_is_refused_before_any_work(
 
 def test_copies_that_the_ranks_do_not_make_up_are_refused(tmp_path: Path) -> None:
     argv = [*STEPS, "--strategy", "hsdp", "--shard-ranks", "3", "--output-dir", str(tmp_path)]
-    assert "4 ranks cannot be copies of the model in 3 slices" in _refusal(NetRecipe, argv, num_ranks=4)
+    said = _refusal(NetRecipe, argv, num_ranks=4)
+    assert "4 ranks cannot be several copies of the model in 3 slices each. Give --shard-ranks 2, or use" in said
+
+
+def _run_with_little_patience(recipe_type: type[Recipe], argv: list[str]) -> tuple[int, str]:
+    course.PATIENCE = timedelta(seconds=5)
+    return run_quietly(recipe_type, argv)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_ranks_that_run_other_modules_are_noticed(strategy: str, tmp_path: Path) -> None:
+    argv = [*STEPS, "--output-dir", str(tmp_path), "--strategy", strategy]
+    answers = run_on_ranks(2, _run_with_little_patience, DroppedBert, argv)
+    assert all(status for status, _ in answers), answers
+    said = "".join(output for _, output in answers)
+    assert "the ranks do not run the same modules in the same order" in said
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) < 8
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])

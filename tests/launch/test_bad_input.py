@@ -129,11 +129,12 @@ CASES = (
         says=("--config {inputs}/unknown.yaml", "unknown option 'learning_rate'"),
     ),
     mnist("batches do not fit", "--global-batch-size", "60", says=("--global-batch-size 60", "--micro-batch-size 16")),
-    mnist("unknown precision", "--precision", "fp8", says=("--precision fp8", "fp32, bf16, fp16")),
+    mnist("unknown precision", "--precision", "fp9", says=("--precision fp9", "fp32, bf16, fp16, fp8")),
+    mnist("fp8 without a GPU", "--precision", "fp8", says=("--precision fp8", "8.9", "Use bf16 or fp32")),
     mnist("unknown tracker", "--tracker", "paper", says=("--tracker paper", "unknown", "tensorboard")),
     # What was launched
     mnist("unknown strategy", "--strategy", "magic", says=("unknown strategy 'magic'", "single", "ddp")),
-    mnist("ddp with one process", "--strategy", "ddp", says=("--strategy ddp", "one was started", "--ranks 2")),
+    mnist("ddp with one process", "--strategy", "ddp", says=("--strategy ddp", "started: 1", "--ranks 2")),
     mnist(
         "strategies contradict",
         *("--strategy", "single"),

@@ -68,7 +68,7 @@ class _Tied(Recipe):
 
 def test_an_empty_model_has_names_ties_and_buffers_but_no_values() -> None:
     whole, _ = build_model(_Tied(Options()), 0, is_resumed=False)
-    empty = build_empty_model(_Tied(Options()))
+    empty = build_empty_model(_Tied(Options()), 0)
     shapes = {name: (p.shape, p.dtype) for name, p in whole.named_parameters()}
     assert {name: (p.shape, p.dtype) for name, p in empty.named_parameters()} == shapes
     assert all(parameter.is_meta for parameter in empty.parameters())

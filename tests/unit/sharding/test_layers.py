@@ -1,6 +1,7 @@
 """Which modules are gathered as one."""
 
 import pytest
+import torch
 from torch import nn
 
 from shardlaunch import UserError
@@ -47,8 +48,12 @@ def test_a_class_that_is_not_there_is_refused() -> None:
         layers_to_wrap(_model(), ["Blok"])
 
 
-def test_norms_and_embeddings_are_computed_with_exact_weights() -> None:
+def test_what_autocast_does_not_cast_is_gathered_as_it_is() -> None:
     block = Block()
-    assert exact_modules(block) == [block.norm, block.table]
+    assert exact_modules(block) == [block.table, block.norm]
+    block.inner = nn.Sequential(nn.LayerNorm((2, 2)), nn.EmbeddingBag(3, 2), nn.Conv1d(1, 1, 1))
+    assert exact_modules(block) == [block.inner[1], block.inner[0], block.table, block.norm]
+    block.scale = nn.Parameter(torch.ones(3))
+    assert exact_modules(block)[-1] is block, "a layer with such a weight of its own comes after what is in it"
     block.first.weight = block.table.weight
-    assert exact_modules(block) == [block.norm]
+    assert block.table not in exact_modules(block)

@@ -181,6 +181,7 @@ def test_what_accelerates_configuration_says_of_a_strategy() -> None:
         {
             **FSDP,
             **copies,
+            "WORLD_SIZE": "8",
             "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer,BertEmbeddings",
             "FSDP_RESHARD_AFTER_FORWARD": "false",
             "FSDP_OFFLOAD_PARAMS": "true",
@@ -189,7 +190,8 @@ def test_what_accelerates_configuration_says_of_a_strategy() -> None:
     assert (full.accelerate_strategy, full.shard_ranks) == ("hsdp", 4)
     assert full.layer_classes == ("BertLayer", "BertEmbeddings")
     assert (full.reshard_after_forward, full.cpu_offload) == (False, True)
-    zero = read_environment({**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"})
+    offload = {f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE": "cpu" for what in ("OPTIMIZER", "PARAM")}
+    zero = read_environment({**DEEPSPEED, **offload})
     assert (zero.accelerate_strategy, zero.cpu_offload) == ("zero3", True)
 
 
@@ -200,7 +202,11 @@ def test_what_accelerates_configuration_says_of_a_strategy() -> None:
         ({**FSDP, "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, "dp_replicate_size"),
         ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--gradient-checkpointing"),
         ({**FSDP, "PARALLELISM_CONFIG_TP_SIZE": "2"}, "parallelism_config_tp_size"),
+        ({**FSDP, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "SIZE_BASED_WRAP"),
+        ({**FSDP, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--compile"),
+        ({**FSDP, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}, "2 copies of the model in 1 slices on 2 ranks"),
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "deepspeed_config_file"),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "both or none"),
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "nvme"),
         ({**DEEPSPEED, "ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "--max-grad-norm"),
         ({**DEEPSPEED, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "--global-batch-size"),
