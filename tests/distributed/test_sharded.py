@@ -79,7 +79,10 @@ def test_bf16_differs_under_fsdp2_no_more_than_under_ddp(tmp_path: Path) -> None
     fsdp2 = _run(2, MaskedBert, tmp_path / "fsdp2", "--precision", "bf16", "--strategy", "fsdp2")
     assert _loss_difference(one, fp32) > 5e-5, "bf16 is in force"
     assert _loss_difference(one, fsdp2) <= 2 * _loss_difference(one, ddp) + 1e-5
-    assert all(tensor.dtype == torch.float32 for tensor in final_tensors(fsdp2).values())
+    tensors = final_tensors(fsdp2)
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    weight = tensors["bert.encoder.layer.0.output.dense.weight"]
+    assert not torch.equal(weight.bfloat16().float(), weight), "a checkpoint holds the weights before any rounding"
 
 
 def test_pretrained_weights_reach_every_slice(tmp_path: Path) -> None:
