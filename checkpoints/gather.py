@@ -21,9 +21,6 @@ BUCKET_BYTES = 16 << 20
 ROUND_BYTES = 256 << 20
 
 
-_Buffers = dict[int, torch.Tensor]  # by the rank that sends
-
-
 class Piece(NamedTuple):
     """Name elements [start, end) of a tensor and the rank that provides them."""
 
@@ -59,9 +56,9 @@ def gather(
     bucket_bytes = max(1 << 10, min(bucket_bytes, ROUND_BYTES // peers.num_ranks))
     plan = _plan(files, _ranges(files, fragments, peers), peers.num_ranks, bucket_bytes)
     num_rounds = max((len(buckets) for buckets in plan), default=0)
-    # What comes in is received while the bucket before is written: into two sets of buffers in turn, for memory that
+    # What comes in is received while the bucket before is written: into the same two buffers in turn, for memory that
     # is touched for the first time costs more than the copy into it.
-    buffers: tuple[_Buffers, _Buffers] = ({}, {})
+    buffers = [torch.empty(bucket_bytes, dtype=torch.uint8) for _ in range(2)]
     coming = _Round(0, plan, fragments, peers, buffers[0]) if num_rounds else None
     for number in range(1, num_rounds + 1):
         assert coming is not None
@@ -80,7 +77,7 @@ class _Round:
         plan: list[list[Bucket]],
         fragments: Mapping[str, Fragment],
         peers: Peers,
-        buffers: _Buffers,
+        buffer: torch.Tensor,
     ) -> None:
         self._fragments = fragments
         self._rank = peers.rank
@@ -92,9 +89,7 @@ class _Round:
             for provider in range(peers.num_ranks):
                 num_bytes = sum(piece.num_bytes for piece in self._bucket.pieces if piece.provider == provider)
                 if provider != peers.rank and num_bytes:
-                    if provider not in buffers or len(buffers[provider]) < num_bytes:
-                        buffers[provider] = torch.empty(num_bytes, dtype=torch.uint8)
-                    self._received[provider] = buffers[provider][:num_bytes]
+                    self._received[provider], buffer = buffer[:num_bytes], buffer[num_bytes:]
                     self._add(dist.irecv(self._received[provider], provider, group=peers.group, tag=number))
         for owner, buckets in enumerate(plan):
             if owner != peers.rank and number < len(buckets):

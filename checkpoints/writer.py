@@ -41,7 +41,8 @@ def save(
     """Save `state` as the checkpoint of `step` and return its folder. All ranks.
 
     The pieces of all ranks together are the state: every rank names the same tensors, in the same order. Besides them,
-    a rank needs memory for two buckets of 16 MiB that come in and two that go out to each rank which lacks its pieces.
+    a rank needs memory for two buckets of 16 MiB that come in, and for two that go out to each other rank: at most
+    32 MiB and 512 MiB, for buckets are smaller where there are more than 16 ranks.
     `export` writes the further files of a model folder (configuration, tokenizer) on rank 0. A valid checkpoint of the
     same step is kept as it is. Raises UserError on all ranks, and leaves nothing behind, when any rank cannot write.
     """
