@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -129,15 +129,7 @@ def _compare(outcome: Outcome, reference: Path, folder: Path) -> Outcome:
     loss, loss_step = max((abs(expected[step] - found[step]), step) for step in expected)
     differences = _weight_differences(_last_checkpoint(reference), _last_checkpoint(folder))
     weight, weight_name = max(differences, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
-    return Outcome(
-        strategy=outcome.strategy,
-        ranks=outcome.ranks,
-        loss=loss,
-        loss_step=loss_step,
-        weight=weight,
-        weight_name=weight_name,
-        seconds=outcome.seconds,
-    )
+    return replace(outcome, loss=loss, loss_step=loss_step, weight=weight, weight_name=weight_name)
 
 
 def _losses(folder: Path) -> dict[int, float]:

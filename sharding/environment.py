@@ -54,9 +54,10 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
             "MASTER_PORT=0: the ranks cannot meet on a port that nobody chose. "
             "Start torchrun with --standalone in the place of --master_port 0."
         )
-    _check_accelerate(env)
-    copies, shard_ranks = number("PARALLELISM_CONFIG_DP_REPLICATE_SIZE"), number("PARALLELISM_CONFIG_DP_SHARD_SIZE")
-    is_hybrid = (copies or 1) > 1
+    copies = number("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") or 1
+    shard_ranks = number("PARALLELISM_CONFIG_DP_SHARD_SIZE") or 1
+    _check_accelerate(env, copies=copies, shard_ranks=shard_ranks, world_size=number("WORLD_SIZE") or 1)
+    is_hybrid = copies > 1
     accelerate_strategy = None
     if _is_true(env.get("ACCELERATE_USE_DEEPSPEED")):
         accelerate_strategy = f"zero{env.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '')}"
@@ -80,14 +81,14 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
         reshard_after_forward=env.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false",
         cpu_offload=_is_true(env.get("FSDP_OFFLOAD_PARAMS"))
         or "cpu" in (env.get(_OFFLOAD_OPTIMIZER), env.get(_OFFLOAD_PARAMETERS)),
-        shard_ranks=shard_ranks or 0 if is_hybrid else 0,
+        shard_ranks=shard_ranks if is_hybrid else 0,
         accelerate_precision=env.get("ACCELERATE_MIXED_PRECISION") or None,
         # accelerate's one-process launcher names an address to meet at only when it was asked for several processes.
         lone_of_many="ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and not is_distributed,
     )
 
 
-def _check_accelerate(env: Mapping[str, str]) -> None:
+def _check_accelerate(env: Mapping[str, str], *, copies: int, shard_ranks: int, world_size: int) -> None:
     """Refuse what accelerate's configuration asks for and no strategy here does. Raises UserError."""
     problems = []
     if _is_true(env.get("ACCELERATE_USE_FSDP")) and env.get("FSDP_VERSION") != "2":
@@ -101,10 +102,10 @@ def _check_accelerate(env: Mapping[str, str]) -> None:
         problems.append("fsdp_auto_wrap_policy SIZE_BASED_WRAP; there is TRANSFORMER_BASED_WRAP")
     if env.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         problems.append(f"dynamo_backend {env['ACCELERATE_DYNAMO_BACKEND']}; give the recipe --compile instead")
-    sizes = [int(env.get(f"PARALLELISM_CONFIG_DP_{kind}_SIZE") or 1) for kind in ("REPLICATE", "SHARD")]
-    if sizes[0] > 1 and (sizes[1] < 2 or str(sizes[0] * sizes[1]) != env.get("WORLD_SIZE", "1")):
+    is_fsdp = _is_true(env.get("ACCELERATE_USE_FSDP"))
+    if is_fsdp and copies > 1 and (shard_ranks < 2 or copies * shard_ranks != world_size):
         problems.append(
-            f"{sizes[0]} copies of the model in {sizes[1]} slices on {env.get('WORLD_SIZE', '1')} ranks; "
+            f"{copies} copies of the model in {shard_ranks} slices on {world_size} ranks; "
             f"parallelism_config_dp_replicate_size times parallelism_config_dp_shard_size must be the number of ranks, "
             f"and both at least 2 (whole copies on each rank: distributed_type MULTI_GPU)"
         )

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.errors import UserError, some
 from shardlaunch.sharding.course import SameCourse
+from shardlaunch.sharding.gradients import clip_factor
 from shardlaunch.sharding.layers import exact_modules, layers_to_wrap
 from shardlaunch.sharding.named_state import check_optimizer, named_state, restore_named_state
 from shardlaunch.sharding.slices import local_part
@@ -36,7 +37,7 @@ class Fsdp2(Strategy):
     def __init__(
         self, model: nn.Module, build_optimizer: BuildOptimizer, *, world: World, settings: Settings = DEFAULT_SETTINGS
     ) -> None:
-        check_shapes(model)
+        _check_shapes(model)
         for parameter in model.parameters():
             if not parameter.is_contiguous():  # slices follow each other in memory
                 parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
@@ -124,7 +125,7 @@ class Fsdp2(Strategy):
         slices = [local_part(p.grad) for p in self._trainable if p.grad is not None]
         square = torch.nn.utils.get_total_norm(slices).to(self._world.device, torch.float64).square()
         norm = (self._world.sum(square) / self._copies).sqrt().item() * unscale
-        factor = unscale * (max_norm / norm if 0 < max_norm < norm else 1.0)
+        factor = unscale * clip_factor(norm, max_norm=max_norm)
         if factor != 1.0:
             for part in slices:
                 part.mul_(factor)
@@ -173,7 +174,7 @@ class Hsdp(Fsdp2):
         return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("copies", "slices"))
 
 
-def check_shapes(model: nn.Module) -> None:
+def _check_shapes(model: nn.Module) -> None:
     """Raise UserError for parameters that have nothing to slice."""
     empty = [name for name, parameter in model.named_parameters() if parameter.numel() == 0]
     if empty:

@@ -95,6 +95,11 @@ class GradientBuckets:
         self._sums.append(work)
 
 
+def clip_factor(norm: float, *, max_norm: float) -> float:
+    """Return by what to multiply gradients of this norm, so that it is at most `max_norm` (0: do not clip)."""
+    return max_norm / norm if 0 < max_norm < norm else 1.0
+
+
 def _grouped(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> Iterable[list[nn.Parameter]]:
     """Yield runs of parameters of one dtype and device, each of at most `bucket_bytes` (or a single parameter)."""
     group: list[nn.Parameter] = []

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
-from shardlaunch.sharding.gradients import GradientBuckets
+from shardlaunch.sharding.gradients import GradientBuckets, clip_factor
 from shardlaunch.sharding.named_state import check_optimizer, named_state, restore_named_state
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
@@ -39,8 +39,7 @@ class Replicated(Strategy):
         """Wait for the sums, unscale and clip in one multiplication."""
         self.gradients.finish()
         norm = self.gradients.norm() * unscale
-        clip = max_norm / norm if 0 < max_norm < norm else 1.0
-        self.gradients.scale(unscale * clip)
+        self.gradients.scale(unscale * clip_factor(norm, max_norm=max_norm))
         return norm
 
     def update(self) -> None:

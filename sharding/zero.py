@@ -19,6 +19,7 @@ from torch import nn
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.errors import UserError
 from shardlaunch.sharding.course import SameCourse
+from shardlaunch.sharding.gradients import clip_factor
 from shardlaunch.sharding.named_state import check_optimizer
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
@@ -117,7 +118,7 @@ class Zero(Strategy):
         squares = sum(torch.linalg.vector_norm(gradient).double() ** 2 for gradient in gradients)
         total = self.world.sum(torch.as_tensor(squares, dtype=torch.float64, device=self.world.device))
         norm = math.sqrt(total.item()) * unscale
-        factor = unscale * (max_norm / norm if 0 < max_norm < norm else 1.0)
+        factor = unscale * clip_factor(norm, max_norm=max_norm)
         if factor != 1.0:
             for gradient in gradients:
                 gradient.mul_(factor)
