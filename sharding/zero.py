@@ -51,7 +51,6 @@ class Zero(Strategy):
     def __init__(
         self, model: nn.Module, build_optimizer: BuildOptimizer, *, world: World, settings: Settings = DEFAULT_SETTINGS
     ) -> None:
-        self.check_available()
         self.world = world
         self.model = model
         self.replicas = [model]

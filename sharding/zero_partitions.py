@@ -173,10 +173,8 @@ class Partitions:
             parameter = parameters.get(spec.name)
             if parameter is None or not parameter.requires_grad:
                 raise UserError(f"the checkpoint has {spec.kind} of {spec.name}, which this run does not train")
-            piece = self.pieces.get(id(parameter))
-            if piece is None:  # it has no elements
-                reader.read(spec, 0, spec.num_elements)
-            elif spec.kind in NUMBERS:
+            piece = self.pieces[id(parameter)]
+            if spec.kind in NUMBERS:
                 entries[piece.partition].add_number(spec, reader.read(spec, 0, 1).reshape(()))
             elif spec.shape == shape_of(parameter):
                 part = reader.read(spec, piece.start, piece.end)
