@@ -173,7 +173,7 @@ class Bench:
         def advance(first: int, end: int) -> None:
             assert position.step == first
             self.options.stop_at_step = end
-            trainer.run(position)
+            trainer.run(position, end=trainer.num_steps)
 
         return Arm(name=name, model=strategy.model, advance=advance)
 

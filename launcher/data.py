@@ -1,6 +1,6 @@
 """Data sets from a hub id or a local path, and the checks that come before any training."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import xxhash
 
-from shardlaunch.errors import UserError
+from shardlaunch.errors import UserError, some
 
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 # Words that the file and split names of held-out data start with, the first found is used.
@@ -31,6 +31,10 @@ class TensorData:
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {name: column[index] for name, column in self.columns.items()}
+
+    def select(self, indices: np.ndarray) -> "TensorData":
+        """Return a data set of the rows at some positions (int64 array)."""
+        return TensorData(**self.rows_at(indices))
 
     def rows_at(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """Return the rows at some positions (int64 array), column by column."""
@@ -130,17 +134,34 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def require_columns(splits: Mapping[str, Any], columns: Iterable[str], *, source: str) -> None:
-    """Raise UserError when a split of --data `source` lacks a column or has no rows."""
+def select_columns(splits: Mapping[str, Any], columns: Mapping[str, str], *, source: str) -> dict[str, Any]:
+    """Return the splits with just some columns, under the names that the recipe uses: `columns` maps these to theirs.
+
+    Raises UserError when a split of --data `source` lacks a column, which names the option (--text-column for `text`),
+    when two are the same, and when a split has no rows.
+    """
+    if len(set(columns.values())) < len(columns):
+        options = " and ".join(map(_column_option, columns))
+        raise UserError(f"{options}: must be different columns, not {', '.join(map(repr, columns.values()))}")
+    chosen = {}
     for name, split in splits.items():
-        missing = [column for column in columns if column not in split.column_names]
+        missing = {role: column for role, column in columns.items() if column not in split.column_names}
         if missing:
             raise UserError(
-                f"--data {source}: the {name} data has no column {' and no column '.join(map(repr, missing))}; "
-                f"it has {', '.join(map(repr, split.column_names))}"
+                f"--data {source}: the {name} data has no column {' and no column '.join(map(repr, missing.values()))};"
+                f" it has {', '.join(map(repr, split.column_names))}. "
+                f"Say which to take: {' '.join(f'{_column_option(role)} NAME' for role in missing)}"
             )
         if len(split) == 0:
             raise UserError(f"--data {source}: the {name} data has no rows")
+        renamed = {column: role for role, column in columns.items() if column != role}
+        split = split.select_columns(list(columns.values()))
+        chosen[name] = split.rename_columns(renamed) if renamed else split
+    return chosen
+
+
+def _column_option(role: str) -> str:
+    return f"--{role.replace('_', '-')}-column"
 
 
 def class_names(splits: Mapping[str, Any], column: str = "label", *, source: str) -> tuple[dict[str, Any], list[str]]:
@@ -189,6 +210,40 @@ def class_names(splits: Mapping[str, Any], column: str = "label", *, source: str
                 f"labels are 0 to {len(names) - 1}"
             )
     return splits, names
+
+
+def class_weights(texts: Sequence[str], labels: np.ndarray, names: Sequence[str]) -> torch.Tensor | None:
+    """Return a weight a class (float32) as --class-weights says: numbers, or `balanced`; None: no weights.
+
+    `labels` are the training data's. Balanced weights are in inverse proportion to the classes' numbers of samples;
+    their mean over the training data is 1, so that the loss keeps its scale. Raises UserError for what is neither.
+    """
+    if not texts:
+        return None
+    if tuple(texts) == ("balanced",):
+        counts = np.bincount(labels, minlength=len(names))
+        return torch.from_numpy(len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))).float()
+    try:
+        weights = torch.tensor([float(text) for text in texts])
+    except ValueError:
+        weights = torch.empty(0)
+    if len(weights) != len(names) or not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
+        raise UserError(
+            f"--class-weights {' '.join(texts)}: must be balanced, or {len(names)} numbers of at least 0, one for each "
+            f"of {some(map(repr, names))}"
+        )
+    return weights
+
+
+def padded(rows: Sequence[Sequence[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids filled up at their ends with `value`, and the mask of what is none (int64: rows x longest)."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), value)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    return ids, mask
 
 
 def derived(dataset: Any, function: Callable[..., dict[str, Any]], *, key: Sequence[object], **options: Any) -> Any:

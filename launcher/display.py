@@ -1,8 +1,9 @@
 """What a person sees: a summary at the start, one progress bar or plain lines, a table at the end. Rank 0."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 PLAIN_LINE_S = 10.0  # between two plain lines of progress
+WIDEST_MATRIX = 20  # what fits on a screen
 RATE_MEMORY = 0.9  # of the moving average of tokens per second
 
 
@@ -41,6 +43,24 @@ class Display:
         for name, value in rows.items():
             table.add_row(escape(name), f"{value:.4f}")
         self.console.print(table)
+
+    def columns(self, titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Print a table: names, then values."""
+        table = Table()
+        for number, title in enumerate(titles):
+            table.add_column(escape(title), justify="right" if number else "left")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        self.console.print(table)
+
+    def matrix(self, name: str, values: Sequence[Any]) -> None:
+        """Print a metric that is a matrix, or a list of numbers; of large ones just where they are."""
+        rows = values if isinstance(values[0], list) else [values]
+        if max(len(rows), len(rows[0])) > WIDEST_MATRIX:
+            self.say(f"{name}: {len(rows)} x {len(rows[0])} numbers, in metrics.jsonl")
+            return
+        lines = [[str(number), *(f"{value:g}" for value in row)] for number, row in enumerate(rows)]
+        self.columns((name, *map(str, range(len(rows[0])))), lines)
 
     def progress(self, *, done: int, total: int) -> "ProgressView":
         """Return the view of the steps to come, a context manager."""

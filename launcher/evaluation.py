@@ -10,11 +10,14 @@ from torch import nn
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.batches import Batches
 from shardlaunch.launcher.forward import forward
+from shardlaunch.launcher.freezing import train_mode
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.seeding import derive_seed, seed_model_stream
 from shardlaunch.sharding.buffers import persistent_buffers
 from shardlaunch.sharding.precision import Precision
 from shardlaunch.sharding.world import World
+
+Evaluation = dict[str, Any]
 
 
 class Evaluator:
@@ -47,15 +50,15 @@ class Evaluator:
         """Evaluate one batch, so that what cannot work is known before any training. All ranks."""
         self._evaluate(model, 1, lambda done, of: None)
 
-    def evaluate(self, model: nn.Module, on_progress: Callable[[int, int], None]) -> dict[str, float]:
-        """Return the mean loss a target and the recipe's metrics. All ranks.
+    def evaluate(self, model: nn.Module, on_progress: Callable[[int, int], None]) -> Evaluation:
+        """Return the mean loss a target and the recipe's metrics: numbers, or lists of them (a matrix). All ranks.
 
         `on_progress` is told how many samples are done, of how many.
         """
         return self._evaluate(model, self._batches.plan.steps_per_epoch, on_progress)
 
     @torch.no_grad()
-    def _evaluate(self, model: nn.Module, num_steps: int, on_progress: Callable[[int, int], None]) -> dict[str, float]:
+    def _evaluate(self, model: nn.Module, num_steps: int, on_progress: Callable[[int, int], None]) -> Evaluation:
         model.eval()
         plan = self._batches.plan
         start = {name: buffer.clone() for name, buffer in persistent_buffers(model).items()}
@@ -80,15 +83,21 @@ class Evaluator:
             on_progress(num_done, plan.num_samples)
         for name, buffer in start.items():  # an evaluation leaves no trace
             model.get_buffer(name).copy_(buffer)
-        model.train()
+        train_mode(model)
         loss, num_targets = self._world.sum(sums).tolist()
-        results = {"loss": loss / num_targets if num_targets else math.nan}
+        results: Evaluation = {"loss": loss / num_targets if num_targets else math.nan}
         for name, metric in self._metrics.items():
             value = metric.compute()
-            if not isinstance(value, torch.Tensor) or value.numel() != 1:
-                raise UserError(f"the recipe's metric {name!r} must compute one number, not {value!r}")
-            results[name] = value.item()
+            if not isinstance(value, torch.Tensor) or (name == self._recipe.best_metric and value.numel() != 1):
+                what = "one number" if name == self._recipe.best_metric else "a tensor"
+                raise UserError(f"the recipe's metric {name!r} must compute {what}, not {value!r}")
+            results[name] = value.item() if value.numel() == 1 else value.tolist()
         return results
+
+
+def numbers(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Return the entries that are one number."""
+    return {name: value for name, value in evaluation.items() if not isinstance(value, list)}
 
 
 def _empty(metrics: Mapping[str, Any]) -> None:

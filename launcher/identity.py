@@ -60,6 +60,7 @@ def run_identity(
     num_steps: int,
     data: Mapping[str, str],
     plan_digest: str,
+    fold: int | None,
     in_force: Mapping[str, Any],
 ) -> Identity:
     """Return the identity of a run. `in_force` gives resolved values of `warn` options (precision, threads, ...)."""
@@ -75,6 +76,7 @@ def run_identity(
         "recipe": recipe_name,
         **by_mark["identity"],
         "number of steps (--epochs, --max-steps)": num_steps,
+        **({"fold": fold + 1} if fold is not None else {}),
         **{f"fingerprint of the {name} data": digest for name, digest in data.items()},
         "digest of the batch plan": plan_digest,
     }

@@ -11,8 +11,9 @@ from typing import get_type_hints
 import torch
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.cross_validation import cross_validate
 from shardlaunch.launcher.options import Options, parse_options
-from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.recipe import Recipe, check_in_force
 from shardlaunch.launcher.run import Run, recipe_name
 from shardlaunch.sharding.environment import is_main_process, read_environment
 from shardlaunch.sharding.precision import PRECISIONS, resolve_precision
@@ -86,7 +87,15 @@ def run(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
             shard_ranks=options.shard_ranks or env.shard_ranks,
         )
         check_settings(strategy_name, settings)
-        Run(recipe_type(options), options, world, strategy_name, precision_name, settings).run()
+        check_in_force(recipe_type(options))
+
+        def run_of(fold: int | None = None) -> Run:
+            return Run(recipe_type(options), options, world, strategy_name, precision_name, settings, fold)
+
+        if options.folds:
+            cross_validate(run_of, options.folds)
+        else:
+            run_of().run()
     except SystemExit as exit_:  # the command line's own message or help
         if exit_.code and not is_main_process():
             time.sleep(LAST_WORD_S)

@@ -1,9 +1,149 @@
-"""Parameter groups for optimizers."""
+"""Optimizers by name, their options, and parameter groups: who decays, who learns at another rate."""
 
-from collections.abc import Iterable
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
+import yaml
 from torch import nn
+
+from shardlaunch.errors import UserError, some
+
+# By the names that they go by; any other class is given by its dotted path.
+NAMES = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+}
+# Those whose fused implementation works on CPU and CUDA, and on the slices of FSDP2, alike.
+_FUSED = (torch.optim.Adam, torch.optim.AdamW)
+L1 = "l1"
+
+
+@dataclass(kw_only=True)
+class OptimizerOptions:
+    """Options of the optimizer that the launcher builds. What is None is the optimizer's own default."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    optimizer: str = "adamw"
+    """sgd, adam, adamw, rmsprop, adagrad, or a class by its dotted path, such as torch.optim.NAdam."""
+    momentum: float | None = None
+    """Momentum (sgd, rmsprop)."""
+    nesterov: bool = False
+    """Nesterov's momentum (sgd)."""
+    betas: tuple[float, float] | None = None
+    """Decay rates of the running means of gradients and their squares (adam, adamw)."""
+    eps: float | None = None
+    """What is added to the divisor, against divisions by zero (adam, adamw, rmsprop, adagrad)."""
+    weight_decay: float = 0.0
+    """Weight decay of matrices; biases and norms (tensors of one dimension) have none."""
+    decay_all: bool = False
+    """Weight decay and L1 for biases and norms too."""
+    l1: float = 0.0
+    """Pull weights to 0 by this times the learning rate after each update; those that reach 0 stay there."""
+    optimizer_args: tuple[str, ...] = ()
+    """Other arguments of the optimizer, each NAME=VALUE."""
+    lr_factors: tuple[str, ...] = ()
+    """Other learning rates for some parameters, each PATTERN=FACTOR: the first pattern that matches a name counts."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise UserError(f"--lr {self.lr}: must be above 0")
+        for name, value in (("--weight-decay", self.weight_decay), ("--l1", self.l1)):
+            if not value >= 0:
+                raise UserError(f"{name} {value}: must be at least 0")
+
+
+def check_optimizer_options(options: OptimizerOptions) -> None:
+    """Raise UserError for an unknown optimizer, for what it does not take, and for what is not as it must be."""
+    _optimizer_args(options)
+    _lr_factors(options)
+
+
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    options: OptimizerOptions,
+    is_frozen: Callable[[str], bool] = lambda name: False,
+) -> torch.optim.Optimizer:
+    """Return the optimizer that the options name over named parameters, in groups by rate and decay.
+
+    Raises UserError for arguments that the optimizer does not take.
+    """
+    kind = optimizer_type(options.optimizer)
+    arguments: dict[str, Any] = _optimizer_args(options)
+    if kind in _FUSED:
+        arguments.setdefault("fused", True)
+    try:
+        optimizer: torch.optim.Optimizer = kind(
+            parameter_groups(parameters, options, is_frozen), lr=options.lr, **arguments
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--optimizer {options.optimizer}: {error}") from error
+    if options.l1:
+        optimizer.register_step_post_hook(_shrink)
+    return optimizer
+
+
+def optimizer_type(name: str) -> Any:
+    """Return the class that --optimizer names. Raises UserError when there is none, or none that a run can use."""
+    if name in NAMES:
+        return NAMES[name]
+    module, _, attribute = name.rpartition(".")
+    known = f"choose one of {', '.join(NAMES)}, or a class by its dotted path, such as torch.optim.NAdam"
+    if not module:
+        raise UserError(f"--optimizer {name}: unknown; {known}")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--optimizer {name}: {error}; {known}") from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise UserError(f"--optimizer {name}: not an optimizer class of torch; {known}")
+    if found is torch.optim.SparseAdam:
+        raise UserError(f"--optimizer {name}: takes sparse gradients only, which a run does not have; use adam")
+    return found
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    options: OptimizerOptions,
+    is_frozen: Callable[[str], bool] = lambda name: False,
+) -> list[dict[str, Any]]:
+    """Split named parameters into groups with one rate and one decay each.
+
+    Those that `is_frozen` says were frozen at first have groups of their own: their updates are fewer, and ZeRO counts
+    a group's.
+    """
+    factors = _lr_factors(options)
+    by_setting: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+    has_decay = bool(options.weight_decay or options.l1)
+    for name, parameter in parameters:
+        pattern = next((pattern for pattern in factors if fnmatchcase(name, pattern)), None)
+        decays = has_decay and (options.decay_all or parameter.ndim > 1)
+        factor = factors[pattern] if pattern else 1.0
+        by_setting.setdefault((factor, decays, is_frozen(name)), []).append(parameter)
+    return [
+        {
+            "params": group,
+            "lr": options.lr * factor,
+            "weight_decay": options.weight_decay if decays else 0.0,
+            **({L1: options.l1 if decays else 0.0} if options.l1 else {}),
+        }
+        for (factor, decays, _), group in by_setting.items()
+    ]
+
+
+def check_lr_factors(names: Sequence[str], options: OptimizerOptions) -> None:
+    """Raise UserError when a pattern of --lr-factors matches none of a model's parameters."""
+    idle = [pattern for pattern in _lr_factors(options) if not any(fnmatchcase(name, pattern) for name in names)]
+    if idle:
+        raise UserError(f"--lr-factors: no parameter's name matches {some(idle)}; there are {some(names)}")
 
 
 def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -14,3 +154,58 @@ def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: f
         {"params": [p for p in tensors if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _optimizer_args(options: OptimizerOptions) -> dict[str, Any]:
+    """Return the arguments for the optimizer's constructor. Raises UserError for those that it does not take."""
+    given: dict[str, Any] = {
+        "momentum": options.momentum,
+        "nesterov": options.nesterov or None,
+        "betas": options.betas,
+        "eps": options.eps,
+        "weight_decay": options.weight_decay or None,
+    }
+    arguments = {name: value for name, value in given.items() if value is not None}
+    for text in options.optimizer_args:
+        name, is_pair, value = text.partition("=")
+        if not is_pair or name in ("params", "lr", *given):
+            raise UserError(f"--optimizer-args {text}: must be NAME=VALUE; what has an option of its own goes there")
+        arguments[name] = yaml.safe_load(value)
+    taken = inspect.signature(optimizer_type(options.optimizer)).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
+    for name in arguments:
+        if name not in taken and not takes_any:
+            flag = f"--{name.replace('_', '-')}" if name in given else f"--optimizer-args {name}"
+            names = ", ".join(name for name in taken if name != "params")
+            raise UserError(f"{flag}: --optimizer {options.optimizer} does not take it; it takes {names}")
+    arguments.pop("weight_decay", None)  # it goes with the groups
+    return arguments
+
+
+def _lr_factors(options: OptimizerOptions) -> Mapping[str, float]:
+    """Return the factor on the learning rate by name pattern."""
+    factors = {}
+    for text in options.lr_factors:
+        pattern, _, value = text.rpartition("=")
+        try:
+            factors[pattern] = float(value)
+        except ValueError:
+            factors[pattern] = 0.0
+        if not pattern or not factors[pattern] > 0:
+            raise UserError(
+                f"--lr-factors {text}: must be PATTERN=FACTOR, above 0; to leave parameters as they are: --freeze"
+            )
+    return factors
+
+
+@torch.no_grad()
+def _shrink(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Apply the L1 penalty as a proximal step: soft thresholding by rate x strength (ISTA: Daubechies et al. 2004).
+
+    Each element by itself, so that it is the same under every strategy, whatever pieces the optimizer works on.
+    """
+    for group in optimizer.param_groups:
+        threshold = group["lr"] * group[L1]
+        if threshold:
+            for parameter in group["params"]:
+                parameter.copy_(parameter.sign() * (parameter.abs() - threshold).clamp(min=0))

@@ -3,12 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.freezing import FreezingOptions
+from shardlaunch.launcher.optimizers import OptimizerOptions
+from shardlaunch.launcher.schedules import ScheduleOptions
 
 Mark = Literal["identity", "warn", "free"]
 OptionsT = TypeVar("OptionsT", bound="Options")
@@ -24,8 +27,8 @@ def option(default: Any, *, mark: Mark = "identity") -> Any:
 
 
 @dataclass(kw_only=True)
-class Options:
-    """Options of every recipe."""
+class RunOptions:
+    """Options of how a run goes."""
 
     data: str = option("", mark="free")  # free, because the data's fingerprint is compared instead
     """Data set: a hub id or a local path (a folder of parquet, CSV or JSON-lines files, or one such file)."""
@@ -43,12 +46,12 @@ class Options:
     """Samples in one step, over all ranks: a multiple of --micro-batch-size."""
     micro_batch_size: int = option(8)
     """Samples in one forward pass. It is part of the run, whatever the number of ranks."""
-    lr: float = option(1e-3)
-    """Peak learning rate."""
     max_grad_norm: float = option(0.0)
     """Clip the gradient to this 2-norm; 0: no clipping."""
     seed: int = option(0)
     """Decides order, fresh weights, dropout and augmentation."""
+    folds: int = option(0)
+    """Cross-validate: as many runs, each with another part of the training data held out; 0: a run on all of it."""
     precision: str = option("auto", mark="warn")
     """fp32, bf16, fp16, fp8 (newer GPUs), or auto: what accelerate's configuration says, else fp32."""
     save_every: int = option(500, mark="free")
@@ -93,7 +96,12 @@ class Options:
     """Show tracebacks of errors."""
 
     def __post_init__(self) -> None:
+        if self.folds == 1:
+            raise UserError("--folds 1: must be at least 2, or 0 for no cross-validation")
+        if self.folds and self.resume != "auto":
+            raise UserError(f"--resume {self.resume}: with --folds, each fold resumes by itself; drop the option")
         least = {
+            "folds": 0,
             "epochs": 1,
             "max_steps": 0,
             "global_batch_size": 1,
@@ -114,8 +122,6 @@ class Options:
         for name, minimum in least.items():
             if not getattr(self, name) >= minimum:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: must be at least {minimum}")
-        if not self.lr > 0:
-            raise UserError(f"--lr {self.lr}: must be above 0")
         if self.global_batch_size % self.micro_batch_size:
             raise UserError(
                 f"--global-batch-size {self.global_batch_size} is not a multiple of "
@@ -126,6 +132,15 @@ class Options:
     def micro_batches(self) -> int:
         """Return M, the number of micro-batches in a full global batch."""
         return self.global_batch_size // self.micro_batch_size
+
+
+@dataclass(kw_only=True)
+class Options(ScheduleOptions, OptimizerOptions, FreezingOptions, RunOptions):
+    """Options of every recipe."""
+
+    def __post_init__(self) -> None:
+        for owner in (RunOptions, FreezingOptions, OptimizerOptions, ScheduleOptions):
+            owner.__post_init__(self)
 
 
 def flag(name: str) -> str:
@@ -196,17 +211,22 @@ def _config_argv(options_type: type[Options], path: Path) -> list[str]:
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: must be a mapping of option names to values")
     known = {f.name: f for f in fields(options_type)}
+    hints = get_type_hints(options_type)
     words: list[str] = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known or name == "config":
             raise UserError(f"--config {path}: unknown option {key!r}")
-        if isinstance(value, dict | list):
-            raise UserError(f"--config {path}: option {key!r} takes a single value, not {value!r}")
+        is_sequence = any(get_origin(arm) is tuple for arm in (hints[name], *get_args(hints[name])))
+        if isinstance(value, dict) or isinstance(value, list) != (is_sequence and value is not None):
+            expected = "a list of values" if is_sequence else "a single value"
+            raise UserError(f"--config {path}: option {key!r} takes {expected}, not {value!r}")
         if isinstance(value, bool) or isinstance(_default(known[name]), bool):
             if not isinstance(value, bool) or not isinstance(_default(known[name]), bool):
                 raise UserError(f"--config {path}: option {key!r} cannot be {value!r}")
             words.append(flag(name) if value else flag(f"no_{name}"))
+        elif isinstance(value, list):
+            words += [flag(name), *map(str, value)]
         elif value is not None:
             words.append(f"{flag(name)}={value}")
     return words

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from shardlaunch.errors import UserError
 
@@ -42,3 +43,12 @@ def pretrained_weights(auto_class: Any, source: str | Path, **options: Any) -> M
     )
     absent = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in absent}
+
+
+def longest_input(model: nn.Module) -> int:
+    """Return how many tokens an encoder's table of positions has room for; 0: it has none, and takes any number."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and its relatives count positions from the one after the padding's.
+            return module.num_embeddings - (module.padding_idx + 1 if module.padding_idx is not None else 0)
+    return 0

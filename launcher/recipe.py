@@ -1,6 +1,7 @@
 """The recipe: a class that says what to train. Everything else is the launcher's."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,8 +10,11 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from shardlaunch.launcher.options import Options
-from shardlaunch.launcher.schedules import constant
+from shardlaunch.errors import UserError
+from shardlaunch.launcher.data import TensorData
+from shardlaunch.launcher.optimizers import OptimizerOptions, build_optimizer, check_optimizer_options
+from shardlaunch.launcher.options import Options, flag
+from shardlaunch.launcher.schedules import ScheduleOptions, scheduled
 
 
 class Recipe:
@@ -23,7 +27,7 @@ class Recipe:
     options: Options
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named sets of option defaults, chosen by --preset."""
-    best_metric: ClassVar[str] = "loss"
+    best_metric: str = "loss"
     """The metric that says which checkpoint is best."""
     layer_classes: ClassVar[tuple[str, ...]] = ()
     """Classes of the model's blocks, gathered one at a time under FSDP2. Hugging Face models declare theirs."""
@@ -51,6 +55,19 @@ class Recipe:
         if "length" in (getattr(dataset, "column_names", None) or ()):
             return np.asarray(dataset.with_format("numpy", columns=["length"])["length"][:])
         return None
+
+    def classes_of(self, dataset: Any) -> np.ndarray | None:
+        """Return one class a sample (int array), of which --folds gives each fold its share; None: there are none.
+
+        By default the column `labels` or `label`, if it holds whole numbers.
+        """
+        has_tensors = isinstance(dataset, TensorData)
+        names = dataset.columns if has_tensors else getattr(dataset, "column_names", None) or ()
+        name = next((name for name in ("labels", "label") if name in names), None)
+        if name is None:
+            return None
+        classes = np.asarray(dataset.columns[name] if has_tensors else dataset.with_format("numpy")[name][:])
+        return classes if classes.ndim == 1 and np.issubdtype(classes.dtype, np.integer) else None
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
         """Return a batch (tensors by name) of what the data set gave for some samples: a list, or a mapping of columns.
@@ -85,12 +102,15 @@ class Recipe:
             metric.update(outputs, batch["labels"])
 
     def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """Return the optimizer over the named trainable parameters; its rates are the schedule's peak."""
-        return torch.optim.AdamW([p for _, p in parameters], lr=self.options.lr, fused=True)
+        """Return the optimizer over the named trainable parameters; its rates are the schedule's peak.
+
+        By default the one that the options name.
+        """
+        return build_optimizer(parameters, self.options, self.options.is_frozen)
 
     def schedule(self, step: int, num_steps: int) -> float:
-        """Return the factor on the learning rate of step `step` (from 0) out of `num_steps`."""
-        return constant(step, num_steps)
+        """Return the factor on the learning rate of step `step` (from 0) out of `num_steps`; by default as optioned."""
+        return scheduled(step, num_steps, self.options)
 
     def export(self, folder: Path, model: Any) -> None:
         """Write the files that make a checkpoint a model folder for other tools: configuration, tokenizer. Rank 0."""
@@ -98,3 +118,21 @@ class Recipe:
     def usage(self, checkpoint: Path) -> str:
         """Return a shell line that shows how to use a checkpoint; empty: none."""
         return ""
+
+
+def check_in_force(recipe: Recipe) -> None:
+    """Raise UserError for options that the launcher's optimizer does not take, or that the recipe's own leaves idle.
+
+    What the recipe's options class declares itself is taken to be used by its own optimizer() or schedule().
+    """
+    if type(recipe).optimizer is Recipe.optimizer:
+        check_optimizer_options(recipe.options)
+    own = {name for cls in type(recipe.options).__mro__ if cls not in Options.__mro__ for name in vars(cls)}
+    for method, owner in (("optimizer", OptimizerOptions), ("schedule", ScheduleOptions)):
+        if getattr(type(recipe), method) is not getattr(Recipe, method):
+            for f in fields(owner):
+                if f.name != "lr" and f.name not in own and getattr(recipe.options, f.name) != f.default:
+                    raise UserError(
+                        f"{flag(f.name)}: this recipe has its own {method}(), which knows nothing of it; "
+                        f"drop the option, or declare it in the recipe's options class and use it there"
+                    )

@@ -12,15 +12,16 @@ import torch
 import xxhash
 
 from shardlaunch.checkpoints.layout import RECIPE, step_dir_name
-from shardlaunch.checkpoints.reader import Checkpoint
+from shardlaunch.checkpoints.reader import Checkpoint, open_checkpoint
 from shardlaunch.checkpoints.retention import prune, sweep
 from shardlaunch.checkpoints.writer import save
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.assembly import assemble
 from shardlaunch.launcher.batches import Batches, BatchPlan, EvaluationPlan
 from shardlaunch.launcher.display import Display, ProgressView
-from shardlaunch.launcher.evaluation import Evaluator
+from shardlaunch.launcher.evaluation import Evaluation, Evaluator, numbers
+from shardlaunch.launcher.folds import fold_of_samples, fold_splits
 from shardlaunch.launcher.identity import Identity, data_fingerprint, option_values, run_identity, run_record, versions
-from shardlaunch.launcher.initialise import build_empty_model, build_model, check_constants, constants_digest
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.run_folder import (
@@ -33,10 +34,8 @@ from shardlaunch.launcher.run_folder import (
 )
 from shardlaunch.launcher.tracking import EVAL_PREFIX, MetricsLog, Trackers, read_metrics, tracker_names
 from shardlaunch.launcher.trainer import Hooks, Position, StepReport, Trainer
-from shardlaunch.sharding.initial import InitialWeights
 from shardlaunch.sharding.named_state import group_numbers, restore_group_numbers
-from shardlaunch.sharding.precision import apply_precision, convert_model
-from shardlaunch.sharding.resolve import STRATEGIES
+from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
 from shardlaunch.sharding.world import World
 
@@ -52,6 +51,7 @@ class Run:
         strategy_name: str,
         precision_name: str,
         settings: Settings = DEFAULT_SETTINGS,
+        fold: int | None = None,
     ) -> None:
         self.recipe = recipe
         self.options = options
@@ -63,6 +63,9 @@ class Run:
         self.name = recipe_name(type(recipe))
         preset = f"-{options.preset}" if options.preset else ""
         self.output_dir = Path(options.output_dir or f"outputs/{self.name}{preset}")
+        self.fold = fold
+        if fold is not None:
+            self.output_dir /= f"fold-{fold + 1}"
         self.trackers = tracker_names(options.tracker)
         self.progress: ProgressView | None = None
         self.last_saved: Path | None = None
@@ -87,18 +90,18 @@ class Run:
             self._say_end()
 
     def _prepare(self) -> None:
-        """Build everything and decide where to begin."""
+        """Load the data and decide where to begin."""
         options, world, recipe = self.options, self.world, self.recipe
-        splits = world.main_first(lambda: _checked_splits(recipe))
+        self.splits = world.main_first(lambda: _checked_splits(recipe, self.fold))
         self.plan = BatchPlan(
-            num_samples=len(splits["train"]),
+            num_samples=len(self.splits["train"]),
             global_batch_size=options.global_batch_size,
             micro_batch_size=options.micro_batch_size,
             seed=options.seed,
-            lengths=recipe.lengths(splits["train"]),
+            lengths=recipe.lengths(self.splits["train"]),
         )
         self.num_steps = options.max_steps or options.epochs * self.plan.steps_per_epoch
-        self.identity = self._identity(splits)
+        self.identity = self._identity()
         found = identity_of_folder(self.output_dir)
         if found is not None:
             self.identity.check(found, str(self.output_dir))
@@ -108,67 +111,28 @@ class Run:
         if checkpoint is not None:
             for difference in self.identity.check(saved_identity(checkpoint), str(checkpoint.step_dir)):
                 self.display.warn(f"this resume may round differently: {difference}")
-        initial = self._build_model(is_resumed=checkpoint is not None)
-        self.constants = constants_digest(self.model)
-        convert_model(self.model, self.precision.name)
-        if options.gradient_checkpointing:
-            _enable_gradient_checkpointing(self.model)
-        self.aliases = _aliases(self.model)
-        self.model_name = type(self.model).__name__
-        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.strategy = STRATEGIES[self.strategy_name](
-            self.model, recipe.optimizer, world=world, settings=self.settings
-        )
-        if initial is not None:
-            self.strategy.restore(initial)
-        if options.compile:
-            for replica in self.strategy.replicas:
-                replica.compile()
-        self.position = self._restore(checkpoint)
+        self._assemble(checkpoint)
         self._write_run()
         self._say_start(checkpoint)
-        self._build_trainer(splits)
+        self._build_trainer()
 
-    def _build_model(self, *, is_resumed: bool) -> InitialWeights | None:
-        """Build the model, whole, or empty for a strategy that starts so; then return what its weights begin with.
+    def _assemble(self, checkpoint: Checkpoint | None) -> None:
+        """Build and spread the model as it is at the step of a checkpoint (None: at the start), with its values."""
+        self.assembly = assemble(
+            self.recipe,
+            world=self.world,
+            strategy_name=self.strategy_name,
+            settings=self.settings,
+            precision_name=self.precision.name,
+            run_digest=_digest(self.identity.identity),
+            step=checkpoint.step if checkpoint is not None else 0,
+            is_resumed=checkpoint is not None,
+        )
+        self.strategy = self.assembly.strategy
+        self.position = self._restore(checkpoint)
 
-        All ranks.
-        """
-        recipe, seed, world = self.recipe, self.options.seed, self.world
-        if not STRATEGIES[self.strategy_name].starts_empty:
-            self.model, self.fresh = build_model(recipe, seed, is_resumed=is_resumed)
-            self._check_ranks_agree(self.model)
-            return None
-        self.model, self.fresh = world.peers.together(lambda: build_empty_model(recipe, seed)), []
-        if is_resumed:
-            self._check_ranks_agree(None)
-            return None
-        whole = None
-        built = world.peers.together(lambda: self._build_whole() if world.is_local_main else None)
-        if built is not None:
-            whole, self.fresh = built
-        self._check_ranks_agree(whole)
-        return InitialWeights(self.model, whole, world=world)
-
-    def _build_whole(self) -> tuple[torch.nn.Module, list[str]]:
-        whole, fresh = build_model(self.recipe, self.options.seed, is_resumed=False)
-        check_constants(whole, self.model)
-        return whole, fresh
-
-    def _check_ranks_agree(self, whole: torch.nn.Module | None) -> None:
-        """Check that all ranks have the same run before them, and the same model where they hold one. All ranks."""
-        weights_here = _weights_digest(whole) if whole is not None else -1
-        everyone = self.world.peers.gather([_digest(self.identity.identity), weights_here])
-        for rank, (identity, weights) in enumerate(everyone):
-            if identity != everyone[0][0] or weights not in (-1, everyone[0][1]):
-                what = "other weights" if identity == everyone[0][0] else "other options or data"
-                raise UserError(
-                    f"rank {rank} has {what} than rank 0: what datasets(), model() and weights() of the recipe return "
-                    f"must not depend on the rank, nor on randomness without a seed"
-                )
-
-    def _build_trainer(self, splits: dict[str, Any]) -> None:
-        options, world, recipe = self.options, self.world, self.recipe
+    def _build_trainer(self) -> None:
+        options, world, recipe, splits = self.options, self.world, self.recipe, self.splits
         evaluator = None
         if "eval" in splits:
             plan = EvaluationPlan(
@@ -217,13 +181,14 @@ class Run:
             num_workers=self.options.num_workers,
         )
 
-    def _identity(self, splits: dict[str, Any]) -> Identity:
+    def _identity(self) -> Identity:
         return run_identity(
             self.name,
             self.options,
             num_steps=self.num_steps,
-            data={name: data_fingerprint(split) for name, split in splits.items()},
+            data={name: data_fingerprint(split) for name, split in self.splits.items()},
             plan_digest=self.plan.digest(),
+            fold=self.fold,
             in_force={
                 "--precision": self.precision.name,
                 "--threads-per-rank": torch.get_num_threads(),
@@ -235,20 +200,21 @@ class Run:
     def _restore(self, checkpoint: Checkpoint | None) -> Position:
         if checkpoint is None:
             # Asked now, so that an optimizer whose groups cannot be saved is refused before any work.
-            return Position(group_numbers=group_numbers(self.strategy.optimizer), constants=self.constants)
+            return Position(group_numbers=group_numbers(self.strategy.optimizer), constants=self.assembly.constants)
         position = Position(**checkpoint.trainer_state)
-        if position.constants != self.constants:
+        if position.constants != self.assembly.constants:
             raise UserError(
                 f"{checkpoint.step_dir}: the model's buffers outside of its state are not those of the run: the "
                 f"constructor draws them at random, or has changed. Register them with persistent=True"
             )
         self.strategy.restore(checkpoint)
-        restore_group_numbers(self.strategy.optimizer, position.group_numbers)
+        if position.step != self.options.unfreeze_at_step:  # there, the groups of parameters are others
+            restore_group_numbers(self.strategy.optimizer, position.group_numbers)
         return position
 
     def _write_run(self) -> None:
         record = run_record(self.identity, self.options, self.world.size, self.strategy_name)
-        least_bytes = 4 * self.num_parameters
+        least_bytes = 4 * self.assembly.num_elements
         self.world.peers.together(
             lambda: write_run(self.output_dir, record, least_bytes=least_bytes) if self.world.is_main else None
         )
@@ -258,12 +224,31 @@ class Run:
         self.world.peers.together(lambda: self._open_logs(stack) if self.world.is_main else None)
         end = min(self.num_steps, self.options.stop_at_step or self.num_steps)
         self.progress = stack.enter_context(self.display.progress(done=self.position.step, total=end))
-        self.trainer.run(self.position)
+        thaw = self.options.unfreeze_at_step
+        if self.position.step < thaw < end:
+            self._train_to(thaw)
+            if self.position.is_finished:
+                return
+            self._thaw()
+        self._train_to(end)
+
+    def _train_to(self, end: int) -> None:
+        self.trainer.run(self.position, end=end)
         if self.last_saved is None or self.last_saved.name != step_dir_name(self.position.step):
             raise UserError(
                 f"the run ended at step {self.position.step}, but its last checkpoint could not be saved. "
                 f"Make room; then the same command resumes from {self.last_saved or 'where this start began'}."
             )
+
+    def _thaw(self) -> None:
+        """Go on with all parameters trained, as a resume from the checkpoint of this step would."""
+        assert self.last_saved is not None
+        checkpoint = open_checkpoint(self.last_saved, peers=self.world.peers)
+        del self.trainer, self.strategy, self.assembly  # room for the next
+        self._assemble(checkpoint)
+        self.display.say(f"step {self.position.step}: --freeze has ended")
+        self._say_parameters()
+        self._build_trainer()
 
     def _open_logs(self, stack: ExitStack) -> None:
         """Open metrics.jsonl and the trackers. Rank 0."""
@@ -303,12 +288,13 @@ class Run:
         assert self.progress is not None
         self.progress.evaluating(num_done, num_samples)
 
-    def _on_evaluation(self, step: int, results: dict[str, float]) -> None:
+    def _on_evaluation(self, step: int, results: Evaluation) -> None:
         if self.log is not None:
             values = {f"{EVAL_PREFIX}{name}": value for name, value in results.items()}
             self.log.write({**self._where(step), **values})
-            self.tracker.log(values, step)
-        self.display.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in results.items()))
+            self.tracker.log(numbers(values), step)
+        shown = (f"{name} {value:.4f}" for name, value in numbers(results).items())
+        self.display.say(f"step {step}: " + "  ".join(shown))
 
     def _where(self, step: int) -> dict[str, float]:
         return {"step": step, "epoch": step / self.plan.steps_per_epoch}
@@ -324,7 +310,7 @@ class Run:
                 state=self.strategy.state(),
                 trainer_state=asdict(position),
                 export=self._export,
-                aliases=self.aliases,
+                aliases=self.assembly.aliases,
                 peers=self.world.peers,
             )
         except UserError as error:
@@ -338,7 +324,7 @@ class Run:
                 self.display.warn(f"an old checkpoint could not be deleted: {error}")
 
     def _export(self, folder: Path) -> None:
-        self.recipe.export(folder, self.model)
+        self.recipe.export(folder, self.assembly.model)
         record = {
             "recipe": f"{self.name}.{type(self.recipe).__name__}",
             "options": option_values(self.options),
@@ -349,13 +335,13 @@ class Run:
     def _say_start(self, checkpoint: Checkpoint | None) -> None:
         options, world = self.options, self.world
         replicas = world.size * len(self.strategy.replicas)
-        num_tensors = sum(1 for _ in self.model.parameters())
-        num_new = "" if checkpoint else f", {len(self.fresh)} of {num_tensors} tensors fresh"
+        assembly = self.assembly
+        num_new = "" if checkpoint else f", {len(assembly.fresh)} of {assembly.num_tensors} tensors fresh"
         begin = f"step {checkpoint.step} ({checkpoint.step_dir})" if checkpoint else "the beginning"
         self.display.summary(
             {
-                "recipe": f"{self.name} ({type(self.recipe).__name__}), {self.model_name}",
-                "parameters": f"{self.num_parameters:,}{num_new}",
+                "recipe": f"{self.name} ({type(self.recipe).__name__}), {type(assembly.model).__name__}",
+                "parameters": f"{assembly.num_elements:,}{num_new}",
                 "ranks": f"{world.size} x {_device_name(world)}, threads each: {torch.get_num_threads()}",
                 "strategy": ": ".join(filter(None, (self.strategy_name, self.strategy.describe()))),
                 "precision": self.precision.name,
@@ -364,19 +350,39 @@ class Run:
                 f"{'rank' if replicas == 1 else 'ranks' if world.size > 1 else 'replicas'}"
                 + (", the last round not full" if options.micro_batches % replicas else ""),
                 "steps": f"{self.num_steps} ({self.plan.steps_per_epoch} an epoch, {self.plan.num_samples:,} samples)",
+                **({"fold": f"{self.fold + 1} of {options.folds}"} if self.fold is not None else {}),
                 "begins at": begin,
                 "output": str(self.output_dir),
             }
         )
-        if checkpoint is None and 0 < len(self.fresh) < num_tensors:
-            self.display.say(f"fresh weights: {', '.join(self.fresh)}")
+        if checkpoint is None and 0 < len(assembly.fresh) < assembly.num_tensors:
+            self.display.say(f"fresh weights: {', '.join(assembly.fresh)}")
+        if any(row.lr is None for row in assembly.rows) or options.lr_factors:
+            self._say_parameters()
+
+    def _say_parameters(self) -> None:
+        self.display.columns(
+            ("parameters", "tensors", "elements", "rate", "decay"),
+            [
+                (row.names, f"{row.num_tensors:,}", f"{row.num_elements:,}")
+                + (("frozen", "") if row.lr is None else (f"{row.lr:g}", f"{row.weight_decay:g}"))
+                for row in self.assembly.rows
+            ],
+        )
+
+    def last_evaluation(self) -> Evaluation:
+        """Return what the last evaluation gave, empty when there was none. All ranks; they read it from the log."""
+        evaluations = [line for line in read_metrics(self.output_dir) if f"{EVAL_PREFIX}loss" in line]
+        return evaluations[-1] if evaluations else {}
 
     def _say_end(self) -> None:
-        evaluations = [line for line in read_metrics(self.output_dir) if f"{EVAL_PREFIX}loss" in line]
-        if evaluations:
-            last = evaluations[-1]
-            rows = {key: value for key, value in last.items() if key.startswith(EVAL_PREFIX)}
-            self.display.table(f"evaluation at step {last['step']}", rows)
+        last = self.last_evaluation()
+        if last:
+            results = {key: value for key, value in last.items() if key.startswith(EVAL_PREFIX)}
+            self.display.table(f"evaluation at step {last['step']}", numbers(results))
+            for name, value in results.items():
+                if isinstance(value, list):
+                    self.display.matrix(name, value)
         checkpoint = self.checkpoints_dir / step_dir_name(self.position.step)
         if self.position.best_value is not None:
             best = f"{self.recipe.best_metric} {self.position.best_value:.4f} at step {self.position.best_step}"
@@ -386,11 +392,16 @@ class Run:
             self.display.say(f"use    {self.recipe.usage(checkpoint)}")
 
 
-def _checked_splits(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe's data sets. Raises UserError when one is empty or `train` is missing."""
+def _checked_splits(recipe: Recipe, fold: int | None) -> dict[str, Any]:
+    """Return the recipe's data sets, or a fold's. Raises UserError when one is empty or `train` is missing."""
     splits = dict(recipe.datasets())
     if "train" not in splits:
         raise UserError(f"the recipe's datasets() must have 'train'; it has {', '.join(splits)}")
+    if fold is not None:
+        options, train = recipe.options, splits["train"]
+        classes = recipe.classes_of(train)
+        folds = fold_of_samples(len(train), options.folds, seed=options.seed, classes=classes)
+        splits = fold_splits(train, folds, fold)
     for name, split in splits.items():
         if len(split) == 0:
             raise UserError(f"the {name} data has no rows")
@@ -399,33 +410,6 @@ def _checked_splits(recipe: Recipe) -> dict[str, Any]:
 
 def _digest(record: Mapping[str, Any]) -> int:
     return xxhash.xxh3_64_intdigest(json.dumps(record).encode()) >> 1
-
-
-def _weights_digest(model: torch.nn.Module) -> int:
-    digest = xxhash.xxh3_64()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.intdigest() >> 1
-
-
-def _aliases(model: torch.nn.Module) -> dict[str, str]:
-    """Return the other names of tied parameters, each with the name under which it is saved."""
-    names: dict[int, str] = {}
-    aliases = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if names.setdefault(id(parameter), name) != name:
-            aliases[name] = names[id(parameter)]
-    return aliases
-
-
-def _enable_gradient_checkpointing(model: torch.nn.Module) -> None:
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    if enable is None:
-        raise UserError(f"--gradient-checkpointing: {type(model).__name__} does not offer it; drop the option")
-    try:
-        enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    except ValueError as error:
-        raise UserError(f"--gradient-checkpointing: {error}") from error
 
 
 def _device_name(world: World) -> str:

@@ -47,7 +47,6 @@ def claim(output_dir: Path) -> Iterator[None]:
 
 def write_run(output_dir: Path, record: Mapping[str, Any], *, least_bytes: int) -> None:
     """Write run.json, at once or not at all. Raises UserError when the folder is not writable or too full for a run."""
-    staged = output_dir / f".{RUN}.staged"
     try:
         free_bytes = shutil.disk_usage(output_dir).free
         if free_bytes < least_bytes:
@@ -55,13 +54,19 @@ def write_run(output_dir: Path, record: Mapping[str, Any], *, least_bytes: int) 
                 f"--output-dir {output_dir}: {free_bytes / 1e6:,.1f} MB are free; "
                 f"one checkpoint takes at least {least_bytes / 1e6:,.1f} MB. Make room, or choose another folder."
             )
-        with open(staged, "w") as file:
-            json.dump(record, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.rename(output_dir / RUN)
+        write_json(output_dir / RUN, record)
     except OSError as error:
         raise UserError(f"--output-dir {output_dir}: not writable: {error.strerror}. Choose another folder.") from error
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON file, at once or not at all."""
+    staged = path.with_name(f".{path.name}.staged")
+    with open(staged, "w") as file:
+        json.dump(record, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    staged.rename(path)
 
 
 def find_checkpoint(resume: str, output_dir: Path, *, peers: Peers, display: Display) -> Checkpoint | None:

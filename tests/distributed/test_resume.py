@@ -50,7 +50,7 @@ def test_resume_is_bit_identical(stops: list[int], uninterrupted: tuple[int, Pat
     _assert_bit_identical(expected, tmp_path)
 
 
-@pytest.mark.parametrize("options", [["--momentum", "0.9"], ["--precision", "bf16"]], ids=str)
+@pytest.mark.parametrize("options", [["--optimizer", "sgd", "--momentum", "0.9"], ["--precision", "bf16"]], ids=str)
 def test_resume_of_other_optimizer_and_precision(options: list[str], tmp_path: Path) -> None:
     for name, parts in {"whole": [(2, 0)], "parts": [(2, 5), (2, 0)]}.items():
         _run_in_parts(NetRecipe, [*NET, *options], tmp_path / name, parts)

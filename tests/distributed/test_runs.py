@@ -156,7 +156,20 @@ def test_a_rank_without_evaluation_data_takes_part_in_metrics_that_keep_lists(tm
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_a_step_is_that_of_the_whole_batch_at_once(num_ranks: int, tmp_path: Path) -> None:
     """11 samples in micro-batches of 4, 4 and 3: a mean of their means would be another loss and another gradient."""
-    options = ("--num-train", "11", "--max-steps", "1", "--momentum", "0.9", "--lr", "0.5", "--max-grad-norm", "0")
+    options = (
+        "--num-train",
+        "11",
+        "--max-steps",
+        "1",
+        "--optimizer",
+        "sgd",
+        "--momentum",
+        "0.9",
+        "--lr",
+        "0.5",
+        "--max-grad-norm",
+        "0",
+    )
     argv = [*BASE, *options, "--output-dir", str(tmp_path)]
     run_on_ranks(num_ranks, run_well, LinearNet, argv)
     recipe = LinearNet(NetOptions(num_train=11))

@@ -51,7 +51,7 @@ def _refusal(recipe_type: type[Recipe], argv: list[str], *, num_ranks: int = 2) 
         (),
         ("--no-reshard-after-forward",),
         ("--cpu-offload",),
-        ("--momentum", "0.9"),
+        ("--optimizer", "sgd", "--momentum", "0.9"),
         ("--precision", "bf16"),
         ("--precision", "fp16"),
         ("--layer-classes", "Linear", "BatchNorm1d"),

@@ -1,0 +1,45 @@
+"""K-fold cross-validation: a run for each fold, one after the other, and what their evaluations say together."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from shardlaunch.errors import UserError
+from shardlaunch.launcher.run import Run
+from shardlaunch.launcher.run_folder import RUN, write_json
+
+FOLDS = "folds.json"
+
+
+def cross_validate(run_of_fold: Callable[[int], Run], num_folds: int) -> None:
+    """Run each fold in a folder of its own, then show mean and standard deviation over them. All ranks.
+
+    A fold that is complete says so; the others resume. Raises UserError when the folder holds another kind of run.
+    """
+    evaluations = []
+    for fold in range(num_folds):
+        run = run_of_fold(fold)
+        root, display, world = run.output_dir.parent, run.display, run.world
+        if (root / RUN).exists():
+            raise UserError(f"--output-dir {root}: holds a run without --folds. Choose another folder.")
+        run.run()
+        if run.position.is_finished:
+            evaluations.append(run.last_evaluation())
+        del run
+    if len(evaluations) < num_folds:
+        display.say(f"{len(evaluations)} of {num_folds} folds are complete; the same command goes on")
+        return
+    summary = summarise(evaluations)
+    world.peers.together(
+        lambda: write_json(root / FOLDS, {"folds": evaluations, "summary": summary}) if world.is_main else None
+    )
+    rows = [(name, f"{found['mean']:.4f}", f"{found['std']:.4f}") for name, found in summary.items()]
+    display.columns(("metric", f"mean of {num_folds} folds", "standard deviation"), rows)
+    display.say(f"folds  {root / FOLDS}")
+
+
+def summarise(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return mean and standard deviation (of a sample: over n - 1) of each number of the folds' last evaluations."""
+    names = [name for name, value in evaluations[0].items() if isinstance(value, float)]
+    columns = {name: [evaluation[name] for evaluation in evaluations] for name in names}
+    return {name: {"mean": statistics.fmean(c), "std": statistics.stdev(c)} for name, c in columns.items()}

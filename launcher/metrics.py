@@ -1,0 +1,64 @@
+"""Metrics by name, from torchmetrics: exact across ranks, each with the direction that is better."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from shardlaunch.errors import UserError
+
+
+def _classification(kind: str, **options: Any) -> Callable[[int, int | None], Any]:
+    def build(num_classes: int, ignore_index: int | None) -> Any:
+        from torchmetrics import classification
+
+        return getattr(classification, f"Multiclass{kind}")(num_classes, ignore_index=ignore_index, **options)
+
+    return build
+
+
+def _regression(kind: str) -> Callable[[int, int | None], Any]:
+    def build(num_classes: int, ignore_index: int | None) -> Any:
+        from torchmetrics import regression
+
+        return getattr(regression, kind)().set_dtype(torch.float64)
+
+    return build
+
+
+def _perplexity(num_classes: int, ignore_index: int | None) -> Any:
+    from torchmetrics.text import Perplexity
+
+    return Perplexity(ignore_index=ignore_index).set_dtype(torch.float64)
+
+
+CLASSIFICATION: Mapping[str, Callable[[int, int | None], Any]] = {
+    "accuracy": _classification("Accuracy", average="micro"),
+    "accuracy_macro": _classification("Accuracy", average="macro"),
+    "precision_macro": _classification("Precision", average="macro"),
+    "precision_micro": _classification("Precision", average="micro"),
+    "recall_macro": _classification("Recall", average="macro"),
+    "recall_micro": _classification("Recall", average="micro"),
+    "f1_macro": _classification("F1Score", average="macro"),
+    "f1_micro": _classification("F1Score", average="micro"),
+    "confusion_matrix": _classification("ConfusionMatrix"),
+}
+REGRESSION: Mapping[str, Callable[[int, int | None], Any]] = {
+    "mse": _regression("MeanSquaredError"),
+    "mae": _regression("MeanAbsoluteError"),
+    "r2": _regression("R2Score"),
+}
+LANGUAGE: Mapping[str, Callable[[int, int | None], Any]] = {"perplexity": _perplexity}
+METRICS = {**CLASSIFICATION, **REGRESSION, **LANGUAGE}
+
+
+def named_metrics(*names: str, num_classes: int = 0, ignore_index: int | None = None) -> dict[str, Any]:
+    """Return torchmetrics metrics by name: accuracy, f1_macro, confusion_matrix, mse, r2, perplexity, ... (`METRICS`).
+
+    They take what torchmetrics takes: logits or classes and labels; for regression predictions and targets. Sums are
+    kept in float64 or as counts. Raises UserError for an unknown name.
+    """
+    for name in names:
+        if name not in METRICS:
+            raise UserError(f"metric {name!r}: unknown; choose some of {', '.join(METRICS)}")
+    return {name: METRICS[name](num_classes, ignore_index) for name in names}

@@ -1,0 +1,118 @@
+"""Every recipe on a tiny slice of its demo data: the same run on 1 and 2 ranks, exact resumes, readable checkpoints."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from shardlaunch import Recipe, TensorData
+from shardlaunch.checkpoints.layout import step_dir_name
+from tests.distributed.ranks import run_on_ranks
+from tests.recipes import final_tensors, losses, run_well, save_small_bert
+
+STEPS, STOP = 4, 2
+NUM_TRAIN, NUM_EVAL = 40, 10  # samples that are left of the recipe's data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Say how a recipe is run for a few steps, and what reads its checkpoint from the outside.
+
+    `words` may hold {folder}, which `prepare` has filled.
+    """
+
+    recipe: str
+    words: tuple[str, ...] = ()
+    name: str = ""
+    bound: float = 1e-6
+    prepare: Callable[[Path], None] = lambda folder: None
+    auto_class: str = ""
+
+    def __str__(self) -> str:
+        return self.name or self.recipe
+
+
+CASES = (
+    Case(recipe="mnist_mlp"),
+    Case(
+        recipe="bert_imdb",
+        words=("--model", "{folder}", "--max-length", "32"),
+        prepare=save_small_bert,
+        auto_class="AutoModelForSequenceClassification",
+    ),
+)
+
+
+def few(recipe_type: type[Recipe]) -> type[Recipe]:
+    """Return the recipe on a few samples of its data."""
+
+    class Few(recipe_type):  # type: ignore[misc,valid-type]
+        def datasets(self) -> Mapping[str, Any]:
+            splits = dict(super().datasets())
+            for name, most in (("train", NUM_TRAIN), ("eval", NUM_EVAL)):
+                rows = torch.arange(min(most, len(splits[name]))).numpy()
+                splits[name] = splits[name].select(rows)
+            return splits
+
+    return Few
+
+
+def _run(recipe: str, argv: list[str]) -> str:
+    """Run a few samples of a recipe. On each rank."""
+    module = import_module(f"shardlaunch.recipes.{recipe}")
+    (recipe_type,) = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == module.__name__
+    ]
+    return run_well(few(recipe_type), argv)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_recipe(case: Case, tmp_path: Path) -> None:
+    case.prepare(tmp_path / "folder")
+    argv = [word.format(folder=tmp_path / "folder") for word in case.words]
+    argv = [
+        *("--preset", "demo", "--max-steps", str(STEPS), "--global-batch-size", "16", "--micro-batch-size", "4"),
+        *("--tracker", "none", "--eval-every", str(STEPS), "--save-every", "0", "--threads-per-rank", "1"),
+        *argv,
+    ]
+    one, two, resumed = (str(tmp_path / name) for name in ("one", "two", "resumed"))
+    run_on_ranks(1, _run, case.recipe, [*argv, "--output-dir", one])
+    run_on_ranks(2, _run, case.recipe, [*argv, "--output-dir", two, "--stop-at-step", str(STOP)])
+    run_on_ranks(2, _run, case.recipe, [*argv, "--output-dir", two])
+    run_on_ranks(1, _run, case.recipe, [*argv, "--output-dir", resumed, "--stop-at-step", str(STOP)])
+    run_on_ranks(1, _run, case.recipe, [*argv, "--output-dir", resumed])
+
+    expected, found = losses(Path(one)), losses(Path(two))
+    assert len(expected) == STEPS
+    assert max(abs(expected[step] - found[step]) for step in expected) <= case.bound
+    assert losses(Path(resumed)) == expected
+    tensors, others = final_tensors(Path(one)), final_tensors(Path(resumed))
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[key], others[key]) for key in tensors)
+    _assert_others_can_read(Path(one) / "checkpoints" / step_dir_name(STEPS), case.auto_class)
+
+
+def _assert_others_can_read(step_dir: Path, auto_class: str) -> None:
+    weights = {}
+    for file in step_dir.glob("model-*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            weights |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    assert weights
+    if auto_class:
+        import transformers
+
+        model = getattr(transformers, auto_class).from_pretrained(step_dir)
+        assert all(torch.equal(weights[name], value) for name, value in model.named_parameters() if name in weights)
+        assert weights.keys() <= model.state_dict().keys()
+
+
+def test_tensor_data_is_cut_by_rows() -> None:
+    data = TensorData(inputs=torch.arange(6).reshape(3, 2), labels=torch.arange(3))
+    assert data.select(torch.tensor([2, 0]).numpy()).columns["inputs"].tolist() == [[4, 5], [0, 1]]
