@@ -1,0 +1,59 @@
+"""Metrics by name."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shardlaunch import UserError, named_metrics
+from shardlaunch.launcher.metrics import CLASSIFICATION, METRICS, REGRESSION
+
+
+def test_classification() -> None:
+    labels, found = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 1])
+    metrics = named_metrics(*CLASSIFICATION, num_classes=3)
+    values = {}
+    for name, metric in metrics.items():
+        for half in (slice(0, 2), slice(2, 4)):
+            metric.update(F.one_hot(found[half], 3).float(), labels[half])
+        values[name] = metric.compute().tolist()
+    assert values == {
+        "accuracy": pytest.approx(2 / 4),
+        "accuracy_macro": pytest.approx((1 / 2 + 1 + 0) / 3),
+        "precision_macro": pytest.approx((1 + 1 / 3 + 0) / 3),
+        "precision_micro": pytest.approx(2 / 4),
+        "recall_macro": pytest.approx((1 / 2 + 1 + 0) / 3),
+        "recall_micro": pytest.approx(2 / 4),
+        "f1_macro": pytest.approx((2 / 3 + 1 / 2 + 0) / 3),
+        "f1_micro": pytest.approx(2 / 4),
+        "confusion_matrix": [[1, 1, 0], [0, 1, 0], [0, 1, 0]],
+    }
+    assert all(metric.higher_is_better for name, metric in metrics.items() if name != "confusion_matrix")
+
+
+def test_regression() -> None:
+    metrics = named_metrics(*REGRESSION)
+    for metric in metrics.values():
+        metric.update(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 3.0, 2.0]))
+    assert {name: metric.compute().item() for name, metric in metrics.items()} == {
+        "mse": pytest.approx(5 / 3),
+        "mae": pytest.approx(1.0),
+        "r2": pytest.approx(1 - 5 / 2),
+    }
+    assert [metric.higher_is_better for metric in metrics.values()] == [False, False, True]
+
+
+def test_perplexity() -> None:
+    logits, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    labels[0, :2] = -100
+    metric = named_metrics("perplexity", ignore_index=-100)["perplexity"]
+    metric.update(logits, labels)
+    expected = math.exp(F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    assert metric.compute().item() == pytest.approx(expected, rel=1e-5)
+    assert metric.higher_is_better is False
+
+
+def test_an_unknown_metric() -> None:
+    with pytest.raises(UserError, match=f"metric 'f2': unknown; choose some of {', '.join(METRICS)}"):
+        named_metrics("accuracy", "f2")
