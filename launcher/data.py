@@ -193,7 +193,8 @@ def class_names(splits: Mapping[str, Any], column: str = "label", *, source: str
                 splits[name],
                 lambda labels: {column: [position[label] for label in labels]},
                 input_columns=[column],
-                key=("class names", column, *names),
+                key=("class numbers", column, *names),
+                features=datasets.Features({**splits[name].features, column: datasets.Value("int64")}),
             )
         return splits, names
     elif all(isinstance(value, int | np.integer) for value in values["train"]):

@@ -58,6 +58,8 @@ def compare_strategies(
     """
     if ranks < 2 or steps < 1:
         raise UserError(f"--ranks {ranks} --steps {steps}: parity needs at least 2 ranks and 1 step")
+    if any(word.split("=")[0] == "--folds" for word in recipe_argv):
+        raise UserError("--folds: parity compares single runs; drop the option")
     console = Console(highlight=False, soft_wrap=True)
     for name in strategies:
         check_strategy_name(name, f"--strategies {name}")

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
+from torchmetrics.classification import MulticlassAUROC
 
-from shardlaunch import Options, Recipe, TensorData, UserError
+from shardlaunch import Options, Recipe, TensorData, UserError, named_metrics
 from shardlaunch.launcher.demo_data import bert_dir
 from shardlaunch.launcher.launch import run
+from shardlaunch.launcher.metrics import CLASSIFICATION
 from shardlaunch.recipes.bert_imdb import BertImdb
 
 NUM_FEATURES = 12
@@ -82,7 +83,7 @@ class NetRecipe(Recipe):
         return F.cross_entropy(outputs.float(), batch["labels"], reduction="sum")
 
     def metrics(self) -> Mapping[str, Any]:
-        return {"accuracy": MulticlassAccuracy(num_classes=NUM_CLASSES, average="micro")}
+        return named_metrics("accuracy", num_classes=NUM_CLASSES)
 
 
 def _points(count: int, seed: int) -> TensorData:
@@ -104,12 +105,13 @@ class LinearNet(NetRecipe):
 
 
 class RankedNet(NetRecipe):
-    """The net judged by a metric that keeps all predictions."""
+    """The net judged by a metric that keeps all predictions, and by all that count."""
 
     best_metric = "auroc"
 
     def metrics(self) -> Mapping[str, Any]:
-        return {"auroc": MulticlassAUROC(num_classes=NUM_CLASSES)}
+        counts = named_metrics(*CLASSIFICATION, num_classes=NUM_CLASSES)
+        return {"auroc": MulticlassAUROC(num_classes=NUM_CLASSES), **counts}
 
 
 class UnseededNet(NetRecipe):

@@ -10,6 +10,7 @@ import torch
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import checkpoint_steps, open_checkpoint
 from shardlaunch.launcher.initialise import build_model
+from shardlaunch.launcher.metrics import CLASSIFICATION
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.gradients import GradientBuckets
 from shardlaunch.sharding.world import connect, disconnect
@@ -144,33 +145,26 @@ def _fail_on_main(rank: int) -> None:
         raise OSError(28, "No space left on device", "cache")
 
 
-def test_a_rank_without_evaluation_data_takes_part_in_metrics_that_keep_lists(tmp_path: Path) -> None:
+def test_metrics_are_exact_across_ranks_also_where_one_has_no_evaluation_data(tmp_path: Path) -> None:
     found = []
-    for num_ranks in (1, 4):
+    for num_ranks in (1, 2, 4):
         argv = [*BASE, "--num-eval", "6", "--output-dir", str(tmp_path / str(num_ranks))]
-        run_on_ranks(num_ranks, run_well, RankedNet, argv)
-        found.append([line["eval/auroc"] for line in _evaluations(tmp_path / str(num_ranks))])
-    assert found[0] == pytest.approx(found[1], abs=1e-6)
+        (output, *_) = run_on_ranks(num_ranks, run_well, RankedNet, argv)
+        assert "eval/confusion_matrix" in output
+        found.append(_evaluations(tmp_path / str(num_ranks)))
+    for lines in found[1:]:
+        for line, expected in zip(lines, found[0], strict=True):
+            assert line["eval/auroc"] == pytest.approx(expected["eval/auroc"], abs=1e-6)
+            for name in CLASSIFICATION:
+                assert line[f"eval/{name}"] == expected[f"eval/{name}"]
+    assert sum(map(sum, found[0][-1]["eval/confusion_matrix"])) == 6
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_a_step_is_that_of_the_whole_batch_at_once(num_ranks: int, tmp_path: Path) -> None:
     """11 samples in micro-batches of 4, 4 and 3: a mean of their means would be another loss and another gradient."""
-    options = (
-        "--num-train",
-        "11",
-        "--max-steps",
-        "1",
-        "--optimizer",
-        "sgd",
-        "--momentum",
-        "0.9",
-        "--lr",
-        "0.5",
-        "--max-grad-norm",
-        "0",
-    )
-    argv = [*BASE, *options, "--output-dir", str(tmp_path)]
+    options = ("--num-train", "11", "--max-steps", "1", "--lr", "0.5", "--max-grad-norm", "0")
+    argv = [*BASE, *options, "--optimizer", "sgd", "--momentum", "0.9", "--output-dir", str(tmp_path)]
     run_on_ranks(num_ranks, run_well, LinearNet, argv)
     recipe = LinearNet(NetOptions(num_train=11))
     model, _ = build_model(recipe, 0, is_resumed=False)

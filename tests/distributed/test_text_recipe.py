@@ -1,0 +1,127 @@
+"""What the recipe for texts takes besides its demo: other encoders, columns, tasks, weights of classes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertModel,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from shardlaunch import class_weights
+from shardlaunch.launcher.demo_data import bert_dir
+from shardlaunch.recipes.bert_imdb import BertImdb
+from tests.recipes import run_quietly, run_well, training_lines
+
+ARGV = ["--max-steps", "3", "--global-batch-size", "8", "--micro-batch-size", "4", "--tracker", "none"]
+MAX_LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of small encoders with random weights and the demo's tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = AutoTokenizer.from_pretrained(bert_dir())
+    sizes = {"vocab_size": len(tokenizer), "num_attention_heads": 2, "num_hidden_layers": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wide = {**sizes, "hidden_size": 16, "intermediate_size": 16}
+        # Of the positions, RoBERTa leaves out those up to the padding's.
+        roberta = RobertaModel(RobertaConfig(**wide, max_position_embeddings=MAX_LENGTH + 2, pad_token_id=1))
+        roberta.save_pretrained(folder / "roberta")
+        distilbert = DistilBertConfig(
+            vocab_size=len(tokenizer), dim=16, hidden_dim=16, n_heads=2, n_layers=1, max_position_embeddings=MAX_LENGTH
+        )
+        DistilBertModel(distilbert).save_pretrained(folder / "distilbert")
+    for model in ("roberta", "distilbert"):
+        tokenizer.save_pretrained(folder / model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a CSV of reviews with three kinds of opinion and a mark."""
+    kinds = ["good", "bad", "good", "fair", "good", "good", "bad", "good"]
+    rows = [{"review": f"film {i} is {kind}", "opinion": kind, "mark": i / 10} for i, kind in enumerate(kinds * 5)]
+    path = tmp_path_factory.mktemp("data") / "reviews.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+def _argv(model: Path, data: Path, output_dir: Path, *options: str) -> list[str]:
+    columns = ["--data", str(data), "--text-column", "review", "--label-column", "opinion"]
+    length = ["--max-length", str(MAX_LENGTH), "--output-dir", str(output_dir)]
+    return [*ARGV, "--model", str(model), *columns, *length, *options]
+
+
+def _last(output_dir: Path) -> dict[str, Any]:
+    return [line for line in training_lines(output_dir) if "eval/loss" in line][-1]
+
+
+@pytest.mark.parametrize("model", ["roberta", "distilbert"])
+def test_other_encoders_of_several_classes(model: str, models: Path, reviews: Path, tmp_path: Path) -> None:
+    metrics = ("--metrics", "f1_macro", "confusion_matrix", "--class-weights", "balanced")
+    output = run_well(BertImdb, _argv(models / model, reviews, tmp_path, *metrics))
+    assert "best   f1_macro" in output
+    last = _last(tmp_path)
+    assert {"eval/f1_macro", "eval/confusion_matrix"} <= last.keys()
+    assert sum(map(sum, last["eval/confusion_matrix"])) == 4
+    trained = AutoModelForSequenceClassification.from_pretrained(max((tmp_path / "checkpoints").iterdir()))
+    assert trained.config.id2label == {0: "bad", 1: "fair", 2: "good"}
+
+
+def test_regression(models: Path, reviews: Path, tmp_path: Path) -> None:
+    options = ("--task", "regression", "--label-column", "mark", "--lr", "0.01")
+    run_well(BertImdb, _argv(models / "distilbert", reviews, tmp_path, *options))
+    last = _last(tmp_path)
+    assert last["eval/mse"] == pytest.approx(last["eval/loss"], rel=1e-5)
+    assert "eval/r2" in last
+    step_dir = max((tmp_path / "checkpoints").iterdir())
+    config = json.loads((step_dir / "config.json").read_text())
+    assert (config["problem_type"], AutoModelForSequenceClassification.from_pretrained(step_dir).num_labels) == (
+        "regression",
+        1,
+    )
+
+
+def test_weights_of_classes() -> None:
+    labels = torch.tensor([0, 0, 0, 1, 2, 2]).numpy()
+    balanced = class_weights(("balanced",), labels, ["a", "b", "c"])
+    assert balanced is not None
+    assert balanced.tolist() == pytest.approx([6 / 9, 2.0, 1.0])
+    assert balanced[labels].mean().item() == pytest.approx(1.0)
+    given = class_weights(("1", "0.5", "0"), labels, ["a", "b", "c"])
+    assert given is not None
+    assert given.tolist() == [1.0, 0.5, 0.0]
+    assert class_weights((), labels, ["a", "b", "c"]) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "complaints"),
+    [
+        (("--text-column", "text"), ("no column 'text'", "it has 'review', 'opinion', 'mark'", "--text-column NAME")),
+        (("--label-column", "review"), ("--text-column and --label-column: must be different columns",)),
+        (("--task", "regression"), ("the train data has rows whose 'label' is no number",)),
+        (("--class-weights", "1", "2"), ("--class-weights 1 2: must be balanced, or 3 numbers", "'bad', 'fair'")),
+        (("--metrics", "f3"), ("metric 'f3': unknown",)),
+        (("--max-length", "17"), ("--max-length 17: this model reads at most 16 tokens",)),
+        (("--freeze", "encoder.*"), ("--freeze: no parameter's name matches encoder.*", "roberta.embeddings")),
+        (("--optimizer", "sgdm"), ("--optimizer sgdm: unknown",)),
+    ],
+    ids=str,
+)
+def test_bad_input(
+    options: tuple[str, ...], complaints: tuple[str, ...], models: Path, reviews: Path, tmp_path: Path
+) -> None:
+    status, output = run_quietly(BertImdb, _argv(models / "roberta", reviews, tmp_path, *options))
+    assert status == 2, output
+    assert all(complaint in output for complaint in complaints), output
+    assert not list(tmp_path.glob("checkpoints/*"))
