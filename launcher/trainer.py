@@ -87,6 +87,8 @@ class Trainer:
         self.hooks = hooks
         self.buffers = BufferMean(strategy.replicas, world=world)
         self.peak_lrs = [group["lr"] for group in strategy.optimizer.param_groups]
+        # What is shown is the run's own rate, not one that just some parameters have.
+        self.peak_lr = options.lr if options.lr in self.peak_lrs else float(max(self.peak_lrs))
 
     def run(self, position: Position, *, end: int) -> None:
         """Train from `position` up to step `end`, and save there. All ranks."""
@@ -203,7 +205,7 @@ class Trainer:
         factor = self.recipe.schedule(step, self.num_steps)
         for group, peak in zip(self.strategy.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak * factor
-        return float(max(self.peak_lrs) * factor)
+        return self.peak_lr * factor
 
     def _is_evaluation_due(self, step: int) -> bool:
         every = self.options.eval_every or self.batches.plan.steps_per_epoch
