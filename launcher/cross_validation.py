@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.evaluation import numbers
 from shardlaunch.launcher.run import Run
 from shardlaunch.launcher.run_folder import RUN, write_json
 from shardlaunch.launcher.tracking import EVAL_PREFIX
@@ -41,8 +42,6 @@ def cross_validate(run_of_fold: Callable[[int], Run], num_folds: int) -> None:
 
 def summarise(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Return mean and standard deviation (of a sample: over n - 1) of each number of the folds' last evaluations."""
-    names = [
-        name for name, value in evaluations[0].items() if name.startswith(EVAL_PREFIX) and isinstance(value, float)
-    ]
+    names = [name for name in numbers(evaluations[0]) if name.startswith(EVAL_PREFIX)]
     columns = {name: [evaluation[name] for evaluation in evaluations] for name in names}
     return {name: {"mean": statistics.fmean(c), "std": statistics.stdev(c)} for name, c in columns.items()}
