@@ -73,7 +73,7 @@ def parameter_rows(
     rows: dict[tuple[str, float | None, float], list[str]] = {}
     for name in numels:
         group = treated.get(name, {})
-        key = (name.partition(".")[0], group.get("lr"), group.get("weight_decay", 0.0))
+        key = (_part(name), group.get("lr"), group.get("weight_decay", 0.0))
         rows.setdefault(key, []).append(name)
     return [
         ParameterRow(
@@ -85,3 +85,9 @@ def parameter_rows(
         )
         for (part, lr, weight_decay), names in rows.items()
     ]
+
+
+def _part(name: str) -> str:
+    """Return the part of a model that a parameter is in: a module or a module's module, a list of them as one."""
+    modules = name.split(".")[:-1][:2]
+    return ".".join(module for number, module in enumerate(modules) if not (number and module.isdecimal()))

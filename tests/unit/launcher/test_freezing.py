@@ -1,6 +1,7 @@
 """What is frozen when, and what a person is shown of it."""
 
 import pytest
+import torch
 from torch import nn
 
 from shardlaunch import Options, UserError
@@ -42,6 +43,13 @@ def test_the_table_has_a_row_for_what_is_alike() -> None:
         ParameterRow(names="head.weight", num_tensors=1, num_elements=8, lr=0.5, weight_decay=0.1),
         ParameterRow(names="head.bias", num_tensors=1, num_elements=2, lr=0.5, weight_decay=0.0),
     ]
+
+
+def test_parts_of_a_model_are_modules_of_modules_but_not_of_lists() -> None:
+    names = ["bert.encoder.layer.0.bias", "bert.encoder.layer.1.bias", "features.3.bias", "features.4.bias", "scale"]
+    parameters = [(name, nn.Parameter(torch.ones(1))) for name in names]
+    rows = parameter_rows(dict.fromkeys(names, 1), parameters, build_optimizer(parameters, Options()))
+    assert [row.names for row in rows] == ["bert.encoder.*", "features.*", "scale"]
 
 
 def test_what_is_refused() -> None:
