@@ -28,7 +28,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --no-build-isolation --editable '.[deepspeed,test,dev]'
+	$(PIP) --no-build-isolation --editable '.[deepspeed,text,test,dev]'
 	@touch $@
 
 clean:  ## Remove the environment and what the tools leave
