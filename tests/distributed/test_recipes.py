@@ -1,5 +1,6 @@
-"""Every recipe on a tiny slice of its demo data: the same run on 1 and 2 ranks, exact resumes, readable checkpoints."""
+"""Every recipe on a tiny slice of its demo data: the same run on 1 and 2 ranks, exact resumes, open checkpoints."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -63,7 +64,8 @@ def few(recipe_type: type[Recipe]) -> type[Recipe]:
 
 
 def _run(recipe: str, argv: list[str]) -> str:
-    """Run a few samples of a recipe. On each rank."""
+    """Run a few samples of a recipe, without a hub. On each rank."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
     module = import_module(f"shardlaunch.recipes.{recipe}")
     (recipe_type,) = [
         value
@@ -85,7 +87,7 @@ def test_recipe(case: Case, tmp_path: Path) -> None:
     one, two, resumed = (str(tmp_path / name) for name in ("one", "two", "resumed"))
     run_on_ranks(1, _run, case.recipe, [*argv, "--output-dir", one])
     run_on_ranks(2, _run, case.recipe, [*argv, "--output-dir", two, "--stop-at-step", str(STOP)])
-    run_on_ranks(2, _run, case.recipe, [*argv, "--output-dir", two])
+    run_on_ranks(2, _run, case.recipe, [*argv, "--output-dir", two, "--strategy", "fsdp2"])
     run_on_ranks(1, _run, case.recipe, [*argv, "--output-dir", resumed, "--stop-at-step", str(STOP)])
     run_on_ranks(1, _run, case.recipe, [*argv, "--output-dir", resumed])
 
