@@ -51,7 +51,7 @@ class TensorData:
 
 
 def load_splits(source: str, *, seed: int) -> dict[str, Any]:
-    """Return the data sets `train` and `eval` of a hub id, a folder of data files, or a single data file.
+    """Return the data sets `train` and `eval` of a hub id, a folder of data files or of images, or a single data file.
 
     Held-out data is the split or the files named validation, valid, val, dev, eval or test, in this order; where there
     is none, a tenth of the training data, chosen by `seed`. A folder may also be one that `save_to_disk` wrote. Raises
@@ -92,7 +92,7 @@ def _load_path(path: Path) -> Any:
         return {"train": datasets.load_from_disk(str(path))}
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _LOADERS)
     if not files:
-        raise UserError(f"--data {path}: no {', '.join(_LOADERS)} file in this folder")
+        return _built("imagefolder", _image_folders(path), path=path, drop_labels=False, drop_metadata=True)
     for file in files:
         if not file.stat().st_size:
             raise UserError(f"--data {file}: the file is empty")
@@ -101,12 +101,42 @@ def _load_path(path: Path) -> Any:
         raise UserError(f"--data {path}: must be files of one kind out of {', '.join(_LOADERS)}")
     by_split: dict[str, list[str]] = {}
     for file in files:
-        word = next((word for word in ("train", *_HELD_OUT) if file.name.startswith(word)), None)
+        word = _split_of(file)
         if word is None and len(files) > 1:
             raise UserError(f"--data {path}: the name of {file.name} starts with none of train, {', '.join(_HELD_OUT)}")
         by_split.setdefault(word if path.is_dir() and word else "train", []).append(str(file))
+    return _built(str(kinds.pop()), by_split, path=path)
+
+
+def _split_of(path: Path) -> str | None:
+    """Return the split that the name of a file or folder starts with."""
+    return next((word for word in ("train", *_HELD_OUT) if path.name.startswith(word)), None)
+
+
+def _image_folders(path: Path) -> dict[str, list[str]]:
+    """Return the patterns of a folder's images by split: train/CLASS/* and test/CLASS/*, or CLASS/* alone."""
+    roots = {word: folder for folder in sorted(path.iterdir()) if folder.is_dir() and (word := _split_of(folder))}
+    if "train" not in roots:
+        roots = {"train": path}
+    classes = {word: {folder.name for folder in root.iterdir() if folder.is_dir()} for word, root in roots.items()}
+    if not classes["train"]:
+        raise UserError(f"--data {path}: no {', '.join(_LOADERS)} file in this folder, and no images in train/CLASS/")
+    for word, found in classes.items():
+        unknown = sorted(found - classes["train"])
+        if unknown:
+            raise UserError(
+                f"--data {path}: the classes differ: {roots[word].name}/{unknown[0]} is there, "
+                f"{roots['train'].name}/{unknown[0]} is not"
+            )
+    return {word: [str(root / "*" / "*")] for word, root in roots.items()}
+
+
+def _built(kind: str, files: Mapping[str, list[str]], *, path: Path, **options: Any) -> Any:
+    """Return the data sets that the library's builder for a kind of file makes, by split."""
+    import datasets
+
     try:
-        return datasets.load_dataset(str(kinds.pop()), data_files=by_split)
+        return datasets.load_dataset(kind, data_files=files, **options)
     except datasets.exceptions.DatasetGenerationError as error:
         if "No space left" in str(error.__cause__):
             raise UserError(f"--data {path}: no space left for the data sets' cache (HF_HOME)") from error
