@@ -1,6 +1,7 @@
 """Images: read once into uint8 tensors, then moved at random and scaled to floats in operations on whole batches."""
 
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from shardlaunch.errors import UserError, some
 from shardlaunch.launcher import demo_data
 from shardlaunch.launcher.data import TensorData, class_names, derived, load_splits, select_columns
 from shardlaunch.launcher.options import Options, option
+from shardlaunch.launcher.seeding import derive_seed
 
 _MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
 # Of ImageNet's training images, scaled to 0..1: what pretrained nets expect.
@@ -109,6 +111,45 @@ def _decoded(split: Any, *, size: int, num_channels: int, convert: bool, where: 
     return TensorData(
         pixels=flat.view(-1, size, size, num_channels), labels=torch.from_numpy(np.array(decoded["label"][:]))
     )
+
+
+def select_classes(
+    splits: Mapping[str, TensorData], names: Sequence[str], *, wanted: Sequence[str], samples_per_class: int, seed: int
+) -> tuple[dict[str, TensorData], list[str]]:
+    """Return the rows of the `wanted` classes, renumbered in this order, and the names of these.
+
+    `wanted` are names or numbers; none: all classes. Of each class, `samples_per_class` training rows are chosen by
+    `seed`; 0: all. Raises UserError for what is not there.
+    """
+    numbers = [_class_number(word, names) for word in wanted] or list(range(len(names)))
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"--classes {' '.join(wanted)}: a class is named twice")
+    selected = {}
+    for name, split in splits.items():
+        labels = split.columns["labels"]
+        rows = [torch.nonzero(labels == number).flatten() for number in numbers]
+        if name == "train" and samples_per_class:
+            least, scarcest = min(zip(map(len, rows), numbers, strict=True))
+            if least < samples_per_class:
+                raise UserError(
+                    f"--samples-per-class {samples_per_class}: class {names[scarcest]} has {least} training images"
+                )
+            rng = np.random.default_rng(derive_seed(seed, "samples per class"))
+            rows = [found[rng.permutation(len(found))[:samples_per_class]] for found in rows]
+        columns = split.rows_at(torch.cat(rows).numpy())
+        position = torch.zeros(len(names), dtype=torch.int64).index_copy(
+            0, torch.tensor(numbers), torch.arange(len(numbers))
+        )
+        selected[name] = TensorData(**{**columns, "labels": position[columns["labels"]]})
+    return selected, [names[number] for number in numbers]
+
+
+def _class_number(word: str, names: Sequence[str]) -> int:
+    if word in names:
+        return names.index(word)
+    if word.isdecimal() and int(word) < len(names):
+        return int(word)
+    raise UserError(f"--classes {word}: no such class; there are {some(names)}")
 
 
 def augmented(pixels: torch.Tensor, seeds: np.ndarray | None, options: ImageOptions) -> torch.Tensor:

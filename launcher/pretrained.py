@@ -1,4 +1,4 @@
-"""Hugging Face models, configurations and tokenizers from a hub id or a local folder."""
+"""Models, configurations, tokenizers and weights from a hub id or a local path."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardlaunch.checkpoints.layout import MANIFEST
+from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.display import Display
+from shardlaunch.launcher.run_folder import CHECKPOINTS, open_path
 
 
 def from_source(auto_class: Any, source: str | Path, **options: Any) -> Any:
@@ -52,3 +56,52 @@ def longest_input(model: nn.Module) -> int:
             # RoBERTa and its relatives count positions from the one after the padding's.
             return module.num_embeddings - (module.padding_idx + 1 if module.padding_idx is not None else 0)
     return 0
+
+
+def stored_weights(source: str, *, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Return the tensors that the safetensors files of --weights `source` hold under names that begin with `prefix`.
+
+    Source: such a file, a folder with files model*.safetensors, a checkpoint of a run, a run's folder (of which the
+    newest valid checkpoint), or a hub id with a file model.safetensors. Raises UserError when they are not to be had.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {}
+    for file in _weight_files(source):
+        try:
+            with safe_open(file, framework="pt") as stored:
+                names = [name for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118 - no mapping
+                tensors.update({name: stored.get_tensor(name) for name in names})
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"--weights {file}: not a safetensors file that can be read ({error})") from error
+    return tensors
+
+
+def _weight_files(source: str) -> list[Path]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        if (path / MANIFEST).exists() or (path / CHECKPOINTS).is_dir():
+            try:
+                path = open_path(path, peers=Peers(), display=Display(silent=True)).step_dir
+            except UserError as error:
+                raise UserError(f"--weights {error}") from error
+        files = sorted(path.glob("model*.safetensors"))
+        if not files:
+            raise UserError(f"--weights {source}: there is no model*.safetensors in this folder")
+        return files
+    return [_from_hub(source)]
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(source, "model.safetensors"))
+    except Exception as error:  # the hub's client raises errors of many families
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--weights {source}: neither a local path nor to be had from the hub ({reason}). "
+            f"Give a safetensors file or a run's folder, or use --preset demo, which needs no hub."
+        ) from error

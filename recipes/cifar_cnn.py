@@ -1,6 +1,6 @@
 """Convolutional nets on small color images: CIFAR-10, or any images of 32x32 pixels with labels."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,9 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchmetrics.classification import MulticlassAccuracy
 
-from shardlaunch import ImageOptions, Recipe, decay_groups, demo_data, images, launch, linear, option
+from shardlaunch import ImageOptions, Recipe, demo_data, images, launch, named_metrics, option
 
 DEMO = demo_data.DEMO
 IMAGE_SIZE = 32
@@ -36,14 +35,12 @@ class CifarOptions(ImageOptions):
     """Samples in one forward pass. It is part of the run, whatever the number of ranks."""
     lr: float = 0.02
     """Peak learning rate."""
-    momentum: float = 0.9
-    """Momentum of SGD."""
-    nesterov: bool = False
-    """Take Nesterov's momentum."""
-    weight_decay: float = 0.0
-    """Weight decay of matrices; biases and norms have none."""
-    warmup_ratio: float = 0.0
-    """Share of the steps over which the learning rate rises; then it falls linearly to 0."""
+    optimizer: str = "sgd"
+    """sgd, adam, adamw, rmsprop, adagrad, or a class by its dotted path, such as torch.optim.NAdam."""
+    momentum: float | None = 0.9
+    """Momentum (sgd, rmsprop)."""
+    schedule: str = "linear"
+    """constant, linear, cosine, or one-cycle: how the learning rate goes on after the warm-up."""
 
 
 class CifarCnn(Recipe):
@@ -86,15 +83,7 @@ class CifarCnn(Recipe):
         return F.cross_entropy(outputs.float(), batch["labels"], reduction="sum", label_smoothing=smoothing)
 
     def metrics(self) -> Mapping[str, Any]:
-        return {"accuracy": MulticlassAccuracy(num_classes=len(self.classes), average="micro")}
-
-    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        options = self.options
-        groups = decay_groups(parameters, options.weight_decay)
-        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov)
-
-    def schedule(self, step: int, num_steps: int) -> float:
-        return linear(step, num_steps, warmup_steps=int(self.options.warmup_ratio * num_steps))
+        return named_metrics("accuracy", num_classes=len(self.classes))
 
 
 def textbook_net(num_classes: int) -> nn.Module:

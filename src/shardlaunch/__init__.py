@@ -16,7 +16,7 @@ from shardlaunch.launcher.launch import launch
 from shardlaunch.launcher.metrics import named_metrics
 from shardlaunch.launcher.optimizers import decay_groups
 from shardlaunch.launcher.options import Options, option
-from shardlaunch.launcher.pretrained import from_source, longest_input, pretrained_weights
+from shardlaunch.launcher.pretrained import from_source, longest_input, pretrained_weights, stored_weights
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.schedules import constant, cosine, linear, one_cycle
 
@@ -45,4 +45,5 @@ __all__ = [
     "padded",
     "pretrained_weights",
     "select_columns",
+    "stored_weights",
 ]

