@@ -76,20 +76,21 @@ def _decoded(split: Any, *, size: int, num_channels: int, convert: bool, where: 
     def pixels(images: list[Any], rows: list[int]) -> dict[str, Any]:
         found, other = [], []
         for row, stored in zip(rows, images, strict=True):
+            name = f"row {row} ({stored['path']})" if stored and stored["path"] else f"row {row}"
             try:
-                image: Any = Image.open(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]))
+                image: Any = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"])
                 image.load()
             except Exception as error:  # Pillow's decoders raise errors of many families
-                raise UserError(f"{where}: row {row} is no image that can be read ({error})") from error
+                raise UserError(f"{where}: {name} holds no image that can be read ({error})") from error
             if convert:
                 image = ImageOps.fit(image.convert(_MODES[num_channels]), (size, size))
             elif f"{image.width}x{image.height} {image.mode}" != expected:
-                other.append(f"row {row} is {image.width}x{image.height} {image.mode}")
+                other.append(f"{name} is {image.width}x{image.height} {image.mode}")
                 continue
             found.append(np.asarray(image).reshape(-1))
         if other:
             raise UserError(
-                f"{where} must hold images of {expected}: {some(other)}; --convert-images scales and converts them"
+                f"{where} must hold {expected} images: {some(other)}; --convert-images scales and converts them"
             )
         return {"pixels": found}
 
