@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shardlaunch import ImageOptions, Recipe, demo_data, images, launch, named_metrics, option
+from shardlaunch import ImageOptions, Recipe, UserError, demo_data, images, launch, named_metrics, option
 
 DEMO = demo_data.DEMO
 IMAGE_SIZE = 32
+LOGIT_SCALE = 0.125  # the maxima that the last layer reads are large; unscaled logits make the first epochs unstable
 
 
 @dataclass(kw_only=True)
@@ -42,6 +43,13 @@ class CifarOptions(ImageOptions):
     schedule: str = "linear"
     """constant, linear, cosine, or one-cycle: how the learning rate goes on after the warm-up."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width < 1:
+            raise UserError(f"--width {self.width}: must be at least 1")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"--label-smoothing {self.label_smoothing}: must be from 0 to below 1")
+
 
 class CifarCnn(Recipe):
     """Train a convolutional net on CIFAR-10: the textbook's, or a residual one (--preset modern)."""
@@ -54,7 +62,7 @@ class CifarCnn(Recipe):
             "flip": True,
             "shift": 2,
             "label_smoothing": 0.1,
-            "epochs": 15,
+            "epochs": 16,
             "global_batch_size": 256,
             "micro_batch_size": 64,
             "lr": 0.2,
@@ -105,7 +113,7 @@ def modern_net(num_classes: int, width: int) -> nn.Module:
         *(_convolution(width, 2 * width), nn.MaxPool2d(2), Residual(2 * width)),
         *(_convolution(2 * width, 4 * width), nn.MaxPool2d(2)),
         *(_convolution(4 * width, 8 * width), nn.MaxPool2d(2), Residual(8 * width)),
-        *(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8 * width, num_classes)),
+        *(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8 * width, num_classes, bias=False), Scale(LOGIT_SCALE)),
     )
 
 
@@ -126,6 +134,17 @@ class Residual(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         outputs: torch.Tensor = inputs + self.convolutions(inputs)
         return outputs
+
+
+class Scale(nn.Module):
+    """Multiply by a constant."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs * self.factor
 
 
 launch(CifarCnn)
