@@ -66,6 +66,8 @@ class VggOptions(ImageOptions):
             raise UserError(f"--width {self.width}: must be above 0")
         if self.samples_per_class < 0:
             raise UserError(f"--samples-per-class {self.samples_per_class}: must be at least 0")
+        if self.is_frozen(f"{FEATURES}0.weight") and not self.weights and not self.unfreeze_at_step:
+            raise UserError("--freeze: without --weights, these features would never learn; give --freeze no pattern")
 
 
 # Narrow enough to be trained from scratch on a CPU, and to show on CIFAR-10's classes what a transfer gains.
@@ -90,12 +92,12 @@ SMALL = {
 
 
 class Vgg16Transfer(Recipe):
-    """Train a new head on the frozen features of a pretrained VGG-16, or, without --weights, all of it."""
+    """Train a new head on the frozen features of a pretrained VGG-16, or, without --weights, all of a fresh one."""
 
     options: VggOptions
     presets = {
         "small": SMALL,
-        DEMO: {**SMALL, "data": DEMO, "flip": False, "epochs": 2},
+        DEMO: {**SMALL, "data": DEMO, "width": 0.125, "flip": False, "epochs": 2},
     }
     best_metric = "accuracy"
 
@@ -138,7 +140,10 @@ class Vgg16Transfer(Recipe):
 
 
 class Vgg16(nn.Module):
-    """The convolutions of VGG-16 under torchvision's names, their mean over the image, and one linear layer."""
+    """The convolutions of VGG-16 under torchvision's names, and a head that is one linear layer.
+
+    The 512 numbers that it reads are means over positions (7x7 for images of 224x224), so that it fits any size.
+    """
 
     def __init__(self, num_classes: int, *, width: float, batch_norm: bool) -> None:
         super().__init__()

@@ -38,8 +38,37 @@ class Case:
         return self.name or self.recipe
 
 
+def save_features(folder: Path) -> None:
+    """Write weights of a narrow VGG-16 as torchvision names them."""
+    from safetensors.torch import save_file
+
+    from shardlaunch.recipes.vgg16_transfer import Vgg16
+
+    folder.mkdir()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = Vgg16(10, width=0.05, batch_norm=True).state_dict()
+    save_file(weights, folder / "model.safetensors")
+
+
 CASES = (
     Case(recipe="mnist_mlp"),
+    Case(recipe="cifar_cnn", name="textbook convolutional net"),
+    Case(
+        recipe="cifar_cnn",
+        name="residual net",
+        words=("--net", "modern", "--width", "4", "--flip", "--shift", "2", "--lr", "0.05"),
+        bound=1e-5,
+    ),
+    Case(
+        recipe="vgg16_transfer",
+        words=(
+            *("--width", "0.05", "--weights", "{folder}", "--freeze", "features.*", "--unfreeze-at-step", "3"),
+            *("--lr-factors", "features.*=0.1"),
+        ),
+        prepare=save_features,
+        bound=1e-5,
+    ),
     Case(
         recipe="bert_imdb",
         words=("--model", "{folder}", "--max-length", "32"),
