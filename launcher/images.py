@@ -107,11 +107,12 @@ def _decoded(split: Any, *, size: int, num_channels: int, convert: bool, where: 
         with_indices=True,
         remove_columns=["image"],
         features=datasets.Features({"pixels": row_type, "label": datasets.Value("int64")}),
-    ).with_format("numpy")
-    flat = torch.from_numpy(np.array(decoded["pixels"][:]))
-    return TensorData(
-        pixels=flat.view(-1, size, size, num_channels), labels=torch.from_numpy(np.array(decoded["label"][:]))
     )
+    # From the Arrow table itself: by rows, datasets would take 20 times the memory.
+    stored = decoded.data.column("pixels").chunks
+    flat = torch.from_numpy(np.concatenate([chunk.flatten().to_numpy() for chunk in stored]))
+    labels = torch.from_numpy(np.array(decoded.with_format("numpy")["label"][:]))
+    return TensorData(pixels=flat.view(-1, size, size, num_channels), labels=labels)
 
 
 def select_classes(
