@@ -58,11 +58,12 @@ def longest_input(model: nn.Module) -> int:
     return 0
 
 
-def stored_weights(source: str, *, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Return the tensors that the safetensors files of --weights `source` hold under names that begin with `prefix`.
+def stored_weights(source: str, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors that safetensors files hold under the names of `expected`; other names in them are left.
 
-    Source: such a file, a folder with files model*.safetensors, a checkpoint of a run, a run's folder (of which the
-    newest valid checkpoint), or a hub id with a file model.safetensors. Raises UserError when they are not to be had.
+    `source`, the value of --weights: such a file, a folder with files model*.safetensors, a checkpoint of a run, a
+    run's folder (of which the newest valid checkpoint), or a hub id with a file model.safetensors. Raises UserError
+    when they are not to be had, and for a tensor that is absent or of another shape.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -70,10 +71,16 @@ def stored_weights(source: str, *, prefix: str = "") -> dict[str, torch.Tensor]:
     for file in _weight_files(source):
         try:
             with safe_open(file, framework="pt") as stored:
-                names = [name for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118 - no mapping
-                tensors.update({name: stored.get_tensor(name) for name in names})
+                tensors.update({name: stored.get_tensor(name) for name in expected.keys() & set(stored.keys())})
         except (OSError, SafetensorError) as error:
             raise UserError(f"--weights {file}: not a safetensors file that can be read ({error})") from error
+    for name, tensor in expected.items():
+        wanted, found = list(tensor.shape), list(tensors[name].shape) if name in tensors else "absent"
+        if wanted != found:
+            raise UserError(
+                f"--weights {source}: not of this model: {name} is {found} and must be {wanted}; "
+                f"take other weights, or give the model's options the values that they were made with"
+            )
     return tensors
 
 

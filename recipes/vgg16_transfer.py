@@ -44,7 +44,7 @@ class VggOptions(ImageOptions):
     samples_per_class: int = 0
     """Training images of each class that are used, chosen by --seed; 0: all."""
     weights: str = "timm/vgg16.tv_in1k"
-    """Features of a pretrained VGG-16: a hub id, a safetensors file or a folder of them, a run's folder, or none."""
+    """Pretrained features, named as by torchvision and timm: a hub id, a safetensors file, a run's folder; or none."""
     width: float = 1.0
     """Channels of each convolution, as a share of VGG-16's."""
     batch_norm: bool = False
@@ -113,20 +113,11 @@ class Vgg16Transfer(Recipe):
         return Vgg16(len(self.classes), width=self.options.width, batch_norm=self.options.batch_norm)
 
     def weights(self) -> Mapping[str, torch.Tensor]:
-        source = self.options.weights
-        if not source:
+        if not self.options.weights:
             return {}
-        features = stored_weights(source, prefix=FEATURES)
         with torch.device("meta"):
-            expected = {n: t for n, t in self.model().state_dict().items() if n.startswith(FEATURES)}
-        for name in sorted(expected.keys() | features.keys()):
-            shapes = [list(side[name].shape) if name in side else "absent" for side in (expected, features)]
-            if shapes[0] != shapes[1]:
-                raise UserError(
-                    f"--weights {source}: not the features of this net: {name} must be {shapes[0]}, not {shapes[1]}; "
-                    f"--width and --batch-norm must be those of the weights, names those of torchvision and timm"
-                )
-        return features
+            names = self.model().state_dict()
+        return stored_weights(self.options.weights, {n: t for n, t in names.items() if n.startswith(FEATURES)})
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
         pixels = images.augmented(samples["pixels"], seeds, self.options)
