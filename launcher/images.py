@@ -23,10 +23,10 @@ _MEAN, _STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0
 class ImageOptions(Options):
     """Options of every recipe that reads images."""
 
-    image_column: str = option("image", mark="free")
-    """Column of --data that holds the images."""
+    image_column: str = option("", mark="free")
+    """Column of the images; none: image, or img, as CIFAR-10 on the hub has it."""
     label_column: str = option("label", mark="free")
-    """Column of --data that holds the classes."""
+    """Column of the classes: names or whole numbers."""
     convert_images: bool = option(False, mark="free")
     """Scale images of another size (and cut out their middle) and convert other modes, instead of refusing them."""
     flip: bool = False
@@ -52,7 +52,9 @@ def load_images(options: ImageOptions, *, size: int, num_channels: int) -> tuple
     if source == demo_data.DEMO:
         return demo_data.digits(size=size, num_channels=num_channels), [str(digit) for digit in range(10)]
     splits = load_splits(source, seed=options.seed)
-    splits = select_columns(splits, {"image": options.image_column, "label": options.label_column}, source=source)
+    names = splits["train"].column_names
+    column = options.image_column or ("img" if "img" in names and "image" not in names else "image")
+    splits = select_columns(splits, {"image": column, "label": options.label_column}, source=source)
     splits, classes = class_names(splits, source=source)
     decoded = {
         name: _decoded(
@@ -60,7 +62,7 @@ def load_images(options: ImageOptions, *, size: int, num_channels: int) -> tuple
             size=size,
             num_channels=num_channels,
             convert=options.convert_images,
-            where=f"--data {source}: column {options.image_column!r} of the {name} data",
+            where=f"--data {source}: column {column!r} of the {name} data",
         )
         for name, split in splits.items()
     }

@@ -45,6 +45,12 @@ def test_pixels_are_those_of_the_images(tmp_path: Path) -> None:
     assert classes == ["0", "1"]
 
 
+def test_the_column_may_be_named_as_on_the_hub(tmp_path: Path) -> None:
+    pd.DataFrame({"img": [_stored(_picture(0))] * 2, "label": ["cat", "cat"]}).to_parquet(tmp_path / "train.parquet")
+    splits, classes = images.load_images(ImageOptions(data=str(tmp_path)), size=SIZE, num_channels=3)
+    assert (len(splits["train"]), len(splits["eval"]), classes) == (1, 1, ["cat"])
+
+
 def test_images_of_another_size_or_mode_are_refused_or_converted(tmp_path: Path) -> None:
     pictures = [_picture(0), _picture(1, size=9), _picture(2, mode="L")]
     options = _options(tmp_path, [*map(_stored, pictures)])
