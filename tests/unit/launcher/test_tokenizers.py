@@ -72,9 +72,14 @@ def test_the_same_in_every_process() -> None:
         "tokenizer = train_tokenizer(texts, vocab_size=1500, eos_token='</s>')\n"
         "print(hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest())\n"
     )
-    digests = []
-    for seed in ("1", "2"):
-        env = {**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed}
-        digests.append(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True).stdout)
-    assert digests[0] == digests[1]
-    assert len(digests[0].strip()) == hashlib.sha256().digest_size * 2
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed},
+            stdout=subprocess.PIPE,
+        )
+        for seed in ("1", "2")
+    ]
+    one, other = (process.communicate()[0] for process in processes)
+    assert one == other
+    assert len(one.strip()) == hashlib.sha256().digest_size * 2
