@@ -137,7 +137,7 @@ class GptLm(Recipe):
         splits = {name: self._tokenized(split, framed=not is_one_text) for name, split in splits.items()}
         length = options.context_length
         train = pack(splits["train"], block_length=length, window=length * (2 if options.shift_blocks else 1))
-        if (train.columns["labels"][0] < 0).any():
+        if (train.columns["labels"][0, :length] < 0).any():
             raise UserError(f"--context-length {length}: all the training data is shorter. Choose a smaller one.")
         return {"train": train, "eval": pack(splits["eval"], block_length=length)}
 
@@ -152,10 +152,12 @@ class GptLm(Recipe):
         return train_tokenizer(texts, vocab_size=options.vocab_size, bos_token=end, eos_token=end)
 
     def _tokenized(self, split: Any, *, framed: bool) -> Any:
+        tokenizer = self.tokenizer
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id) if framed else ()
         return derived(
             split,
-            lambda texts: tokenized(texts, self.tokenizer, unit=self.unit, framed=framed),
-            key=("documents", self.tokenizer.backend_tokenizer.to_str(), self.unit, framed),
+            lambda texts: tokenized(texts, tokenizer, unit=self.unit, framed=framed),
+            key=("documents", tokenizer.backend_tokenizer.to_str(), *ends, self.unit),
             input_columns=["text"],
             remove_columns=["text"],
         )

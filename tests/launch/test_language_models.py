@@ -2,6 +2,8 @@
 
 import math
 import re
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MarianConfig, MarianMTModel, T5Config
 
 from shardlaunch import Options, Recipe, TensorData, UserError, load_splits, train_tokenizer
+from shardlaunch.launcher.command_line import main
 from shardlaunch.launcher.demo_data import bert_dir
 from shardlaunch.launcher.generate import Sampling, generate_texts
 from shardlaunch.recipes.gpt_lm import GptLm, GptOptions
@@ -196,6 +199,17 @@ def test_generate(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(one) == 5 + 40 + 1
     assert _generated(run_dir, ["dear ", "the "], capsys) == one + other
     assert _generated(run_dir, ["the "], capsys, seed=1) != other
+
+
+def test_the_command_that_a_run_shows(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split(GptLm(GptOptions()).usage(run_dir / "checkpoints" / "step-00000002"))
+    monkeypatch.setattr(sys, "argv", [word.replace("The ", "the ") for word in words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("the ")
 
 
 def test_generate_is_what_the_model_finds_most_probable(
