@@ -97,7 +97,7 @@ def main() -> None:
         max_new_tokens: int = 100,
         temperature: float = 0.0,
         top_k: int = 0,
-        num_beams: int = 1,
+        num_beams: int = 0,
         seed: int = 0,
     ) -> int:
         """Print texts of a language model: prompts and their continuations, or what an encoder-decoder makes of them.
@@ -109,7 +109,7 @@ def main() -> None:
             max_new_tokens: Tokens to write at most.
             temperature: Draw tokens at random, the higher the more freely; 0: take the most probable.
             top_k: Draw from so many most probable tokens; 0: from all.
-            num_beams: Beams of a search for the most probable text.
+            num_beams: Beams of a search for the most probable text; 0: as many as the checkpoint says, or one.
             seed: Decides what is drawn.
         """
         if recipe_argv:

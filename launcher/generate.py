@@ -14,11 +14,14 @@ from shardlaunch.launcher.predict import all_texts, open_text_model
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Say how the next token is chosen. At temperature 0 it is the most probable one, or that of the best beam."""
+    """Say how the next token is chosen. At temperature 0 it is the most probable one, or that of the best beam.
+
+    With 0 beams there are as many as the checkpoint says.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
-    num_beams: int = 1
+    num_beams: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -26,8 +29,8 @@ class Sampling:
             raise UserError(f"--temperature {self.temperature}: must be at least 0")
         if self.top_k < 0:
             raise UserError(f"--top-k {self.top_k}: must be at least 1, or 0 for all tokens")
-        if self.num_beams < 1:
-            raise UserError(f"--num-beams {self.num_beams}: must be at least 1")
+        if self.num_beams < 0:
+            raise UserError(f"--num-beams {self.num_beams}: must be at least 1, or 0 for what the checkpoint says")
         if self.top_k and not self.temperature:
             raise UserError(f"--top-k {self.top_k} is for drawing at random: give a --temperature above 0")
         if self.num_beams > 1 and self.temperature:
@@ -36,8 +39,8 @@ class Sampling:
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of a model's generate()."""
         if not self.temperature:
-            return {"do_sample": False, "num_beams": self.num_beams}
-        return {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k}
+            return {"do_sample": False, **({"num_beams": self.num_beams} if self.num_beams else {})}
+        return {"do_sample": True, "num_beams": 1, "temperature": self.temperature, "top_k": self.top_k}
 
 
 def generate_texts(

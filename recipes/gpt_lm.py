@@ -145,7 +145,10 @@ class GptLm(Recipe):
         options = self.options
         source = options.tokenizer or options.model or "bpe"
         if source not in TRAINED:
-            return from_source(AutoTokenizer, source, flag="--tokenizer" if options.tokenizer else "--model")
+            tokenizer = from_source(AutoTokenizer, source, flag="--tokenizer" if options.tokenizer else "--model")
+            if not tokenizer.is_fast:
+                raise UserError(f"{source}: its tokenizer has no fast form, which tells where tokens stand")
+            return tokenizer
         end = END_OF_TEXT if framed else None
         if source == "characters":
             return train_tokenizer(texts, kind="characters", bos_token=end, eos_token=end, unk_token=UNKNOWN)
