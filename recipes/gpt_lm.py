@@ -118,9 +118,10 @@ class GptLm(Recipe):
         "characters": {
             "tokenizer": "characters",
             "width": 192,
+            "dropout": 0.05,
             "shift_blocks": True,
             "epochs": 12,
-            "lr": 2e-3,
+            "lr": 1.5e-3,
             "global_batch_size": 8,
             "micro_batch_size": 4,
         },
