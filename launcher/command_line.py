@@ -1,4 +1,4 @@
-"""The console command `shardlaunch`: run a recipe on several ranks, compare strategies, predict with a checkpoint."""
+"""The console command `shardlaunch`: run a recipe on several ranks, compare strategies, use a checkpoint."""
 
 import logging
 import os
@@ -13,6 +13,7 @@ import torch
 import tyro
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.generate import Sampling, generate_texts
 from shardlaunch.launcher.launch import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from shardlaunch.launcher.parity import compare_strategies
 from shardlaunch.launcher.predict import predict_texts
@@ -25,6 +26,7 @@ _DESCRIPTION = f"""shardlaunch {version("shardlaunch")}: one run, any shards.
   shardlaunch run recipes/bert_imdb.py --ranks 2 -- --preset demo
   shardlaunch parity recipes/bert_imdb.py --ranks 2 --steps 20 -- --preset demo
   shardlaunch predict outputs/bert_imdb-demo --text "a wonderful film"
+  shardlaunch generate outputs/gpt_lm-demo --prompt "The film" --temperature 0.8
 """
 
 
@@ -88,10 +90,38 @@ def main() -> None:
         predict_texts(checkpoint, texts=text, file=file)
         return 0
 
+    def generate(
+        checkpoint: tyro.conf.Positional[Path],
+        prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = (),
+        file: Path | None = None,
+        max_new_tokens: int = 100,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        num_beams: int = 0,
+        seed: int = 0,
+    ) -> int:
+        """Print texts of a language model: prompts and their continuations, or what an encoder-decoder makes of them.
+
+        Args:
+            checkpoint: A checkpoint folder, or a run's output folder (its newest checkpoint).
+            prompt: Texts to begin with, or to translate or summarise.
+            file: A file with one prompt a line.
+            max_new_tokens: Tokens to write at most.
+            temperature: Draw tokens at random, the higher the more freely; 0: take the most probable.
+            top_k: Draw from so many most probable tokens; 0: from all.
+            num_beams: Beams of a search for the most probable text; 0: as many as the checkpoint says, or one.
+            seed: Decides what is drawn.
+        """
+        if recipe_argv:
+            raise UserError("generate takes nothing after ` -- `")
+        sampling = Sampling(temperature=temperature, top_k=top_k, num_beams=num_beams, seed=seed)
+        generate_texts(checkpoint, prompts=prompt, file=file, max_new_tokens=max_new_tokens, sampling=sampling)
+        return 0
+
     try:
         sys.exit(
             tyro.extras.subcommand_cli_from_dict(
-                {"run": run, "parity": parity, "predict": predict},
+                {"run": run, "parity": parity, "predict": predict, "generate": generate},
                 prog="shardlaunch",
                 description=_DESCRIPTION,
                 args=argv,

@@ -10,7 +10,7 @@ import xxhash
 
 from shardlaunch.errors import UserError, some
 
-_LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+_LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 # Words that the file and split names of held-out data start with, the first found is used.
 _HELD_OUT = ("validation", "valid", "val", "dev", "eval", "test")
 HELD_OUT_FRACTION = 0.1
@@ -54,8 +54,9 @@ def load_splits(source: str, *, seed: int) -> dict[str, Any]:
     """Return the data sets `train` and `eval` of a hub id, a folder of data files or of images, or a single data file.
 
     Held-out data is the split or the files named validation, valid, val, dev, eval or test, in this order; where there
-    is none, a tenth of the training data, chosen by `seed`. A folder may also be one that `save_to_disk` wrote. Raises
-    UserError when the source is not there or not readable.
+    is none, a tenth of the training data, chosen by `seed`; of a single text the last tenth. A folder may also be one
+    that `save_to_disk` wrote. A .txt file is a row, its whole content the column `text`. Raises UserError when the
+    source is not there or not readable.
     """
     import datasets
 
@@ -72,10 +73,22 @@ def load_splits(source: str, *, seed: int) -> dict[str, Any]:
     train = splits["train"]
     if held_out is not None:
         return {"train": train, "eval": splits[held_out]}
+    if len(train) == 1 and train.column_names == ["text"]:
+        return {"train": _part(train, 0, 1 - HELD_OUT_FRACTION), "eval": _part(train, 1 - HELD_OUT_FRACTION, 1)}
     if len(train) < 2:
         return {"train": train, "eval": train.select([])}
     halves: datasets.DatasetDict = train.train_test_split(test_size=HELD_OUT_FRACTION, seed=seed)
     return {"train": halves["train"], "eval": halves["test"]}
+
+
+def _part(texts: Any, begin: float, end: float) -> Any:
+    """Return a part of each text; `begin` and `end` are shares of its length."""
+    return derived(
+        texts,
+        lambda texts: {"text": [text[int(begin * len(text)) : int(end * len(text))] for text in texts]},
+        key=("part", begin, end),
+        input_columns=["text"],
+    )
 
 
 def _looks_like_a_path(source: str) -> bool:
@@ -105,7 +118,8 @@ def _load_path(path: Path) -> Any:
         if word is None and len(files) > 1:
             raise UserError(f"--data {path}: the name of {file.name} starts with none of train, {', '.join(_HELD_OUT)}")
         by_split.setdefault(word if path.is_dir() and word else "train", []).append(str(file))
-    return _built(str(kinds.pop()), by_split, path=path)
+    kind = str(kinds.pop())
+    return _built(kind, by_split, path=path, **({"sample_by": "document"} if kind == "text" else {}))
 
 
 def _split_of(path: Path) -> str | None:
@@ -192,6 +206,14 @@ def select_columns(splits: Mapping[str, Any], columns: Mapping[str, str], *, sou
 
 def _column_option(role: str) -> str:
     return f"--{role.replace('_', '-')}-column"
+
+
+def require_texts(splits: Mapping[str, Any], column: str = "text", *, source: str) -> None:
+    """Raise UserError when a row of --data `source` has no text in a column."""
+    for name, split in splits.items():
+        kind = split.features[column]
+        if getattr(kind, "dtype", None) not in ("string", "large_string") or split.data.column(column).null_count:
+            raise UserError(f"--data {source}: the {name} data has rows whose {column!r} is missing or no text")
 
 
 def class_names(splits: Mapping[str, Any], column: str = "label", *, source: str) -> tuple[dict[str, Any], list[str]]:

@@ -14,19 +14,23 @@ from shardlaunch.launcher.display import Display
 from shardlaunch.launcher.run_folder import CHECKPOINTS, open_path
 
 
-def from_source(auto_class: Any, source: str | Path, **options: Any) -> Any:
-    """Return `auto_class.from_pretrained(source)`. Raises UserError with what else to use when that fails."""
+def from_source(auto_class: Any, source: str | Path, *, flag: str = "--model", **options: Any) -> Any:
+    """Return `auto_class.from_pretrained(source)`. Raises UserError with what else to use when that fails.
+
+    `flag` is the option that names the source.
+    """
     path = Path(source)
-    if path.is_file() or (path.is_dir() and not (path / "config.json").exists()):
-        raise UserError(f"--model {source}: not a model folder: there is no config.json in it")
+    needed = "tokenizer.json" if flag == "--tokenizer" else "config.json"
+    if path.is_file() or (path.is_dir() and not (path / needed).exists()):
+        raise UserError(f"{flag} {source}: not a {flag.strip('-')} folder: there is no {needed} in it")
     try:
         return auto_class.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         if path.is_dir():
-            raise UserError(f"--model {source}: not a model folder: {reason}") from error
+            raise UserError(f"{flag} {source}: not a {flag.strip('-')} folder: {reason}") from error
         raise UserError(
-            f"--model {source}: neither a local folder nor to be had from the hub ({reason}). "
+            f"{flag} {source}: neither a local folder nor to be had from the hub ({reason}). "
             f"Give a local folder, or use --preset demo, which needs no hub."
         ) from error
 
@@ -112,3 +116,29 @@ def _from_hub(source: str) -> Path:
             f"--weights {source}: neither a local path nor to be had from the hub ({reason}). "
             f"Give a safetensors file or a run's folder, or use --preset demo, which needs no hub."
         ) from error
+
+
+def causal_config(source: str | Path, tokenizer: Any, *, context_length: int) -> Any:
+    """Return the configuration of a causal language model.
+
+    Raises UserError when it is of another kind, the tokenizer has more tokens, or it cannot read as many at once.
+    """
+    import inspect
+
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+
+    config = from_source(AutoConfig, source)
+    is_masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if is_masked or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"--model {source}: a {config.model_type} is no causal language model, such as gpt2")
+    if "position_ids" not in inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].forward).parameters:
+        raise UserError(f"--model {source}: a {config.model_type} takes no positions, which keep documents apart")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"--model {source}: it knows {config.vocab_size:,} tokens, the tokenizer has {len(tokenizer):,}. "
+            f"Leave out --tokenizer, or give that of the model"
+        )
+    longest = getattr(config, "max_position_embeddings", context_length)
+    if context_length > longest:
+        raise UserError(f"--context-length {context_length}: this model reads at most {longest} tokens")
+    return config

@@ -9,30 +9,45 @@ from shardlaunch.launcher.data import (
     derived,
     load_splits,
     padded,
+    require_texts,
     select_columns,
 )
 from shardlaunch.launcher.images import ImageOptions
+from shardlaunch.launcher.language_metrics import BitsPer, Perplexity
 from shardlaunch.launcher.launch import launch
 from shardlaunch.launcher.metrics import named_metrics
 from shardlaunch.launcher.optimizers import decay_groups
-from shardlaunch.launcher.options import Options, option
-from shardlaunch.launcher.pretrained import from_source, longest_input, pretrained_weights, stored_weights
+from shardlaunch.launcher.options import Options, flag, option
+from shardlaunch.launcher.packing import cut_blocks, pack, positions, tokenized
+from shardlaunch.launcher.pretrained import (
+    causal_config,
+    from_source,
+    longest_input,
+    pretrained_weights,
+    stored_weights,
+)
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.schedules import constant, cosine, linear, one_cycle
+from shardlaunch.launcher.tokenizers import train_tokenizer
 
 __all__ = [
+    "BitsPer",
     "ImageOptions",
     "Options",
+    "Perplexity",
     "Recipe",
     "TensorData",
     "UserError",
+    "causal_config",
     "class_names",
     "class_weights",
     "constant",
     "cosine",
+    "cut_blocks",
     "decay_groups",
     "demo_data",
     "derived",
+    "flag",
     "from_source",
     "images",
     "launch",
@@ -42,8 +57,13 @@ __all__ = [
     "named_metrics",
     "one_cycle",
     "option",
+    "pack",
     "padded",
+    "positions",
     "pretrained_weights",
+    "require_texts",
     "select_columns",
     "stored_weights",
+    "tokenized",
+    "train_tokenizer",
 ]

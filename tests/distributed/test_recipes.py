@@ -75,6 +75,11 @@ CASES = (
         prepare=save_small_bert,
         auto_class="AutoModelForSequenceClassification",
     ),
+    Case(
+        recipe="gpt_lm",
+        words=("--vocab-size", "300", "--context-length", "32", "--layers", "2", "--width", "32"),
+        auto_class="AutoModelForCausalLM",
+    ),
 )
 
 

