@@ -18,6 +18,7 @@ from shardlaunch.launcher.options import Options, option
 from shardlaunch.launcher.pretrained import from_source, longest_input, pretrained_weights
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.schedules import constant, cosine, linear, one_cycle
+from shardlaunch.launcher.tokenizers import train_tokenizer
 
 __all__ = [
     "Options",
@@ -42,4 +43,5 @@ __all__ = [
     "padded",
     "pretrained_weights",
     "select_columns",
+    "train_tokenizer",
 ]
