@@ -18,9 +18,11 @@ from shardlaunch.launcher.options import Options, option
 from shardlaunch.launcher.pretrained import from_source, longest_input, pretrained_weights
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.schedules import constant, cosine, linear, one_cycle
+from shardlaunch.launcher.text_metrics import TEXT_METRICS, text_metrics
 from shardlaunch.launcher.tokenizers import train_tokenizer
 
 __all__ = [
+    "TEXT_METRICS",
     "Options",
     "Recipe",
     "TensorData",
@@ -43,5 +45,6 @@ __all__ = [
     "padded",
     "pretrained_weights",
     "select_columns",
+    "text_metrics",
     "train_tokenizer",
 ]
