@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
 from shardlaunch.errors import UserError
@@ -52,3 +54,13 @@ def longest_input(model: nn.Module) -> int:
             # RoBERTa and its relatives count positions from the one after the padding's.
             return module.num_embeddings - (module.padding_idx + 1 if module.padding_idx is not None else 0)
     return 0
+
+
+def tokenizer_key(tokenizer: Any) -> str:
+    """Return a text that says all that a tokenizer's outcome depends on, for `derived`."""
+    if tokenizer.is_fast:
+        return str(tokenizer.backend_tokenizer.to_str())
+    with TemporaryDirectory() as folder:
+        paths = tokenizer.save_vocabulary(folder)
+        digests = [xxhash.xxh3_128_hexdigest(Path(path).read_bytes()) for path in paths]
+    return repr((type(tokenizer), tokenizer.init_kwargs, digests))

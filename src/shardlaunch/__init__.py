@@ -11,15 +11,17 @@ from shardlaunch.launcher.data import (
     padded,
     select_columns,
 )
+from shardlaunch.launcher.generation import generate
 from shardlaunch.launcher.launch import launch
 from shardlaunch.launcher.metrics import named_metrics
 from shardlaunch.launcher.optimizers import decay_groups
 from shardlaunch.launcher.options import Options, option
-from shardlaunch.launcher.pretrained import from_source, longest_input, pretrained_weights
+from shardlaunch.launcher.pretrained import from_source, longest_input, pretrained_weights, tokenizer_key
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.schedules import constant, cosine, linear, one_cycle
 from shardlaunch.launcher.text_metrics import TEXT_METRICS, text_metrics
 from shardlaunch.launcher.tokenizers import train_tokenizer
+from shardlaunch.launcher.toy_translation import toy_translations
 
 __all__ = [
     "TEXT_METRICS",
@@ -35,6 +37,7 @@ __all__ = [
     "demo_data",
     "derived",
     "from_source",
+    "generate",
     "launch",
     "linear",
     "load_splits",
@@ -46,5 +49,7 @@ __all__ = [
     "pretrained_weights",
     "select_columns",
     "text_metrics",
+    "tokenizer_key",
+    "toy_translations",
     "train_tokenizer",
 ]
