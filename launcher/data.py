@@ -50,13 +50,13 @@ class TensorData:
         return digest.hexdigest()
 
 
-def load_splits(source: str, *, seed: int) -> dict[str, Any]:
+def load_splits(source: str, *, seed: int, eval_split: str = "") -> dict[str, Any]:
     """Return the data sets `train` and `eval` of a hub id, a folder of data files or of images, or a single data file.
 
-    Held-out data is the split or the files named validation, valid, val, dev, eval or test, in this order; where there
-    is none, a tenth of the training data, chosen by `seed`; of a single text the last tenth. A folder may also be one
-    that `save_to_disk` wrote. A .txt file is a row, its whole content the column `text`. Raises UserError when the
-    source is not there or not readable.
+    Held-out data is the split that `eval_split` names, else the split or the files named validation, valid, val, dev,
+    eval or test, in this order; where there is none, a tenth of the training data, chosen by `seed`; of a single text
+    the last tenth. A folder may also be one that `save_to_disk` wrote. A .txt file is a row, its whole content the
+    column `text`. Raises UserError when the source is not there or not readable.
     """
     import datasets
 
@@ -69,7 +69,9 @@ def load_splits(source: str, *, seed: int) -> dict[str, Any]:
         splits = _load_hub(source)
     if "train" not in splits:
         raise UserError(f"--data {source}: no training data; it has {', '.join(splits)}")
-    held_out = next((name for word in _HELD_OUT for name in splits if name.startswith(word)), None)
+    if eval_split and eval_split not in splits:
+        raise UserError(f"--eval-split {eval_split}: --data {source} has {', '.join(splits)}")
+    held_out = eval_split or next((name for word in _HELD_OUT for name in splits if name.startswith(word)), None)
     train = splits["train"]
     if held_out is not None:
         return {"train": train, "eval": splits[held_out]}

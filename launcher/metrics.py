@@ -52,13 +52,18 @@ LANGUAGE: Mapping[str, Callable[[int, int | None], Any]] = {"perplexity": _perpl
 METRICS = {**CLASSIFICATION, **REGRESSION, **LANGUAGE}
 
 
-def named_metrics(*names: str, num_classes: int = 0, ignore_index: int | None = None) -> dict[str, Any]:
+def named_metrics(
+    *names: str,
+    num_classes: int = 0,
+    ignore_index: int | None = None,
+    among: Mapping[str, Callable[[int, int | None], Any]] = METRICS,
+) -> dict[str, Any]:
     """Return torchmetrics metrics by name: accuracy, f1_macro, confusion_matrix, mse, r2, perplexity, ... (`METRICS`).
 
     They take what torchmetrics takes: logits or classes and labels; for regression predictions and targets. Sums are
     kept in float64 or as counts. Raises UserError for an unknown name.
     """
     for name in names:
-        if name not in METRICS:
-            raise UserError(f"metric {name!r}: unknown; choose some of {', '.join(METRICS)}")
-    return {name: METRICS[name](num_classes, ignore_index) for name in names}
+        if name not in among:
+            raise UserError(f"metric {name!r}: unknown; choose some of {', '.join(among)}")
+    return {name: among[name](num_classes, ignore_index) for name in names}

@@ -1,17 +1,15 @@
-"""Models, configurations, tokenizers and weights from a hub id or a local path."""
+"""Hugging Face models, configurations and tokenizers from a hub id or a local folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
-from shardlaunch.checkpoints.layout import MANIFEST
-from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.errors import UserError
-from shardlaunch.launcher.display import Display
-from shardlaunch.launcher.run_folder import CHECKPOINTS, open_path
 
 
 def from_source(auto_class: Any, source: str | Path, *, flag: str = "--model", **options: Any) -> Any:
@@ -62,62 +60,6 @@ def longest_input(model: nn.Module) -> int:
     return 0
 
 
-def stored_weights(source: str, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors that safetensors files hold under the names of `expected`; other names in them are left.
-
-    `source`, the value of --weights: such a file, a folder with files model*.safetensors, a checkpoint of a run, a
-    run's folder (of which the newest valid checkpoint), or a hub id with a file model.safetensors. Raises UserError
-    when they are not to be had, and for a tensor that is absent or of another shape.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    tensors = {}
-    for file in _weight_files(source):
-        try:
-            with safe_open(file, framework="pt") as stored:
-                tensors.update({name: stored.get_tensor(name) for name in expected.keys() & set(stored.keys())})
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"--weights {file}: not a safetensors file that can be read ({error})") from error
-    for name, tensor in expected.items():
-        wanted, found = list(tensor.shape), list(tensors[name].shape) if name in tensors else "absent"
-        if wanted != found:
-            raise UserError(
-                f"--weights {source}: not of this model: {name} is {found} and must be {wanted}; "
-                f"take other weights, or give the model's options the values that they were made with"
-            )
-    return tensors
-
-
-def _weight_files(source: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        if (path / MANIFEST).exists() or (path / CHECKPOINTS).is_dir():
-            try:
-                path = open_path(path, peers=Peers(), display=Display(silent=True)).step_dir
-            except UserError as error:
-                raise UserError(f"--weights {error}") from error
-        files = sorted(path.glob("model*.safetensors"))
-        if not files:
-            raise UserError(f"--weights {source}: there is no model*.safetensors in this folder")
-        return files
-    return [_from_hub(source)]
-
-
-def _from_hub(source: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(source, "model.safetensors"))
-    except Exception as error:  # the hub's client raises errors of many families
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"--weights {source}: neither a local path nor to be had from the hub ({reason}). "
-            f"Give a safetensors file or a run's folder, or use --preset demo, which needs no hub."
-        ) from error
-
-
 def causal_config(source: str | Path, tokenizer: Any, *, context_length: int) -> Any:
     """Return the configuration of a causal language model.
 
@@ -142,3 +84,13 @@ def causal_config(source: str | Path, tokenizer: Any, *, context_length: int) ->
     if context_length > longest:
         raise UserError(f"--context-length {context_length}: this model reads at most {longest} tokens")
     return config
+
+
+def tokenizer_key(tokenizer: Any) -> str:
+    """Return a text that says all that a tokenizer's outcome depends on, for `derived`."""
+    if tokenizer.is_fast:
+        return str(tokenizer.backend_tokenizer.to_str())
+    with TemporaryDirectory() as folder:
+        paths = tokenizer.save_vocabulary(folder)
+        digests = [xxhash.xxh3_128_hexdigest(Path(path).read_bytes()) for path in paths]
+    return repr((type(tokenizer), tokenizer.init_kwargs, digests))

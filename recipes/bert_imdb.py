@@ -13,6 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from shardlaunch import (
+    CLASSIFICATION,
+    REGRESSION,
     Options,
     Recipe,
     UserError,
@@ -28,12 +30,14 @@ from shardlaunch import (
     option,
     padded,
     pretrained_weights,
+    require_texts,
     select_columns,
+    tokenizer_key,
 )
 
 DEMO = demo_data.DEMO
-REGRESSION = "regression"
-METRICS = {"classification": ("accuracy",), REGRESSION: ("mse", "r2")}
+DEFAULT_METRICS = {"classification": ("accuracy",), "regression": ("mse", "r2")}
+METRICS = {"classification": CLASSIFICATION, "regression": REGRESSION}
 
 
 @dataclass(kw_only=True)
@@ -58,23 +62,18 @@ class BertOptions(Options):
     max_length: int = 256
     """Tokens of a text that are read; the rest is cut off."""
     epochs: int = 2
-    """Passes over the training data."""
     lr: float = 5e-5
-    """Peak learning rate."""
     schedule: str = "linear"
-    """constant, linear, cosine, or one-cycle: how the learning rate goes on after the warm-up."""
     warmup_ratio: float = 0.1
     """Share of the steps over which the learning rate rises."""
     weight_decay: float = 0.01
-    """Weight decay of matrices; biases and norms (tensors of one dimension) have none."""
     max_grad_norm: float = 1.0
-    """Clip the gradient to this 2-norm; 0: no clipping."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.task not in METRICS:
             raise UserError(f"--task {self.task}: unknown; choose one of {', '.join(METRICS)}")
-        if self.class_weights and self.task == REGRESSION:
+        if self.class_weights and self.task == "regression":
             raise UserError("--class-weights: a regression has no classes; drop the option")
 
 
@@ -102,7 +101,8 @@ class BertImdb(Recipe):
         splits = demo_data.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
         columns = {"text": options.text_column, "label": options.label_column}
         splits = select_columns(splits, columns, source=options.data)
-        if options.task == REGRESSION:
+        require_texts(splits, source=options.data)
+        if options.task == "regression":
             self.classes, self.class_weights = ["value"], None
             splits = {name: _numbers(split, name, options.data) for name, split in splits.items()}
         else:
@@ -112,16 +112,14 @@ class BertImdb(Recipe):
         return {name: self._tokenized(split) for name, split in splits.items()}
 
     def _tokenized(self, split: Any) -> Any:
-        def tokenize(texts: list[Any]) -> dict[str, Any]:
-            if not all(isinstance(text, str) for text in texts):
-                raise UserError(f"--data {self.options.data}: there are rows whose 'text' is missing or no text")
+        def tokenize(texts: list[str]) -> dict[str, Any]:
             ids = self.tokenizer(texts, truncation=True, max_length=self.options.max_length)["input_ids"]
             return {"input_ids": ids, "length": [len(one) for one in ids]}
 
         return derived(
             split,
             tokenize,
-            key=("tokens", self.tokenizer.backend_tokenizer.to_str(), self.options.max_length),
+            key=("tokens", tokenizer_key(self.tokenizer), self.options.max_length),
             input_columns=["text"],
             remove_columns=["text"],
         )
@@ -131,8 +129,8 @@ class BertImdb(Recipe):
         config = from_source(
             AutoConfig, self.source, id2label=names, label2id={name: number for number, name in names.items()}
         )
-        if self.options.task == REGRESSION:
-            config.problem_type = REGRESSION
+        if self.options.task == "regression":
+            config.problem_type = "regression"
         model: nn.Module = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         longest = longest_input(model)
         if longest and self.options.max_length > longest:
@@ -152,18 +150,18 @@ class BertImdb(Recipe):
 
     def forward(self, model: nn.Module, batch: Any) -> torch.Tensor:
         logits: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return logits.squeeze(-1) if self.options.task == REGRESSION else logits
+        return logits.squeeze(-1) if self.options.task == "regression" else logits
 
     def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
-        if self.options.task == REGRESSION:
+        if self.options.task == "regression":
             return F.mse_loss(outputs.float(), batch["labels"], reduction="sum")
         weight = self.class_weights.to(outputs.device) if self.class_weights is not None else None
         return F.cross_entropy(outputs.float(), batch["labels"], weight, reduction="sum")
 
     def metrics(self) -> Mapping[str, Any]:
-        names = self.options.metrics or METRICS[self.options.task]
+        names = self.options.metrics or DEFAULT_METRICS[self.options.task]
         self.best_metric = names[0]
-        return named_metrics(*names, num_classes=len(self.classes))
+        return named_metrics(*names, num_classes=len(self.classes), among=METRICS[self.options.task])
 
     def export(self, folder: Path, model: Any) -> None:
         model.config.save_pretrained(folder)

@@ -29,19 +29,12 @@ class CifarOptions(ImageOptions):
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes."""
     epochs: int = 10
-    """Passes over the training data."""
     global_batch_size: int = 64
-    """Samples in one step, over all ranks: a multiple of --micro-batch-size."""
     micro_batch_size: int = 16
-    """Samples in one forward pass. It is part of the run, whatever the number of ranks."""
     lr: float = 0.02
-    """Peak learning rate."""
     optimizer: str = "sgd"
-    """sgd, adam, adamw, rmsprop, adagrad, or a class by its dotted path, such as torch.optim.NAdam."""
     momentum: float | None = 0.9
-    """Momentum (sgd, rmsprop)."""
     schedule: str = "linear"
-    """constant, linear, cosine, or one-cycle: how the learning rate goes on after the warm-up."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

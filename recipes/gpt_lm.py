@@ -69,17 +69,12 @@ class GptOptions(Options):
     shift_blocks: bool = False
     """Let each training block begin at a random place, up to a block later, anew in each epoch; for many epochs."""
     lr: float = 1e-3
-    """Peak learning rate."""
     betas: tuple[float, float] | None = (0.9, 0.99)
-    """Decay rates of the running means of gradients and their squares (adam, adamw)."""
     weight_decay: float = 0.1
-    """Weight decay of matrices; biases and norms (tensors of one dimension) have none."""
     schedule: str = "cosine"
-    """constant, linear, cosine, or one-cycle: how the learning rate goes on after the warm-up."""
     warmup_ratio: float = 0.05
     """Share of the steps over which the learning rate rises."""
     max_grad_norm: float = 1.0
-    """Clip the gradient to this 2-norm; 0: no clipping."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,15 +26,11 @@ class MnistOptions(ImageOptions):
     hidden: tuple[int, ...] = (128, 64)
     """Widths of the hidden layers."""
     epochs: int = 10
-    """Passes over the training data."""
     global_batch_size: int = 64
-    """Samples in one step, over all ranks: a multiple of --micro-batch-size."""
     micro_batch_size: int = 16
-    """Samples in one forward pass. It is part of the run, whatever the number of ranks."""
     lr: float = 0.1
     """Learning rate."""
     optimizer: str = "sgd"
-    """sgd, adam, adamw, rmsprop, adagrad, or a class by its dotted path, such as torch.optim.NAdam."""
 
 
 class MnistMlp(Recipe):

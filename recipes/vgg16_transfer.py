@@ -38,7 +38,6 @@ class VggOptions(ImageOptions):
     image_size: int = 64
     """Height and width of the images, at least 32; pretrained features are at home with 224."""
     convert_images: bool = option(True, mark="free")
-    """Scale images of another size (and cut out their middle) and convert other modes, instead of refusing them."""
     classes: tuple[str, ...] = ()
     """Classes that are used, by name or number; none: all."""
     samples_per_class: int = 0
@@ -52,11 +51,8 @@ class VggOptions(ImageOptions):
     freeze: tuple[str, ...] = (f"{FEATURES}*",)
     """Parameters that are not trained, by patterns of names. Norms among them stand still."""
     flip: bool = True
-    """Mirror half of the training images, left to right."""
     epochs: int = 5
-    """Passes over the training data."""
     schedule: str = "cosine"
-    """constant, linear, cosine, or one-cycle: how the learning rate goes on after the warm-up."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics.classification import MulticlassAUROC
 
-from shardlaunch import Options, Recipe, TensorData, UserError, named_metrics
+from shardlaunch import Options, Recipe, TensorData, UserError, named_metrics, toy_translations, train_tokenizer
 from shardlaunch.launcher.demo_data import bert_dir
 from shardlaunch.launcher.launch import run
 from shardlaunch.launcher.metrics import CLASSIFICATION
 from shardlaunch.recipes.bert_imdb import BertImdb
+from shardlaunch.recipes.translate_seq2seq import TranslateSeq2Seq
 
 NUM_FEATURES = 12
 NUM_CLASSES = 3
@@ -138,6 +139,14 @@ class FewReviews(BertImdb):
         return {"train": splits["train"].select(range(301)), "eval": splits["eval"].select(range(45))}
 
 
+class FewSentences(TranslateSeq2Seq):
+    """An encoder-decoder on a few hundred sentences of the demo's grammar."""
+
+    def datasets(self) -> Mapping[str, Any]:
+        splits = super().datasets()
+        return {"train": splits["train"].select(range(800)), "eval": splits["eval"].select(range(22))}
+
+
 def save_small_bert(folder: Path) -> None:
     """Write the model folder of a small encoder: the demo's vocabulary, 2 layers, 64 wide, random weights."""
     from transformers import AutoTokenizer, BertConfig, BertModel
@@ -149,6 +158,32 @@ def save_small_bert(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_small_t5(folder: Path) -> None:
+    """Write the model folder of a small encoder-decoder: 1 layer each, 32 wide, random weights, a BPE tokenizer."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    tokenizer = train_tokenizer(
+        toy_translations()["eval"]["en"], vocab_size=300, pad_token="<pad>", eos_token="</s>", append_eos=True
+    )
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=1,
+        num_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(config)
+    model.generation_config.update(length_penalty=2.5, num_beams=2)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -12,10 +12,11 @@ from shardlaunch.launcher.data import (
     require_texts,
     select_columns,
 )
+from shardlaunch.launcher.generate_together import generate
 from shardlaunch.launcher.images import ImageOptions
 from shardlaunch.launcher.language_metrics import BitsPer, Perplexity
 from shardlaunch.launcher.launch import launch
-from shardlaunch.launcher.metrics import named_metrics
+from shardlaunch.launcher.metrics import CLASSIFICATION, REGRESSION, named_metrics
 from shardlaunch.launcher.optimizers import decay_groups
 from shardlaunch.launcher.options import Options, flag, option
 from shardlaunch.launcher.packing import cut_blocks, pack, positions, tokenized
@@ -24,13 +25,19 @@ from shardlaunch.launcher.pretrained import (
     from_source,
     longest_input,
     pretrained_weights,
-    stored_weights,
+    tokenizer_key,
 )
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.schedules import constant, cosine, linear, one_cycle
+from shardlaunch.launcher.stored_weights import stored_weights
+from shardlaunch.launcher.text_metrics import TEXT_METRICS, text_metrics
 from shardlaunch.launcher.tokenizers import train_tokenizer
+from shardlaunch.launcher.toy_translation import toy_translations
 
 __all__ = [
+    "CLASSIFICATION",
+    "REGRESSION",
+    "TEXT_METRICS",
     "BitsPer",
     "ImageOptions",
     "Options",
@@ -49,6 +56,7 @@ __all__ = [
     "derived",
     "flag",
     "from_source",
+    "generate",
     "images",
     "launch",
     "linear",
@@ -64,6 +72,9 @@ __all__ = [
     "require_texts",
     "select_columns",
     "stored_weights",
+    "text_metrics",
     "tokenized",
+    "tokenizer_key",
+    "toy_translations",
     "train_tokenizer",
 ]

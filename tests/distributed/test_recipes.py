@@ -14,10 +14,11 @@ from safetensors import safe_open
 from shardlaunch import Recipe, TensorData
 from shardlaunch.checkpoints.layout import step_dir_name
 from tests.distributed.ranks import run_on_ranks
-from tests.recipes import final_tensors, losses, run_well, save_small_bert
+from tests.recipes import final_tensors, losses, run_well, save_small_bert, save_small_t5
 
 STEPS, STOP = 4, 2
 NUM_TRAIN, NUM_EVAL = 40, 10  # samples that are left of the recipe's data
+SMALL_TRANSLATION = ("--num-beams", "2", "--max-target-length", "24", "--width", "32", "--layers", "1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,14 @@ CASES = (
         recipe="gpt_lm",
         words=("--vocab-size", "300", "--context-length", "32", "--layers", "2", "--width", "32"),
         auto_class="AutoModelForCausalLM",
+    ),
+    Case(recipe="translate_seq2seq", words=SMALL_TRANSLATION, auto_class="AutoModelForSeq2SeqLM"),
+    Case(
+        recipe="translate_seq2seq",
+        name="summarize_t5",
+        words=("--model", "{folder}", *SMALL_TRANSLATION[:4], "--metrics", "rouge1", "rouge2", "rougeL"),
+        prepare=save_small_t5,
+        auto_class="AutoModelForSeq2SeqLM",
     ),
 )
 

@@ -1,0 +1,137 @@
+"""The encoder-decoder recipe: what goes into a batch and a loss, and data and models that do not do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shardlaunch import UserError, tokenizer_key, toy_translations
+from shardlaunch.recipes.translate_seq2seq import TranslateOptions, TranslateSeq2Seq
+from tests.recipes import save_small_bert, save_small_t5
+
+PAIRS = [{"de": f"Ein Hund, {number} Katzen.", "en": f"A dog, {number} cats."} for number in range(8)]
+
+
+def _recipe(folder: Path, rows: list[dict[str, Any]] = PAIRS, **options: Any) -> TranslateSeq2Seq:
+    """Return the recipe on some rows to train on and good ones to evaluate on."""
+    for name, its_rows in (("train", rows), ("test", PAIRS)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in its_rows))
+    return TranslateSeq2Seq(TranslateOptions(data=str(folder), vocab_size=300, layers=1, width=16, **options))
+
+
+def test_batch(tmp_path: Path) -> None:
+    """Both sides end with the end of text and are filled up; what the metrics compare with is the whole text."""
+    recipe = _recipe(tmp_path, max_target_length=4, source_prefix="übersetze: ")
+    splits = recipe.datasets()
+    batch = recipe.collate(splits["eval"].__getitems__([0, 7]), None)
+    tokenizer = recipe.tokenizer
+    assert batch["references"] == ["A dog, 0 cats.", "A dog, 7 cats."]
+    assert tokenizer.decode(batch["input_ids"][1]) == "übersetze: Ein Hund, 7 Katzen.</s>"
+    assert batch["labels"].shape == (2, 4)
+    assert batch["labels"][0, -1] == tokenizer.eos_token_id
+    assert recipe.num_targets(batch) == 8
+    assert recipe.num_tokens(batch) == 8 + batch["attention_mask"].sum()
+    assert splits["train"]["length"][0] == len(splits["train"]["input_ids"][0]) + 4
+    assert "references" not in recipe.collate(splits["train"].__getitems__([0, 7]), torch.zeros(2).numpy())
+
+
+def test_loss_is_smoothed_in_training_only() -> None:
+    recipe = TranslateSeq2Seq(TranslateOptions(label_smoothing=0.2))
+    logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1, 2, -100], [6, -100, -100]])
+    log_probabilities = logits.double().log_softmax(dim=-1)[[0, 0, 1], [0, 1, 0]]
+    true = -log_probabilities[[0, 1, 2], [1, 2, 6]].sum()
+    smoothed = 0.8 * true - 0.2 * log_probabilities.mean(dim=-1).sum()
+    assert recipe.loss((logits, None), {"labels": labels}).item() == pytest.approx(smoothed.item(), rel=1e-6)
+    generated = torch.zeros(2, 1)
+    assert recipe.loss((logits, generated), {"labels": labels}).item() == pytest.approx(true.item(), rel=1e-6)
+
+
+def test_evaluation_split_and_nested_columns(tmp_path: Path) -> None:
+    rows = [{"translation": pair} for pair in PAIRS]
+    for name, count in (("train", 8), ("validation", 1), ("test", 3)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+    options = {"data": str(tmp_path), "source_column": "translation.de", "target_column": "translation.en"}
+    splits = TranslateSeq2Seq(TranslateOptions(**options, eval_split="test", vocab_size=300)).datasets()
+    assert splits["eval"]["target"][2] == "A dog, 2 cats."
+    with pytest.raises(UserError, match=r"--eval-split dev: .* has test, train, validation|train, validation, test"):
+        TranslateSeq2Seq(TranslateOptions(**options, eval_split="dev")).datasets()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_column": "fr"}, r"no column 'fr'.*--target-column NAME"),
+        ({"target_column": "de"}, r"--source-column and --target-column: must be different"),
+        ({"vocab_size": 200}, r"--vocab-size 200: must be at least"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    recipe = _recipe(tmp_path)
+    with pytest.raises(UserError, match=message):
+        TranslateSeq2Seq(TranslateOptions(**{"data": recipe.options.data, **options})).datasets()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, r"--width 256 is not a multiple of twice --heads 3"),
+        ({"label_smoothing": 1.0}, r"--label-smoothing 1.0"),
+        ({"num_beams": 0}, r"--num-beams 0"),
+        ({"metrics": ()}, r"--metrics"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TranslateOptions(**options)
+
+
+@pytest.mark.parametrize("bad", [{"de": "Ein Hund."}, {"de": "Ein Hund.", "en": None}, {"de": " ", "en": "A dog."}])
+def test_unpaired_rows(tmp_path: Path, bad: dict[str, Any]) -> None:
+    column = "de" if bad.get("en") else "en"
+    with pytest.raises(UserError, match=f"row 5 of the train data has no text '{column}'"):
+        _recipe(tmp_path, [*PAIRS[:5], bad, *PAIRS[5:]]).datasets()
+
+
+def test_model_without_decoder(tmp_path: Path) -> None:
+    save_small_bert(tmp_path / "bert")
+    recipe = _recipe(tmp_path, model=str(tmp_path / "bert"))
+    recipe.datasets()
+    with pytest.raises(UserError, match=r"a bert, which is no encoder-decoder"):
+        recipe.model()
+
+
+def test_pretrained_model(tmp_path: Path) -> None:
+    """Its weights and its way to generate are taken over, but for beams and length."""
+    save_small_t5(tmp_path / "t5")
+    recipe = _recipe(tmp_path, model=str(tmp_path / "t5"), num_beams=3, max_target_length=9)
+    recipe.datasets()
+    model: Any = recipe.model()
+    assert set(recipe.weights()) >= {name for name, _ in model.named_parameters()}
+    generation = model.generation_config
+    assert (generation.length_penalty, generation.num_beams, generation.max_new_tokens) == (2.5, 3, 9)
+
+
+def test_more_tokens_than_positions(tmp_path: Path) -> None:
+    save_small_bert(tmp_path / "bert")
+    config = json.loads((tmp_path / "bert" / "config.json").read_text())
+    (tmp_path / "bert" / "config.json").write_text(json.dumps({**config, "is_encoder_decoder": True}))
+    recipe = _recipe(tmp_path, model=str(tmp_path / "bert"), max_source_length=600)
+    recipe.datasets()
+    with pytest.raises(UserError, match=r"--max-source-length 600 .* at most 512 tokens"):
+        recipe.model()
+
+
+def test_generated_task_holds_out_its_own_sentences() -> None:
+    splits = toy_translations()
+    assert not set(splits["train"]["de"]) & set(splits["eval"]["de"])
+    assert splits["train"][0] == toy_translations()["train"][0]
+
+
+def test_key_of_a_tokenizer_without_a_backend() -> None:
+    from transformers import ByT5Tokenizer
+
+    assert tokenizer_key(ByT5Tokenizer()) == tokenizer_key(ByT5Tokenizer())
+    assert tokenizer_key(ByT5Tokenizer()) != tokenizer_key(ByT5Tokenizer(extra_ids=3))
