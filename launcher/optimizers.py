@@ -3,9 +3,9 @@
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -65,6 +65,20 @@ def check_optimizer_options(options: OptimizerOptions) -> None:
     """Raise UserError for an unknown optimizer, for what it does not take, and for what is not as it must be."""
     _optimizer_args(options)
     _lr_factors(options)
+
+
+OptionsT = TypeVar("OptionsT", bound=OptimizerOptions)
+# What the optimizers' own settings are where nothing is said.
+_UNSET: Mapping[str, Any] = {"momentum": None, "nesterov": False, "betas": None, "eps": None}
+
+
+def for_its_optimizer(options: OptionsT, default: OptionsT) -> OptionsT:
+    """Return the options without what a recipe's `default` sets for its own optimizer and another does not take."""
+    if options.optimizer == default.optimizer:
+        return options
+    taken = inspect.signature(optimizer_type(options.optimizer)).parameters
+    idle = {name for name in _UNSET if name not in taken and getattr(options, name) == getattr(default, name)}
+    return replace(options, **{name: _UNSET[name] for name in idle})
 
 
 def build_optimizer(

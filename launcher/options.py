@@ -10,7 +10,7 @@ import yaml
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.freezing import FreezingOptions
-from shardlaunch.launcher.optimizers import OptimizerOptions
+from shardlaunch.launcher.optimizers import OptimizerOptions, for_its_optimizer
 from shardlaunch.launcher.schedules import ScheduleOptions
 
 Mark = Literal["identity", "warn", "free"]
@@ -176,14 +176,17 @@ def parse_options(
         default = options_type()
     except TypeError as error:
         raise UserError(f"every option of a recipe needs a default: {error}") from error
-    return tyro.cli(
+    if preset:
+        default = replace(default, **presets[preset])
+    options = tyro.cli(
         options_type,
         prog=program,
         description=description,
-        default=replace(default, **presets[preset]) if preset else default,
+        default=default,
         args=[*config_argv, *argv],
         console_outputs=show,
     )
+    return for_its_optimizer(options, default)
 
 
 def _peek(argv: Sequence[str], name: str) -> str | None:

@@ -44,7 +44,7 @@ def _train(net: nn.Module, optimizer: torch.optim.Optimizer, *, num_steps: int =
         ({"optimizer": "torch.optim.NAdam"}, lambda p: torch.optim.NAdam(p, lr=0.01)),
         ({"weight_decay": 0.1, "decay_all": True}, lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1)),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_the_optimizer_is_the_one_that_is_named(options: dict[str, Any], reference: Any) -> None:
     net, other = _net(), _net()

@@ -17,7 +17,10 @@ class _Options(Options):
     """Where."""
 
 
-PRESETS = {"small": {"depth": 1, "lr": 0.5}}
+PRESETS = {
+    "small": {"depth": 1, "lr": 0.5},
+    "nesterov": {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "betas": (0.8, 0.9)},
+}
 
 
 def _parse(*argv: str) -> _Options:
@@ -58,3 +61,10 @@ def test_an_option_is_identity_unless_it_says_otherwise() -> None:
     assert found["depth"] == found["lr"] == "identity"
     assert found["place"] == found["strategy"] == "free"
     assert found["compile"] == "warn"
+
+
+def test_another_optimizer_is_not_given_what_the_preset_sets_for_its_own() -> None:
+    options = _parse("--preset", "nesterov", "--optimizer", "adam")
+    assert (options.momentum, options.nesterov, options.betas) == (None, False, (0.8, 0.9))
+    assert _parse("--preset", "nesterov").momentum == 0.9
+    assert _parse("--preset", "nesterov", "--optimizer", "adam", "--momentum", "0.5").momentum == 0.5  # to be refused

@@ -37,7 +37,7 @@ def _torch_rates(make: Any) -> list[float]:
         # torch's peak is the last step of the rise, counted from 0: 0.35 x 20 - 1 = 6, which is 0.3 x 20 here.
         ({"schedule": "one-cycle"}, lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1.0, STEPS, pct_start=0.35)),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_the_rates_are_torchs(options: dict[str, Any], make: Any) -> None:
     found = [scheduled(step, STEPS, Options(**options)) for step in range(STEPS)]
