@@ -20,6 +20,7 @@ from shardlaunch import (
     UserError,
     demo_data,
     derived,
+    flag,
     from_source,
     generate,
     launch,
@@ -89,12 +90,12 @@ class TranslateOptions(Options):
         super().__post_init__()
         for name in ("layers", "heads", "max_source_length", "max_target_length", "num_beams"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+                raise UserError(f"{flag(name)} {getattr(self, name)}: must be at least 1")
         if self.width < 1 or self.width % (2 * self.heads):
             raise UserError(f"--width {self.width} is not a multiple of twice --heads {self.heads}")
         for name in ("dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be from 0 to below 1")
+                raise UserError(f"{flag(name)} {getattr(self, name)}: must be from 0 to below 1")
         if not self.metrics:
             raise UserError(f"--metrics: name at least one of {', '.join(TEXT_METRICS)}")
 
@@ -106,13 +107,13 @@ class TranslateSeq2Seq(Recipe):
     presets = {
         DEMO: {
             "data": DEMO,
-            "vocab_size": 400,
-            "width": 128,
+            "vocab_size": 800,
             "layers": 2,
+            "width": 128,
             "max_source_length": 40,
             "max_target_length": 40,
             "micro_batch_size": 32,
-            "epochs": 5,
+            "epochs": 4,
             "lr": 1e-3,
         },
         "summarization": {
@@ -262,12 +263,7 @@ class TranslateSeq2Seq(Recipe):
         self.tokenizer.save_pretrained(folder)
 
     def usage(self, checkpoint: Path) -> str:
-        code = (
-            f"from transformers import AutoModelForSeq2SeqLM as M, AutoTokenizer as T; "
-            f"t, m = T.from_pretrained('{checkpoint}'), M.from_pretrained('{checkpoint}'); "
-            f"print(t.decode(m.generate(**t('{self.options.source_prefix}...', return_tensors='pt'))[0], True))"
-        )
-        return f'python -c "{code}"'
+        return f'shardlaunch generate {checkpoint} --prompt "{self.options.source_prefix}TEXT"'
 
 
 def _texts(split: Any) -> Iterator[str]:
