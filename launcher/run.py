@@ -383,6 +383,9 @@ class Run:
             for name, value in results.items():
                 if isinstance(value, list):
                     self.display.matrix(name, value)
+            for name, metric in self.recipe.metrics().items():
+                if hasattr(metric, "signature"):
+                    self.display.say(f"{name:<6} {metric.signature}")
         checkpoint = self.checkpoints_dir / step_dir_name(self.position.step)
         if self.position.best_value is not None:
             best = f"{self.recipe.best_metric} {self.position.best_value:.4f} at step {self.position.best_step}"
