@@ -23,6 +23,9 @@ def from_source(auto_class: Any, source: str | Path, *, flag: str = "--model", *
         raise UserError(f"{flag} {source}: not a {flag.strip('-')} folder: there is no {needed} in it")
     try:
         return auto_class.from_pretrained(source, **options)
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f'{flag} {source}: a package is missing ({reason}): pip install "shardlaunch[text]"') from error
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         if path.is_dir():

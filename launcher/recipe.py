@@ -35,6 +35,12 @@ class Recipe:
     def __init__(self, options: Options) -> None:
         self.options = options
 
+    def given(self, *names: str) -> list[str]:
+        """Return those of some options, as on the command line, that are neither the class's nor the preset's."""
+        preset = self.presets.get(self.options.preset, {})
+        defaults = {f.name: (f.default, preset.get(f.name, f.default)) for f in fields(self.options)}
+        return [flag(name) for name in names if getattr(self.options, name) not in defaults[name]]
+
     def datasets(self) -> Mapping[str, Any]:
         """Return the map-style data sets `train` and, if there is one, `eval`.
 

@@ -1,7 +1,7 @@
 """Causal language models: a GPT-2 from scratch, or a pretrained model fine-tuned."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,9 +87,6 @@ class GptOptions(Options):
             raise UserError(f"--dropout {self.dropout}: must be at least 0 and below 1")
         if self.model and self.tokenizer in TRAINED:
             raise UserError(f"--tokenizer {self.tokenizer}: --model {self.model} has a vocabulary of its own")
-        idle = [flag(f.name) for f in fields(self) if f.name in FROM_SCRATCH and getattr(self, f.name) != f.default]
-        if self.model and idle:
-            raise UserError(f"{', '.join(idle)}: for a model from scratch; --model {self.model} has its own")
         if self.folds and self.shift_blocks:
             raise UserError("--shift-blocks: blocks would reach into those that --folds holds out; drop one of the two")
 
@@ -124,6 +121,9 @@ class GptLm(Recipe):
 
     def datasets(self) -> Mapping[str, Any]:
         options = self.options
+        idle = self.given(*FROM_SCRATCH)
+        if options.model and idle:
+            raise UserError(f"{', '.join(idle)}: for a model from scratch; --model {options.model} has its own")
         splits = demo_data.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
         splits = select_columns(splits, {"text": options.text_column}, source=options.data)
         require_texts(splits, source=options.data)

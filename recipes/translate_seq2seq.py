@@ -131,6 +131,9 @@ class TranslateSeq2Seq(Recipe):
 
     def datasets(self) -> Mapping[str, Any]:
         options = self.options
+        idle = self.given("vocab_size", "layers", "heads", "width", "dropout")
+        if options.model and idle:
+            raise UserError(f"{', '.join(idle)}: for a model from scratch; --model {options.model} has its own")
         if options.data == DEMO:
             splits = toy_translations()
         else:

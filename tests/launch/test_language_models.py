@@ -176,13 +176,18 @@ def test_bad_input(words: str, says: str, folder: Path, tmp_path: Path) -> None:
         ({"layers": 0}, "--layers 0: must be at least 1"),
         ({"shift_blocks": True, "folds": 2}, "--shift-blocks: blocks would reach into those that --folds holds out"),
         ({"dropout": 1.0}, "--dropout 1.0: must be at least 0 and below 1"),
-        ({"model": "gpt2", "layers": 2}, "--layers: for a model from scratch; --model gpt2 has its own"),
         ({"model": "gpt2", "tokenizer": "bpe"}, "--tokenizer bpe: --model gpt2 has a vocabulary of its own"),
     ],
 )
 def test_bad_options(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         GptOptions(**options)
+
+
+def test_a_model_with_its_own_sizes() -> None:
+    options = GptOptions(model="gpt2", layers=2, heads=4, width=128, preset="demo")
+    with pytest.raises(UserError, match=r"^--layers: for a model from scratch; --model gpt2 has its own"):
+        GptLm(options).datasets()
 
 
 def _generated(path: Path, prompts: list[str], capsys: pytest.CaptureFixture[str], *, seed: int = 0) -> str:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from shardlaunch import UserError, tokenizer_key, toy_translations
 from shardlaunch.recipes.translate_seq2seq import TranslateOptions, TranslateSeq2Seq
-from tests.recipes import save_small_bert, save_small_t5
+from tests.recipes import run_well, save_small_bert, save_small_t5
 
 PAIRS = [{"de": f"Ein Hund, {number} Katzen.", "en": f"A dog, {number} cats."} for number in range(8)]
 
@@ -18,7 +19,8 @@ def _recipe(folder: Path, rows: list[dict[str, Any]] = PAIRS, **options: Any) ->
     """Return the recipe on some rows to train on and good ones to evaluate on."""
     for name, its_rows in (("train", rows), ("test", PAIRS)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in its_rows))
-    return TranslateSeq2Seq(TranslateOptions(data=str(folder), vocab_size=300, layers=1, width=16, **options))
+    small = {} if "model" in options else {"vocab_size": 300, "layers": 1, "width": 16}
+    return TranslateSeq2Seq(TranslateOptions(data=str(folder), **small, **options))
 
 
 def test_batch(tmp_path: Path) -> None:
@@ -135,3 +137,61 @@ def test_key_of_a_tokenizer_without_a_backend() -> None:
 
     assert tokenizer_key(ByT5Tokenizer()) == tokenizer_key(ByT5Tokenizer())
     assert tokenizer_key(ByT5Tokenizer()) != tokenizer_key(ByT5Tokenizer(extra_ids=3))
+
+
+def test_a_model_with_its_own_sizes() -> None:
+    options = TranslateOptions(model="google-t5/t5-small", layers=5, width=128, preset="demo")
+    with pytest.raises(UserError, match=r"^--layers: for a model from scratch; --model google-t5/t5-small has its own"):
+        TranslateSeq2Seq(options).datasets()
+
+
+def _save_marian(folder: Path) -> None:
+    """Write the folder of a small Marian with the slow tokenizer that Marian models of the hub have."""
+    import sentencepiece
+    from transformers import MarianConfig, MarianMTModel
+
+    folder.mkdir()
+    (folder / "text").write_text("\n".join(text for pair in PAIRS * 20 for text in pair.values()))
+    for side in ("source", "target"):
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(folder / "text"),
+            model_prefix=str(folder / side),
+            vocab_size=31,
+            minloglevel=2,
+        )
+        (folder / f"{side}.model").rename(folder / f"{side}.spm")
+    pieces = [line.split("\t")[0] for line in (folder / "source.vocab").read_text().splitlines()]
+    words = ["</s>", "<unk>", *(piece for piece in pieces if piece not in ("<s>", "</s>", "<unk>")), "<pad>"]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MarianTokenizer"}))
+    config = MarianConfig(
+        vocab_size=len(words),
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=64,
+        pad_token_id=len(words) - 1,
+        decoder_start_token_id=len(words) - 1,
+        eos_token_id=0,
+        forced_eos_token_id=0,
+    )
+    MarianMTModel(config).save_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
+def test_a_marian_with_sentencepiece_is_fine_tuned(tmp_path: Path) -> None:
+    _save_marian(tmp_path / "marian")
+    (tmp_path / "data").mkdir()
+    recipe = _recipe(tmp_path / "data", model=str(tmp_path / "marian"))
+    options = ("--max-source-length", "32", "--max-target-length", "32", "--global-batch-size", "4", "--lr", "1e-3")
+    argv = ["--model", recipe.options.model, "--data", recipe.options.data, "--output-dir", str(tmp_path / "run")]
+    argv += [*options, "--micro-batch-size", "4", "--max-steps", "2", "--tracker", "none"]
+    output = run_well(TranslateSeq2Seq, argv)
+    assert "bleu   nrefs:1|case:mixed" in output
+    assert "chrf   nrefs:1|case:mixed" in output
+    again = AutoTokenizer.from_pretrained(max((tmp_path / "run" / "checkpoints").iterdir()))
+    assert again("Ein Hund").input_ids == AutoTokenizer.from_pretrained(recipe.options.model)("Ein Hund").input_ids
