@@ -14,6 +14,7 @@ from shardlaunch.launcher.data import TensorData, class_names, derived, load_spl
 from shardlaunch.launcher.options import Options, option
 from shardlaunch.launcher.seeding import derive_seed
 
+_GRAY = 128
 _MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
 # Of ImageNet's training images, scaled to 0..1: what pretrained nets expect.
 _MEAN, _STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
@@ -33,11 +34,14 @@ class ImageOptions(Options):
     """Mirror half of the training images, left to right."""
     shift: int = 0
     """Move training images by up to so many pixels in each direction: a random crop."""
+    cutout: int = 0
+    """Gray out a square of so many pixels a side somewhere in each training image (DeVries and Taylor 2017)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shift < 0:
-            raise UserError(f"--shift {self.shift}: must be at least 0")
+        for name, value in (("--shift", self.shift), ("--cutout", self.cutout)):
+            if value < 0:
+                raise UserError(f"{name} {value}: must be at least 0")
 
 
 def load_images(options: ImageOptions, *, size: int, num_channels: int) -> tuple[dict[str, TensorData], list[str]]:
@@ -47,8 +51,9 @@ def load_images(options: ImageOptions, *, size: int, num_channels: int) -> tuple
     UserError for what is no image, and for images of another size or mode without --convert-images.
     """
     source = options.data
-    if options.shift >= size:
-        raise UserError(f"--shift {options.shift}: must be less than the images' size, {size}")
+    for name, value in (("--shift", options.shift), ("--cutout", options.cutout)):
+        if value >= size:
+            raise UserError(f"{name} {value}: must be less than the images' size, {size}")
     if source == demo_data.DEMO:
         return demo_data.digits(size=size, num_channels=num_channels), [str(digit) for digit in range(10)]
     splits = load_splits(source, seed=options.seed)
@@ -157,11 +162,11 @@ def _class_number(word: str, names: Sequence[str]) -> int:
 
 
 def augmented(pixels: torch.Tensor, seeds: np.ndarray | None, options: ImageOptions) -> torch.Tensor:
-    """Return images ([n, height, width, channels]) moved at random, each by its own seed alone; as they are without.
+    """Return images ([n, height, width, channels]) changed at random, each by its own seed alone; as they are without.
 
     What a shift brings in from beyond the border is the image's own mirror image.
     """
-    if seeds is None or not (options.flip or options.shift):
+    if seeds is None or not (options.flip or options.shift or options.cutout):
         return pixels
     height, width = pixels.shape[1:3]
     bits = torch.from_numpy(seeds)
@@ -170,7 +175,17 @@ def augmented(pixels: torch.Tensor, seeds: np.ndarray | None, options: ImageOpti
     columns = _reflected(torch.arange(width) + right[:, None], width)
     if options.flip:
         columns = torch.where((bits & 1).bool()[:, None], width - 1 - columns, columns)
-    return pixels[torch.arange(len(pixels))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    moved = pixels[torch.arange(len(pixels))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    if options.cutout:
+        rows, columns = (_span(bits >> first_bit, length, options) for first_bit, length in ((16, height), (48, width)))
+        moved.masked_fill_((rows[:, :, None] & columns[:, None, :])[..., None], _GRAY)
+    return moved
+
+
+def _span(numbers: torch.Tensor, length: int, options: ImageOptions) -> torch.Tensor:
+    """Return, for each number, which positions up to `length` the square covers that it places."""
+    before = torch.arange(length) - (numbers % (length - options.cutout + 1))[:, None]
+    return (before >= 0) & (before < options.cutout)
 
 
 def _reflected(positions: torch.Tensor, length: int) -> torch.Tensor:

