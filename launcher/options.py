@@ -31,7 +31,7 @@ class RunOptions:
     """Options of how a run goes."""
 
     data: str = option("", mark="free")  # free, because the data's fingerprint is compared instead
-    """Data set: a hub id or a local path (a folder of parquet, CSV or JSON-lines files, or one such file)."""
+    """Data set: a hub id or a local path (a folder of parquet, CSV, JSON-lines, text or image files, or a file)."""
     preset: str = option("", mark="free")
     """Named set of defaults of the recipe, such as `demo`."""
     config: str = option("", mark="free")

@@ -26,7 +26,7 @@ def _restored_environment() -> Iterator[None]:
 def data_dir() -> Path:
     """Return the folder of full data sets, or skip."""
     if not os.environ.get(DATA_VARIABLE):
-        pytest.skip(f"{DATA_VARIABLE} does not name a folder with the data sets imdb/ and mnist/")
+        pytest.skip(f"{DATA_VARIABLE} does not name a folder with the data sets (see CONTRIBUTING.md)")
     return Path(os.environ[DATA_VARIABLE])
 
 
