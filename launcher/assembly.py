@@ -10,7 +10,7 @@ from torch import nn
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.freezing import ParameterRow, freeze, parameter_rows
 from shardlaunch.launcher.initialise import build_empty_model, build_model, check_constants, constants_digest
-from shardlaunch.launcher.optimizers import check_lr_factors
+from shardlaunch.launcher.optimizers import check_lr_factors, separate
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.sharding.initial import InitialWeights
 from shardlaunch.sharding.precision import convert_model
@@ -68,6 +68,7 @@ def assemble(
         trained = list(parameters)
         optimizer = recipe.optimizer(trained)
         if isinstance(optimizer, torch.optim.Optimizer):
+            separate(optimizer, (parameter for name, parameter in trained if options.is_frozen(name)))
             rows.extend(parameter_rows(numels, trained, optimizer))
         return optimizer
 

@@ -29,7 +29,8 @@ def cross_validate(run_of_fold: Callable[[int], Run], num_folds: int) -> None:
             evaluations.append(run.last_evaluation())
         del run
     if len(evaluations) < num_folds:
-        display.say(f"{len(evaluations)} of {num_folds} folds are complete; the same command goes on")
+        done = f"{len(evaluations)} of {num_folds} folds are complete"
+        display.say(f"{done}; without --stop-at-step, the same command goes on")
         return
     summary = summarise(evaluations)
     world.peers.together(

@@ -14,6 +14,7 @@ _LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "js
 # Words that the file and split names of held-out data start with, the first found is used.
 _HELD_OUT = ("validation", "valid", "val", "dev", "eval", "test")
 HELD_OUT_FRACTION = 0.1
+CACHE_VERSION = 1  # of what `derived` keeps: to be raised when what is given to it computes something else
 
 
 class TensorData:
@@ -106,7 +107,8 @@ def _load_path(path: Path) -> Any:
     if (path / "state.json").exists():
         return {"train": datasets.load_from_disk(str(path))}
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _LOADERS)
-    if not files:
+    has_folders = path.is_dir() and any(folder.is_dir() and _split_of(folder) for folder in path.iterdir())
+    if not files or (has_folders and all(file.suffix == ".txt" for file in files)):  # a note beside the images
         return _built("imagefolder", _image_folders(path), path=path, drop_labels=False, drop_metadata=True)
     for file in files:
         if not file.stat().st_size:
@@ -131,7 +133,13 @@ def _split_of(path: Path) -> str | None:
 
 def _image_folders(path: Path) -> dict[str, list[str]]:
     """Return the patterns of a folder's images by split: train/CLASS/* and test/CLASS/*, or CLASS/* alone."""
-    roots = {word: folder for folder in sorted(path.iterdir()) if folder.is_dir() and (word := _split_of(folder))}
+    roots: dict[str, Path] = {}
+    for folder in sorted(path.iterdir()):
+        word = _split_of(folder) if folder.is_dir() else None
+        if word in roots:
+            raise UserError(f"--data {path}: two folders of {word} images: {roots[word].name} and {folder.name}")
+        if word:
+            roots[word] = folder
     if "train" not in roots:
         roots = {"train": path}
     classes = {word: {folder.name for folder in root.iterdir() if folder.is_dir()} for word, root in roots.items()}
@@ -226,11 +234,25 @@ def class_names(splits: Mapping[str, Any], column: str = "label", *, source: str
     import datasets
 
     splits = dict(splits)
+    if all(split.features[column].dtype == "bool" for split in splits.values()):
+        splits = {name: split.cast_column(column, datasets.Value("int64")) for name, split in splits.items()}
     feature = splits["train"].features[column]
     values = {name: split.unique(column) for name, split in splits.items()}
     for name, found in values.items():
         if any(value is None for value in found):
             raise UserError(f"--data {source}: the {name} data has rows without a {column!r}")
+        other = splits[name].features[column]
+        has_other_names = getattr(other, "names", None) != getattr(feature, "names", None)
+        if has_other_names or {*map(type, found)} != {type(values["train"][0])}:
+            raise UserError(
+                f"--data {source}: the classes differ: column {column!r} is {feature} in the training data, "
+                f"{other} in the {name} data"
+            )
+    if len(values["train"]) < 2:
+        raise UserError(
+            f"--data {source}: all rows of the training data have the {column!r} {values['train'][0]!r}; classes to "
+            f"tell apart must be two at least"
+        )
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
     elif all(isinstance(value, str) for value in values["train"]):
@@ -307,5 +329,5 @@ def derived(dataset: Any, function: Callable[..., dict[str, Any]], *, key: Seque
     `key` says all that the outcome depends on besides the data; datasets would hash the function's closure instead,
     which for tokenizers differs from process to process.
     """
-    fingerprint = xxhash.xxh3_64_hexdigest(repr((dataset._fingerprint, key)).encode())
+    fingerprint = xxhash.xxh3_64_hexdigest(repr((CACHE_VERSION, dataset._fingerprint, key)).encode())
     return dataset.map(function, batched=True, new_fingerprint=fingerprint, **options)

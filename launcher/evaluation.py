@@ -87,7 +87,10 @@ class Evaluator:
         loss, num_targets = self._world.sum(sums).tolist()
         results: Evaluation = {"loss": loss / num_targets if num_targets else math.nan}
         for name, metric in self._metrics.items():
-            value = metric.compute()
+            try:
+                value = metric.compute()
+            except ValueError as error:
+                raise UserError(f"metric {name!r} cannot be computed on this evaluation data: {error}") from error
             if not isinstance(value, torch.Tensor) or (name == self._recipe.best_metric and value.numel() != 1):
                 what = "one number" if name == self._recipe.best_metric else "a tensor"
                 raise UserError(f"the recipe's metric {name!r} must compute {what}, not {value!r}")

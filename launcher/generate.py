@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from shardlaunch.errors import UserError, some
+from shardlaunch.errors import UserError
 from shardlaunch.launcher.packing import document_frame
-from shardlaunch.launcher.predict import all_texts, open_text_model
+from shardlaunch.launcher.predict import all_texts, open_text_model, whole_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +67,13 @@ def _language_model(folder: Path) -> Any:
     """Return the model of a checkpoint. Raises UserError when it is no language model."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    refusal = f"{folder}: a checkpoint of a model that writes no text"
     try:
         is_encoder_decoder = AutoConfig.from_pretrained(folder).is_encoder_decoder
-        auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-        model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{refusal} ({' '.join(str(error).split())[:300]})") from error
-    others = [*info["missing_keys"], *info["unexpected_keys"]]
-    if others:
-        raise UserError(f"{refusal}: as a language model it would lack, or have no use for, {some(others)}")
-    return model.eval()
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: not a checkpoint of a language model ({reason})") from error
+    auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+    return whole_model(folder, auto_class, kind="language model")
 
 
 def _transform(model: Any, tokenizer: Any, text: str, max_new_tokens: int, arguments: dict[str, Any]) -> str:

@@ -66,8 +66,8 @@ def run_identity(
     """Return the identity of a run. `in_force` gives resolved values of `warn` options (precision, threads, ...)."""
     by_mark: dict[str, dict[str, Any]] = {"identity": {}, "warn": {}, "free": {}}
     for name, mark in marks(options).items():
-        # When early stopping watches the evaluations, how often there is one decides where the run ends.
-        decides = name == "eval_every" and options.early_stopping_patience
+        # When early stopping watches the evaluations, how often there is one and of what decides where the run ends.
+        decides = name in ("eval_every", "metrics") and options.early_stopping_patience
         by_mark["identity" if decides else mark][flag(name)] = as_json(getattr(options, name))
     # The number of steps stands for both ways of giving it.
     for name in ("--epochs", "--max-steps"):

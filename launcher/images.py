@@ -89,7 +89,10 @@ def _decoded(split: Any, *, size: int, num_channels: int, convert: bool, where: 
                 image.load()
             except Exception as error:  # Pillow's decoders raise errors of many families
                 raise UserError(f"{where}: {name} holds no image that can be read ({error})") from error
+            if convert and image.mode.startswith(("I", "F")):
+                raise UserError(f"{where}: {name} is of mode {image.mode}; give images of 8 bits a channel")
             if convert:
+                image = ImageOps.exif_transpose(image)
                 image = ImageOps.fit(image.convert(_MODES[num_channels]), (size, size))
             elif f"{image.width}x{image.height} {image.mode}" != expected:
                 other.append(f"{name} is {image.width}x{image.height} {image.mode}")

@@ -26,12 +26,6 @@ def _regression(kind: str) -> Callable[[int, int | None], Any]:
     return build
 
 
-def _perplexity(num_classes: int, ignore_index: int | None) -> Any:
-    from torchmetrics.text import Perplexity
-
-    return Perplexity(ignore_index=ignore_index).set_dtype(torch.float64)
-
-
 CLASSIFICATION: Mapping[str, Callable[[int, int | None], Any]] = {
     "accuracy": _classification("Accuracy", average="micro"),
     "accuracy_macro": _classification("Accuracy", average="macro"),
@@ -48,8 +42,7 @@ REGRESSION: Mapping[str, Callable[[int, int | None], Any]] = {
     "mae": _regression("MeanAbsoluteError"),
     "r2": _regression("R2Score"),
 }
-LANGUAGE: Mapping[str, Callable[[int, int | None], Any]] = {"perplexity": _perplexity}
-METRICS = {**CLASSIFICATION, **REGRESSION, **LANGUAGE}
+METRICS = {**CLASSIFICATION, **REGRESSION}
 
 
 def named_metrics(
@@ -58,7 +51,7 @@ def named_metrics(
     ignore_index: int | None = None,
     among: Mapping[str, Callable[[int, int | None], Any]] = METRICS,
 ) -> dict[str, Any]:
-    """Return torchmetrics metrics by name: accuracy, f1_macro, confusion_matrix, mse, r2, perplexity, ... (`METRICS`).
+    """Return torchmetrics metrics by name: accuracy, f1_macro, confusion_matrix, mse, r2, ... (`METRICS`).
 
     They take what torchmetrics takes: logits or classes and labels; for regression predictions and targets. Sums are
     kept in float64 or as counts. Raises UserError for an unknown name.

@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -84,7 +84,6 @@ def for_its_optimizer(options: OptionsT, default: OptionsT) -> OptionsT:
 def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]],
     options: OptimizerOptions,
-    is_frozen: Callable[[str], bool] = lambda name: False,
 ) -> torch.optim.Optimizer:
     """Return the optimizer that the options name over named parameters, in groups by rate and decay.
 
@@ -95,9 +94,7 @@ def build_optimizer(
     if kind in _FUSED:
         arguments.setdefault("fused", True)
     try:
-        optimizer: torch.optim.Optimizer = kind(
-            parameter_groups(parameters, options, is_frozen), lr=options.lr, **arguments
-        )
+        optimizer: torch.optim.Optimizer = kind(parameter_groups(parameters, options), lr=options.lr, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"--optimizer {options.optimizer}: {error}") from error
     if options.l1:
@@ -115,7 +112,7 @@ def optimizer_type(name: str) -> Any:
         raise UserError(f"--optimizer {name}: unknown; {known}")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"--optimizer {name}: {error}; {known}") from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise UserError(f"--optimizer {name}: not an optimizer class of torch; {known}")
@@ -127,21 +124,16 @@ def optimizer_type(name: str) -> Any:
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]],
     options: OptimizerOptions,
-    is_frozen: Callable[[str], bool] = lambda name: False,
 ) -> list[dict[str, Any]]:
-    """Split named parameters into groups with one rate and one decay each.
-
-    Those that `is_frozen` says were frozen at first have groups of their own: their updates are fewer, and ZeRO counts
-    a group's.
-    """
+    """Split named parameters into groups with one rate and one decay each."""
     factors = _lr_factors(options)
-    by_setting: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+    by_setting: dict[tuple[float, bool], list[nn.Parameter]] = {}
     has_decay = bool(options.weight_decay or options.l1)
     for name, parameter in parameters:
         pattern = next((pattern for pattern in factors if fnmatchcase(name, pattern)), None)
         decays = has_decay and (options.decay_all or parameter.ndim > 1)
         factor = factors[pattern] if pattern else 1.0
-        by_setting.setdefault((factor, decays, is_frozen(name)), []).append(parameter)
+        by_setting.setdefault((factor, decays), []).append(parameter)
     return [
         {
             "params": group,
@@ -149,8 +141,21 @@ def parameter_groups(
             "weight_decay": options.weight_decay if decays else 0.0,
             **({L1: options.l1 if decays else 0.0} if options.l1 else {}),
         }
-        for (factor, decays, _), group in by_setting.items()
+        for (factor, decays), group in by_setting.items()
     ]
+
+
+def separate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Give some parameters groups of their own, like those that they are in.
+
+    For those that were frozen at first: their updates are fewer than others', and ZeRO counts those of a group.
+    """
+    chosen = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        parts = [[p for p in group["params"] if (id(p) in chosen) is is_chosen] for is_chosen in (False, True)]
+        if all(parts):
+            group["params"] = parts[0]
+            optimizer.param_groups.append({**group, "params": parts[1]})
 
 
 def check_lr_factors(names: Sequence[str], options: OptimizerOptions) -> None:

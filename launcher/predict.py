@@ -9,7 +9,7 @@ import torch
 from shardlaunch.checkpoints.layout import RECIPE
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint
-from shardlaunch.errors import UserError
+from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.display import Display
 from shardlaunch.launcher.run_folder import open_path
 
@@ -17,7 +17,7 @@ TEXTS_AT_ONCE = 32
 
 
 def predict_texts(path: Path, *, texts: Sequence[str], file: Path | None) -> None:
-    """Print, for each text, its label and all probabilities.
+    """Print, for each text, its label and all probabilities, or the number that a regression predicts.
 
     Raises UserError when there is no text, or no valid checkpoint of a text classifier.
     """
@@ -26,17 +26,34 @@ def predict_texts(path: Path, *, texts: Sequence[str], file: Path | None) -> Non
     from transformers import AutoModelForSequenceClassification
 
     folder = checkpoint.step_dir
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = whole_model(folder, AutoModelForSequenceClassification, kind="text classifier")
     max_length = checkpoint.read_json(RECIPE)["options"].get("max_length")
+    is_regression = model.config.problem_type == "regression"
     labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
     for first in range(0, len(texts), TEXTS_AT_ONCE):
         chunk = texts[first : first + TEXTS_AT_ONCE]
         inputs = tokenizer(chunk, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
         with torch.no_grad():
-            probabilities = model(**inputs).logits.float().softmax(dim=-1)
-        for text, row in zip(chunk, probabilities, strict=True):
+            logits = model(**inputs).logits.float()
+        for text, row in zip(chunk, logits if is_regression else logits.softmax(dim=-1), strict=True):
+            if is_regression:
+                print(f"{row.item():.4f}\t{text}")
+                continue
             shares = "  ".join(f"{label} {share:.4f}" for label, share in zip(labels, row.tolist(), strict=True))
             print(f"{labels[int(row.argmax())]}\t{shares}\t{text}")
+
+
+def whole_model(folder: Path, auto_class: Any, *, kind: str) -> Any:
+    """Return the model of a checkpoint, of which no weight is missing or left over. Raises UserError."""
+    refusal = f"{folder}: not a checkpoint of a {kind}"
+    try:
+        model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{refusal} ({' '.join(str(error).split())[:300]})") from error
+    others = [*info["missing_keys"], *info["unexpected_keys"]]
+    if others:
+        raise UserError(f"{refusal}: it would lack, or have no use for, {some(others)}")
+    return model.eval()
 
 
 def all_texts(texts: Sequence[str], file: Path | None, *, flag: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Hugging Face models, configurations and tokenizers from a hub id or a local folder."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +37,17 @@ def from_source(auto_class: Any, source: str | Path, *, flag: str = "--model", *
         ) from error
 
 
+def from_config(auto_class: Any, config: Any, source: str | Path) -> Any:
+    """Return `auto_class.from_config(config)` in fp32. Raises UserError when it has no such model."""
+    try:
+        return auto_class.from_config(config, dtype=torch.float32)
+    except ValueError as error:
+        raise UserError(
+            f"--model {source}: a {config.model_type} does not do for this recipe: it is no "
+            f"{auto_class.__name__.removeprefix('AutoModelFor')} model"
+        ) from error
+
+
 def pretrained_weights(auto_class: Any, source: str | Path, **options: Any) -> Mapping[str, torch.Tensor]:
     """Return the weights that `source` has for a model of `auto_class`, by the model's own parameter names, in fp32.
 
@@ -63,21 +75,28 @@ def longest_input(model: nn.Module) -> int:
     return 0
 
 
+# Kinds of models whose attention keeps packed documents apart by positions that begin anew, each one tested. Others
+# take positions too and let a document see those before it (OPT, BLOOM), or carry a state across (Jamba).
+PACKING_MODELS = (
+    *("cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj"),
+    *("granite", "llama", "ministral", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2"),
+    *("qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2"),
+)
+
+
 def causal_config(source: str | Path, tokenizer: Any, *, context_length: int) -> Any:
     """Return the configuration of a causal language model.
 
     Raises UserError when it is of another kind, the tokenizer has more tokens, or it cannot read as many at once.
     """
-    import inspect
-
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+    from transformers import AutoConfig
 
     config = from_source(AutoConfig, source)
-    is_masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if is_masked or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"--model {source}: a {config.model_type} is no causal language model, such as gpt2")
-    if "position_ids" not in inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].forward).parameters:
-        raise UserError(f"--model {source}: a {config.model_type} takes no positions, which keep documents apart")
+    if config.model_type not in PACKING_MODELS:
+        raise UserError(
+            f"--model {source}: a {config.model_type} is no causal language model, or none that is known to keep "
+            f"packed documents apart; take one of {', '.join(PACKING_MODELS)}"
+        )
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"--model {source}: it knows {config.vocab_size:,} tokens, the tokenizer has {len(tokenizer):,}. "
@@ -92,7 +111,9 @@ def causal_config(source: str | Path, tokenizer: Any, *, context_length: int) ->
 def tokenizer_key(tokenizer: Any) -> str:
     """Return a text that says all that a tokenizer's outcome depends on, for `derived`."""
     if tokenizer.is_fast:
-        return str(tokenizer.backend_tokenizer.to_str())
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        # What the last call left there.
+        return json.dumps({key: value for key, value in content.items() if key not in ("truncation", "padding")})
     with TemporaryDirectory() as folder:
         paths = tokenizer.save_vocabulary(folder)
         digests = [xxhash.xxh3_128_hexdigest(Path(path).read_bytes()) for path in paths]

@@ -112,7 +112,7 @@ class Recipe:
 
         By default the one that the options name.
         """
-        return build_optimizer(parameters, self.options, self.options.is_frozen)
+        return build_optimizer(parameters, self.options)
 
     def schedule(self, step: int, num_steps: int) -> float:
         """Return the factor on the learning rate of step `step` (from 0) out of `num_steps`; by default as optioned."""

@@ -101,6 +101,8 @@ class Run:
             lengths=recipe.lengths(self.splits["train"]),
         )
         self.num_steps = options.max_steps or options.epochs * self.plan.steps_per_epoch
+        if options.unfreeze_at_step >= self.num_steps:
+            raise UserError(f"--unfreeze-at-step {options.unfreeze_at_step}: the run has {self.num_steps} steps only")
         self.identity = self._identity()
         found = identity_of_folder(self.output_dir)
         if found is not None:

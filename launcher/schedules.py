@@ -17,7 +17,7 @@ class ScheduleOptions:
     schedule: str = "constant"
     """constant, linear, cosine, or one-cycle: how the learning rate goes on after the warm-up."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises."""
+    """Steps over which the learning rate rises; if above 0, it takes the place of --warmup-ratio."""
     warmup_ratio: float = 0.0
     """Share of the steps over which the learning rate rises (one-cycle: 0.3 if none is given)."""
     final_lr_ratio: float = 0.0
@@ -26,10 +26,10 @@ class ScheduleOptions:
     def __post_init__(self) -> None:
         if self.schedule not in NAMES:
             raise UserError(f"--schedule {self.schedule}: unknown; choose one of {', '.join(NAMES)}")
-        if self.warmup_steps < 0 or not 0 <= self.warmup_ratio < 1 or (self.warmup_steps and self.warmup_ratio):
+        if self.warmup_steps < 0 or not 0 <= self.warmup_ratio < 1:
             raise UserError(
-                f"--warmup-steps {self.warmup_steps} --warmup-ratio {self.warmup_ratio}: give one of them, "
-                f"steps of at least 0 or a ratio from 0 to below 1"
+                f"--warmup-steps {self.warmup_steps} --warmup-ratio {self.warmup_ratio}: must be at least 0, and the "
+                f"ratio below 1"
             )
         if not 0 <= self.final_lr_ratio <= 1:
             raise UserError(f"--final-lr-ratio {self.final_lr_ratio}: must be from 0 to 1")

@@ -30,6 +30,7 @@ class Position:
     step: int = 0  # global batches consumed
     best_value: float | None = None
     best_step: int = 0
+    best_metric: str = ""
     evaluations_since_best: int = 0
     is_finished: bool = False
     loss_scale: dict[str, Any] = field(default_factory=dict)
@@ -216,6 +217,9 @@ class Trainer:
         assert self.evaluator is not None
         results = self.evaluator.evaluate(self.strategy.replicas[0], self.hooks.on_evaluating)
         self.hooks.on_evaluation(position.step, results)
+        if position.best_metric != self.recipe.best_metric:  # another was watched up to here
+            position.best_value, position.evaluations_since_best = None, 0
+            position.best_metric = self.recipe.best_metric
         value, best = results[self.recipe.best_metric], position.best_value
         is_better = best is None or (value > best if self.evaluator.higher_is_better else value < best)
         if is_better and math.isfinite(value):

@@ -22,6 +22,7 @@ from shardlaunch import (
     class_weights,
     demo_data,
     derived,
+    from_config,
     from_source,
     launch,
     load_splits,
@@ -98,6 +99,8 @@ class BertImdb(Recipe):
         source = demo_data.bert_dir() if options.model == DEMO else options.model
         self.source = source
         self.tokenizer = from_source(AutoTokenizer, source)
+        if self.tokenizer.pad_token_id is None:
+            raise UserError(f"--model {options.model}: its tokenizer has no token to pad with; take an encoder")
         splits = demo_data.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
         columns = {"text": options.text_column, "label": options.label_column}
         splits = select_columns(splits, columns, source=options.data)
@@ -131,7 +134,7 @@ class BertImdb(Recipe):
         )
         if self.options.task == "regression":
             config.problem_type = "regression"
-        model: nn.Module = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        model: nn.Module = from_config(AutoModelForSequenceClassification, config, self.source)
         longest = longest_input(model)
         if longest and self.options.max_length > longest:
             raise UserError(f"--max-length {self.options.max_length}: this model reads at most {longest} tokens")

@@ -68,6 +68,8 @@ class CifarCnn(Recipe):
     best_metric = "accuracy"
 
     def datasets(self) -> Mapping[str, Any]:
+        if self.options.net == "textbook" and self.given("width"):
+            raise UserError("--width: of the modern net; drop the option, or take --net modern")
         splits, self.classes = images.load_images(self.options, size=IMAGE_SIZE, num_channels=3)
         return splits
 

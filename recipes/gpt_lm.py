@@ -22,6 +22,7 @@ from shardlaunch import (
     demo_data,
     derived,
     flag,
+    from_config,
     from_source,
     launch,
     load_splits,
@@ -32,6 +33,7 @@ from shardlaunch import (
     require_texts,
     select_columns,
     tokenized,
+    tokenizer_key,
     train_tokenizer,
 )
 
@@ -124,6 +126,8 @@ class GptLm(Recipe):
         idle = self.given(*FROM_SCRATCH)
         if options.model and idle:
             raise UserError(f"{', '.join(idle)}: for a model from scratch; --model {options.model} has its own")
+        if (options.tokenizer or options.model or "bpe") != "bpe" and self.given("vocab_size"):
+            raise UserError(f"--vocab-size: --tokenizer {options.tokenizer} has its own; drop the option")
         splits = demo_data.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
         splits = select_columns(splits, {"text": options.text_column}, source=options.data)
         require_texts(splits, source=options.data)
@@ -156,7 +160,7 @@ class GptLm(Recipe):
         return derived(
             split,
             lambda texts: tokenized(texts, tokenizer, unit=self.unit, framed=framed),
-            key=("documents", tokenizer.backend_tokenizer.to_str(), *ends, self.unit),
+            key=("documents", tokenizer_key(tokenizer), *ends, self.unit),
             input_columns=["text"],
             remove_columns=["text"],
         )
@@ -179,7 +183,7 @@ class GptLm(Recipe):
                 bos_token_id=self.tokenizer.bos_token_id,
                 eos_token_id=self.tokenizer.eos_token_id,
             )
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: nn.Module = from_config(AutoModelForCausalLM, config, options.model)
         return model
 
     def weights(self) -> Mapping[str, torch.Tensor]:

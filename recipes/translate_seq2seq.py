@@ -21,6 +21,7 @@ from shardlaunch import (
     demo_data,
     derived,
     flag,
+    from_config,
     from_source,
     generate,
     launch,
@@ -189,7 +190,7 @@ class TranslateSeq2Seq(Recipe):
                 f"--max-source-length {options.max_source_length} --max-target-length {options.max_target_length}: "
                 f"this model takes at most {longest} tokens"
             )
-        model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
+        model = from_config(AutoModelForSeq2SeqLM, config, options.model)
         if options.model:
             with suppress(OSError):  # not every model folder says how to generate
                 model.generation_config = GenerationConfig.from_pretrained(options.model)

@@ -22,6 +22,7 @@ from shardlaunch.launcher.options import Options, flag, option
 from shardlaunch.launcher.packing import cut_blocks, pack, positions, tokenized
 from shardlaunch.launcher.pretrained import (
     causal_config,
+    from_config,
     from_source,
     longest_input,
     pretrained_weights,
@@ -55,6 +56,7 @@ __all__ = [
     "demo_data",
     "derived",
     "flag",
+    "from_config",
     "from_source",
     "generate",
     "images",

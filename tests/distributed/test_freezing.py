@@ -1,10 +1,12 @@
 """Freezing up to a step, rates by name, weight decay and L1 are the same under every strategy and through a resume."""
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import NetRecipe, final_tensors, losses, run_well, training_lines
@@ -57,6 +59,22 @@ def test_the_run_is_the_same_under_every_strategy(strategy: str, reference: Path
     assert tensors.keys() == others.keys()
     # Adam divides by the root of what can be next to nothing, and L1 cuts at 0: hence the wider bound.
     assert max((tensors[key].double() - others[key].double()).abs().max().item() for key in tensors) <= 1e-4
+
+
+class OwnOptimizer(NetRecipe):
+    """The net with an optimizer of its own, in one group."""
+
+    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([parameter for _, parameter in parameters], lr=self.options.lr)
+
+
+def test_an_optimizer_of_the_recipes_own(tmp_path: Path) -> None:
+    argv = [*ARGV[: ARGV.index("--lr-factors")], "--threads-per-rank", "1", "--eval-every", "100"]
+    for num_ranks, strategy in ((1, "single"), (2, "zero1")):
+        words = [*argv, "--output-dir", str(tmp_path / strategy), "--strategy", strategy]
+        run_on_ranks(num_ranks, run_well, OwnOptimizer, words)
+    expected, found = losses(tmp_path / "single"), losses(tmp_path / "zero1")
+    assert max(abs(expected[step] - found[step]) for step in expected) <= BOUND
 
 
 @pytest.mark.parametrize("strategy", ["single", "fsdp2", "zero3"])

@@ -18,6 +18,7 @@ from transformers import (
 
 from shardlaunch import class_weights
 from shardlaunch.launcher.demo_data import bert_dir
+from shardlaunch.launcher.predict import predict_texts
 from shardlaunch.recipes.bert_imdb import BertImdb
 from tests.recipes import run_quietly, run_well, training_lines
 
@@ -78,7 +79,7 @@ def test_other_encoders_of_several_classes(model: str, models: Path, reviews: Pa
     assert trained.config.id2label == {0: "bad", 1: "fair", 2: "good"}
 
 
-def test_regression(models: Path, reviews: Path, tmp_path: Path) -> None:
+def test_regression(models: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--task", "regression", "--label-column", "mark", "--lr", "0.01")
     run_well(BertImdb, _argv(models / "distilbert", reviews, tmp_path, *options))
     last = _last(tmp_path)
@@ -86,10 +87,38 @@ def test_regression(models: Path, reviews: Path, tmp_path: Path) -> None:
     assert "eval/r2" in last
     step_dir = max((tmp_path / "checkpoints").iterdir())
     config = json.loads((step_dir / "config.json").read_text())
+    text, value = "a film", AutoModelForSequenceClassification.from_pretrained(step_dir)
+    predict_texts(tmp_path, texts=[text], file=None)
+    tokens = AutoTokenizer.from_pretrained(step_dir)(text, return_tensors="pt", return_token_type_ids=False)
+    assert capsys.readouterr().out == f"{value(**tokens).logits.item():.4f}\t{text}\n"
     assert (config["problem_type"], AutoModelForSequenceClassification.from_pretrained(step_dir).num_labels) == (
         "regression",
         1,
     )
+
+
+def test_another_metric_starts_the_search_for_the_best_anew(models: Path, reviews: Path, tmp_path: Path) -> None:
+    argv = _argv(models / "distilbert", reviews, tmp_path, "--eval-every", "1")
+    run_well(BertImdb, [*argv, "--metrics", "accuracy", "--stop-at-step", "2"])
+    output = run_well(BertImdb, [*argv, "--metrics", "f1_macro"])
+    assert f"best   f1_macro {_last(tmp_path)['eval/f1_macro']:.4f} at step 3" in output
+
+
+@pytest.mark.parametrize(
+    ("labels", "complaint"),
+    [
+        ({"train": [0] * 8, "test": [0] * 2}, "classes to tell apart must be two at least"),
+        ({"train": [0, 1] * 4, "test": ["0", "one"]}, "labels out of range: 'one'"),
+        ({"train": [True, False] * 4, "test": [True, False]}, ""),
+    ],
+    ids=["one class", "other type", "truth values"],
+)
+def test_odd_classes(labels: dict[str, list[Any]], complaint: str, models: Path, tmp_path: Path) -> None:
+    for name, its_labels in labels.items():
+        rows = {"review": [f"film {i}" for i in range(len(its_labels))], "opinion": its_labels}
+        pd.DataFrame(rows).to_json(tmp_path / f"{name}.jsonl", orient="records", lines=True)
+    status, output = run_quietly(BertImdb, _argv(models / "distilbert", tmp_path, tmp_path / "run"))
+    assert (status, complaint in output) == (2 if complaint else 0, True), output
 
 
 def test_weights_of_classes() -> None:

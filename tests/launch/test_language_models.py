@@ -253,7 +253,7 @@ def test_what_cannot_generate(folder: Path, run_dir: Path, tmp_path: Path) -> No
     run_well(FewReviews, [*few, *ONE, "--output-dir", str(classifier)])
     for path, prompts, options, says in (
         (folder, ["a"], {}, "not a valid checkpoint"),
-        (classifier, ["a"], {}, "a checkpoint of a model that writes no text"),
+        (classifier, ["a"], {}, "not a checkpoint of a language model"),
         (run_dir, [], {}, 'no text: give --prompt "..." or --file PATH'),
         (run_dir, [""], {}, "the prompt is empty"),
         (run_dir, ["a"], {"temperature": -1.0}, "--temperature -1.0: must be at least 0"),

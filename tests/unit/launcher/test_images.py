@@ -46,9 +46,11 @@ def test_pixels_are_those_of_the_images(tmp_path: Path) -> None:
 
 
 def test_the_column_may_be_named_as_on_the_hub(tmp_path: Path) -> None:
-    pd.DataFrame({"img": [_stored(_picture(0))] * 2, "label": ["cat", "cat"]}).to_parquet(tmp_path / "train.parquet")
+    rows = {"img": [_stored(_picture(0))] * 2, "label": ["cat", "dog"]}
+    for name in ("train", "test"):
+        pd.DataFrame(rows).to_parquet(tmp_path / f"{name}.parquet")
     splits, classes = images.load_images(ImageOptions(data=str(tmp_path)), size=SIZE, num_channels=3)
-    assert (len(splits["train"]), len(splits["eval"]), classes) == (1, 1, ["cat"])
+    assert (len(splits["train"]), len(splits["eval"]), classes) == (2, 2, ["cat", "dog"])
 
 
 def test_images_of_another_size_or_mode_are_refused_or_converted(tmp_path: Path) -> None:
@@ -70,7 +72,7 @@ def test_what_is_no_image_is_refused(tmp_path: Path, row: dict[str, object] | No
 
 
 def test_a_column_of_numbers_is_refused(tmp_path: Path) -> None:
-    pd.DataFrame({"image": [1, 2], "label": [0, 1]}).to_parquet(tmp_path / "train.parquet")
+    pd.DataFrame({"image": [1, 2] * 4, "label": [0, 1] * 4}).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(UserError, match="must hold images, not"):
         images.load_images(ImageOptions(data=str(tmp_path / "train.parquet")), size=SIZE, num_channels=3)
 

@@ -1,7 +1,5 @@
 """Metrics by name."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,16 +40,6 @@ def test_regression() -> None:
         "r2": pytest.approx(1 - 5 / 2),
     }
     assert [metric.higher_is_better for metric in metrics.values()] == [False, False, True]
-
-
-def test_perplexity() -> None:
-    logits, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
-    labels[0, :2] = -100
-    metric = named_metrics("perplexity", ignore_index=-100)["perplexity"]
-    metric.update(logits, labels)
-    expected = math.exp(F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
-    assert metric.compute().item() == pytest.approx(expected, rel=1e-5)
-    assert metric.higher_is_better is False
 
 
 def test_an_unknown_metric() -> None:

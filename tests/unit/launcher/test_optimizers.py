@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from shardlaunch import Options, Recipe, UserError
-from shardlaunch.launcher.optimizers import build_optimizer, check_lr_factors, check_optimizer_options
+from shardlaunch.launcher.optimizers import build_optimizer, check_lr_factors, check_optimizer_options, separate
 from shardlaunch.launcher.recipe import check_in_force
 
 
@@ -57,15 +57,17 @@ def test_the_optimizer_is_the_one_that_is_named(options: dict[str, Any], referen
 def test_groups_by_decay_rate_and_what_was_frozen() -> None:
     net = _net()
     options = Options(lr=0.1, weight_decay=0.5, lr_factors=("2.*=0.5", "*=2"), freeze=("0.*",))
-    groups = build_optimizer(net.named_parameters(), options, options.is_frozen).param_groups
+    optimizer = build_optimizer(net.named_parameters(), options)
+    separate(optimizer, [parameter for name, parameter in net.named_parameters() if options.is_frozen(name)])
+    groups = optimizer.param_groups
     names = {id(parameter): name for name, parameter in net.named_parameters()}
     found = [([names[id(p)] for p in group["params"]], group["lr"], group["weight_decay"]) for group in groups]
     assert found == [
         (["0.weight"], 0.2, 0.5),
-        (["0.bias"], 0.2, 0.0),
         (["1.weight", "1.bias"], 0.2, 0.0),
         (["2.weight"], 0.05, 0.5),
         (["2.bias"], 0.05, 0.0),
+        (["0.bias"], 0.2, 0.0),
     ]
 
 

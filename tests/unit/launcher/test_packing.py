@@ -7,14 +7,22 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from shardlaunch import TensorData, UserError, cut_blocks, pack, positions, tokenized, train_tokenizer
 from shardlaunch.launcher.demo_data import bert_dir
 from shardlaunch.launcher.packing import NO_TARGET
+from shardlaunch.launcher.pretrained import PACKING_MODELS
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-CONFIGS = [GPT2Config(**SMALL, n_positions=12), LlamaConfig(**SMALL, intermediate_size=32, max_position_embeddings=12)]
+WIDTHS = {
+    "intermediate_size": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 12,
+    "rotary_dim": 4,
+}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def _packed(documents: list[list[int]], **options: int) -> dict[str, torch.Tensor]:
@@ -87,11 +95,12 @@ def test_units_of_text(unit: Any) -> None:
                 assert [int(found.sum()) for found in is_end] == [2 * framed] * 4
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+@pytest.mark.parametrize("kind", PACKING_MODELS)
 @torch.no_grad()
-def test_a_document_does_not_see_its_neighbours(config: PretrainedConfig) -> None:
-    """Its logits are those that it has alone, bit by bit the same with other neighbours."""
-    model = AutoModelForCausalLM.from_config(config).eval()
+def test_a_document_does_not_see_its_neighbours(kind: str) -> None:
+    """Its logits are those that it has alone, whatever its neighbours."""
+    sizes = {**SMALL, **WIDTHS, **TOKENS, "n_positions": 12}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes)).eval()
 
     def logits(documents: list[list[int]]) -> torch.Tensor:
         columns = _packed(documents, block_length=12)

@@ -46,7 +46,10 @@ def test_the_rates_are_torchs(options: dict[str, Any], make: Any) -> None:
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_a_warm_up_rises_evenly_to_the_peak(schedule: str) -> None:
-    for options in (Options(schedule=schedule, warmup_steps=4), Options(schedule=schedule, warmup_ratio=0.2)):
+    for options in (
+        Options(schedule=schedule, warmup_steps=4, warmup_ratio=0.5),
+        Options(schedule=schedule, warmup_ratio=0.2),
+    ):
         found = [scheduled(step, STEPS, options) for step in range(STEPS)]
         assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
         assert max(found) == 1.0
@@ -59,7 +62,6 @@ def test_a_warm_up_rises_evenly_to_the_peak(schedule: str) -> None:
         {"schedule": "sine"},
         {"warmup_steps": -1},
         {"warmup_ratio": 1.0},
-        {"warmup_steps": 3, "warmup_ratio": 0.1},
         {"schedule": "linear", "final_lr_ratio": 1.5},
         {"schedule": "constant", "final_lr_ratio": 0.5},
     ],
