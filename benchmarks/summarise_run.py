@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SKIPPED = ("output_dir", "data", "config", "resume", "stop_at_step", "save_every", "keep", "tracker")
+SKIPPED = (
+    "output_dir",
+    "data",
+    "config",
+    "resume",
+    "stop_at_step",
+    "save_every",
+    "keep",
+    "tracker",
+    "precision",
+    "threads_per_rank",
+)
 
 
 def main() -> None:
@@ -27,13 +38,14 @@ def main() -> None:
     summary = {
         "recipe": record["identity"]["recipe"],
         "options": {
-            name: option["value"]
+            name: _portable(option["value"])
             for name, option in record["options"].items()
             if name not in SKIPPED and option["mark"] != "free"
         },
         "ranks": record["ranks"],
         "strategy": record["strategy"],
         "threads_per_rank": record["warn"]["--threads-per-rank"],
+        "precision": record["warn"]["--precision"],
         "versions": record["versions"],
         "machine": {**record["machine"], "cpu": _cpu(), "system": platform.system()},
         "num_steps": steps[-1]["step"],
@@ -48,6 +60,11 @@ def main() -> None:
     print(
         f"{path.relative_to(RESULTS.parents[1])}: {_numbers(evaluations[-1])}, {summary['training_s']:.0f} s of steps"
     )
+
+
+def _portable(value: Any) -> Any:
+    """Return an option's value without the folders of the machine that it was used on."""
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def _short(value: Any) -> Any:
