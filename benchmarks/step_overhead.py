@@ -172,8 +172,7 @@ class Bench:
 
         def advance(first: int, end: int) -> None:
             assert position.step == first
-            self.options.stop_at_step = end
-            trainer.run(position, end=trainer.num_steps)
+            trainer.run(position, end=end)
 
         return Arm(name=name, model=strategy.model, advance=advance)
 
