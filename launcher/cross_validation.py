@@ -27,7 +27,6 @@ def cross_validate(run_of_fold: Callable[[int], Run], num_folds: int) -> None:
         run.run()
         if run.position.is_finished:
             evaluations.append(run.last_evaluation())
-        del run
     if len(evaluations) < num_folds:
         done = f"{len(evaluations)} of {num_folds} folds are complete"
         display.say(f"{done}; without --stop-at-step, the same command goes on")

@@ -7,18 +7,20 @@ import torch
 
 from shardlaunch.errors import UserError
 
+Build = Callable[[int], Any]  # of a metric, given the number of classes
 
-def _classification(kind: str, **options: Any) -> Callable[[int, int | None], Any]:
-    def build(num_classes: int, ignore_index: int | None) -> Any:
+
+def _classification(kind: str, **options: Any) -> Build:
+    def build(num_classes: int) -> Any:
         from torchmetrics import classification
 
-        return getattr(classification, f"Multiclass{kind}")(num_classes, ignore_index=ignore_index, **options)
+        return getattr(classification, f"Multiclass{kind}")(num_classes, **options)
 
     return build
 
 
-def _regression(kind: str) -> Callable[[int, int | None], Any]:
-    def build(num_classes: int, ignore_index: int | None) -> Any:
+def _regression(kind: str) -> Build:
+    def build(num_classes: int) -> Any:
         from torchmetrics import regression
 
         return getattr(regression, kind)().set_dtype(torch.float64)
@@ -26,7 +28,7 @@ def _regression(kind: str) -> Callable[[int, int | None], Any]:
     return build
 
 
-CLASSIFICATION: Mapping[str, Callable[[int, int | None], Any]] = {
+CLASSIFICATION: Mapping[str, Build] = {
     "accuracy": _classification("Accuracy", average="micro"),
     "accuracy_macro": _classification("Accuracy", average="macro"),
     "precision_macro": _classification("Precision", average="macro"),
@@ -37,7 +39,7 @@ CLASSIFICATION: Mapping[str, Callable[[int, int | None], Any]] = {
     "f1_micro": _classification("F1Score", average="micro"),
     "confusion_matrix": _classification("ConfusionMatrix"),
 }
-REGRESSION: Mapping[str, Callable[[int, int | None], Any]] = {
+REGRESSION: Mapping[str, Build] = {
     "mse": _regression("MeanSquaredError"),
     "mae": _regression("MeanAbsoluteError"),
     "r2": _regression("R2Score"),
@@ -48,8 +50,7 @@ METRICS = {**CLASSIFICATION, **REGRESSION}
 def named_metrics(
     *names: str,
     num_classes: int = 0,
-    ignore_index: int | None = None,
-    among: Mapping[str, Callable[[int, int | None], Any]] = METRICS,
+    among: Mapping[str, Build] = METRICS,
 ) -> dict[str, Any]:
     """Return torchmetrics metrics by name: accuracy, f1_macro, confusion_matrix, mse, r2, ... (`METRICS`).
 
@@ -59,4 +60,4 @@ def named_metrics(
     for name in names:
         if name not in among:
             raise UserError(f"metric {name!r}: unknown; choose some of {', '.join(among)}")
-    return {name: among[name](num_classes, ignore_index) for name in names}
+    return {name: among[name](num_classes) for name in names}
