@@ -1,8 +1,9 @@
 """K-fold cross-validation: a run for each fold, one after the other, and what their evaluations say together."""
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.evaluation import numbers
@@ -32,6 +33,9 @@ def cross_validate(run_of_fold: Callable[[int], Run], num_folds: int) -> None:
         display.say(f"{done}; without --stop-at-step, the same command goes on")
         return
     summary = summarise(evaluations)
+    partial = sorted({name for evaluation in evaluations for name in _names(evaluation)} - summary.keys())
+    if partial:
+        display.warn(f"not all folds were evaluated by the same metrics; left out: {', '.join(partial)}")
     world.peers.together(
         lambda: write_json(root / FOLDS, {"folds": evaluations, "summary": summary}) if world.is_main else None
     )
@@ -41,7 +45,15 @@ def cross_validate(run_of_fold: Callable[[int], Run], num_folds: int) -> None:
 
 
 def summarise(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return mean and standard deviation (of a sample: over n - 1) of each number of the folds' last evaluations."""
-    names = [name for name in numbers(evaluations[0]) if name.startswith(EVAL_PREFIX)]
-    columns = {name: [evaluation[name] for evaluation in evaluations] for name in names}
-    return {name: {"mean": statistics.fmean(c), "std": statistics.stdev(c)} for name, c in columns.items()}
+    """Return mean and standard deviation (of a sample: over n - 1) of each number that all folds have at the end.
+
+    Both are NaN where one of the numbers is.
+    """
+    names = [name for name in _names(evaluations[0]) if all(name in _names(other) for other in evaluations)]
+    columns = {name: np.array([evaluation[name] for evaluation in evaluations]) for name in names}
+    with np.errstate(invalid="ignore"):  # of an infinite perplexity there is no standard deviation
+        return {name: {"mean": float(c.mean()), "std": float(c.std(ddof=1))} for name, c in columns.items()}
+
+
+def _names(evaluation: Mapping[str, Any]) -> list[str]:
+    return [name for name in numbers(evaluation) if name.startswith(EVAL_PREFIX)]

@@ -1,7 +1,7 @@
 """Evaluation: every sample once, sharded over the ranks, the same metrics on any number of them."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Evaluator:
         if self._metrics[name].higher_is_better is None:
             raise UserError(
                 f"the recipe's best_metric {name!r} does not say whether higher is better: "
-                f"give its class an attribute higher_is_better, or take another"
+                f"give its class an attribute higher_is_better, or take another (of --metrics, the first is the best's)"
             )
         return bool(self._metrics[name].higher_is_better)
 
@@ -78,18 +78,22 @@ class Evaluator:
                     has_work = True
                 elif not has_work:
                     self._recipe.update(self._metrics, outputs, inputs)
+                    _keep_rows(self._metrics)
                     _empty(self._metrics)
             num_done += batch.num_samples
             on_progress(num_done, plan.num_samples)
         for name, buffer in start.items():  # an evaluation leaves no trace
             model.get_buffer(name).copy_(buffer)
         train_mode(model)
+        _keep_rows(self._metrics)
         loss, num_targets = self._world.sum(sums).tolist()
         results: Evaluation = {"loss": loss / num_targets if num_targets else math.nan}
         for name, metric in self._metrics.items():
             try:
                 value = metric.compute()
             except ValueError as error:
+                if num_steps < plan.steps_per_epoch:  # some need more samples than a rehearsal has
+                    continue
                 raise UserError(f"metric {name!r} cannot be computed on this evaluation data: {error}") from error
             if not isinstance(value, torch.Tensor) or (name == self._recipe.best_metric and value.numel() != 1):
                 what = "one number" if name == self._recipe.best_metric else "a tensor"
@@ -108,8 +112,28 @@ def _empty(metrics: Mapping[str, Any]) -> None:
 
     torchmetrics gathers a metric's lists from all ranks, which fails when a rank has never updated.
     """
+    for part in _parts(metrics):
+        for name, default in part._defaults.items():
+            value = getattr(part, name)
+            is_list = isinstance(value, list)
+            setattr(part, name, [item[:0] for item in value] if is_list else default.clone().to(value.device))
+
+
+def _parts(metrics: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the metrics and those that they are made of, as a difference of metrics is."""
+    from torchmetrics import Metric
+
     for metric in metrics.values():
-        for name, default in metric._defaults.items():
-            value = getattr(metric, name)
-            emptied = [item[:0] for item in value] if isinstance(value, list) else default.clone().to(value.device)
-            setattr(metric, name, emptied)
+        yield from (part for part in metric.modules() if isinstance(part, Metric))
+
+
+def _keep_rows(metrics: Mapping[str, Any]) -> None:
+    """Make rows of the scalars that a metric keeps in lists.
+
+    torchmetrics gathers scalars and rows by different collectives: ranks with a scalar, several or none would wait for
+    each other for ever.
+    """
+    for part in _parts(metrics):
+        for name in part._defaults:
+            if isinstance(getattr(part, name), list):
+                setattr(part, name, [torch.atleast_1d(item) for item in getattr(part, name)])

@@ -23,7 +23,14 @@ def _regression(kind: str) -> Build:
     def build(num_classes: int) -> Any:
         from torchmetrics import regression
 
-        return getattr(regression, kind)().set_dtype(torch.float64)
+        base: Any = getattr(regression, kind)
+
+        class InDouble(base):
+            # Squares of large numbers that lie close together would lose what tells them apart.
+            def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
+                super().update(predictions.double(), targets.double())
+
+        return InDouble().set_dtype(torch.float64)
 
     return build
 
@@ -55,9 +62,13 @@ def named_metrics(
     """Return torchmetrics metrics by name: accuracy, f1_macro, confusion_matrix, mse, r2, ... (`METRICS`).
 
     They take what torchmetrics takes: logits or classes and labels; for regression predictions and targets. Sums are
-    kept in float64 or as counts. Raises UserError for an unknown name.
+    computed in float64 or are counts. Raises UserError for an unknown name, and for fewer classes than two.
     """
     for name in names:
         if name not in among:
             raise UserError(f"metric {name!r}: unknown; choose some of {', '.join(among)}")
+        if name in CLASSIFICATION and num_classes < 2:
+            raise UserError(
+                f"metric {name!r}: num_classes is {num_classes}; classes to tell apart must be two at least"
+            )
     return {name: among[name](num_classes) for name in names}

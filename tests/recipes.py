@@ -12,7 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAUROC
+from torchmetrics.utilities import dim_zero_cat
 
 from shardlaunch import Options, Recipe, TensorData, UserError, named_metrics, toy_translations, train_tokenizer
 from shardlaunch.launcher.demo_data import bert_dir
@@ -105,14 +107,32 @@ class LinearNet(NetRecipe):
         return samples
 
 
+class LabelSum(Metric):
+    """Sum the labels; what is kept is a scalar a batch."""
+
+    full_state_update = False
+    sums: list[torch.Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", [], dist_reduce_fx="cat")
+
+    def update(self, outputs: torch.Tensor, labels: torch.Tensor) -> None:
+        self.sums.append(labels.sum())
+
+    def compute(self) -> torch.Tensor:
+        return dim_zero_cat(self.sums).sum()
+
+
 class RankedNet(NetRecipe):
-    """The net judged by a metric that keeps all predictions, and by all that count."""
+    """The net judged by a metric that keeps all predictions, by one of scalars, one made of another, and all counts."""
 
     best_metric = "auroc"
 
     def metrics(self) -> Mapping[str, Any]:
         counts = named_metrics(*CLASSIFICATION, num_classes=NUM_CLASSES)
-        return {"auroc": MulticlassAUROC(num_classes=NUM_CLASSES), **counts}
+        errors = 1 - named_metrics("accuracy", num_classes=NUM_CLASSES)["accuracy"]
+        return {"auroc": MulticlassAUROC(num_classes=NUM_CLASSES), "errors": errors, "labels": LabelSum(), **counts}
 
 
 class UnseededNet(NetRecipe):

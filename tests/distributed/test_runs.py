@@ -155,7 +155,7 @@ def test_metrics_are_exact_across_ranks_also_where_one_has_no_evaluation_data(tm
     for lines in found[1:]:
         for line, expected in zip(lines, found[0], strict=True):
             assert line["eval/auroc"] == pytest.approx(expected["eval/auroc"], abs=1e-6)
-            for name in CLASSIFICATION:
+            for name in (*CLASSIFICATION, "errors", "labels"):
                 assert line[f"eval/{name}"] == expected[f"eval/{name}"]
     assert sum(map(sum, found[0][-1]["eval/confusion_matrix"])) == 6
 

@@ -42,6 +42,23 @@ def test_regression() -> None:
     assert [metric.higher_is_better for metric in metrics.values()] == [False, False, True]
 
 
+def test_regression_of_large_numbers_close_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets = 1e5 + 5 * torch.randn(200, generator=generator)
+    predictions = targets + 3 * torch.randn(200, generator=generator)
+    metric = named_metrics("r2")["r2"]
+    for half in (slice(0, 100), slice(100, 200)):
+        metric.update(predictions[half], targets[half])
+    wide = targets.double()
+    expected = 1 - ((predictions.double() - wide) ** 2).sum() / ((wide - wide.mean()) ** 2).sum()
+    assert metric.compute().item() == pytest.approx(expected.item())
+
+
+def test_a_single_class() -> None:
+    with pytest.raises(UserError, match="metric 'accuracy': num_classes is 1; classes to tell apart must be two"):
+        named_metrics("accuracy", num_classes=1)
+
+
 def test_an_unknown_metric() -> None:
     with pytest.raises(UserError, match=f"metric 'f2': unknown; choose some of {', '.join(METRICS)}"):
-        named_metrics("accuracy", "f2")
+        named_metrics("accuracy", "f2", num_classes=2)
