@@ -60,8 +60,9 @@ def assemble(
     if options.gradient_checkpointing:
         _enable_gradient_checkpointing(model)
     numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    check_lr_factors(list(numels), options)
     freeze(model, options, step=step)
+    is_frozen = options.is_frozen if not options.unfreeze_at_step else lambda name: False
+    check_lr_factors([name for name in numels if not is_frozen(name)], options)
     rows: list[ParameterRow] = []
 
     def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:

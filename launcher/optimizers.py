@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -47,7 +47,7 @@ class OptimizerOptions:
     decay_all: bool = False
     """Weight decay and L1 for biases and norms too."""
     l1: float = 0.0
-    """Pull weights to 0 by this times the learning rate after each update; those that reach 0 stay there."""
+    """Pull weights to 0 by this times the learning rate after each update, and no further than to 0."""
     optimizer_args: tuple[str, ...] = ()
     """Other arguments of the optimizer, each NAME=VALUE."""
     lr_factors: tuple[str, ...] = ()
@@ -59,6 +59,8 @@ class OptimizerOptions:
         for name, value in (("--weight-decay", self.weight_decay), ("--l1", self.l1)):
             if not value >= 0:
                 raise UserError(f"{name} {value}: must be at least 0")
+        if self.decay_all and not (self.weight_decay or self.l1):
+            raise UserError("--decay-all: goes with --weight-decay or --l1; give one of them, or drop the option")
 
 
 def check_optimizer_options(options: OptimizerOptions) -> None:
@@ -69,15 +71,18 @@ def check_optimizer_options(options: OptimizerOptions) -> None:
 
 OptionsT = TypeVar("OptionsT", bound=OptimizerOptions)
 # What the optimizers' own settings are where nothing is said.
-_UNSET: Mapping[str, Any] = {"momentum": None, "nesterov": False, "betas": None, "eps": None}
+_UNSET: Mapping[str, Any] = {"momentum": None, "nesterov": False, "betas": None, "eps": None, "weight_decay": 0.0}
 
 
-def for_its_optimizer(options: OptionsT, default: OptionsT) -> OptionsT:
-    """Return the options without what a recipe's `default` sets for its own optimizer and another does not take."""
+def for_its_optimizer(options: OptionsT, default: OptionsT, *, said: Collection[str]) -> OptionsT:
+    """Return the options without what a recipe's `default` sets for its own optimizer and another does not take.
+
+    `said` are the names of the options that were given by hand: those stay, to be refused.
+    """
     if options.optimizer == default.optimizer:
         return options
     taken = inspect.signature(optimizer_type(options.optimizer)).parameters
-    idle = {name for name in _UNSET if name not in taken and getattr(options, name) == getattr(default, name)}
+    idle = {name for name in _UNSET if name not in taken and name not in said}
     return replace(options, **{name: _UNSET[name] for name in idle})
 
 
@@ -91,11 +96,11 @@ def build_optimizer(
     """
     kind = optimizer_type(options.optimizer)
     arguments: dict[str, Any] = _optimizer_args(options)
-    if kind in _FUSED:
+    if kind in _FUSED and not any(arguments.get(name) for name in ("foreach", "differentiable")):
         arguments.setdefault("fused", True)
     try:
         optimizer: torch.optim.Optimizer = kind(parameter_groups(parameters, options), lr=options.lr, **arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"--optimizer {options.optimizer}: {error}") from error
     if options.l1:
         optimizer.register_step_post_hook(_shrink)
@@ -130,7 +135,7 @@ def parameter_groups(
     by_setting: dict[tuple[float, bool], list[nn.Parameter]] = {}
     has_decay = bool(options.weight_decay or options.l1)
     for name, parameter in parameters:
-        pattern = next((pattern for pattern in factors if fnmatchcase(name, pattern)), None)
+        pattern = _factor_of(name, factors)
         decays = has_decay and (options.decay_all or parameter.ndim > 1)
         factor = factors[pattern] if pattern else 1.0
         by_setting.setdefault((factor, decays), []).append(parameter)
@@ -159,10 +164,19 @@ def separate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter
 
 
 def check_lr_factors(names: Sequence[str], options: OptimizerOptions) -> None:
-    """Raise UserError when a pattern of --lr-factors matches none of a model's parameters."""
-    idle = [pattern for pattern in _lr_factors(options) if not any(fnmatchcase(name, pattern) for name in names)]
+    """Raise UserError when a pattern of --lr-factors is the first to match for none of the parameters to train."""
+    factors = _lr_factors(options)
+    idle = [pattern for pattern in factors if not any(_factor_of(name, factors) == pattern for name in names)]
     if idle:
-        raise UserError(f"--lr-factors: no parameter's name matches {some(idle)}; there are {some(names)}")
+        raise UserError(
+            f"--lr-factors: of the parameters that are trained, none has a name that matches {some(idle)} and no "
+            f"pattern before; there are {some(names)}"
+        )
+
+
+def _factor_of(name: str, patterns: Iterable[str]) -> str | None:
+    """Return the first pattern that matches a parameter's name."""
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
 
 
 def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -189,7 +203,7 @@ def _optimizer_args(options: OptimizerOptions) -> dict[str, Any]:
         name, is_pair, value = text.partition("=")
         if not is_pair or name in ("params", "lr", *given):
             raise UserError(f"--optimizer-args {text}: must be NAME=VALUE; what has an option of its own goes there")
-        arguments[name] = yaml.safe_load(value)
+        arguments[name] = _value(value)
     taken = inspect.signature(optimizer_type(options.optimizer)).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
     for name in arguments:
@@ -201,11 +215,25 @@ def _optimizer_args(options: OptimizerOptions) -> dict[str, Any]:
     return arguments
 
 
+def _value(text: str) -> Any:
+    """Return a number, truth value or text as YAML reads it; 1e-4 too is a number."""
+    try:
+        return float(text) if not text.strip("+-").isdecimal() else int(text)
+    except ValueError:
+        pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--optimizer-args {text}: not readable: {' '.join(str(error).split())}") from error
+
+
 def _lr_factors(options: OptimizerOptions) -> Mapping[str, float]:
     """Return the factor on the learning rate by name pattern."""
-    factors = {}
+    factors: dict[str, float] = {}
     for text in options.lr_factors:
         pattern, _, value = text.rpartition("=")
+        if pattern in factors:
+            raise UserError(f"--lr-factors {text}: the pattern {pattern} has a factor already; drop one of the two")
         try:
             factors[pattern] = float(value)
         except ValueError:

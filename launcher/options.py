@@ -138,6 +138,9 @@ class RunOptions:
 class Options(ScheduleOptions, OptimizerOptions, FreezingOptions, RunOptions):
     """Options of every recipe."""
 
+    said = frozenset[str]()
+    """Names of those that the command line or a YAML file gave; no option itself."""
+
     def __post_init__(self) -> None:
         for owner in (RunOptions, FreezingOptions, OptimizerOptions, ScheduleOptions):
             owner.__post_init__(self)
@@ -178,15 +181,21 @@ def parse_options(
         raise UserError(f"every option of a recipe needs a default: {error}") from error
     if preset:
         default = replace(default, **presets[preset])
+    words = [*config_argv, *argv]
     options = tyro.cli(
-        options_type,
-        prog=program,
-        description=description,
-        default=default,
-        args=[*config_argv, *argv],
-        console_outputs=show,
+        options_type, prog=program, description=description, default=default, args=words, console_outputs=show
     )
-    return for_its_optimizer(options, default)
+    said = _names_said(words, options_type)
+    options = for_its_optimizer(options, default, said=said)
+    options.said = said
+    return options
+
+
+def _names_said(words: Sequence[str], options_type: type[Options]) -> frozenset[str]:
+    """Return the options that stand among command-line words."""
+    flags = (word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--"))
+    names = {f.name for f in fields(options_type)}
+    return frozenset(name if name in names else name.removeprefix("no_") for name in flags) & names
 
 
 def _peek(argv: Sequence[str], name: str) -> str | None:

@@ -36,10 +36,14 @@ class Recipe:
         self.options = options
 
     def given(self, *names: str) -> list[str]:
-        """Return those of some options, as on the command line, that are neither the class's nor the preset's."""
+        """Return those of some options, as on the command line, that were given there, or differ from the defaults.
+
+        Defaults are the class's and the preset's.
+        """
         preset = self.presets.get(self.options.preset, {})
         defaults = {f.name: (f.default, preset.get(f.name, f.default)) for f in fields(self.options)}
-        return [flag(name) for name in names if getattr(self.options, name) not in defaults[name]]
+        said = self.options.said
+        return [flag(name) for name in names if name in said or getattr(self.options, name) not in defaults[name]]
 
     def datasets(self) -> Mapping[str, Any]:
         """Return the map-style data sets `train` and, if there is one, `eval`.
@@ -65,7 +69,7 @@ class Recipe:
     def classes_of(self, dataset: Any) -> np.ndarray | None:
         """Return one class a sample (int array), of which --folds gives each fold its share; None: there are none.
 
-        By default the column `labels` or `label`, if it holds whole numbers.
+        By default the column `labels` or `label`, if it holds whole numbers or truth values.
         """
         has_tensors = isinstance(dataset, TensorData)
         names = dataset.columns if has_tensors else getattr(dataset, "column_names", None) or ()
@@ -73,7 +77,7 @@ class Recipe:
         if name is None:
             return None
         classes = np.asarray(dataset.columns[name] if has_tensors else dataset.with_format("numpy")[name][:])
-        return classes if classes.ndim == 1 and np.issubdtype(classes.dtype, np.integer) else None
+        return classes if classes.ndim == 1 and classes.dtype.kind in "iub" else None
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
         """Return a batch (tensors by name) of what the data set gave for some samples: a list, or a mapping of columns.

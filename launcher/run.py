@@ -103,6 +103,8 @@ class Run:
         self.num_steps = options.max_steps or options.epochs * self.plan.steps_per_epoch
         if options.unfreeze_at_step >= self.num_steps:
             raise UserError(f"--unfreeze-at-step {options.unfreeze_at_step}: the run has {self.num_steps} steps only")
+        if options.warmup_steps >= self.num_steps:
+            raise UserError(f"--warmup-steps {options.warmup_steps}: the run has {self.num_steps} steps only")
         self.identity = self._identity()
         found = identity_of_folder(self.output_dir)
         if found is not None:
@@ -402,6 +404,12 @@ def _checked_splits(recipe: Recipe, fold: int | None) -> dict[str, Any]:
     splits = dict(recipe.datasets())
     if "train" not in splits:
         raise UserError(f"the recipe's datasets() must have 'train'; it has {', '.join(splits)}")
+    for name, split in splits.items():
+        if not hasattr(split, "__len__") or not hasattr(split, "__getitem__"):
+            raise UserError(
+                f"the {name} data is a {type(split).__name__}, which is read in its own order only; a run needs a "
+                f"map-style data set, with a length and rows by number"
+            )
     if fold is not None:
         options, train = recipe.options, splits["train"]
         classes = recipe.classes_of(train)

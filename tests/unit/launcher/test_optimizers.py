@@ -1,5 +1,6 @@
 """Optimizers by name, their groups, L1, and what is refused."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +96,8 @@ def test_l1_is_soft_thresholding_of_matrices() -> None:
         ({"optimizer_args": ("lr=3",)}, "option of its own"),
         ({"lr_factors": ("0.*",)}, "PATTERN=FACTOR"),
         ({"lr_factors": ("0.*=0",)}, "--freeze"),
+        ({"lr_factors": ("0.*=2", "0.*=3")}, r"0\.\*=3: the pattern 0\.\* has a factor already"),
+        ({"optimizer_args": ("foreach=[",)}, r"--optimizer-args \[: not readable"),
     ],
     ids=str,
 )
@@ -103,17 +106,33 @@ def test_what_is_refused(options: dict[str, Any], complaint: str) -> None:
         check_optimizer_options(Options(**options))
 
 
-@pytest.mark.parametrize("options", [{"lr": 0.0}, {"weight_decay": -1.0}, {"l1": float("nan")}], ids=str)
+@pytest.mark.parametrize("options", [{"lr": 0.0}, {"weight_decay": -1.0}, {"l1": math.nan}], ids=str)
 def test_numbers_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="must be"):
         Options(**options)
 
 
+def test_decay_of_all_without_decay() -> None:
+    with pytest.raises(UserError, match="--decay-all: goes with --weight-decay or --l1"):
+        Options(decay_all=True)
+
+
+def test_numbers_as_yaml_does_not_read_them_and_other_loops() -> None:
+    options = Options(optimizer="torch.optim.NAdam", optimizer_args=("momentum_decay=1e-3",))
+    assert build_optimizer(_net().named_parameters(), options).defaults["momentum_decay"] == 1e-3
+    options = Options(optimizer_args=("foreach=true",))
+    assert not build_optimizer(_net().named_parameters(), options).defaults["fused"]
+    with pytest.raises(UserError, match="--optimizer adamw: `fused` and `foreach` cannot be `True` together"):
+        build_optimizer(_net().named_parameters(), Options(optimizer_args=("foreach=true", "fused=true")))
+
+
 def test_values_that_the_optimizer_refuses_and_patterns_that_match_nothing() -> None:
     with pytest.raises(UserError, match="--optimizer sgd: Nesterov momentum requires"):
         build_optimizer(_net().named_parameters(), Options(optimizer="sgd", nesterov=True))
-    with pytest.raises(UserError, match=r"--lr-factors: no parameter's name matches 9\.\*; there are 0.weight"):
+    with pytest.raises(UserError, match=r"--lr-factors: .* matches 9\.\* and no pattern before; there are 0.weight"):
         check_lr_factors(["0.weight"], Options(lr_factors=("0.*=2", "9.*=3")))
+    with pytest.raises(UserError, match=r"--lr-factors: .* matches 0\.\* and no pattern before"):
+        check_lr_factors(["0.weight"], Options(lr_factors=("*=2", "0.*=3")))
 
 
 @dataclass(kw_only=True)

@@ -67,4 +67,14 @@ def test_another_optimizer_is_not_given_what_the_preset_sets_for_its_own() -> No
     options = _parse("--preset", "nesterov", "--optimizer", "adam")
     assert (options.momentum, options.nesterov, options.betas) == (None, False, (0.8, 0.9))
     assert _parse("--preset", "nesterov").momentum == 0.9
-    assert _parse("--preset", "nesterov", "--optimizer", "adam", "--momentum", "0.5").momentum == 0.5  # to be refused
+    for momentum in (0.5, 0.9):  # given by hand, to be refused, also where it is what the preset sets
+        words = ("--preset", "nesterov", "--optimizer", "adam", "--momentum", str(momentum))
+        assert _parse(*words).momentum == momentum
+
+
+def test_options_know_which_were_given(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("save-every: 7\n")
+    words = ("--config", str(config), "--depth", "3", "--place=there", "--no-reshard-after-forward")
+    assert _parse(*words).said == {"config", "save_every", "depth", "place", "reshard_after_forward"}
+    assert _parse().said == frozenset()
