@@ -1,5 +1,6 @@
 """Data sets from a hub id or a local path, and the checks that come before any training."""
 
+import glob
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class TensorData:
 def load_splits(source: str, *, seed: int, eval_split: str = "") -> dict[str, Any]:
     """Return the data sets `train` and `eval` of a hub id, a folder of data files or of images, or a single data file.
 
+    A hub id may name one of a data set's configurations: OWNER/NAME:CONFIGURATION.
     Held-out data is the split that `eval_split` names, else the split or the files named validation, valid, val, dev,
     eval or test, in this order; where there is none, a tenth of the training data, chosen by `seed`; of a single text
     the last tenth. A folder may also be one that `save_to_disk` wrote. A .txt file is a row, its whole content the
@@ -121,9 +123,11 @@ def _load_path(path: Path) -> Any:
         word = _split_of(file)
         if word is None and len(files) > 1:
             raise UserError(f"--data {path}: the name of {file.name} starts with none of train, {', '.join(_HELD_OUT)}")
-        by_split.setdefault(word if path.is_dir() and word else "train", []).append(str(file))
+        by_split.setdefault(word if path.is_dir() and word else "train", []).append(glob.escape(str(file)))
     kind = str(kinds.pop())
-    return _built(kind, by_split, path=path, **({"sample_by": "document"} if kind == "text" else {}))
+    options = {"sample_by": "document"} if kind == "text" else {}
+    # One by one: splits may differ in columns that the run does not use.
+    return {word: _built(kind, {word: names}, path=path, **options)[word] for word, names in by_split.items()}
 
 
 def _split_of(path: Path) -> str | None:
@@ -152,7 +156,13 @@ def _image_folders(path: Path) -> dict[str, list[str]]:
                 f"--data {path}: the classes differ: {roots[word].name}/{unknown[0]} is there, "
                 f"{roots['train'].name}/{unknown[0]} is not"
             )
-    return {word: [str(root / "*" / "*")] for word, root in roots.items()}
+        if not found:
+            raise UserError(f"--data {path}: no folders of classes in {roots[word].name}; images go into CLASS/ there")
+        for folder in (roots[word] / name for name in sorted(found)):
+            deeper = next((entry for entry in sorted(folder.iterdir()) if entry.is_dir()), None)
+            if deeper is not None:
+                raise UserError(f"--data {path}: images go into {folder.name}/ itself, not deeper: {deeper}")
+    return {word: [str(Path(glob.escape(str(root))) / "*" / "*")] for word, root in roots.items()}
 
 
 def _built(kind: str, files: Mapping[str, list[str]], *, path: Path, **options: Any) -> Any:
@@ -174,8 +184,9 @@ def _built(kind: str, files: Mapping[str, list[str]], *, path: Path, **options: 
 def _load_hub(source: str) -> Any:
     import datasets
 
+    name, _, configuration = source.partition(":")
     try:
-        return datasets.load_dataset(source)
+        return datasets.load_dataset(name, configuration or None)
     except Exception as error:
         # The hub's client raises errors of many families; all mean that the data set is not to be had from here.
         raise UserError(
@@ -218,75 +229,77 @@ def _column_option(role: str) -> str:
     return f"--{role.replace('_', '-')}-column"
 
 
-def require_texts(splits: Mapping[str, Any], column: str = "text", *, source: str) -> None:
-    """Raise UserError when a row of --data `source` has no text in a column."""
+def require_texts(splits: Mapping[str, Any], column: str = "text", *, source: str, called: str = "text") -> None:
+    """Raise UserError when a row of --data `source` has no text in a column, which is `called` so there."""
     for name, split in splits.items():
         kind = split.features[column]
         if getattr(kind, "dtype", None) not in ("string", "large_string") or split.data.column(column).null_count:
-            raise UserError(f"--data {source}: the {name} data has rows whose {column!r} is missing or no text")
+            raise UserError(f"--data {source}: the {name} data has rows whose {called!r} is missing or no text")
 
 
-def class_names(splits: Mapping[str, Any], column: str = "label", *, source: str) -> tuple[dict[str, Any], list[str]]:
+def class_names(
+    splits: Mapping[str, Any], column: str = "label", *, source: str, called: str = "label"
+) -> tuple[dict[str, Any], list[str]]:
     """Return the splits with labels 0..K-1 and the K names. Raises UserError for labels that are none or out of range.
 
-    The classes are those that the column's type names, else the training data's values.
+    The classes are those that the column's type names, else the training data's values in their order: 1 to 5, say, or
+    words. `called` is the column's name in --data `source`.
     """
     import datasets
 
     splits = dict(splits)
-    if all(split.features[column].dtype == "bool" for split in splits.values()):
+    kinds = {name: getattr(split.features[column], "dtype", None) for name, split in splits.items()}
+    if all(kind == "bool" for kind in kinds.values()):
         splits = {name: split.cast_column(column, datasets.Value("int64")) for name, split in splits.items()}
     feature = splits["train"].features[column]
+    refusal = f"--data {source}: column {called!r} must hold class labels (whole numbers or text), not {feature}"
+    if None in kinds.values():
+        raise UserError(refusal)
     values = {name: split.unique(column) for name, split in splits.items()}
     for name, found in values.items():
         if any(value is None for value in found):
-            raise UserError(f"--data {source}: the {name} data has rows without a {column!r}")
+            raise UserError(f"--data {source}: the {name} data has rows without a {called!r}")
         other = splits[name].features[column]
         has_other_names = getattr(other, "names", None) != getattr(feature, "names", None)
         if has_other_names or {*map(type, found)} != {type(values["train"][0])}:
             raise UserError(
-                f"--data {source}: the classes differ: column {column!r} is {feature} in the training data, "
+                f"--data {source}: the classes differ: column {called!r} is {feature} in the training data, "
                 f"{other} in the {name} data"
             )
     if len(values["train"]) < 2:
         raise UserError(
-            f"--data {source}: all rows of the training data have the {column!r} {values['train'][0]!r}; classes to "
+            f"--data {source}: all rows of the training data have the {called!r} {values['train'][0]!r}; classes to "
             f"tell apart must be two at least"
         )
-    if isinstance(feature, datasets.ClassLabel):
-        names = list(feature.names)
-    elif all(isinstance(value, str) for value in values["train"]):
-        names = sorted(values["train"])
-        position = {label: number for number, label in enumerate(names)}
-        for name, found in values.items():
-            unknown = [value for value in found if value not in position]
-            if unknown:
-                raise UserError(
-                    f"--data {source}: labels out of range: {unknown[0]!r} of the {name} data is "
-                    f"not in the training data"
-                )
-            splits[name] = derived(
-                splits[name],
-                lambda labels: {column: [position[label] for label in labels]},
-                input_columns=[column],
-                key=("class numbers", column, *names),
-                features=datasets.Features({**splits[name].features, column: datasets.Value("int64")}),
-            )
-        return splits, names
-    elif all(isinstance(value, int | np.integer) for value in values["train"]):
-        names = [str(number) for number in range(max(values["train"]) + 1)]
-    else:
-        raise UserError(
-            f"--data {source}: column {column!r} must hold class labels (whole numbers or text), not {feature}"
-        )
+    if not all(isinstance(value, str | int | np.integer) for value in values["train"]):
+        raise UserError(refusal)
+    has_names = isinstance(feature, datasets.ClassLabel)
+    classes = list(range(len(feature.names))) if has_names else sorted(values["train"])
+    known = set(classes)
     for name, found in values.items():
-        outside = sorted(value for value in found if not 0 <= value < len(names))
-        if outside:
+        unknown = [value for value in found if value not in known or (not isinstance(value, str) and value < 0)]
+        if unknown:
             raise UserError(
-                f"--data {source}: labels out of range: {outside[0]} in the {name} data; "
-                f"labels are 0 to {len(names) - 1}"
+                f"--data {source}: labels out of range: {min(unknown)!r} in the {name} data; labels are text or "
+                f"numbers from 0, and those of the training data are {some(map(repr, classes))}"
             )
-    return splits, names
+    if classes != list(range(len(classes))):
+        splits = {name: _numbered(split, column, classes) for name, split in splits.items()}
+    return splits, list(feature.names) if has_names else [str(value) for value in classes]
+
+
+def _numbered(split: Any, column: str, classes: Sequence[Any]) -> Any:
+    """Return a data set with each label's place among the classes instead of it."""
+    import datasets
+
+    position = {label: number for number, label in enumerate(classes)}
+    return derived(
+        split,
+        lambda labels: {column: [position[label] for label in labels]},
+        input_columns=[column],
+        key=("class numbers", column, *classes),
+        features=datasets.Features({**split.features, column: datasets.Value("int64")}),
+    )
 
 
 def class_weights(texts: Sequence[str], labels: np.ndarray, names: Sequence[str]) -> torch.Tensor | None:

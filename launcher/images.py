@@ -1,17 +1,20 @@
 """Images: read once into uint8 tensors, then moved at random and scaled to floats in operations on whole batches."""
 
 import io
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher import demo_data
 from shardlaunch.launcher.data import TensorData, class_names, derived, load_splits, select_columns
-from shardlaunch.launcher.options import Options, option
+from shardlaunch.launcher.options import Options, flag, option
 from shardlaunch.launcher.seeding import derive_seed
 
 _GRAY = 128
@@ -55,12 +58,15 @@ def load_images(options: ImageOptions, *, size: int, num_channels: int) -> tuple
         if value >= size:
             raise UserError(f"{name} {value}: must be less than the images' size, {size}")
     if source == demo_data.DEMO:
+        idle = [flag(name) for name in ("image_column", "label_column", "convert_images") if name in options.said]
+        if idle:
+            raise UserError(f"{', '.join(idle)}: the demo's digits are as they must be; drop the option")
         return demo_data.digits(size=size, num_channels=num_channels), [str(digit) for digit in range(10)]
     splits = load_splits(source, seed=options.seed)
     names = splits["train"].column_names
     column = options.image_column or ("img" if "img" in names and "image" not in names else "image")
     splits = select_columns(splits, {"image": column, "label": options.label_column}, source=source)
-    splits, classes = class_names(splits, source=source)
+    splits, classes = class_names(splits, source=source, called=options.label_column)
     decoded = {
         name: _decoded(
             split,
@@ -112,7 +118,7 @@ def _decoded(split: Any, *, size: int, num_channels: int, convert: bool, where: 
     decoded = derived(
         split,
         pixels,
-        key=("pixels", size, num_channels, convert),
+        key=("pixels", size, num_channels, convert, *_state_of_files(split)),
         input_columns=["image"],
         with_indices=True,
         remove_columns=["image"],
@@ -123,6 +129,19 @@ def _decoded(split: Any, *, size: int, num_channels: int, convert: bool, where: 
     flat = torch.from_numpy(np.concatenate([chunk.flatten().to_numpy() for chunk in stored]))
     labels = torch.from_numpy(np.array(decoded.with_format("numpy")["label"][:]))
     return TensorData(pixels=flat.view(-1, size, size, num_channels), labels=labels)
+
+
+def _state_of_files(split: Any) -> list[str]:
+    """Return a digest of times and sizes of the files that a data set names and does not hold, if there are any."""
+    digest = xxhash.xxh3_64()
+    has_files = False
+    for chunk in split.data.column("image").chunks:
+        for path in chunk.field("path").filter(chunk.field("bytes").is_null()).to_pylist():
+            with suppress(OSError, TypeError):  # what is not there is said when it is to be read
+                state = os.stat(path)
+                digest.update(f"{path} {state.st_mtime_ns} {state.st_size}".encode())
+                has_files = True
+    return [digest.hexdigest()] if has_files else []
 
 
 def select_classes(
@@ -136,6 +155,8 @@ def select_classes(
     numbers = [_class_number(word, names) for word in wanted] or list(range(len(names)))
     if len(set(numbers)) < len(numbers):
         raise UserError(f"--classes {' '.join(wanted)}: a class is named twice")
+    if len(numbers) < 2:
+        raise UserError(f"--classes {' '.join(wanted)}: classes to tell apart must be two at least")
     selected = {}
     for name, split in splits.items():
         labels = split.columns["labels"]

@@ -59,7 +59,7 @@ def whole_model(folder: Path, auto_class: Any, *, kind: str) -> Any:
 def all_texts(texts: Sequence[str], file: Path | None, *, flag: str) -> list[str]:
     """Return the texts that were given, and those of a file with one a line. Raises UserError when there is none."""
     try:
-        lines = file.read_text().splitlines() if file is not None else []
+        lines = file.read_text().split("\n") if file is not None else []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--file {file}: not readable: {error}") from error
     found = [*texts, *(line for line in lines if line.strip())]

@@ -102,6 +102,30 @@ def test_folders_with_other_classes_are_refused(tmp_path: Path) -> None:
         images.load_images(ImageOptions(data=str(tmp_path)), size=SIZE, num_channels=3)
 
 
+def test_folders_that_would_lose_images_are_refused(tmp_path: Path) -> None:
+    _folder(tmp_path / "train", "cat", "cat/black", "dog")
+    with pytest.raises(UserError, match=r"images go into cat/ itself, not deeper: .*cat/black"):
+        images.load_images(ImageOptions(data=str(tmp_path)), size=SIZE, num_channels=3)
+    _folder(tmp_path / "flat" / "train", "cat", "dog")
+    (tmp_path / "flat" / "test").mkdir()
+    with pytest.raises(UserError, match="no folders of classes in test"):
+        images.load_images(ImageOptions(data=str(tmp_path / "flat")), size=SIZE, num_channels=3)
+
+
+def test_files_that_change_are_read_anew(tmp_path: Path) -> None:
+    """What is cached belongs to the files that a table names, not to their names."""
+    paths = [tmp_path / f"{number}.png" for number in range(4)]
+    table = {"image": [{"bytes": None, "path": str(path)} for path in paths], "label": [0, 1, 0, 1]}
+    for name in ("train", "test"):
+        pd.DataFrame(table).to_parquet(tmp_path / f"{name}.parquet")
+    for first in (0, 10):
+        for number, path in enumerate(paths):
+            _picture(first + number).save(path)
+        splits, _ = images.load_images(ImageOptions(data=str(tmp_path)), size=SIZE, num_channels=3)
+        expected = torch.from_numpy(np.stack([np.asarray(_picture(first + number)) for number in range(4)]))
+        assert torch.equal(splits["train"].columns["pixels"], expected)
+
+
 def test_digits_are_enlarged_in_equal_channels() -> None:
     digits = demo_data.digits(size=32, num_channels=3)
     pixels = digits["train"].columns["pixels"]
@@ -184,7 +208,12 @@ def test_classes_are_chosen_and_renumbered() -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "samples", "says"),
-    [(("cow",), 0, "no such class"), (("cat", "0"), 0, "named twice"), ((), 5, "class cat has 4 training images")],
+    [
+        (("cow",), 0, "no such class"),
+        (("cat", "0"), 0, "named twice"),
+        (("cat",), 0, "--classes cat: classes to tell apart must be two at least"),
+        ((), 5, "class cat has 4 training images"),
+    ],
 )
 def test_classes_that_are_not_there(wanted: tuple[str, ...], samples: int, says: str) -> None:
     with pytest.raises(UserError, match=says):
