@@ -91,6 +91,8 @@ def _continue(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, argu
     """Return the prompt and its continuation. Where the model's context is full, it goes on from the latter half."""
     start, end = document_frame(tokenizer)
     tokens = [*start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens:
+        raise UserError(f"the model's tokenizer does not know all of this prompt: {prompt!r}")
     if not tokens:
         raise UserError("the prompt is empty, and the model knows no token that a text begins with: give it some text")
     longest = _num_positions(model, len(tokens) + max_new_tokens)

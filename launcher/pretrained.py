@@ -66,6 +66,13 @@ def pretrained_weights(auto_class: Any, source: str | Path, **options: Any) -> M
     return {name: tensor for name, tensor in model.state_dict().items() if name not in absent}
 
 
+def require_room(tokenizer: Any, flag: str, num_tokens: int) -> None:
+    """Raise UserError when the limit that an option sets leaves no room for a text beside the tokens that frame it."""
+    least = tokenizer.num_special_tokens_to_add() + 1
+    if num_tokens < least:
+        raise UserError(f"{flag} {num_tokens}: must be at least {least}, with the tokens that the tokenizer adds")
+
+
 def longest_input(model: nn.Module) -> int:
     """Return how many tokens an encoder's table of positions has room for; 0: it has none, and takes any number."""
     for name, module in model.named_modules():

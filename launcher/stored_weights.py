@@ -17,7 +17,8 @@ def stored_weights(source: str, expected: Mapping[str, torch.Tensor]) -> dict[st
 
     `source`, the value of --weights: such a file, a folder with files model*.safetensors, a checkpoint of a run, a
     run's folder (of which the newest valid checkpoint), or a hub id with a file model.safetensors. Raises UserError
-    when they are not to be had, and for a tensor that is absent or of another shape.
+    when they are not to be had, and for a tensor that is absent or of another shape. Batch norm's count of batches may
+    be absent: files from before torch 0.4.1 do not have it.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -29,6 +30,8 @@ def stored_weights(source: str, expected: Mapping[str, torch.Tensor]) -> dict[st
         except (OSError, SafetensorError) as error:
             raise UserError(f"--weights {file}: not a safetensors file that can be read ({error})") from error
     for name, tensor in expected.items():
+        if name not in tensors and name.endswith(".num_batches_tracked"):
+            continue
         wanted, found = list(tensor.shape), list(tensors[name].shape) if name in tensors else "absent"
         if wanted != found:
             raise UserError(

@@ -31,6 +31,7 @@ from shardlaunch import (
     option,
     padded,
     pretrained_weights,
+    require_room,
     require_texts,
     select_columns,
     tokenizer_key,
@@ -74,6 +75,8 @@ class BertOptions(Options):
         super().__post_init__()
         if self.task not in METRICS:
             raise UserError(f"--task {self.task}: unknown; choose one of {', '.join(METRICS)}")
+        if self.metrics and self.metrics[0] == "confusion_matrix":
+            raise UserError("--metrics confusion_matrix: no single number says which is best; name another one first")
         if self.class_weights and self.task == "regression":
             raise UserError("--class-weights: a regression has no classes; drop the option")
 
@@ -101,15 +104,16 @@ class BertImdb(Recipe):
         self.tokenizer = from_source(AutoTokenizer, source)
         if self.tokenizer.pad_token_id is None:
             raise UserError(f"--model {options.model}: its tokenizer has no token to pad with; take an encoder")
+        require_room(self.tokenizer, "--max-length", options.max_length)
         splits = demo_data.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
         columns = {"text": options.text_column, "label": options.label_column}
         splits = select_columns(splits, columns, source=options.data)
-        require_texts(splits, source=options.data)
+        require_texts(splits, source=options.data, called=options.text_column)
         if options.task == "regression":
             self.classes, self.class_weights = ["value"], None
-            splits = {name: _numbers(split, name, options.data) for name, split in splits.items()}
+            splits = {name: _numbers(split, name, options) for name, split in splits.items()}
         else:
-            splits, self.classes = class_names(splits, source=options.data)
+            splits, self.classes = class_names(splits, source=options.data, called=options.label_column)
             labels = np.asarray(splits["train"].with_format("numpy")["label"][:])
             self.class_weights = class_weights(options.class_weights, labels, self.classes)
         return {name: self._tokenized(split) for name, split in splits.items()}
@@ -132,8 +136,9 @@ class BertImdb(Recipe):
         config = from_source(
             AutoConfig, self.source, id2label=names, label2id={name: number for number, name in names.items()}
         )
-        if self.options.task == "regression":
-            config.problem_type = "regression"
+        config.problem_type = "regression" if self.options.task == "regression" else "single_label_classification"
+        if config.pad_token_id is None:  # some models look for where the padding begins
+            config.pad_token_id = self.tokenizer.pad_token_id
         model: nn.Module = from_config(AutoModelForSequenceClassification, config, self.source)
         longest = longest_input(model)
         if longest and self.options.max_length > longest:
@@ -178,16 +183,18 @@ class BertImdb(Recipe):
         return f'python -c "{code}"'
 
 
-def _numbers(split: Any, name: str, source: str) -> Any:
+def _numbers(split: Any, name: str, options: BertOptions) -> Any:
     """Return a data set with the column label as float32. Raises UserError for what is no number."""
     import datasets
 
     labels = split["label"][:]
     if not all(isinstance(label, int | float) and math.isfinite(label) for label in labels):
         raise UserError(
-            f"--data {source}: the {name} data has rows whose 'label' is no number, as --task regression needs"
+            f"--data {options.data}: the {name} data has rows whose {options.label_column!r} is no number, as --task "
+            f"regression needs"
         )
-    return split.cast_column("label", datasets.Value("float32"))
+    # By way of float64, since Arrow refuses to make float32 of whole numbers that it does not hold exactly.
+    return split.cast_column("label", datasets.Value("float64")).cast_column("label", datasets.Value("float32"))
 
 
 launch(BertImdb)

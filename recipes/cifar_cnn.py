@@ -27,7 +27,7 @@ class CifarOptions(ImageOptions):
     width: int = 32
     """Channels of the modern net's first layer; the last has eight times as many."""
     label_smoothing: float = 0.0
-    """Share of the target that is spread over all classes."""
+    """Share of the target that is spread over all classes, in the loss of evaluations too."""
     epochs: int = 10
     global_batch_size: int = 64
     micro_batch_size: int = 16

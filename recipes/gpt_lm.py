@@ -130,7 +130,7 @@ class GptLm(Recipe):
             raise UserError(f"--vocab-size: --tokenizer {options.tokenizer} has its own; drop the option")
         splits = demo_data.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
         splits = select_columns(splits, {"text": options.text_column}, source=options.data)
-        require_texts(splits, source=options.data)
+        require_texts(splits, source=options.data, called=options.text_column)
         self.unit: Unit = "character" if options.tokenizer == "characters" else "byte"
         is_one_text = all(len(split) == 1 for split in splits.values())  # whose parts neither begin nor end it
         self.tokenizer = self._tokenizer(splits["train"]["text"], framed=not is_one_text)

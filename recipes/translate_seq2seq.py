@@ -29,6 +29,7 @@ from shardlaunch import (
     option,
     padded,
     pretrained_weights,
+    require_room,
     select_columns,
     text_metrics,
     tokenizer_key,
@@ -97,6 +98,8 @@ class TranslateOptions(Options):
         for name in ("dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: must be from 0 to below 1")
+        if self.folds and self.eval_split:
+            raise UserError(f"--eval-split {self.eval_split}: --folds holds out training data; drop one of the two")
         if not self.metrics:
             raise UserError(f"--metrics: name at least one of {', '.join(TEXT_METRICS)}")
 
@@ -136,6 +139,8 @@ class TranslateSeq2Seq(Recipe):
         if options.model and idle:
             raise UserError(f"{', '.join(idle)}: for a model from scratch; --model {options.model} has its own")
         if options.data == DEMO:
+            if options.eval_split:
+                raise UserError(f"--eval-split {options.eval_split}: --data demo has just one; drop the option")
             splits = toy_translations()
         else:
             splits = load_splits(options.data, seed=options.seed, eval_split=options.eval_split)
@@ -153,6 +158,8 @@ class TranslateSeq2Seq(Recipe):
                 append_eos=True,
             )
         )
+        for name in ("max_source_length", "max_target_length"):
+            require_room(self.tokenizer, flag(name), getattr(options, name))
         key = tokenizer_key(self.tokenizer)
         return {name: self._tokenized(split, name, key) for name, split in splits.items()}
 
@@ -194,8 +201,36 @@ class TranslateSeq2Seq(Recipe):
         if options.model:
             with suppress(OSError):  # not every model folder says how to generate
                 model.generation_config = GenerationConfig.from_pretrained(options.model)
-        model.generation_config.update(num_beams=options.num_beams, max_new_tokens=options.max_target_length)
+        if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            raise UserError(
+                f"--model {options.model}: a {config.model_type} does not say how its decoder's input begins"
+            )
+        self._set_search(model.generation_config)
         return cast(nn.Module, model)
+
+    def _set_search(self, generation: GenerationConfig) -> None:
+        """Set how texts are written: by a search, whose settings are the model's own where the options say nothing."""
+        options = self.options
+        if (generation.min_length or 0) > options.max_target_length:
+            raise UserError(
+                f"--max-target-length {options.max_target_length}: this model writes at least {generation.min_length} "
+                f"tokens (min_length in its generation_config.json)"
+            )
+        without_draws = dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "typical_p"))
+        without_beams = dict.fromkeys(("early_stopping", "length_penalty")) if options.num_beams == 1 else {}
+        generation.update(
+            num_beams=options.num_beams,
+            max_new_tokens=options.max_target_length,
+            do_sample=False,
+            **without_draws,
+            **without_beams,
+        )
+        try:
+            generation.validate(strict=True)  # as it will be when a checkpoint is saved
+        except ValueError as error:
+            raise UserError(
+                f"--model {options.model}: its generation_config.json: {' '.join(str(error).split())}"
+            ) from error
 
     def _small_config(self) -> MarianConfig:
         """Return the transformer of Vaswani et al. 2017: norms after the residuals, one table of embeddings, sines."""

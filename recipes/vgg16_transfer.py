@@ -43,7 +43,8 @@ class VggOptions(ImageOptions):
     samples_per_class: int = 0
     """Training images of each class that are used, chosen by --seed; 0: all."""
     weights: str = "timm/vgg16.tv_in1k"
-    """Pretrained features, named as by torchvision and timm: a hub id, a safetensors file, a run's folder; or none."""
+    """Pretrained features, named as by torchvision and timm: a hub id, a safetensors file, a run's folder; none: fresh
+    ones."""
     width: float = 1.0
     """Channels of each convolution, as a share of VGG-16's."""
     batch_norm: bool = False
@@ -56,14 +57,14 @@ class VggOptions(ImageOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.weights == "none":
+            self.weights = ""
         if self.image_size < LEAST_SIZE:
             raise UserError(f"--image-size {self.image_size}: must be at least {LEAST_SIZE}")
         if not self.width > 0:
             raise UserError(f"--width {self.width}: must be above 0")
         if self.samples_per_class < 0:
             raise UserError(f"--samples-per-class {self.samples_per_class}: must be at least 0")
-        if self.is_frozen(f"{FEATURES}0.weight") and not self.weights and not self.unfreeze_at_step:
-            raise UserError("--freeze: without --weights, these features would never learn; give --freeze no pattern")
 
 
 # Narrow enough to be trained from scratch on a CPU, and to show on CIFAR-10's classes what a transfer gains.
@@ -106,7 +107,14 @@ class Vgg16Transfer(Recipe):
         return splits
 
     def model(self) -> nn.Module:
-        return Vgg16(len(self.classes), width=self.options.width, batch_norm=self.options.batch_norm)
+        options = self.options
+        model = Vgg16(len(self.classes), width=options.width, batch_norm=options.batch_norm)
+        never = [name for name, _ in model.named_parameters() if name.startswith(FEATURES) and options.is_frozen(name)]
+        if never and not options.weights and not options.unfreeze_at_step:
+            raise UserError(
+                f"--freeze: without --weights, {never[0]} would stay as drawn at random; give --freeze no such pattern"
+            )
+        return model
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         if not self.options.weights:

@@ -26,6 +26,7 @@ from shardlaunch.launcher.pretrained import (
     from_source,
     longest_input,
     pretrained_weights,
+    require_room,
     tokenizer_key,
 )
 from shardlaunch.launcher.recipe import Recipe
@@ -71,6 +72,7 @@ __all__ = [
     "padded",
     "positions",
     "pretrained_weights",
+    "require_room",
     "require_texts",
     "select_columns",
     "stored_weights",

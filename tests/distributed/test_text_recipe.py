@@ -16,10 +16,10 @@ from transformers import (
     RobertaModel,
 )
 
-from shardlaunch import class_weights
+from shardlaunch import UserError, class_weights
 from shardlaunch.launcher.demo_data import bert_dir
 from shardlaunch.launcher.predict import predict_texts
-from shardlaunch.recipes.bert_imdb import BertImdb
+from shardlaunch.recipes.bert_imdb import BertImdb, BertOptions
 from tests.recipes import run_quietly, run_well, training_lines
 
 ARGV = ["--max-steps", "3", "--global-batch-size", "8", "--micro-batch-size", "4", "--tracker", "none"]
@@ -97,6 +97,20 @@ def test_regression(models: Path, reviews: Path, tmp_path: Path, capsys: pytest.
     )
 
 
+def test_a_classifier_from_a_regression(models: Path, reviews: Path, tmp_path: Path) -> None:
+    """What is exported says what the model is now. Its numbers were whole and large, and batches of one sample."""
+    pd.DataFrame({"review": [f"film {i}" for i in range(20)], "opinion": [2**24 + 1 + i for i in range(20)]}).to_csv(
+        tmp_path / "marks.csv"
+    )
+    one_by_one = ("--global-batch-size", "1", "--micro-batch-size", "1")
+    options = ("--task", "regression", "--lr", "1e-9", *one_by_one)
+    run_well(BertImdb, _argv(models / "distilbert", tmp_path / "marks.csv", tmp_path / "first", *options))
+    first = max((tmp_path / "first" / "checkpoints").iterdir())
+    run_well(BertImdb, _argv(first, reviews, tmp_path / "second"))
+    config = json.loads((max((tmp_path / "second" / "checkpoints").iterdir()) / "config.json").read_text())
+    assert config["problem_type"] == "single_label_classification"
+
+
 def test_another_metric_starts_the_search_for_the_best_anew(models: Path, reviews: Path, tmp_path: Path) -> None:
     argv = _argv(models / "distilbert", reviews, tmp_path, "--eval-every", "1")
     run_well(BertImdb, [*argv, "--metrics", "accuracy", "--stop-at-step", "2"])
@@ -108,7 +122,7 @@ def test_another_metric_starts_the_search_for_the_best_anew(models: Path, review
     ("labels", "complaint"),
     [
         ({"train": [0] * 8, "test": [0] * 2}, "classes to tell apart must be two at least"),
-        ({"train": [0, 1] * 4, "test": ["0", "one"]}, "labels out of range: 'one'"),
+        ({"train": [0, 1] * 4, "test": ["0", "one"]}, "the classes differ: column 'opinion' is"),
         ({"train": [True, False] * 4, "test": [True, False]}, ""),
     ],
     ids=["one class", "other type", "truth values"],
@@ -138,9 +152,11 @@ def test_weights_of_classes() -> None:
     [
         (("--text-column", "text"), ("no column 'text'", "it has 'review', 'opinion', 'mark'", "--text-column NAME")),
         (("--label-column", "review"), ("--text-column and --label-column: must be different columns",)),
-        (("--task", "regression"), ("the train data has rows whose 'label' is no number",)),
+        (("--task", "regression"), ("the train data has rows whose 'opinion' is no number",)),
         (("--class-weights", "1", "2"), ("--class-weights 1 2: must be balanced, or 3 numbers", "'bad', 'fair'")),
         (("--metrics", "f3"), ("metric 'f3': unknown",)),
+        (("--max-length", "2"), ("--max-length 2: must be at least 3",)),
+        (("--warmup-steps", "3"), ("--warmup-steps 3: the run has 3 steps only",)),
         (("--max-length", "17"), ("--max-length 17: this model reads at most 16 tokens",)),
         (("--freeze", "encoder.*"), ("--freeze: no parameter's name matches encoder.*", "roberta.embeddings")),
         (("--optimizer", "sgdm"), ("--optimizer sgdm: unknown",)),
@@ -154,3 +170,8 @@ def test_bad_input(
     assert status == 2, output
     assert all(complaint in output for complaint in complaints), output
     assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_a_metric_that_cannot_say_which_is_best() -> None:
+    with pytest.raises(UserError, match=r"--metrics confusion_matrix: .* name another one first"):
+        BertOptions(metrics=("confusion_matrix", "accuracy"))

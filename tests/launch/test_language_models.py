@@ -256,6 +256,7 @@ def test_what_cannot_generate(folder: Path, run_dir: Path, tmp_path: Path) -> No
         (classifier, ["a"], {}, "not a checkpoint of a language model"),
         (run_dir, [], {}, 'no text: give --prompt "..." or --file PATH'),
         (run_dir, [""], {}, "the prompt is empty"),
+        (run_dir, ["\N{SNOWMAN}"], {}, "the model's tokenizer does not know all of this prompt: '\N{SNOWMAN}'"),
         (run_dir, ["a"], {"temperature": -1.0}, "--temperature -1.0: must be at least 0"),
         (run_dir, ["a"], {"top_k": 5}, "--top-k 5 is for drawing at random"),
         (run_dir, ["a"], {"temperature": 1.0, "num_beams": 2}, "--num-beams 2 seeks the most probable text"),

@@ -55,4 +55,18 @@ def test_a_class_that_only_the_held_out_data_has(tmp_path: Path) -> None:
     _write_images(tmp_path / "test.parquet", 32, "RGB", labels=(0, 1, 3))
     status, output = run_quietly(CifarCnn, ["--data", str(tmp_path), "--output-dir", str(tmp_path / "run")])
     assert status == 2
-    assert "labels out of range: 3 in the eval data; labels are 0 to 2" in output
+    assert "labels out of range: 3 in the eval data" in output
+    assert "those of the training data are 0, 1, 2" in output
+
+
+def test_options_that_the_demo_leaves_idle(tmp_path: Path) -> None:
+    argv = ["--data", "demo", "--max-steps", "1", "--output-dir", str(tmp_path)]
+    status, output = run_quietly(Vgg16Transfer, [*argv, "--image-column", "photo"])
+    assert status == 2
+    assert "--image-column: the demo's digits are as they must be" in output
+
+
+def test_an_option_that_is_its_default_is_refused_as_any_other_is(tmp_path: Path) -> None:
+    status, output = run_quietly(CifarCnn, ["--data", "demo", "--width", "32", "--output-dir", str(tmp_path)])
+    assert status == 2
+    assert "--width: of the modern net" in output

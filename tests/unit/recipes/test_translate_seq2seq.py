@@ -116,6 +116,31 @@ def test_pretrained_model(tmp_path: Path) -> None:
     assert (generation.length_penalty, generation.num_beams, generation.max_new_tokens) == (2.5, 3, 9)
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_models_settings_that_the_search_does_not_have(num_beams: int, tmp_path: Path) -> None:
+    """They are dropped, or transformers refuses to save them with the first checkpoint."""
+    save_small_t5(tmp_path / "t5")
+    path = tmp_path / "t5" / "generation_config.json"
+    settings = {"early_stopping": True, "do_sample": True, "top_k": 7, "temperature": 0.5, "min_length": 5}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    recipe = _recipe(tmp_path, model=str(tmp_path / "t5"), num_beams=num_beams)
+    recipe.datasets()
+    model: Any = recipe.model()
+    recipe.export(tmp_path / "saved", model)
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    beams = {"early_stopping", "length_penalty"} & saved.keys()
+    assert (saved["num_beams"], len(beams), saved["do_sample"]) == (num_beams, 2 if num_beams > 1 else 0, False)
+    recipe = _recipe(tmp_path, model=str(tmp_path / "t5"), max_target_length=4)
+    recipe.datasets()
+    with pytest.raises(UserError, match="--max-target-length 4: this model writes at least 5 tokens"):
+        recipe.model()
+
+
+def test_limits_without_room_for_a_text(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--max-source-length 1: must be at least 2, with the tokens that"):
+        _recipe(tmp_path, max_source_length=1).datasets()
+
+
 def test_more_tokens_than_positions(tmp_path: Path) -> None:
     save_small_bert(tmp_path / "bert")
     config = json.loads((tmp_path / "bert" / "config.json").read_text())
@@ -143,6 +168,13 @@ def test_a_model_with_its_own_sizes() -> None:
     options = TranslateOptions(model="google-t5/t5-small", layers=5, width=128, preset="demo")
     with pytest.raises(UserError, match=r"^--layers: for a model from scratch; --model google-t5/t5-small has its own"):
         TranslateSeq2Seq(options).datasets()
+
+
+def test_a_split_that_the_demo_does_not_have() -> None:
+    with pytest.raises(UserError, match=r"^--eval-split test: --data demo has just one"):
+        TranslateSeq2Seq(TranslateOptions(data="demo", eval_split="test")).datasets()
+    with pytest.raises(UserError, match=r"^--eval-split test: --folds holds out training data"):
+        TranslateOptions(eval_split="test", folds=3)
 
 
 def _save_marian(folder: Path) -> None:

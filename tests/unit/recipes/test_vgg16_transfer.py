@@ -56,6 +56,20 @@ def test_features_are_taken_and_other_heads_left(tmp_path: Path, head: tuple[str
         assert all(torch.equal(found[name], features[name]) for name in features)
 
 
+def test_files_from_before_batch_norm_counted(tmp_path: Path) -> None:
+    features = {n: t for n, t in _features(batch_norm=True).items() if not n.endswith("num_batches_tracked")}
+    save_file(features, tmp_path / "model.safetensors")
+    assert _recipe(tmp_path, batch_norm=True).weights().keys() == features.keys()
+
+
+def test_fresh_features_that_would_never_learn() -> None:
+    assert VggOptions(weights="none") == VggOptions(weights="")
+    recipe = Vgg16Transfer(VggOptions(weights="none", width=0.02, freeze=("features.1*",)))
+    recipe.classes = ["cat", "ship"]
+    with pytest.raises(UserError, match=r"--freeze: without --weights, features\.10\.weight would stay"):
+        recipe.model()
+
+
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(_features(), path)
