@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from shardlaunch.launcher.freezing import ParameterRow
+
 PLAIN_LINE_S = 10.0  # between two plain lines of progress
 WIDEST_MATRIX = 20  # what fits on a screen
 RATE_MEMORY = 0.9  # of the moving average of tokens per second
@@ -52,6 +54,17 @@ class Display:
         for row in rows:
             table.add_row(*map(escape, row))
         self.console.print(table)
+
+    def parameters(self, rows: Iterable[ParameterRow]) -> None:
+        """Print a table of how parameters are trained."""
+        self.columns(
+            ("parameters", "tensors", "elements", "rate", "decay"),
+            [
+                (row.names, f"{row.num_tensors:,}", f"{row.num_elements:,}")
+                + (("frozen", "") if row.lr is None else (f"{row.lr:g}", f"{row.weight_decay:g}"))
+                for row in rows
+            ],
+        )
 
     def matrix(self, name: str, values: Sequence[Any]) -> None:
         """Print a metric that is a matrix, or a list of numbers; of large ones just where they are."""

@@ -13,8 +13,8 @@ import torch
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.cross_validation import cross_validate
 from shardlaunch.launcher.options import Options, parse_options
-from shardlaunch.launcher.recipe import Recipe, check_in_force
-from shardlaunch.launcher.run import Run, recipe_name
+from shardlaunch.launcher.recipe import Recipe, check_in_force, recipe_name
+from shardlaunch.launcher.run import Run
 from shardlaunch.sharding.environment import is_main_process, read_environment
 from shardlaunch.sharding.precision import PRECISIONS, resolve_precision
 from shardlaunch.sharding.resolve import check_ranks, check_settings, resolve_strategy

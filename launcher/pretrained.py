@@ -53,6 +53,12 @@ def pretrained_weights(auto_class: Any, source: str | Path, **options: Any) -> M
 
     Only safetensors files are read. What the source does not have (a new head) is left out.
     """
+    folder = Path(source)
+    if (folder / "pytorch_model.bin").exists() and not list(folder.glob("model*.safetensors*")):
+        raise UserError(
+            f"--model {source}: its weights are a pickle, which may run any code and is not read; write them as "
+            f"safetensors once, with the save_pretrained() of transformers"
+        )
     model, info = from_source(
         auto_class,
         source,
@@ -120,7 +126,8 @@ def tokenizer_key(tokenizer: Any) -> str:
     if tokenizer.is_fast:
         content = json.loads(tokenizer.backend_tokenizer.to_str())
         # What the last call left there.
-        return json.dumps({key: value for key, value in content.items() if key not in ("truncation", "padding")})
+        content = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
+        return json.dumps([content, tokenizer.truncation_side])
     with TemporaryDirectory() as folder:
         paths = tokenizer.save_vocabulary(folder)
         digests = [xxhash.xxh3_128_hexdigest(Path(path).read_bytes()) for path in paths]

@@ -1,5 +1,6 @@
 """The recipe: a class that says what to train. Everything else is the launcher's."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -128,6 +129,12 @@ class Recipe:
     def usage(self, checkpoint: Path) -> str:
         """Return a shell line that shows how to use a checkpoint; empty: none."""
         return ""
+
+
+def recipe_name(recipe_type: type[Recipe]) -> str:
+    """Return the name of a recipe: its file's."""
+    file = getattr(sys.modules[recipe_type.__module__], "__file__", None)
+    return Path(file).stem if file else recipe_type.__name__
 
 
 def check_in_force(recipe: Recipe) -> None:

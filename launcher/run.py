@@ -1,7 +1,6 @@
 """One launch of a run: from options and connected ranks to data, model, strategy, trainer, and its last line."""
 
 import json
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -20,10 +19,10 @@ from shardlaunch.launcher.assembly import assemble
 from shardlaunch.launcher.batches import Batches, BatchPlan, EvaluationPlan
 from shardlaunch.launcher.display import Display, ProgressView
 from shardlaunch.launcher.evaluation import Evaluation, Evaluator, numbers
-from shardlaunch.launcher.folds import fold_of_samples, fold_splits
+from shardlaunch.launcher.folds import checked_splits
 from shardlaunch.launcher.identity import Identity, data_fingerprint, option_values, run_identity, run_record, versions
 from shardlaunch.launcher.options import Options
-from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.recipe import Recipe, recipe_name
 from shardlaunch.launcher.run_folder import (
     CHECKPOINTS,
     claim,
@@ -92,7 +91,7 @@ class Run:
     def _prepare(self) -> None:
         """Load the data and decide where to begin."""
         options, world, recipe = self.options, self.world, self.recipe
-        self.splits = world.main_first(lambda: _checked_splits(recipe, self.fold))
+        self.splits = world.main_first(lambda: checked_splits(recipe, self.fold))
         self.plan = BatchPlan(
             num_samples=len(self.splits["train"]),
             global_batch_size=options.global_batch_size,
@@ -251,7 +250,7 @@ class Run:
         del self.trainer, self.strategy, self.assembly  # room for the next
         self._assemble(checkpoint)
         self.display.say(f"step {self.position.step}: --freeze has ended")
-        self._say_parameters()
+        self.display.parameters(self.assembly.rows)
         self._build_trainer()
 
     def _open_logs(self, stack: ExitStack) -> None:
@@ -362,17 +361,7 @@ class Run:
         if checkpoint is None and 0 < len(assembly.fresh) < assembly.num_tensors:
             self.display.say(f"fresh weights: {', '.join(assembly.fresh)}")
         if any(row.lr is None for row in assembly.rows) or options.lr_factors:
-            self._say_parameters()
-
-    def _say_parameters(self) -> None:
-        self.display.columns(
-            ("parameters", "tensors", "elements", "rate", "decay"),
-            [
-                (row.names, f"{row.num_tensors:,}", f"{row.num_elements:,}")
-                + (("frozen", "") if row.lr is None else (f"{row.lr:g}", f"{row.weight_decay:g}"))
-                for row in self.assembly.rows
-            ],
-        )
+            self.display.parameters(self.assembly.rows)
 
     def last_evaluation(self) -> Evaluation:
         """Return what the last evaluation gave, empty when there was none. All ranks; they read it from the log."""
@@ -399,37 +388,9 @@ class Run:
             self.display.say(f"use    {self.recipe.usage(checkpoint)}")
 
 
-def _checked_splits(recipe: Recipe, fold: int | None) -> dict[str, Any]:
-    """Return the recipe's data sets, or a fold's. Raises UserError when one is empty or `train` is missing."""
-    splits = dict(recipe.datasets())
-    if "train" not in splits:
-        raise UserError(f"the recipe's datasets() must have 'train'; it has {', '.join(splits)}")
-    for name, split in splits.items():
-        if not hasattr(split, "__len__") or not hasattr(split, "__getitem__"):
-            raise UserError(
-                f"the {name} data is a {type(split).__name__}, which is read in its own order only; a run needs a "
-                f"map-style data set, with a length and rows by number"
-            )
-    if fold is not None:
-        options, train = recipe.options, splits["train"]
-        classes = recipe.classes_of(train)
-        folds = fold_of_samples(len(train), options.folds, seed=options.seed, classes=classes)
-        splits = fold_splits(train, folds, fold)
-    for name, split in splits.items():
-        if len(split) == 0:
-            raise UserError(f"the {name} data has no rows")
-    return splits
-
-
 def _digest(record: Mapping[str, Any]) -> int:
     return xxhash.xxh3_64_intdigest(json.dumps(record).encode()) >> 1
 
 
 def _device_name(world: World) -> str:
     return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-
-
-def recipe_name(recipe_type: type[Recipe]) -> str:
-    """Return the name of a recipe: its file's."""
-    file = getattr(sys.modules[recipe_type.__module__], "__file__", None)
-    return Path(file).stem if file else recipe_type.__name__

@@ -1,13 +1,11 @@
 """K-fold cross-validation: each fold a run, resumable, the same on any number of ranks."""
 
 import json
-import math
 import re
 from pathlib import Path
 
 import pytest
 
-from shardlaunch.launcher.cross_validation import summarise
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import NetRecipe, run_quietly, run_well, training_lines
 
@@ -42,14 +40,6 @@ def test_folds_resume_and_are_the_same_on_two_ranks(tmp_path: Path) -> None:
     other = json.loads((tmp_path / "two" / "folds.json").read_text())
     for name, found in record["summary"].items():
         assert other["summary"][name] == pytest.approx(found, abs=1e-6)
-
-
-def test_the_summary_of_odd_numbers() -> None:
-    """What not every fold has is left out; a perplexity without bound does not take the others away."""
-    found = summarise([{"eval/loss": 1.0, "eval/ppl": math.inf}, {"eval/loss": 3.0, "eval/ppl": 2.0, "eval/f1": 1.0}])
-    assert found["eval/loss"] == {"mean": 2.0, "std": pytest.approx(math.sqrt(2))}
-    assert found["eval/ppl"]["mean"] == math.inf
-    assert found.keys() == {"eval/loss", "eval/ppl"}
 
 
 def test_more_folds_than_samples(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What the recipe for texts takes besides its demo: other encoders, columns, tasks, weights of classes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,14 @@ def test_bad_input(
     assert status == 2, output
     assert all(complaint in output for complaint in complaints), output
     assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_a_model_whose_weights_are_a_pickle(models: Path, reviews: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "distilbert", tmp_path / "old")
+    (tmp_path / "old" / "model.safetensors").rename(tmp_path / "old" / "pytorch_model.bin")
+    status, output = run_quietly(BertImdb, _argv(tmp_path / "old", reviews, tmp_path / "run"))
+    assert status == 2
+    assert "its weights are a pickle" in output
 
 
 def test_a_metric_that_cannot_say_which_is_best() -> None:

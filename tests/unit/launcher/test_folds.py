@@ -1,13 +1,17 @@
 """Which samples each fold holds out."""
 
+import math
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 
 from shardlaunch import Options, Recipe, TensorData, UserError
 from shardlaunch.launcher.cross_validation import summarise
-from shardlaunch.launcher.folds import fold_of_samples, fold_splits
+from shardlaunch.launcher.folds import checked_splits, fold_of_samples, fold_splits
 
 
 @pytest.mark.parametrize("num_samples", [5, 100, 103])
@@ -58,6 +62,29 @@ def test_classes_are_the_labels_if_they_are_whole_numbers() -> None:
 def test_mean_and_standard_deviation_over_folds() -> None:
     found = summarise([{"step": 3, "eval/a": 1.0, "eval/m": [[1]]}, {"step": 3, "eval/a": 2.0, "eval/m": [[3]]}])
     assert found == {"eval/a": {"mean": 1.5, "std": pytest.approx(0.5**0.5)}}
+
+
+def test_the_summary_of_odd_numbers() -> None:
+    """What not every fold has is left out; a perplexity without bound does not take the others away."""
+    found = summarise([{"eval/loss": 1.0, "eval/ppl": math.inf}, {"eval/loss": 3.0, "eval/ppl": 2.0, "eval/f1": 1.0}])
+    assert found["eval/loss"] == {"mean": 2.0, "std": pytest.approx(math.sqrt(2))}
+    assert found["eval/ppl"]["mean"] == math.inf
+    assert found.keys() == {"eval/loss", "eval/ppl"}
+
+
+class _Stream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
+
+
+class _Streamed(Recipe):
+    def datasets(self) -> dict[str, Any]:
+        return {"train": _Stream()}
+
+
+def test_data_that_is_read_in_its_own_order_only() -> None:
+    with pytest.raises(UserError, match=r"the train data is a _Stream, .* needs a map-style data set"):
+        checked_splits(_Streamed(Options()), None)
 
 
 def test_fold_options() -> None:
