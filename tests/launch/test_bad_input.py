@@ -166,7 +166,7 @@ CASES = (
     texts(
         "label of eval unknown to train",
         *("--data", "{inputs}/unknown_label"),
-        says=("labels out of range", "'angry'", "eval data", "not in the training data"),
+        says=("labels out of range", "'angry'", "eval data", "those of the training data are 'happy', 'sad'"),
     ),
     texts("text missing", "--data", "{inputs}/no_text.csv", says=("'text'",)),
     texts(
