@@ -90,9 +90,11 @@ def _transform(model: Any, tokenizer: Any, text: str, max_new_tokens: int, argum
 def _continue(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, arguments: dict[str, Any]) -> str:
     """Return the prompt and its continuation. Where the model's context is full, it goes on from the latter half."""
     start, end = document_frame(tokenizer)
-    tokens = [*start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens:
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    unknown = tokenizer.unk_token_id  # GPT-2's tokenizer, which knows all, has that of the end of text there
+    if unknown in ids and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         raise UserError(f"the model's tokenizer does not know all of this prompt: {prompt!r}")
+    tokens = [*start, *ids]
     if not tokens:
         raise UserError("the prompt is empty, and the model knows no token that a text begins with: give it some text")
     longest = _num_positions(model, len(tokens) + max_new_tokens)
