@@ -6,6 +6,30 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from shardlaunch.errors import UserError
+
+_OF_BEAMS = ("early_stopping", "length_penalty")
+
+
+def set_search(model: Any, *, num_beams: int, most: tuple[str, int]) -> None:
+    """Let a model write texts by a search of so many beams, with settings of its own for all else.
+
+    `most`: an option and how many tokens it allows. Settings for draws at random go, and those of beams where there is
+    one only: transformers refuses to save what would have no effect. Raises UserError for settings that contradict.
+    """
+    generation, (flag, max_new_tokens) = model.generation_config, most
+    if (generation.min_length or 0) > max_new_tokens:
+        raise UserError(
+            f"{flag} {max_new_tokens}: this model writes at least {generation.min_length} tokens (min_length in its "
+            f"generation_config.json)"
+        )
+    idle = ("temperature", "top_k", "top_p", "min_p", "typical_p", *(_OF_BEAMS if num_beams == 1 else ()))
+    generation.update(num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=False, **dict.fromkeys(idle))
+    try:
+        generation.validate(strict=True)  # as it will be when a checkpoint is saved
+    except ValueError as error:
+        raise UserError(f"--model: its generation_config.json: {' '.join(str(error).split())}") from error
+
 
 def generate(model: Any, **options: Any) -> torch.Tensor:
     """Return `model.generate(**options)`: token ids, a row a sample. All ranks, each with samples of its own.

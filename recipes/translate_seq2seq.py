@@ -31,6 +31,7 @@ from shardlaunch import (
     pretrained_weights,
     require_room,
     select_columns,
+    set_search,
     text_metrics,
     tokenizer_key,
     toy_translations,
@@ -205,32 +206,8 @@ class TranslateSeq2Seq(Recipe):
             raise UserError(
                 f"--model {options.model}: a {config.model_type} does not say how its decoder's input begins"
             )
-        self._set_search(model.generation_config)
+        set_search(model, num_beams=options.num_beams, most=("--max-target-length", options.max_target_length))
         return cast(nn.Module, model)
-
-    def _set_search(self, generation: GenerationConfig) -> None:
-        """Set how texts are written: by a search, whose settings are the model's own where the options say nothing."""
-        options = self.options
-        if (generation.min_length or 0) > options.max_target_length:
-            raise UserError(
-                f"--max-target-length {options.max_target_length}: this model writes at least {generation.min_length} "
-                f"tokens (min_length in its generation_config.json)"
-            )
-        without_draws = dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "typical_p"))
-        without_beams = dict.fromkeys(("early_stopping", "length_penalty")) if options.num_beams == 1 else {}
-        generation.update(
-            num_beams=options.num_beams,
-            max_new_tokens=options.max_target_length,
-            do_sample=False,
-            **without_draws,
-            **without_beams,
-        )
-        try:
-            generation.validate(strict=True)  # as it will be when a checkpoint is saved
-        except ValueError as error:
-            raise UserError(
-                f"--model {options.model}: its generation_config.json: {' '.join(str(error).split())}"
-            ) from error
 
     def _small_config(self) -> MarianConfig:
         """Return the transformer of Vaswani et al. 2017: norms after the residuals, one table of embeddings, sines."""

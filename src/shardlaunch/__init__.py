@@ -12,7 +12,7 @@ from shardlaunch.launcher.data import (
     require_texts,
     select_columns,
 )
-from shardlaunch.launcher.generate_together import generate
+from shardlaunch.launcher.generate_together import generate, set_search
 from shardlaunch.launcher.images import ImageOptions
 from shardlaunch.launcher.language_metrics import BitsPer, Perplexity
 from shardlaunch.launcher.launch import launch
@@ -75,6 +75,7 @@ __all__ = [
     "require_room",
     "require_texts",
     "select_columns",
+    "set_search",
     "stored_weights",
     "text_metrics",
     "tokenized",
