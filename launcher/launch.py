@@ -34,6 +34,8 @@ _QUIET = {
 # Before the ranks are connected, rank 0 speaks for all. A rank that ended first would have the launcher end rank 0 too,
 # so the others wait to be ended.
 LAST_WORD_S = 60
+# A rank's mistake is mostly every rank's, if a little later; but some may be waiting for just this one to end.
+LINGER_S = 5.0
 # What gloo, NCCL and the store say when the other side is gone.
 _LOST_CONTACT = re.compile(r"connection (was )?(closed|reset|refused)|reset by peer|broken pipe|remote process", re.I)
 EXIT_OTHER_ERROR = 1
@@ -102,6 +104,8 @@ def run(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         raise
     except UserError as error:
         _report(world, f"error: {error}", with_traceback=is_debug)
+        if world is not None:
+            world.await_others_at("report", most_s=LINGER_S)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         _report(

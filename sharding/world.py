@@ -1,7 +1,9 @@
 """The ranks of a run and their collectives."""
 
 import os
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -75,6 +77,18 @@ class World:
             return int(self.store.add(f"shardlaunch/{deed}", 1)) == 1
         except RuntimeError:  # the store went with its host: then nobody else can speak either
             return True
+
+    def await_others_at(self, deed: str, *, most_s: float) -> None:
+        """Wait, on rank 0, until all ranks have asked `is_first_to(deed)`, but at most `most_s` seconds.
+
+        Without rank 0, its store and its sockets, one that is a little behind would lose contact before it comes there.
+        """
+        if self.store is None or not self.is_main:
+            return
+        end = time.monotonic() + most_s
+        with suppress(RuntimeError):  # the store went with its host, a launcher
+            while self.store.add(f"shardlaunch/{deed}", 0) < self.size and time.monotonic() < end:
+                time.sleep(0.05)
 
 
 def connect(env: LaunchEnvironment) -> World:

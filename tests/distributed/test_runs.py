@@ -1,6 +1,7 @@
 """What else a run promises: retention, best metric, early stopping, loss scale, workers, evaluation on odd sizes."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,19 @@ def _main_first_with_failing_main() -> str:
 def _fail_on_main(rank: int) -> None:
     if rank == 0:
         raise OSError(28, "No space left on device", "cache")
+
+
+def _asks_late() -> bool:
+    world = connect(read_environment())
+    if not world.is_main:
+        time.sleep(1)
+    is_first = world.is_first_to("deed")
+    world.await_others_at("deed", most_s=60)
+    return is_first
+
+
+def test_a_rank_that_is_late_finds_that_another_has_spoken() -> None:
+    assert run_on_ranks(2, _asks_late) == [True, False]
 
 
 def test_metrics_are_exact_across_ranks_also_where_one_has_no_evaluation_data(tmp_path: Path) -> None:
