@@ -53,7 +53,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
-from shardlaunch.checkpoints.state import WEIGHT, Fragment, TensorSpec
+from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, Fragment, TensorSpec
 from shardlaunch.checkpoints.writer import save
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.world import World, available_cores, connect, disconnect
@@ -97,9 +97,10 @@ def specs(gigabytes: float) -> Iterator[TensorSpec]:
         for name in ("norm_1", "norm_2"):
             shapes[f"blocks.{block}.{name}.weight"] = shapes[f"blocks.{block}.{name}.bias"] = (width,)
     for name, shape in shapes.items():
-        for kind in (WEIGHT, "exp_avg", "exp_avg_sq"):
-            yield TensorSpec(name=name, kind=kind, shape=shape, dtype=torch.float32)
-        yield TensorSpec(name=name, kind="step", shape=(), dtype=torch.float32)
+        yield TensorSpec(name=name, section=MODEL, shape=shape, dtype=torch.float32)
+        for entry in ("exp_avg", "exp_avg_sq"):
+            yield TensorSpec(name=name, section=OPTIMIZER, entry=entry, shape=shape, dtype=torch.float32)
+        yield TensorSpec(name=name, section=OPTIMIZER, entry="step", shape=(), dtype=torch.float32)
 
 
 def fragments(gigabytes: float, *, rank: int, num_ranks: int) -> list[Fragment]:
@@ -188,10 +189,10 @@ class Bench:
         states: dict[str, dict[str, torch.Tensor]] = {}
         for fragment in fragments(self.gigabytes, rank=0, num_ranks=1):
             name = fragment.spec.name.replace(".", "_")
-            if fragment.spec.kind == WEIGHT:
+            if fragment.spec.section == MODEL:
                 model.register_parameter(name, nn.Parameter(fragment.tensor))
             else:
-                states.setdefault(name, {})[fragment.spec.kind] = fragment.tensor
+                states.setdefault(name, {})[fragment.spec.entry] = fragment.tensor
         optimizer = torch.optim.AdamW(model.parameters())
         optimizer.state.update({parameter: states[name] for name, parameter in model.named_parameters()})
         accelerator = Accelerator(cpu=True)

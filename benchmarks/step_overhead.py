@@ -38,10 +38,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shardlaunch import Options, Recipe, TensorData
-from shardlaunch.launcher.batches import Batches, BatchPlan
-from shardlaunch.launcher.run import Run
-from shardlaunch.launcher.tracking import MetricsLog, Trackers
-from shardlaunch.launcher.trainer import Hooks, Position, StepReport, Trainer
+from shardlaunch.launcher.reporting.tracking import MetricsLog, Trackers
+from shardlaunch.launcher.runs.run import Run
+from shardlaunch.launcher.training.batches import Batches, BatchPlan
+from shardlaunch.launcher.training.trainer import Hooks, Position, StepReport, Trainer
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.replicated import Replicated

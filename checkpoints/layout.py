@@ -4,13 +4,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shardlaunch.checkpoints.state import TensorSpec, specs_by_kind
+from shardlaunch.checkpoints.state import TensorSpec, specs_by_section
 
+CHECKPOINTS = "checkpoints"  # the folder of a run that holds one folder per saved step
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 RECIPE = "recipe.json"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-OPTIMIZER_INDEX = "optimizer.safetensors.index.json"
 
 _STEP_DIR = re.compile(r"step-(\d{8,})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@ -]*")
@@ -25,6 +24,11 @@ def step_of_dir_name(name: str) -> int | None:
     """Return the step that a folder name stands for, None when it is not such a name."""
     match = _STEP_DIR.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def index_file_name(section: str) -> str:
+    """Return the name of the file that says in which file of a section each tensor is."""
+    return f"{section}.safetensors.index.json"
 
 
 def is_plain_file_name(name: str) -> bool:
@@ -44,10 +48,11 @@ class TensorFile:
 def plan_files(specs: Sequence[TensorSpec], num_ranks: int) -> list[TensorFile]:
     """Spread tensors over ranks by bytes and ranks over files; the same answer on every rank.
 
-    Weights and optimizer entries go to files of their own, `model-*` and `optimizer-*`. No tensors, no file.
+    Each section goes to files of its own: `model-*`, `optimizer-*`. No tensors, no file.
     """
-    weights, optimizer = specs_by_kind(specs)
-    return [*_files("model", weights, num_ranks), *_files("optimizer", optimizer, num_ranks)]
+    return [
+        file for section, its_specs in specs_by_section(specs).items() for file in _files(section, its_specs, num_ranks)
+    ]
 
 
 def _files(prefix: str, specs: Sequence[TensorSpec], num_ranks: int) -> list[TensorFile]:

@@ -9,12 +9,12 @@ from typing import Any
 import xxhash
 
 from shardlaunch.checkpoints.layout import MANIFEST, is_plain_file_name
-from shardlaunch.checkpoints.state import TensorSpec
+from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, TensorSpec
 from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES, DTYPES, FileRecord
 from shardlaunch.errors import UserError
 
 FORMAT = "shardlaunch-checkpoint"
-VERSION = 1
+VERSION = 2  # version 1 had, in the place of section and entry, a kind: `weight` or the optimizer's entry
 
 
 class DamagedCheckpoint(UserError):
@@ -45,7 +45,8 @@ class Manifest:
             "tensors": [
                 {
                     "name": spec.name,
-                    "kind": spec.kind,
+                    "section": spec.section,
+                    "entry": spec.entry,
                     "shape": list(spec.shape),
                     "dtype": DTYPE_NAMES[spec.dtype],
                     "file": file_name,
@@ -63,14 +64,14 @@ def read_manifest(step_dir: Path) -> Manifest:
     try:
         body = json.loads(path.read_bytes())
         digest = body.pop("xxh3_128")
-        kind, version = body["format"], body["version"]
+        name, version = body["format"], body["version"]
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{step_dir}: no {MANIFEST}, so not a checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{path}: not readable as a manifest ({error})") from error
-    if kind != FORMAT or version != VERSION:
+    if name != FORMAT or version not in (1, VERSION):
         raise DamagedCheckpoint(
-            f"{path}: {kind} version {version} is not {FORMAT} version {VERSION}, which this release reads"
+            f"{path}: {name} version {version} is not {FORMAT} version 1 to {VERSION}, which this release reads"
         )
     if digest != _digest(body):
         raise DamagedCheckpoint(f"{path}: its digest does not match its text")
@@ -83,14 +84,18 @@ def read_manifest(step_dir: Path) -> Manifest:
             name: FileRecord(num_bytes=record["bytes"], digest=record["xxh3_128"])
             for name, record in body["files"].items()
         },
-        tensors={
-            TensorSpec(
-                name=tensor["name"], kind=tensor["kind"], shape=tuple(tensor["shape"]), dtype=DTYPES[tensor["dtype"]]
-            ): tensor["file"]
-            for tensor in body["tensors"]
-        },
+        tensors={_spec(tensor, version): tensor["file"] for tensor in body["tensors"]},
         aliases=body["aliases"],
     )
+
+
+def _spec(tensor: Mapping[str, Any], version: int) -> TensorSpec:
+    if version == 1:
+        section, entry = (MODEL, "") if tensor["kind"] == "weight" else (OPTIMIZER, tensor["kind"])
+    else:
+        section, entry = tensor["section"], tensor["entry"]
+    shape, dtype = tuple(tensor["shape"]), DTYPES[tensor["dtype"]]
+    return TensorSpec(name=tensor["name"], section=section, entry=entry, shape=shape, dtype=dtype)
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from shardlaunch.checkpoints.layout import TRAINER_STATE, step_of_dir_name
+from shardlaunch.checkpoints.layout import CHECKPOINTS, TRAINER_STATE, step_dir_name, step_of_dir_name
 from shardlaunch.checkpoints.manifest import DamagedCheckpoint, Manifest, read_manifest
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.state import TensorSpec
@@ -114,3 +114,39 @@ def latest_checkpoint(
         except UserError as error:
             on_damaged(error)
     return None
+
+
+def open_path(path: Path, *, peers: Peers, warn: Callable[[str], None]) -> Checkpoint:
+    """Return the checkpoint that a path means: a checkpoint's folder, or a run's, of which the newest valid one.
+
+    All ranks. Raises UserError that begins with the path.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder")
+    if step_of_dir_name(path.name) is not None or not (path / CHECKPOINTS).is_dir():
+        try:
+            return open_checkpoint(path, peers=peers)
+        except UserError as error:
+            raise UserError(f"{path}: not a valid checkpoint: {error}") from error
+    checkpoint = newest_valid(path / CHECKPOINTS, peers=peers, warn=warn)
+    if checkpoint is None:
+        raise UserError(f"{path}: no checkpoint in this run folder")
+    return checkpoint
+
+
+def newest_valid(checkpoints_dir: Path, *, peers: Peers, warn: Callable[[str], None]) -> Checkpoint | None:
+    steps = checkpoint_steps(checkpoints_dir)
+    damaged: list[str] = []
+
+    def on_damaged(error: UserError) -> None:
+        damaged.append(str(error))
+        warn(f"skipped a damaged checkpoint: {error}")
+
+    step_dirs = [checkpoints_dir / step_dir_name(step) for step in reversed(steps)]
+    checkpoint = latest_checkpoint(step_dirs, peers=peers, on_damaged=on_damaged)
+    if checkpoint is None and damaged:
+        raise UserError(
+            f"no checkpoint in {checkpoints_dir} is valid ({damaged[0]}). "
+            f"To start at the beginning, remove them or choose another --output-dir."
+        )
+    return checkpoint

@@ -9,15 +9,22 @@ import torch
 
 from shardlaunch.checkpoints.tensorfile import BYTES_PER_ELEMENT
 
-WEIGHT = "weight"  # every other kind is an entry of the optimizer's state: exp_avg, step, ...
+# Sections of a run's state, each in files of its own: what a model is made of, and what the optimizer keeps of it.
+MODEL = "model"
+OPTIMIZER = "optimizer"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """Describe one whole tensor of a run's state: a parameter, a buffer, or an optimizer entry of a parameter."""
+    """Name, section, shape and dtype of one whole tensor of a run's state.
+
+    `name` is that of a parameter or buffer. `entry` says which of the tensors that a section keeps for it: exp_avg,
+    step, ... in the optimizer's; empty in the model's.
+    """
 
     name: str
-    kind: str
+    section: str
+    entry: str = ""
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -31,8 +38,8 @@ class TensorSpec:
 
     @property
     def key(self) -> str:
-        """Return the tensor's name inside its file: weights under their own, optimizer entries as `kind/name`."""
-        return self.name if self.kind == WEIGHT else f"{self.kind}/{self.name}"
+        """Return the tensor's name inside its file: the model's under their own, all others as `entry/name`."""
+        return self.name if self.section == MODEL else f"{self.entry or self.section}/{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +55,10 @@ class Fragment:
     tensor: torch.Tensor
 
 
-def whole(name: str, kind: str, tensor: torch.Tensor) -> Fragment:
+def whole(name: str, tensor: torch.Tensor, *, section: str = MODEL, entry: str = "") -> Fragment:
     """Return the fragment that is all of `tensor`."""
     tensor = tensor.detach()
-    spec = TensorSpec(name=name, kind=kind, shape=tuple(tensor.shape), dtype=tensor.dtype)
+    spec = TensorSpec(name=name, section=section, entry=entry, shape=tuple(tensor.shape), dtype=tensor.dtype)
     return Fragment(spec=spec, flat_start=0, flat_end=spec.num_elements, tensor=tensor)
 
 
@@ -63,13 +70,12 @@ class StateReader(Protocol):
     def read(self, spec: TensorSpec, flat_start: int, flat_end: int) -> torch.Tensor: ...
 
 
-def specs_by_kind(specs: Iterable[TensorSpec]) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Split into (weights, optimizer entries), each in the order given."""
-    weights: list[TensorSpec] = []
-    optimizer: list[TensorSpec] = []
+def specs_by_section(specs: Iterable[TensorSpec]) -> dict[str, list[TensorSpec]]:
+    """Return the tensors of each section; sections and tensors in the order given."""
+    sections: dict[str, list[TensorSpec]] = {}
     for spec in specs:
-        (weights if spec.kind == WEIGHT else optimizer).append(spec)
-    return weights, optimizer
+        sections.setdefault(spec.section, []).append(spec)
+    return sections
 
 
 def fragments_by_key(fragments: Iterable[Fragment]) -> dict[str, Fragment]:

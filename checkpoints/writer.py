@@ -10,17 +10,16 @@ from typing import Any
 from shardlaunch.checkpoints.gather import gather
 from shardlaunch.checkpoints.layout import (
     MANIFEST,
-    OPTIMIZER_INDEX,
     TRAINER_STATE,
-    WEIGHTS_INDEX,
     TensorFile,
+    index_file_name,
     plan_files,
     step_dir_name,
 )
 from shardlaunch.checkpoints.manifest import Manifest
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
-from shardlaunch.checkpoints.state import WEIGHT, Fragment, fragments_by_key
+from shardlaunch.checkpoints.state import Fragment, fragments_by_key, specs_by_section
 from shardlaunch.checkpoints.tensorfile import FileRecord, TensorWriter, digest_file, write_file
 from shardlaunch.errors import UserError
 
@@ -152,14 +151,13 @@ def _commit(
             _fsync(path)
             records[path.name] = digest_file(path)
     tensors = {spec: file.file_name for file in files for spec in file.specs}
-    for index_name, is_weight in ((WEIGHTS_INDEX, True), (OPTIMIZER_INDEX, False)):
-        specs = [spec for spec in tensors if (spec.kind == WEIGHT) == is_weight]
-        if specs:
-            index = {
-                "metadata": {"total_size": sum(spec.num_bytes for spec in specs)},
-                "weight_map": {spec.key: tensors[spec] for spec in specs},
-            }
-            records[index_name] = write_file(staging / index_name, json.dumps(index, indent=1).encode())
+    for section, specs in specs_by_section(tensors).items():
+        index = {
+            "metadata": {"total_size": sum(spec.num_bytes for spec in specs)},
+            "weight_map": {spec.key: tensors[spec] for spec in specs},
+        }
+        index_name = index_file_name(section)
+        records[index_name] = write_file(staging / index_name, json.dumps(index, indent=1).encode())
     records[TRAINER_STATE] = write_file(
         staging / TRAINER_STATE, json.dumps(trainer_state, indent=1, allow_nan=False).encode()
     )

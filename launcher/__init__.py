@@ -1,1 +1,1 @@
-"""How a run goes: recipe, options, batches, trainer, evaluation, metrics, tracking, command line."""
+"""How a run goes: recipe, options, launch; then commands, runs, training, optimization, reporting, and the toolkit."""

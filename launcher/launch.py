@@ -11,10 +11,10 @@ from typing import get_type_hints
 import torch
 
 from shardlaunch.errors import UserError
-from shardlaunch.launcher.cross_validation import cross_validate
 from shardlaunch.launcher.options import Options, parse_options
 from shardlaunch.launcher.recipe import Recipe, check_in_force, recipe_name
-from shardlaunch.launcher.run import Run
+from shardlaunch.launcher.runs.cross_validation import cross_validate
+from shardlaunch.launcher.runs.run import Run
 from shardlaunch.sharding.environment import is_main_process, read_environment
 from shardlaunch.sharding.precision import PRECISIONS, resolve_precision
 from shardlaunch.sharding.resolve import check_ranks, check_settings, resolve_strategy
@@ -47,7 +47,7 @@ def launch(recipe_type: type[Recipe]) -> None:
     """Run the recipe as the command line says. The last line of every recipe file; does nothing when it is imported."""
     if recipe_type.__module__ == "__main__":
         try:
-            status = run(recipe_type, sys.argv[1:])
+            status = main(recipe_type, sys.argv[1:])
         except SystemExit:
             raise
         except BaseException:
@@ -61,7 +61,7 @@ def launch(recipe_type: type[Recipe]) -> None:
         os._exit(status)
 
 
-def run(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
+def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
     """Run a recipe with the given command-line words and return the exit status. All ranks.
 
     0: done; 1: another rank is gone; 2: something for the user to mend, said in one message; 130: interrupted. Other

@@ -9,9 +9,9 @@ import tyro
 import yaml
 
 from shardlaunch.errors import UserError
-from shardlaunch.launcher.freezing import FreezingOptions
-from shardlaunch.launcher.optimizers import OptimizerOptions, for_its_optimizer
-from shardlaunch.launcher.schedules import ScheduleOptions
+from shardlaunch.launcher.optimization.freezing import FreezingOptions
+from shardlaunch.launcher.optimization.optimizers import OptimizerOptions, for_its_optimizer
+from shardlaunch.launcher.optimization.schedules import ScheduleOptions
 
 Mark = Literal["identity", "warn", "free"]
 OptionsT = TypeVar("OptionsT", bound="Options")
@@ -138,7 +138,7 @@ class RunOptions:
 class Options(ScheduleOptions, OptimizerOptions, FreezingOptions, RunOptions):
     """Options of every recipe."""
 
-    said = frozenset[str]()
+    explicitly_set = frozenset[str]()
     """Names of those that the command line or a YAML file gave; no option itself."""
 
     def __post_init__(self) -> None:
@@ -185,13 +185,13 @@ def parse_options(
     options = tyro.cli(
         options_type, prog=program, description=description, default=default, args=words, console_outputs=show
     )
-    said = _names_said(words, options_type)
-    options = for_its_optimizer(options, default, said=said)
-    options.said = said
+    explicitly_set = _names_set(words, options_type)
+    options = for_its_optimizer(options, default, explicitly_set=explicitly_set)
+    options.explicitly_set = explicitly_set
     return options
 
 
-def _names_said(words: Sequence[str], options_type: type[Options]) -> frozenset[str]:
+def _names_set(words: Sequence[str], options_type: type[Options]) -> frozenset[str]:
     """Return the options that stand among command-line words."""
     flags = (word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--"))
     names = {f.name for f in fields(options_type)}

@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from shardlaunch.errors import UserError
-from shardlaunch.launcher.data import TensorData
-from shardlaunch.launcher.optimizers import OptimizerOptions, build_optimizer, check_optimizer_options
+from shardlaunch.launcher.optimization.optimizers import OptimizerOptions, build_optimizer, check_optimizer_options
+from shardlaunch.launcher.optimization.schedules import ScheduleOptions, scheduled
 from shardlaunch.launcher.options import Options, flag
-from shardlaunch.launcher.schedules import ScheduleOptions, scheduled
+from shardlaunch.launcher.tensor_data import TensorData
 
 
 class Recipe:
@@ -36,15 +36,17 @@ class Recipe:
     def __init__(self, options: Options) -> None:
         self.options = options
 
-    def given(self, *names: str) -> list[str]:
+    def explicitly_set_flags(self, *names: str) -> list[str]:
         """Return those of some options, as on the command line, that were given there, or differ from the defaults.
 
         Defaults are the class's and the preset's.
         """
         preset = self.presets.get(self.options.preset, {})
         defaults = {f.name: (f.default, preset.get(f.name, f.default)) for f in fields(self.options)}
-        said = self.options.said
-        return [flag(name) for name in names if name in said or getattr(self.options, name) not in defaults[name]]
+        explicitly_set = self.options.explicitly_set
+        return [
+            flag(name) for name in names if name in explicitly_set or getattr(self.options, name) not in defaults[name]
+        ]
 
     def datasets(self) -> Mapping[str, Any]:
         """Return the map-style data sets `train` and, if there is one, `eval`.
@@ -104,10 +106,10 @@ class Recipe:
         raise NotImplementedError
 
     def metrics(self) -> Mapping[str, Any]:
-        """Return torchmetrics metrics by name; `update` feeds them."""
+        """Return torchmetrics metrics by name; `update_metrics` feeds them."""
         return {}
 
-    def update(self, metrics: Mapping[str, Any], outputs: Any, batch: Any) -> None:
+    def update_metrics(self, metrics: Mapping[str, Any], outputs: Any, batch: Any) -> None:
         """Feed one evaluated batch to the metrics."""
         for metric in metrics.values():
             metric.update(outputs, batch["labels"])

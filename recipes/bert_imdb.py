@@ -12,34 +12,22 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from shardlaunch import (
-    CLASSIFICATION,
-    REGRESSION,
-    Options,
-    Recipe,
-    UserError,
-    class_names,
-    class_weights,
-    demo_data,
-    derived,
+from shardlaunch import Options, Recipe, UserError, demo, launch, option
+from shardlaunch.data import class_names, class_weights, derived, load_splits, require_texts, select_columns
+from shardlaunch.metrics import CLASSIFICATION, REGRESSION, named_metrics
+from shardlaunch.text import (
     from_config,
     from_source,
-    launch,
-    load_splits,
     longest_input,
-    named_metrics,
-    option,
     padded,
     pretrained_weights,
     require_room,
-    require_texts,
-    select_columns,
     tokenizer_key,
 )
 
-DEMO = demo_data.DEMO
+DEMO = demo.DEMO
 DEFAULT_METRICS = {"classification": ("accuracy",), "regression": ("mse", "r2")}
-METRICS = {"classification": CLASSIFICATION, "regression": REGRESSION}
+METRICS_OF_TASK = {"classification": CLASSIFICATION, "regression": REGRESSION}
 
 
 @dataclass(kw_only=True)
@@ -73,8 +61,8 @@ class BertOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.task not in METRICS:
-            raise UserError(f"--task {self.task}: unknown; choose one of {', '.join(METRICS)}")
+        if self.task not in METRICS_OF_TASK:
+            raise UserError(f"--task {self.task}: unknown; choose one of {', '.join(METRICS_OF_TASK)}")
         if self.metrics and self.metrics[0] == "confusion_matrix":
             raise UserError("--metrics confusion_matrix: no single number says which is best; name another one first")
         if self.class_weights and self.task == "regression":
@@ -99,13 +87,13 @@ class BertImdb(Recipe):
 
     def datasets(self) -> Mapping[str, Any]:
         options = self.options
-        source = demo_data.bert_dir() if options.model == DEMO else options.model
+        source = demo.bert_dir() if options.model == DEMO else options.model
         self.source = source
         self.tokenizer = from_source(AutoTokenizer, source)
         if self.tokenizer.pad_token_id is None:
             raise UserError(f"--model {options.model}: its tokenizer has no token to pad with; take an encoder")
         require_room(self.tokenizer, "--max-length", options.max_length)
-        splits = demo_data.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
+        splits = demo.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
         columns = {"text": options.text_column, "label": options.label_column}
         splits = select_columns(splits, columns, source=options.data)
         require_texts(splits, source=options.data, called=options.text_column)
@@ -169,7 +157,7 @@ class BertImdb(Recipe):
     def metrics(self) -> Mapping[str, Any]:
         names = self.options.metrics or DEFAULT_METRICS[self.options.task]
         self.best_metric = names[0]
-        return named_metrics(*names, num_classes=len(self.classes), among=METRICS[self.options.task])
+        return named_metrics(*names, num_classes=len(self.classes), among=METRICS_OF_TASK[self.options.task])
 
     def export(self, folder: Path, model: Any) -> None:
         model.config.save_pretrained(folder)

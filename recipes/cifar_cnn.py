@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shardlaunch import ImageOptions, Recipe, UserError, demo_data, images, launch, named_metrics, option
+from shardlaunch import Recipe, UserError, demo, images, launch, option
+from shardlaunch.images import ImageOptions
+from shardlaunch.metrics import named_metrics
 
-DEMO = demo_data.DEMO
+DEMO = demo.DEMO
 IMAGE_SIZE = 32
 LOGIT_SCALE = 0.125  # the maxima that the last layer reads are large; unscaled logits make the first epochs unstable
 
@@ -68,7 +70,7 @@ class CifarCnn(Recipe):
     best_metric = "accuracy"
 
     def datasets(self) -> Mapping[str, Any]:
-        if self.options.net == "textbook" and self.given("width"):
+        if self.options.net == "textbook" and self.explicitly_set_flags("width"):
             raise UserError("--width: of the modern net; drop the option, or take --net modern")
         splits, self.classes = images.load_images(self.options, size=IMAGE_SIZE, num_channels=3)
         return splits

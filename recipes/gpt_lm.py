@@ -11,33 +11,24 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from shardlaunch import (
-    BitsPer,
-    Options,
-    Perplexity,
-    Recipe,
-    UserError,
+from shardlaunch import Options, Recipe, UserError, demo, launch, option
+from shardlaunch.data import derived, load_splits, require_texts, select_columns
+from shardlaunch.launcher.options import flag
+from shardlaunch.metrics import BitsPer, Perplexity
+from shardlaunch.text import (
     causal_config,
     cut_blocks,
-    demo_data,
-    derived,
-    flag,
     from_config,
     from_source,
-    launch,
-    load_splits,
-    option,
     pack,
     positions,
     pretrained_weights,
-    require_texts,
-    select_columns,
     tokenized,
     tokenizer_key,
     train_tokenizer,
 )
 
-DEMO = demo_data.DEMO
+DEMO = demo.DEMO
 Unit = Literal["byte", "character"]
 TRAINED = ("bpe", "characters")
 FROM_SCRATCH = ("vocab_size", "layers", "heads", "width", "dropout")  # options
@@ -123,12 +114,12 @@ class GptLm(Recipe):
 
     def datasets(self) -> Mapping[str, Any]:
         options = self.options
-        idle = self.given(*FROM_SCRATCH)
+        idle = self.explicitly_set_flags(*FROM_SCRATCH)
         if options.model and idle:
             raise UserError(f"{', '.join(idle)}: for a model from scratch; --model {options.model} has its own")
-        if (options.tokenizer or options.model or "bpe") != "bpe" and self.given("vocab_size"):
+        if (options.tokenizer or options.model or "bpe") != "bpe" and self.explicitly_set_flags("vocab_size"):
             raise UserError(f"--vocab-size: --tokenizer {options.tokenizer} has its own; drop the option")
-        splits = demo_data.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
+        splits = demo.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
         splits = select_columns(splits, {"text": options.text_column}, source=options.data)
         require_texts(splits, source=options.data, called=options.text_column)
         self.unit: Unit = "character" if options.tokenizer == "characters" else "byte"
@@ -216,7 +207,7 @@ class GptLm(Recipe):
     def metrics(self) -> Mapping[str, Any]:
         return {"perplexity": Perplexity(), f"bits_per_{self.unit}": BitsPer()}
 
-    def update(self, metrics: Mapping[str, Any], outputs: torch.Tensor, batch: Any) -> None:
+    def update_metrics(self, metrics: Mapping[str, Any], outputs: torch.Tensor, batch: Any) -> None:
         nats = self.loss(outputs, batch).double()
         metrics["perplexity"].update(nats, self.num_targets(batch))
         metrics[f"bits_per_{self.unit}"].update(nats, batch["num_units"])

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shardlaunch import ImageOptions, Recipe, UserError, demo_data, images, launch, named_metrics, option
+from shardlaunch import Recipe, UserError, demo, images, launch, option
+from shardlaunch.images import ImageOptions
+from shardlaunch.metrics import named_metrics
 
-DEMO = demo_data.DEMO
+DEMO = demo.DEMO
 
 IMAGE_SIZE = 28
 

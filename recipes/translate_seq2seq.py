@@ -13,32 +13,24 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, MarianConfig
 
-from shardlaunch import (
-    TEXT_METRICS,
-    Options,
-    Recipe,
-    UserError,
-    demo_data,
-    derived,
-    flag,
+from shardlaunch import Options, Recipe, UserError, demo, launch, option
+from shardlaunch.data import derived, load_splits, select_columns
+from shardlaunch.demo import toy_translations
+from shardlaunch.launcher.options import flag
+from shardlaunch.metrics import TEXT_METRICS, text_metrics
+from shardlaunch.text import (
     from_config,
     from_source,
     generate,
-    launch,
-    load_splits,
-    option,
     padded,
     pretrained_weights,
     require_room,
-    select_columns,
     set_search,
-    text_metrics,
     tokenizer_key,
-    toy_translations,
     train_tokenizer,
 )
 
-DEMO = demo_data.DEMO
+DEMO = demo.DEMO
 IGNORED = -100  # a label that is no target
 
 
@@ -136,7 +128,7 @@ class TranslateSeq2Seq(Recipe):
 
     def datasets(self) -> Mapping[str, Any]:
         options = self.options
-        idle = self.given("vocab_size", "layers", "heads", "width", "dropout")
+        idle = self.explicitly_set_flags("vocab_size", "layers", "heads", "width", "dropout")
         if options.model and idle:
             raise UserError(f"{', '.join(idle)}: for a model from scratch; --model {options.model} has its own")
         if options.data == DEMO:
@@ -268,7 +260,7 @@ class TranslateSeq2Seq(Recipe):
         self.best_metric = self.options.metrics[0]
         return text_metrics(*self.options.metrics)
 
-    def update(self, metrics: Mapping[str, Any], outputs: Any, batch: Any) -> None:
+    def update_metrics(self, metrics: Mapping[str, Any], outputs: Any, batch: Any) -> None:
         texts = [text.strip() for text in self.tokenizer.batch_decode(outputs[1], skip_special_tokens=True)]
         for metric in metrics.values():
             metric.update(texts, batch["references"])

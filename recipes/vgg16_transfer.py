@@ -9,19 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shardlaunch import (
-    ImageOptions,
-    Recipe,
-    UserError,
-    demo_data,
-    images,
-    launch,
-    named_metrics,
-    option,
-    stored_weights,
-)
+from shardlaunch import Recipe, UserError, demo, images, launch, option
+from shardlaunch.data import stored_weights
+from shardlaunch.images import ImageOptions
+from shardlaunch.metrics import named_metrics
 
-DEMO = demo_data.DEMO
+DEMO = demo.DEMO
 
 # Channels of the convolutions; 0 is a 2x2 max-pool (Simonyan and Zisserman 2014, configuration D).
 LAYERS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)

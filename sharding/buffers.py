@@ -12,7 +12,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
-def constants(model: nn.Module) -> dict[str, torch.Tensor]:
+def non_persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the buffers that do not belong to the model's state: its constructor makes them, each time it is built."""
     saved = persistent_buffers(model)
     return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
@@ -27,7 +27,7 @@ class BufferMean:
 
     def __init__(self, replicas: list[nn.Module], *, world: World) -> None:
         self._world = world
-        # Only what the model's state holds: other buffers are constants, made anew from the configuration.
+        # Only what the model's state holds: the constructor makes the others anew each time.
         self._names = list(persistent_buffers(replicas[0]))
         self._replicas = replicas
         self._start: list[torch.Tensor] = []

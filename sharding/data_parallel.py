@@ -63,9 +63,9 @@ class DataParallel(Strategy):
                 bucket.add_(copied.to(bucket.device))
         return self._main.finish_gradients(unscale=unscale, max_norm=max_norm)
 
-    def update(self) -> None:
+    def optimizer_step(self) -> None:
         """Apply the optimizer on the first replica and give the others its weights."""
-        self._main.update()
+        self._main.optimizer_step()
         self._drop_copied_gradients()
         self._spread()
 

@@ -13,9 +13,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.errors import UserError, some
-from shardlaunch.sharding.course import SameCourse
 from shardlaunch.sharding.gradients import clip_factor
 from shardlaunch.sharding.layers import exact_modules, layers_to_wrap
+from shardlaunch.sharding.lockstep import Lockstep
 from shardlaunch.sharding.named_state import check_optimizer, named_state, restore_named_state
 from shardlaunch.sharding.slices import local_part
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
@@ -59,7 +59,7 @@ class Fsdp2(Strategy):
                 f"{type(self.optimizer).__name__} needs matrices as wholes, of which each rank has a slice here; use "
                 f"an optimizer that works element by element, such as AdamW, or --strategy ddp"
             )
-        self._course = SameCourse(model, world=world)
+        self._lockstep = Lockstep(model, world=world)
         for number, block in enumerate(self._blocks):
             block.register_forward_pre_hook(partial(self._run_together, number), prepend=True)
 
@@ -99,7 +99,7 @@ class Fsdp2(Strategy):
         model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
 
     def _run_together(self, number: int, *_: object) -> None:
-        self._course.step(number)
+        self._lockstep.step(number)
 
     def describe(self) -> str:
         """Say how many copies there are, and where the slices are kept."""
@@ -113,9 +113,9 @@ class Fsdp2(Strategy):
         if self._copies > 1:
             for block in self._blocks:
                 block.set_requires_all_reduce(last, recurse=False)
-        self._course.begin_backward()
+        self._lockstep.begin_backward()
         loss.backward(torch.full_like(loss, factor))
-        self._course.end_backward()
+        self._lockstep.end_backward()
 
     def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
         """Sum the squares over the ranks, unscale and clip in one multiplication."""
@@ -131,7 +131,7 @@ class Fsdp2(Strategy):
                 part.mul_(factor)
         return norm
 
-    def update(self) -> None:
+    def optimizer_step(self) -> None:
         """Apply the optimizer to the slices."""
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardlaunch.checkpoints.state import WEIGHT, Fragment, StateReader, TensorSpec
+from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, Fragment, StateReader, TensorSpec
 from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES
 from shardlaunch.errors import UserError, some
 from shardlaunch.sharding.buffers import persistent_buffers
@@ -33,7 +33,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def group_hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Return what each parameter group holds besides parameters and learning rate.
 
     Some optimizers keep state there. Raises UserError when it is not made of numbers and texts.
@@ -49,9 +49,9 @@ def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return numbers
 
 
-def restore_group_numbers(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:
-    """Set what `group_numbers` gave, where it differs."""
-    here = group_numbers(optimizer)
+def restore_group_hyperparameters(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:
+    """Set what `group_hyperparameters` gave, where it differs."""
+    here = group_hyperparameters(optimizer)
     for group, numbers, others in zip(optimizer.param_groups, here, saved, strict=True):
         group.update({key: value for key, value in others.items() if value != numbers.get(key)})
 
@@ -62,15 +62,15 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
     Raises UserError for an optimizer whose state is not made of tensors.
     """
     for name, tensor in (*model.named_parameters(), *persistent_buffers(model).items()):
-        yield fragment(name, WEIGHT, tensor)
+        yield fragment(name, tensor)
     for name, parameter in model.named_parameters():
-        for kind, value in optimizer.state.get(parameter, {}).items():
+        for entry, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor) and value.dtype in DTYPE_NAMES:
-                yield fragment(name, kind, value)
+                yield fragment(name, value, section=OPTIMIZER, entry=entry)
             elif value is not None:
                 found = getattr(value, "dtype", type(value).__name__)
                 raise UserError(
-                    f"{type(optimizer).__name__} keeps {kind!r} of {name} as {found}, which a checkpoint cannot hold; "
+                    f"{type(optimizer).__name__} keeps {entry!r} of {name} as {found}, which a checkpoint cannot hold; "
                     f"use another optimizer"
                 )
 
@@ -79,7 +79,7 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
 def restore_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, reader: StateReader) -> None:
     """Set weights, buffers and optimizer entries to the saved ones. Raises UserError when names or shapes differ."""
     specs = list(reader.specs())
-    weights = {spec.name: spec for spec in specs if spec.kind == WEIGHT}
+    weights = {spec.name: spec for spec in specs if spec.section == MODEL}
     targets = dict(model.named_parameters()) | persistent_buffers(model)
     check_names(weights, targets)
     for name, tensor in targets.items():
@@ -89,13 +89,13 @@ def restore_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, read
     state: dict[int, dict[str, Any]] = {}
     by_name = dict(model.named_parameters())
     for spec in specs:
-        if spec.kind != WEIGHT:
+        if spec.section == OPTIMIZER:
             parameter = by_name.get(spec.name)
             if parameter is None or id(parameter) not in position:
-                raise UserError(f"the checkpoint has {spec.kind} of {spec.name}, which this run does not train")
+                raise UserError(f"the checkpoint has {spec.entry} of {spec.name}, which this run does not train")
             # An entry that is not of the parameter's shape (a count of steps) is held whole.
             like = parameter if spec.shape == tuple(parameter.shape) else torch.empty(spec.shape)
-            state.setdefault(position[id(parameter)], {})[spec.kind] = like_slice(read_slice(reader, spec, like), like)
+            state.setdefault(position[id(parameter)], {})[spec.entry] = like_slice(read_slice(reader, spec, like), like)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -42,7 +42,7 @@ class Replicated(Strategy):
         self.gradients.scale(unscale * clip_factor(norm, max_norm=max_norm))
         return norm
 
-    def update(self) -> None:
+    def optimizer_step(self) -> None:
         """Apply the optimizer."""
         self.optimizer.step()
         self.gradients.zero()

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from shardlaunch.checkpoints.state import Fragment, StateReader, TensorSpec
+from shardlaunch.checkpoints.state import MODEL, Fragment, StateReader, TensorSpec
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,9 +35,9 @@ def flat_range(tensor: torch.Tensor) -> tuple[int, int]:
     return start * row, (start + length) * row
 
 
-def fragment(name: str, kind: str, tensor: torch.Tensor) -> Fragment:
+def fragment(name: str, tensor: torch.Tensor, *, section: str = MODEL, entry: str = "") -> Fragment:
     """Return this rank's part of a tensor as a piece of a run's state."""
-    spec = TensorSpec(name=name, kind=kind, shape=tuple(tensor.shape), dtype=tensor.dtype)
+    spec = TensorSpec(name=name, section=section, entry=entry, shape=tuple(tensor.shape), dtype=tensor.dtype)
     start, end = flat_range(tensor)
     return Fragment(spec=spec, flat_start=start, flat_end=end, tensor=local_part(tensor))
 

@@ -82,7 +82,7 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def update(self) -> None:
+    def optimizer_step(self) -> None:
         """Apply the optimizer and drop the gradients. All ranks."""
 
     @abstractmethod

@@ -18,8 +18,8 @@ from torch import nn
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.errors import UserError
-from shardlaunch.sharding.course import SameCourse
 from shardlaunch.sharding.gradients import clip_factor
+from shardlaunch.sharding.lockstep import Lockstep
 from shardlaunch.sharding.named_state import check_optimizer
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
@@ -70,10 +70,10 @@ class Zero(Strategy):
             model, self._zero, self.optimizer, rank=world.rank, is_offloaded=settings.cpu_offload
         )
         self._trained = [p for p in model.parameters() if id(p) in self.partitions.pieces]
-        self._course = SameCourse(model, world=world) if self.stage == 3 else None
-        if self._course is not None:
-            gather_together(self._zero, self._course)
-        self._order = GradientOrder(self._zero, self._trained, course=self._course) if self.stage > 1 else None
+        self._lockstep = Lockstep(model, world=world) if self.stage == 3 else None
+        if self._lockstep is not None:
+            gather_together(self._zero, self._lockstep)
+        self._order = GradientOrder(self._zero, self._trained, lockstep=self._lockstep) if self.stage > 1 else None
         # DeepSpeed's stage 3 takes the mean over ranks, the others can be told to sum.
         self._mean_over = world.size if self.stage == 3 else 1
 
@@ -96,8 +96,8 @@ class Zero(Strategy):
         """
         self._zero.clear_backward_seen_flag()
         self._engine.set_gradient_accumulation_boundary(last)
-        if self._course is not None:
-            self._course.begin_backward()
+        if self._lockstep is not None:
+            self._lockstep.begin_backward()
         loss.backward(torch.full_like(loss, factor))
         if self._order is not None:
             self._order.finish()
@@ -105,8 +105,8 @@ class Zero(Strategy):
             self._zero.setup_buckets()
             for parameter in self._trained:
                 fill_gradient(parameter)
-        if self._course is not None:
-            self._course.end_backward()
+        if self._lockstep is not None:
+            self._lockstep.end_backward()
         self._engine.allreduce_gradients()
         self._zero.backward_epilogue()
 
@@ -123,7 +123,7 @@ class Zero(Strategy):
                 gradient.mul_(factor)
         return norm
 
-    def update(self) -> None:
+    def optimizer_step(self) -> None:
         """Apply the optimizer to the partitions and gather the weights."""
         self._zero.step()
         assert not self._zero.overflow, "DeepSpeed skipped an update"

@@ -12,18 +12,18 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from shardlaunch.errors import UserError
-from shardlaunch.sharding.course import SameCourse
+from shardlaunch.sharding.lockstep import Lockstep
 
 REDUCE = -2
 
 
-def gather_together(zero: Any, course: SameCourse) -> None:
+def gather_together(zero: Any, lockstep: Lockstep) -> None:
     """Let stage 3 gather a module's parameters only when all ranks are about to gather the same."""
     coordinator = zero.parameter_offload.get_param_coordinator()
     fetch = coordinator.fetch_sub_module
 
     def fetch_together(module: Any, forward: bool) -> None:
-        course.step(2 * module.ds_id + forward)
+        lockstep.step(2 * module.ds_id + forward)
         fetch(module, forward)
 
     coordinator.fetch_sub_module = fetch_together
@@ -36,9 +36,9 @@ class GradientOrder:
     a function of the model only.
     """
 
-    def __init__(self, zero: Any, parameters: Iterable[nn.Parameter], *, course: SameCourse | None) -> None:
+    def __init__(self, zero: Any, parameters: Iterable[nn.Parameter], *, lockstep: Lockstep | None) -> None:
         self._zero = zero
-        self._course = course
+        self._lockstep = lockstep
         self._parameters = list(reversed(list(parameters)))
         self._index = {id(parameter): index for index, parameter in enumerate(self._parameters)}
         self._groups = {id(p): index for index, group in enumerate(_groups(zero)) for p in group}
@@ -72,12 +72,12 @@ class GradientOrder:
         parameter: Any = self._parameters[self._next]
         self._next += 1
         fill_gradient(parameter)
-        if self._course is None:
+        if self._lockstep is None:
             self._reduce(parameter, self._groups[id(parameter)])
             return
         (bucket,) = self._zero.ipg_buckets.values()
         if bucket.elements > 0 and bucket.elements + parameter.ds_numel > self._zero.reduce_bucket_size:
-            self._course.step(REDUCE)
+            self._lockstep.step(REDUCE)
         self._reduce(parameter)
 
 

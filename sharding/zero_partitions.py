@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardlaunch.checkpoints.state import WEIGHT, Fragment, StateReader, TensorSpec, whole
+from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, Fragment, StateReader, TensorSpec, whole
 from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES
 from shardlaunch.errors import UserError
 from shardlaunch.sharding.buffers import persistent_buffers
@@ -22,7 +22,7 @@ NUMBERS = ("step", "mu_product")  # entries of torch's optimizers that are one n
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class ParameterRange:
     """Hold which elements [start, end) of a parameter this rank has, in which partition, from which offset."""
 
     partition: int
@@ -55,7 +55,7 @@ class Partitions:
         self.masters: list[torch.Tensor] = (
             zero.fp32_partitioned_groups_flat if self._is_sliced else zero.single_partition_of_fp32_groups
         )
-        self.pieces: dict[int, Piece] = dict(self._slices() if self._is_sliced else self._cuts())
+        self.pieces: dict[int, ParameterRange] = dict(self._slices() if self._is_sliced else self._cuts())
         self._share_masters()
 
     def _share_masters(self) -> None:
@@ -69,7 +69,7 @@ class Partitions:
                 master.data = weight.data
         self._zero._link_all_hp_params()  # DeepSpeed's own views of the masters
 
-    def _cuts(self) -> Iterator[tuple[int, Piece]]:
+    def _cuts(self) -> Iterator[tuple[int, ParameterRange]]:
         """Yield the pieces of stages 1 and 2, by id of the parameter."""
         zero = self._zero
         groups = zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, zero.partition_size, strict=True)
@@ -78,15 +78,18 @@ class Partitions:
             for parameter, offset in zip(parameters, offsets, strict=True):
                 length = parameter.numel()
                 start, end = (min(max(edge - offset, 0), length) for edge in (begin, begin + size))
-                yield id(parameter), Piece(partition=index, offset=max(offset - begin, 0), start=start, end=end)
+                yield (
+                    id(parameter),
+                    ParameterRange(partition=index, offset=max(offset - begin, 0), start=start, end=end),
+                )
 
-    def _slices(self) -> Iterator[tuple[int, Piece]]:
+    def _slices(self) -> Iterator[tuple[int, ParameterRange]]:
         """Yield the pieces of stage 3, by id of the parameter."""
         for index, parameters in enumerate(self._zero.fp16_groups):
             offset = 0
             for parameter in parameters:
                 start, end = self._slice(parameter)
-                yield id(parameter), Piece(partition=index, offset=offset, start=start, end=end)
+                yield id(parameter), ParameterRange(partition=index, offset=offset, start=start, end=end)
                 offset += parameter.ds_tensor.ds_numel
 
     def _slice(self, parameter: Any) -> tuple[int, int]:
@@ -109,32 +112,35 @@ class Partitions:
         for name, parameter in parameters:
             piece = self.pieces.get(id(parameter))
             if piece is not None:
-                yield _fragment(name, WEIGHT, parameter, piece, self.masters[piece.partition])
+                yield _fragment(name, parameter, piece, self.masters[piece.partition])
             elif self._is_sliced:
                 start, end = self._slice(parameter)
-                frozen = Piece(partition=-1, offset=0, start=start, end=end)
-                yield _fragment(name, WEIGHT, parameter, frozen, parameter.ds_tensor)
+                frozen = ParameterRange(partition=-1, offset=0, start=start, end=end)
+                yield _fragment(name, parameter, frozen, parameter.ds_tensor)
             else:
-                yield whole(name, WEIGHT, parameter)
+                yield whole(name, parameter)
         for name, buffer in persistent_buffers(self._model).items():
-            yield whole(name, WEIGHT, buffer)
+            yield whole(name, buffer)
         for name, parameter in parameters:
             piece = self.pieces.get(id(parameter))
             if piece is None:
                 continue
             master = self.masters[piece.partition]
-            for kind, value in self._optimizer.state.get(master, {}).items():
+            for entry, value in self._optimizer.state.get(master, {}).items():
                 if value is None:
                     continue
-                self._check_entry(kind, value, master)
-                yield whole(name, kind, value) if kind in NUMBERS else _fragment(name, kind, parameter, piece, value)
+                self._check_entry(entry, value, master)
+                if entry in NUMBERS:
+                    yield whole(name, value, section=OPTIMIZER, entry=entry)
+                else:
+                    yield _fragment(name, parameter, piece, value, section=OPTIMIZER, entry=entry)
 
-    def _check_entry(self, kind: str, value: Any, master: torch.Tensor) -> None:
+    def _check_entry(self, entry: str, value: Any, master: torch.Tensor) -> None:
         is_tensor = isinstance(value, torch.Tensor) and value.dtype in DTYPE_NAMES
-        if not is_tensor or value.shape != (() if kind in NUMBERS else master.shape):
+        if not is_tensor or value.shape != (() if entry in NUMBERS else master.shape):
             found = list(value.shape) if is_tensor else type(value).__name__
             raise UserError(
-                f"{type(self._optimizer).__name__} keeps {kind!r} as {found}, neither one number nor one a weight, so "
+                f"{type(self._optimizer).__name__} keeps {entry!r} as {found}, neither one number nor one a weight, so "
                 f"that ZeRO cannot divide it among ranks; use another optimizer, or --strategy ddp or fsdp2"
             )
 
@@ -145,7 +151,7 @@ class Partitions:
         Raises UserError when names or shapes differ from the model's, or a partition's numbers among themselves.
         """
         specs = list(reader.specs())
-        weights = {spec.name: spec for spec in specs if spec.kind == WEIGHT}
+        weights = {spec.name: spec for spec in specs if spec.section == MODEL}
         parameters: dict[str, Any] = dict(self._model.named_parameters())
         buffers = persistent_buffers(self._model)
         shapes = {name: torch.empty(shape_of(parameter), device="meta") for name, parameter in parameters.items()}
@@ -165,23 +171,23 @@ class Partitions:
         self._zero.refresh_fp32_params()
         if self._is_sliced and self._zero.persistent_parameters:  # small ones stay gathered between steps
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
-        self._restore_optimizer([spec for spec in specs if spec.kind != WEIGHT], parameters, reader)
+        self._restore_optimizer([spec for spec in specs if spec.section == OPTIMIZER], parameters, reader)
 
     def _restore_optimizer(self, specs: list[TensorSpec], parameters: dict[str, Any], reader: StateReader) -> None:
         entries: list[_Entries] = [_Entries() for _ in self.masters]
         for spec in specs:
             parameter = parameters.get(spec.name)
             if parameter is None or not parameter.requires_grad:
-                raise UserError(f"the checkpoint has {spec.kind} of {spec.name}, which this run does not train")
+                raise UserError(f"the checkpoint has {spec.entry} of {spec.name}, which this run does not train")
             piece = self.pieces[id(parameter)]
-            if spec.kind in NUMBERS:
+            if spec.entry in NUMBERS:
                 entries[piece.partition].add_number(spec, reader.read(spec, 0, 1).reshape(()))
             elif spec.shape == shape_of(parameter):
                 part = reader.read(spec, piece.start, piece.end)
                 piece.of(entries[piece.partition].flat(spec, self.masters[piece.partition])).copy_(part)
             else:
                 raise UserError(
-                    f"the checkpoint's {spec.kind} of {spec.name} has the shape {list(spec.shape)}: ZeRO takes "
+                    f"the checkpoint's {spec.entry} of {spec.name} has the shape {list(spec.shape)}: ZeRO takes "
                     f"entries of the weight's shape, {list(shape_of(parameter))}; use --strategy ddp or fsdp2"
                 )
         if specs:
@@ -204,28 +210,36 @@ class _Entries:
     names: dict[str, list[str]] = field(default_factory=dict)
 
     def flat(self, spec: TensorSpec, master: torch.Tensor) -> torch.Tensor:
-        self.names.setdefault(spec.kind, []).append(spec.name)
-        if spec.kind not in self.values:
-            self.values[spec.kind] = torch.zeros(master.shape, dtype=spec.dtype, device=master.device)
-        return self.values[spec.kind]
+        self.names.setdefault(spec.entry, []).append(spec.name)
+        if spec.entry not in self.values:
+            self.values[spec.entry] = torch.zeros(master.shape, dtype=spec.dtype, device=master.device)
+        return self.values[spec.entry]
 
     def add_number(self, spec: TensorSpec, number: torch.Tensor) -> None:
-        known = self.values.setdefault(spec.kind, number)
-        self.names.setdefault(spec.kind, []).append(spec.name)
+        known = self.values.setdefault(spec.entry, number)
+        self.names.setdefault(spec.entry, []).append(spec.name)
         if not torch.equal(known, number):
             raise UserError(
-                f"the checkpoint's {spec.kind!r} of {spec.name} is {number.item():g}, of {self.names[spec.kind][0]} "
+                f"the checkpoint's {spec.entry!r} of {spec.name} is {number.item():g}, of {self.names[spec.entry][0]} "
                 f"{known.item():g}: ZeRO keeps one for all parameters of a group; use --strategy ddp or fsdp2"
             )
 
     def checked(self, names: list[str], device: torch.device | None) -> dict[str, torch.Tensor]:
-        for kind, found in self.names.items():
+        for entry, found in self.names.items():
             missing = [name for name in names if name not in set(found)]
             if missing:
-                raise UserError(f"the checkpoint has {kind!r} of {found[0]} but not of {missing[0]}")
-        return {kind: v.to(device) if kind in NUMBERS and device else v for kind, v in self.values.items()}
+                raise UserError(f"the checkpoint has {entry!r} of {found[0]} but not of {missing[0]}")
+        return {entry: v.to(device) if entry in NUMBERS and device else v for entry, v in self.values.items()}
 
 
-def _fragment(name: str, kind: str, parameter: torch.Tensor, piece: Piece, flat: torch.Tensor) -> Fragment:
-    spec = TensorSpec(name=name, kind=kind, shape=shape_of(parameter), dtype=flat.dtype)
+def _fragment(
+    name: str,
+    parameter: torch.Tensor,
+    piece: ParameterRange,
+    flat: torch.Tensor,
+    *,
+    section: str = MODEL,
+    entry: str = "",
+) -> Fragment:
+    spec = TensorSpec(name=name, section=section, entry=entry, shape=shape_of(parameter), dtype=flat.dtype)
     return Fragment(spec=spec, flat_start=piece.start, flat_end=piece.end, tensor=piece.of(flat))

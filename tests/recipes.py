@@ -16,12 +16,15 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAUROC
 from torchmetrics.utilities import dim_zero_cat
 
-from shardlaunch import Options, Recipe, TensorData, UserError, named_metrics, toy_translations, train_tokenizer
-from shardlaunch.launcher.demo_data import bert_dir
-from shardlaunch.launcher.launch import run
-from shardlaunch.launcher.metrics import CLASSIFICATION
+from shardlaunch import Options, Recipe, TensorData, UserError
+from shardlaunch.demo import toy_translations
+from shardlaunch.launcher.launch import main
+from shardlaunch.launcher.toolkit.demo_data import bert_dir
+from shardlaunch.launcher.toolkit.metrics import CLASSIFICATION
+from shardlaunch.metrics import named_metrics
 from shardlaunch.recipes.bert_imdb import BertImdb
 from shardlaunch.recipes.translate_seq2seq import TranslateSeq2Seq
+from shardlaunch.text import train_tokenizer
 
 NUM_FEATURES = 12
 NUM_CLASSES = 3
@@ -211,7 +214,7 @@ def run_quietly(recipe_type: type[Recipe], argv: list[str]) -> tuple[int, str]:
     """Run a recipe in this process and return (exit status, what it printed)."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        status = run(recipe_type, argv)
+        status = main(recipe_type, argv)
     return status, output.getvalue()
 
 

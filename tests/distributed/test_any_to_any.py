@@ -10,9 +10,9 @@ import torch
 
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
-from shardlaunch.launcher.display import Display
 from shardlaunch.launcher.options import parse_options
-from shardlaunch.launcher.run import Run
+from shardlaunch.launcher.reporting.display import Display
+from shardlaunch.launcher.runs.run import Run
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
 from shardlaunch.sharding.world import connect, disconnect

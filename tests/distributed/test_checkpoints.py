@@ -13,7 +13,7 @@ from shardlaunch.checkpoints.gather import gather
 from shardlaunch.checkpoints.layout import plan_files
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
-from shardlaunch.checkpoints.state import WEIGHT, Fragment, TensorSpec, fragments_by_key
+from shardlaunch.checkpoints.state import MODEL, Fragment, TensorSpec, fragments_by_key
 from shardlaunch.checkpoints.writer import save
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.world import connect, disconnect
@@ -46,7 +46,7 @@ def _fragments(how: str, rank: int, num_ranks: int) -> list[Fragment]:
             "overlapping": (cuts[rank], n),
             "last": (0, n) if rank == num_ranks - 1 else (n, n),
         }[how]
-        spec = TensorSpec(name=name, kind=WEIGHT, shape=tuple(tensor.shape), dtype=tensor.dtype)
+        spec = TensorSpec(name=name, section=MODEL, shape=tuple(tensor.shape), dtype=tensor.dtype)
         fragments.append(Fragment(spec=spec, flat_start=start, flat_end=end, tensor=tensor.reshape(-1)[start:end]))
     return fragments
 

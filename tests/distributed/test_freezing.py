@@ -12,9 +12,9 @@ from tests.distributed.ranks import run_on_ranks
 from tests.recipes import NetRecipe, final_tensors, losses, run_well, training_lines
 
 BOUND = 1e-6
-THAW, STEPS = 5, 9
+UNFREEZE, STEPS = 5, 9
 ARGV = [
-    *("--max-steps", str(STEPS), "--freeze", "first.*", "norm.*", "--unfreeze-at-step", str(THAW)),
+    *("--max-steps", str(STEPS), "--freeze", "first.*", "norm.*", "--unfreeze-at-step", str(UNFREEZE)),
     *("--lr-factors", "last.*=0.5", "first.*=0.1", "--weight-decay", "0.1", "--l1", "0.1", "--lr", "0.01"),
     *("--schedule", "cosine", "--warmup-steps", "2", "--threads-per-rank", "1", "--eval-every", "100"),
 ]
@@ -31,7 +31,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output_dir = tmp_path_factory.mktemp("freezing") / "single"
     output = _run(1, output_dir, "--save-every", "1", "--keep", "0")
     assert "frozen" in output
-    assert f"step {THAW}: --freeze has ended" in output
+    assert f"step {UNFREEZE}: --freeze has ended" in output
     return output_dir
 
 
@@ -42,11 +42,11 @@ def _weights(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def test_frozen_parameters_and_norms_stand_still_until_they_are_trained(reference: Path) -> None:
-    first, at_thaw, last = (_weights(reference, step) for step in (1, THAW, STEPS))
-    moved = {name for name in first if not torch.equal(first[name], at_thaw[name])}
+    first, at_unfreeze, last = (_weights(reference, step) for step in (1, UNFREEZE, STEPS))
+    moved = {name for name in first if not torch.equal(first[name], at_unfreeze[name])}
     assert not {name.partition(".")[0] for name in moved} & {"first", "norm"}
     assert {"middle.weight", "last.bias"} <= moved
-    later = {name for name in first if not torch.equal(at_thaw[name], last[name])}
+    later = {name for name in first if not torch.equal(at_unfreeze[name], last[name])}
     assert {"first.weight", "norm.weight", "norm.running_mean"} <= later
 
 
@@ -78,14 +78,14 @@ def test_an_optimizer_of_the_recipes_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["single", "fsdp2", "zero3"])
-def test_a_resume_before_at_and_after_the_thaw_is_exact(strategy: str, reference: Path, tmp_path: Path) -> None:
+def test_a_resume_before_at_and_after_unfreezing_is_exact(strategy: str, reference: Path, tmp_path: Path) -> None:
     num_ranks = 1 if strategy == "single" else 2
     run = partial(_run, num_ranks)
     whole = reference
     if num_ranks > 1:
         whole = tmp_path / "whole"
         run(whole, "--strategy", strategy)
-    for stop in (THAW - 2, THAW, THAW + 2):
+    for stop in (UNFREEZE - 2, UNFREEZE, UNFREEZE + 2):
         run(tmp_path / "stopped", "--strategy", strategy, "--stop-at-step", str(stop))
     run(tmp_path / "stopped", "--strategy", strategy)
     assert training_lines(tmp_path / "stopped") == training_lines(whole)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shardlaunch import Recipe
-from shardlaunch.launcher import trainer
+from shardlaunch.launcher.training import trainer
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import FewReviews, NetRecipe, final_tensors, losses, run_well, save_small_bert, training_lines
 

@@ -10,8 +10,8 @@ import torch
 
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import checkpoint_steps, open_checkpoint
-from shardlaunch.launcher.initialise import build_model
-from shardlaunch.launcher.metrics import CLASSIFICATION
+from shardlaunch.launcher.runs.model import build_model
+from shardlaunch.launcher.toolkit.metrics import CLASSIFICATION
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.gradients import GradientBuckets
 from shardlaunch.sharding.world import connect, disconnect

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shardlaunch import Recipe
-from shardlaunch.sharding import course
+from shardlaunch.sharding import lockstep
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import (
     FewReviews,
@@ -284,7 +284,7 @@ def test_copies_that_the_ranks_do_not_make_up_are_refused(tmp_path: Path) -> Non
 
 
 def _run_with_little_patience(recipe_type: type[Recipe], argv: list[str]) -> tuple[int, str]:
-    course.PATIENCE = timedelta(seconds=5)
+    lockstep.PATIENCE = timedelta(seconds=5)
     return run_quietly(recipe_type, argv)
 
 

@@ -17,9 +17,10 @@ from transformers import (
     RobertaModel,
 )
 
-from shardlaunch import UserError, class_weights
-from shardlaunch.launcher.demo_data import bert_dir
-from shardlaunch.launcher.predict import predict_texts
+from shardlaunch import UserError
+from shardlaunch.data import class_weights
+from shardlaunch.launcher.commands.predict import predict_texts
+from shardlaunch.launcher.toolkit.demo_data import bert_dir
 from shardlaunch.recipes.bert_imdb import BertImdb, BertOptions
 from tests.recipes import run_quietly, run_well, training_lines
 

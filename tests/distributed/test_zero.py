@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from shardlaunch import UserError
-from shardlaunch.checkpoints.state import WEIGHT, Fragment, TensorSpec
-from shardlaunch.launcher.optimizers import decay_groups
+from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, Fragment, TensorSpec
+from shardlaunch.launcher.optimization.optimizers import decay_groups
 from shardlaunch.sharding import zero as zero_module
 from shardlaunch.sharding import zero_order
 from shardlaunch.sharding.environment import read_environment
@@ -32,7 +32,7 @@ OTHER = ["zero2", "zero3", "zero1"]
 MICRO_BATCHES = [4, 3, 5, 1, 4, 6, 2, 4]  # of each step
 BOUND = 1e-6
 
-State = dict[tuple[str, str], torch.Tensor]  # whole tensors by (name, kind)
+State = dict[tuple[str, str], torch.Tensor]  # whole tensors by (name, entry); of weights the entry is empty
 
 
 class Net(nn.Module):
@@ -87,19 +87,25 @@ class Reader:
 
     def specs(self) -> Iterable[TensorSpec]:
         return [
-            TensorSpec(name=name, kind=kind, shape=tuple(tensor.shape), dtype=tensor.dtype)
-            for (name, kind), tensor in self.tensors.items()
+            TensorSpec(
+                name=name,
+                section=OPTIMIZER if entry else MODEL,
+                entry=entry,
+                shape=tuple(tensor.shape),
+                dtype=tensor.dtype,
+            )
+            for (name, entry), tensor in self.tensors.items()
         ]
 
     def read(self, spec: TensorSpec, flat_start: int, flat_end: int) -> torch.Tensor:
-        self.asked.append((spec.name, spec.kind))
-        return self.tensors[spec.name, spec.kind].reshape(-1)[flat_start:flat_end].clone()
+        self.asked.append((spec.name, spec.entry))
+        return self.tensors[spec.name, spec.entry].reshape(-1)[flat_start:flat_end].clone()
 
 
 def initial_state() -> State:
     net = make_net()
     tensors = [*net.named_parameters(), ("mean", net.mean)]
-    return {(name, WEIGHT): tensor.detach().clone() for name, tensor in tensors}
+    return {(name, ""): tensor.detach().clone() for name, tensor in tensors}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +148,7 @@ def train(strategy: Strategy, world: World, plan: Plan) -> list[float]:
                 strategy.discard()
             else:
                 norms.append(norm)
-                strategy.update()
+                strategy.optimizer_step()
         if plan.evaluate:
             strategy.replicas[0].eval()
             with torch.no_grad():
@@ -164,17 +170,17 @@ def plain(plan: Plan) -> "Run":
     strategy = Replicated(make_net(), plan.build_optimizer, world=World())
     strategy.restore(Reader(plan.start or initial_state()))
     norms = train(strategy, World(), plan)
-    return norms, {(f.spec.name, f.spec.kind): f.tensor.clone().reshape(f.spec.shape) for f in strategy.state()}
+    return norms, {(f.spec.name, f.spec.entry): f.tensor.clone().reshape(f.spec.shape) for f in strategy.state()}
 
 
-# (name, kind, shape, start, end, elements); as numpy arrays, for a tensor would be a handle into a rank's memory
+# (name, entry, shape, start, end, elements); as numpy arrays, for a tensor would be a handle into a rank's memory
 Pieces = list[tuple[str, str, tuple[int, ...], int, int, Any]]
 Run = tuple[list[float], State]  # norms by step, and the state after the last
 
 
 def _pieces(fragments: Iterable[Fragment]) -> Pieces:
     return [
-        (f.spec.name, f.spec.kind, f.spec.shape, f.flat_start, f.flat_end, f.tensor.cpu().reshape(-1).numpy().copy())
+        (f.spec.name, f.spec.entry, f.spec.shape, f.flat_start, f.flat_end, f.tensor.cpu().reshape(-1).numpy().copy())
         for f in fragments
     ]
 
@@ -215,17 +221,17 @@ def assembled(by_rank: Sequence[Pieces]) -> State:
     """Join the ranks' pieces; every element must be there, and the same wherever it is there twice."""
     state: State = {}
     for same in zip(*by_rank, strict=True):
-        name, kind, shape, *_ = same[0]
-        assert all(piece[:3] == (name, kind, shape) for piece in same)
-        assert (name, kind) not in state
+        name, entry, shape, *_ = same[0]
+        assert all(piece[:3] == (name, entry, shape) for piece in same)
+        assert (name, entry) not in state
         flat = torch.full((torch.Size(shape).numel(),), float("nan"))
         for _, _, _, start, end, array in same:
             elements, known = torch.from_numpy(array), flat[start:end]
             assert elements.numel() == end - start
-            assert torch.equal(torch.where(known.isnan(), elements, known), elements), (name, kind)
+            assert torch.equal(torch.where(known.isnan(), elements, known), elements), (name, entry)
             flat[start:end] = elements
-        assert not flat.isnan().any(), (name, kind)
-        state[name, kind] = flat.reshape(shape)
+        assert not flat.isnan().any(), (name, entry)
+        state[name, entry] = flat.reshape(shape)
     return state
 
 
@@ -332,13 +338,13 @@ def _choose(stage: str) -> tuple[list[float], str]:
     with torch.device("meta" if STAGES[stage].starts_empty else "cpu"):
         model = Choosy()
     strategy = STAGES[stage](model, adamw, world=world)
-    strategy.restore(Reader({(n, WEIGHT): torch.rand(p.shape) for n, p in Choosy().named_parameters()}))
+    strategy.restore(Reader({(n, ""): torch.rand(p.shape) for n, p in Choosy().named_parameters()}))
     norms = []
     try:
         for _ in range(3):
             strategy.backward(model(torch.ones(2, 4)).square().sum(), factor=1.0, last=True)
             norms.append(strategy.finish_gradients(unscale=1.0, max_norm=0.0))
-            strategy.update()
+            strategy.optimizer_step()
     except UserError as error:
         return norms, str(error)
     except RuntimeError:

@@ -167,5 +167,5 @@ def test_a_wheel_installs_one_package(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"shardlaunch"}
-    for needed in ("py.typed", "launcher/trainer.py", "sharding/resolve.py", "checkpoints/writer.py"):
+    for needed in ("py.typed", "launcher/training/trainer.py", "sharding/resolve.py", "checkpoints/writer.py"):
         assert f"shardlaunch/{needed}" in names

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MarianConfig, MarianMTModel, T5Config
 
-from shardlaunch import Options, Recipe, TensorData, UserError, load_splits, train_tokenizer
-from shardlaunch.launcher.command_line import main
-from shardlaunch.launcher.demo_data import bert_dir
-from shardlaunch.launcher.generate import Sampling, generate_texts
+from shardlaunch import Options, Recipe, TensorData, UserError
+from shardlaunch.data import load_splits
+from shardlaunch.launcher.commands.generate import Sampling, generate_texts
+from shardlaunch.launcher.commands.main import main
+from shardlaunch.launcher.toolkit.demo_data import bert_dir
 from shardlaunch.recipes.gpt_lm import GptLm, GptOptions
+from shardlaunch.text import train_tokenizer
 from tests.recipes import FewReviews, run_quietly, run_well, save_small_bert, training_lines
 
 ONE = ("--tracker", "none", "--threads-per-rank", "1")

@@ -13,7 +13,7 @@ from shardlaunch.checkpoints.layout import is_plain_file_name, plan_files, step_
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
 from shardlaunch.checkpoints.retention import prune, sweep
-from shardlaunch.checkpoints.state import WEIGHT, Fragment, TensorSpec, whole
+from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, Fragment, TensorSpec, whole
 from shardlaunch.checkpoints.writer import save
 
 ALONE = Peers()
@@ -23,15 +23,15 @@ def _state() -> list[Fragment]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(7, 5, generator=generator)
     return [
-        whole("layer.weight", WEIGHT, weight),
-        whole("layer.scale", WEIGHT, torch.tensor(3.5)),
-        whole("layer.half", WEIGHT, weight.bfloat16()),
-        whole("layer.empty", WEIGHT, torch.empty(0, 4)),
-        whole("layer.count", WEIGHT, torch.tensor([2**62, -1])),
-        whole("layer.mask", WEIGHT, torch.tensor([True, False])),
-        whole("layer.transposed", WEIGHT, weight.T),
-        whole("layer.weight", "exp_avg", weight * 2),
-        whole("layer.weight", "step", torch.tensor(12.0)),
+        whole("layer.weight", weight),
+        whole("layer.scale", torch.tensor(3.5)),
+        whole("layer.half", weight.bfloat16()),
+        whole("layer.empty", torch.empty(0, 4)),
+        whole("layer.count", torch.tensor([2**62, -1])),
+        whole("layer.mask", torch.tensor([True, False])),
+        whole("layer.transposed", weight.T),
+        whole("layer.weight", weight * 2, section=OPTIMIZER, entry="exp_avg"),
+        whole("layer.weight", torch.tensor(12.0), section=OPTIMIZER, entry="step"),
     ]
 
 
@@ -78,7 +78,7 @@ def test_safetensors_alone_reads_every_tensor_once(tmp_path: Path) -> None:
     for fragment in _state():
         assert torch.equal(found[fragment.spec.key], fragment.tensor)
     index = json.loads((step_dir / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == {f.spec.name for f in _state() if f.spec.kind == WEIGHT}
+    assert set(index["weight_map"]) == {f.spec.name for f in _state() if f.spec.section == MODEL}
 
 
 def _flip(path: Path) -> None:
@@ -155,7 +155,7 @@ def test_retention(tmp_path: Path) -> None:
 def test_owners_have_equal_shares_and_every_tensor_one_file() -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(1, 1000, (60,), generator=generator).tolist()
-    specs = [TensorSpec(name=f"t{i}", kind=WEIGHT, shape=(n,), dtype=torch.float32) for i, n in enumerate(sizes)]
+    specs = [TensorSpec(name=f"t{i}", section=MODEL, shape=(n,), dtype=torch.float32) for i, n in enumerate(sizes)]
     files = plan_files(specs, 4)
     assert sorted(spec.name for file in files for spec in file.specs) == sorted(spec.name for spec in specs)
     shares = [sum(spec.num_bytes for spec in file.specs) for file in files]

@@ -76,5 +76,5 @@ def test_options_know_which_were_given(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("save-every: 7\n")
     words = ("--config", str(config), "--depth", "3", "--place=there", "--no-reshard-after-forward")
-    assert _parse(*words).said == {"config", "save_every", "depth", "place", "reshard_after_forward"}
-    assert _parse().said == frozenset()
+    assert _parse(*words).explicitly_set == {"config", "save_every", "depth", "place", "reshard_after_forward"}
+    assert _parse().explicitly_set == frozenset()

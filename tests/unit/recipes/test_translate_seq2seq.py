@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from shardlaunch import UserError, tokenizer_key, toy_translations
+from shardlaunch import UserError
+from shardlaunch.demo import toy_translations
 from shardlaunch.recipes.translate_seq2seq import TranslateOptions, TranslateSeq2Seq
+from shardlaunch.text import tokenizer_key
 from tests.recipes import run_well, save_small_bert, save_small_t5
 
 PAIRS = [{"de": f"Ein Hund, {number} Katzen.", "en": f"A dog, {number} cats."} for number in range(8)]

@@ -79,7 +79,7 @@ def test_data_parallel_with_several_replicas_is_the_same_run() -> None:
                 strategy.backward(replica(inputs).square().sum(), factor=1 / 30, last=slot == 4)
                 buffers.end_micro_batch(replica, index=slot, weight=1)
             strategy.finish_gradients(unscale=1.0, max_norm=1.0)
-            strategy.update()
+            strategy.optimizer_step()
             buffers.end_step(num_micro_batches=5)
     for name, expected in one.model.state_dict().items():
         for replica in many.replicas:

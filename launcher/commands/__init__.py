@@ -1,0 +1,1 @@
+"""The console command `shardlaunch` and what its subcommands do."""

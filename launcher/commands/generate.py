@@ -1,0 +1,116 @@
+"""Text from a checkpoint of a language model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardlaunch.errors import UserError
+from shardlaunch.launcher.commands.text_models import all_texts, open_text_model, whole_model
+from shardlaunch.launcher.toolkit.packing import document_frame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Say how the next token is chosen. At temperature 0 it is the most probable one, or that of the best beam.
+
+    With 0 beams there are as many as the checkpoint says.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    num_beams: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"--temperature {self.temperature}: must be at least 0")
+        if self.top_k < 0:
+            raise UserError(f"--top-k {self.top_k}: must be at least 1, or 0 for all tokens")
+        if self.num_beams < 0:
+            raise UserError(f"--num-beams {self.num_beams}: must be at least 1, or 0 for what the checkpoint says")
+        if self.top_k and not self.temperature:
+            raise UserError(f"--top-k {self.top_k} is for drawing at random: give a --temperature above 0")
+        if self.num_beams > 1 and self.temperature:
+            raise UserError(f"--num-beams {self.num_beams} seeks the most probable text: leave out --temperature")
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of a model's generate()."""
+        if not self.temperature:
+            return {"do_sample": False, **({"num_beams": self.num_beams} if self.num_beams else {})}
+        return {"do_sample": True, "num_beams": 1, "temperature": self.temperature, "top_k": self.top_k}
+
+
+def generate_texts(
+    path: Path, *, prompts: Sequence[str], file: Path | None, max_new_tokens: int, sampling: Sampling
+) -> None:
+    """Print, for each prompt, its continuation, or what an encoder-decoder makes of it.
+
+    A text does not depend on the prompts before it. Raises UserError when there is no prompt, or no valid checkpoint of
+    a language model.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
+    prompts = all_texts(prompts, file, flag="--prompt")
+    checkpoint, tokenizer = open_text_model(path, kind="language model")
+    model = _language_model(checkpoint.step_dir)
+    write = _transform if model.config.is_encoder_decoder else _continue
+    for prompt in prompts:
+        torch.manual_seed(sampling.seed)
+        with torch.no_grad():
+            print(write(model, tokenizer, prompt, max_new_tokens, sampling.arguments()))
+
+
+def _language_model(folder: Path) -> Any:
+    """Return the model of a checkpoint. Raises UserError when it is no language model."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    try:
+        is_encoder_decoder = AutoConfig.from_pretrained(folder).is_encoder_decoder
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: not a checkpoint of a language model ({reason})") from error
+    auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+    return whole_model(folder, auto_class, kind="language model")
+
+
+def _transform(model: Any, tokenizer: Any, text: str, max_new_tokens: int, arguments: dict[str, Any]) -> str:
+    """Return what an encoder-decoder makes of a text."""
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    num_tokens = inputs["input_ids"].shape[1]
+    longest = _num_positions(model, num_tokens + max_new_tokens)
+    if num_tokens > longest:
+        raise UserError(f"the model reads at most {longest} tokens, not {num_tokens}: {text[:40]!r}...")
+    tokens = model.generate(**inputs, max_new_tokens=min(max_new_tokens, longest - 1), **arguments)[0]
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _continue(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, arguments: dict[str, Any]) -> str:
+    """Return the prompt and its continuation. Where the model's context is full, it goes on from the latter half."""
+    start, end = document_frame(tokenizer)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    unknown = tokenizer.unk_token_id  # GPT-2's tokenizer, which knows all, has that of the end of text there
+    if unknown in ids and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        raise UserError(f"the model's tokenizer does not know all of this prompt: {prompt!r}")
+    tokens = [*start, *ids]
+    if not tokens:
+        raise UserError("the prompt is empty, and the model knows no token that a text begins with: give it some text")
+    longest = _num_positions(model, len(tokens) + max_new_tokens)
+    num_left = max_new_tokens
+    while num_left:
+        context = torch.tensor([tokens[-max(longest - num_left, longest // 2, 1) :]])
+        num_new = min(num_left, longest + 1 - context.shape[1])
+        mask = torch.ones_like(context)
+        new = model.generate(context, attention_mask=mask, max_new_tokens=num_new, **arguments)[0, context.shape[1] :]
+        tokens += new.tolist()
+        num_left -= num_new
+        if len(new) < num_new or tokens[-1:] == end:
+            break
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _num_positions(model: Any, default: int) -> int:
+    """Return how many tokens the model can hold."""
+    return getattr(model.config, "max_position_embeddings", None) or default

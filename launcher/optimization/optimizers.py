@@ -1,0 +1,258 @@
+"""Optimizers by name, their options, and parameter groups: who decays, who learns at another rate."""
+
+import importlib
+import inspect
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from torch import nn
+
+from shardlaunch.errors import UserError, some
+
+# By the names that they go by; any other class is given by its dotted path.
+NAMES = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+}
+# Those whose fused implementation works on CPU and CUDA, and on the slices of FSDP2, alike.
+_FUSED = (torch.optim.Adam, torch.optim.AdamW)
+L1 = "l1"
+
+
+@dataclass(kw_only=True)
+class OptimizerOptions:
+    """Options of the optimizer that the launcher builds. What is None is the optimizer's own default."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    optimizer: str = "adamw"
+    """sgd, adam, adamw, rmsprop, adagrad, or a class by its dotted path, such as torch.optim.NAdam."""
+    momentum: float | None = None
+    """Momentum (sgd, rmsprop)."""
+    nesterov: bool = False
+    """Nesterov's momentum (sgd)."""
+    betas: tuple[float, float] | None = None
+    """Decay rates of the running means of gradients and their squares (adam, adamw)."""
+    eps: float | None = None
+    """What is added to the divisor, against divisions by zero (adam, adamw, rmsprop, adagrad)."""
+    weight_decay: float = 0.0
+    """Weight decay of matrices; biases and norms (tensors of one dimension) have none."""
+    decay_all: bool = False
+    """Weight decay and L1 for biases and norms too."""
+    l1: float = 0.0
+    """Pull weights to 0 by this times the learning rate after each update, and no further than to 0."""
+    optimizer_args: tuple[str, ...] = ()
+    """Other arguments of the optimizer, each NAME=VALUE."""
+    lr_factors: tuple[str, ...] = ()
+    """Other learning rates for some parameters, each PATTERN=FACTOR: the first pattern that matches a name counts."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise UserError(f"--lr {self.lr}: must be above 0")
+        for name, value in (("--weight-decay", self.weight_decay), ("--l1", self.l1)):
+            if not value >= 0:
+                raise UserError(f"{name} {value}: must be at least 0")
+        if self.decay_all and not (self.weight_decay or self.l1):
+            raise UserError("--decay-all: goes with --weight-decay or --l1; give one of them, or drop the option")
+
+
+def check_optimizer_options(options: OptimizerOptions) -> None:
+    """Raise UserError for an unknown optimizer, for what it does not take, and for what is not as it must be."""
+    _optimizer_args(options)
+    _lr_factors(options)
+
+
+OptionsT = TypeVar("OptionsT", bound=OptimizerOptions)
+# What the optimizers' own settings are where nothing is explicitly_set.
+_UNSET: Mapping[str, Any] = {"momentum": None, "nesterov": False, "betas": None, "eps": None, "weight_decay": 0.0}
+
+
+def for_its_optimizer(options: OptionsT, default: OptionsT, *, explicitly_set: Collection[str]) -> OptionsT:
+    """Return the options without what a recipe's `default` sets for its own optimizer and another does not take.
+
+    `explicitly_set` are the names of the options that were given by hand: those stay, to be refused.
+    """
+    if options.optimizer == default.optimizer:
+        return options
+    taken = inspect.signature(optimizer_type(options.optimizer)).parameters
+    idle = {name for name in _UNSET if name not in taken and name not in explicitly_set}
+    return replace(options, **{name: _UNSET[name] for name in idle})
+
+
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    options: OptimizerOptions,
+) -> torch.optim.Optimizer:
+    """Return the optimizer that the options name over named parameters, in groups by rate and decay.
+
+    Raises UserError for arguments that the optimizer does not take.
+    """
+    kind = optimizer_type(options.optimizer)
+    arguments: dict[str, Any] = _optimizer_args(options)
+    if kind in _FUSED and not any(arguments.get(name) for name in ("foreach", "differentiable")):
+        arguments.setdefault("fused", True)
+    try:
+        optimizer: torch.optim.Optimizer = kind(parameter_groups(parameters, options), lr=options.lr, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--optimizer {options.optimizer}: {error}") from error
+    if options.l1:
+        optimizer.register_step_post_hook(_shrink)
+    return optimizer
+
+
+def optimizer_type(name: str) -> Any:
+    """Return the class that --optimizer names. Raises UserError when there is none, or none that a run can use."""
+    if name in NAMES:
+        return NAMES[name]
+    module, _, attribute = name.rpartition(".")
+    known = f"choose one of {', '.join(NAMES)}, or a class by its dotted path, such as torch.optim.NAdam"
+    if not module:
+        raise UserError(f"--optimizer {name}: unknown; {known}")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"--optimizer {name}: {error}; {known}") from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise UserError(f"--optimizer {name}: not an optimizer class of torch; {known}")
+    if found is torch.optim.SparseAdam:
+        raise UserError(f"--optimizer {name}: takes sparse gradients only, which a run does not have; use adam")
+    return found
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    options: OptimizerOptions,
+) -> list[dict[str, Any]]:
+    """Split named parameters into groups with one rate and one decay each."""
+    factors = _lr_factors(options)
+    by_setting: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    has_decay = bool(options.weight_decay or options.l1)
+    for name, parameter in parameters:
+        pattern = _factor_of(name, factors)
+        decays = has_decay and (options.decay_all or parameter.ndim > 1)
+        factor = factors[pattern] if pattern else 1.0
+        by_setting.setdefault((factor, decays), []).append(parameter)
+    return [
+        {
+            "params": group,
+            "lr": options.lr * factor,
+            "weight_decay": options.weight_decay if decays else 0.0,
+            **({L1: options.l1 if decays else 0.0} if options.l1 else {}),
+        }
+        for (factor, decays), group in by_setting.items()
+    ]
+
+
+def separate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Give some parameters groups of their own, like those that they are in.
+
+    For those that were frozen at first: their updates are fewer than others', and ZeRO counts those of a group.
+    """
+    chosen = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        parts = [[p for p in group["params"] if (id(p) in chosen) is is_chosen] for is_chosen in (False, True)]
+        if all(parts):
+            group["params"] = parts[0]
+            optimizer.param_groups.append({**group, "params": parts[1]})
+
+
+def check_lr_factors(names: Sequence[str], options: OptimizerOptions) -> None:
+    """Raise UserError when a pattern of --lr-factors is the first to match for none of the parameters to train."""
+    factors = _lr_factors(options)
+    idle = [pattern for pattern in factors if not any(_factor_of(name, factors) == pattern for name in names)]
+    if idle:
+        raise UserError(
+            f"--lr-factors: of the parameters that are trained, none has a name that matches {some(idle)} and no "
+            f"pattern before; there are {some(names)}"
+        )
+
+
+def _factor_of(name: str, patterns: Iterable[str]) -> str | None:
+    """Return the first pattern that matches a parameter's name."""
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+
+
+def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Split parameters into those with weight decay (matrices) and those without (biases, norms: one dimension)."""
+    tensors = [parameter for _, parameter in parameters]
+    groups = [
+        {"params": [p for p in tensors if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in tensors if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _optimizer_args(options: OptimizerOptions) -> dict[str, Any]:
+    """Return the arguments for the optimizer's constructor. Raises UserError for those that it does not take."""
+    given: dict[str, Any] = {
+        "momentum": options.momentum,
+        "nesterov": options.nesterov or None,
+        "betas": options.betas,
+        "eps": options.eps,
+        "weight_decay": options.weight_decay or None,
+    }
+    arguments = {name: value for name, value in given.items() if value is not None}
+    for text in options.optimizer_args:
+        name, is_pair, value = text.partition("=")
+        if not is_pair or name in ("params", "lr", *given):
+            raise UserError(f"--optimizer-args {text}: must be NAME=VALUE; what has an option of its own goes there")
+        arguments[name] = _value(value)
+    taken = inspect.signature(optimizer_type(options.optimizer)).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
+    for name in arguments:
+        if name not in taken and not takes_any:
+            flag = f"--{name.replace('_', '-')}" if name in given else f"--optimizer-args {name}"
+            names = ", ".join(name for name in taken if name != "params")
+            raise UserError(f"{flag}: --optimizer {options.optimizer} does not take it; it takes {names}")
+    arguments.pop("weight_decay", None)  # it goes with the groups
+    return arguments
+
+
+def _value(text: str) -> Any:
+    """Return a number, truth value or text as YAML reads it; 1e-4 too is a number."""
+    try:
+        return float(text) if not text.strip("+-").isdecimal() else int(text)
+    except ValueError:
+        pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--optimizer-args {text}: not readable: {' '.join(str(error).split())}") from error
+
+
+def _lr_factors(options: OptimizerOptions) -> Mapping[str, float]:
+    """Return the factor on the learning rate by name pattern."""
+    factors: dict[str, float] = {}
+    for text in options.lr_factors:
+        pattern, _, value = text.rpartition("=")
+        if pattern in factors:
+            raise UserError(f"--lr-factors {text}: the pattern {pattern} has a factor already; drop one of the two")
+        try:
+            factors[pattern] = float(value)
+        except ValueError:
+            factors[pattern] = 0.0
+        if not pattern or not factors[pattern] > 0:
+            raise UserError(
+                f"--lr-factors {text}: must be PATTERN=FACTOR, above 0; to leave parameters as they are: --freeze"
+            )
+    return factors
+
+
+@torch.no_grad()
+def _shrink(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Apply the L1 penalty as a proximal step: soft thresholding by rate x strength (ISTA: Daubechies et al. 2004).
+
+    Each element by itself, so that it is the same under every strategy, whatever pieces the optimizer works on.
+    """
+    for group in optimizer.param_groups:
+        threshold = group["lr"] * group[L1]
+        if threshold:
+            for parameter in group["params"]:
+                parameter.copy_(parameter.sign() * (parameter.abs() - threshold).clamp(min=0))

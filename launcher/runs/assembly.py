@@ -1,0 +1,165 @@
+"""A run's model and the strategy that spreads it, with the weights that they start from. Made anew in each phase."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import xxhash
+from torch import nn
+
+from shardlaunch.errors import UserError
+from shardlaunch.launcher.optimization.freezing import freeze
+from shardlaunch.launcher.optimization.optimizers import check_lr_factors, separate
+from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.reporting.parameters import ParameterRow, parameter_rows
+from shardlaunch.launcher.runs.model import (
+    build_empty_model,
+    build_model,
+    check_non_persistent_buffers,
+    non_persistent_buffers_digest,
+)
+from shardlaunch.sharding.initial_weights import InitialWeights
+from shardlaunch.sharding.precision import convert_model
+from shardlaunch.sharding.resolve import STRATEGIES
+from shardlaunch.sharding.strategy import Settings, Strategy
+from shardlaunch.sharding.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """Hold a model, spread, and what is to be known of it."""
+
+    model: nn.Module
+    strategy: Strategy
+    fresh: list[str]
+    """Parameters that started from no pretrained weights."""
+    aliases: dict[str, str]
+    """Other names of tied parameters, each with the name under which it is saved."""
+    non_persistent_buffers: str
+    """Digest of the buffers that are not part of the state."""
+    rows: list[ParameterRow]
+    """How the parameters are trained."""
+    num_tensors: int
+    num_elements: int
+
+
+def assemble(
+    recipe: Recipe,
+    *,
+    world: World,
+    strategy_name: str,
+    settings: Settings,
+    precision_name: str,
+    run_digest: int,
+    step: int,
+    is_resumed: bool,
+) -> Assembly:
+    """Build the recipe's model, freeze what is frozen at `step`, and spread it, without a checkpoint's values yet.
+
+    All ranks. `run_digest` says which run a rank has before it. Raises UserError when ranks differ, and when the model
+    cannot be built or spread.
+    """
+    options = recipe.options
+    model, fresh, initial = _build(recipe, world, strategy_name, run_digest, is_resumed=is_resumed)
+    buffers_digest = non_persistent_buffers_digest(model)
+    convert_model(model, precision_name)
+    if options.gradient_checkpointing:
+        _enable_gradient_checkpointing(model)
+    numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    freeze(model, options, step=step)
+    is_frozen = options.is_frozen if not options.unfreeze_at_step else lambda name: False
+    check_lr_factors([name for name in numels if not is_frozen(name)], options)
+    rows: list[ParameterRow] = []
+
+    def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        trained = list(parameters)
+        optimizer = recipe.optimizer(trained)
+        if isinstance(optimizer, torch.optim.Optimizer):
+            separate(optimizer, (parameter for name, parameter in trained if options.is_frozen(name)))
+            rows.extend(parameter_rows(numels, trained, optimizer))
+        return optimizer
+
+    aliases = _aliases(model)
+    strategy = STRATEGIES[strategy_name](model, build_optimizer, world=world, settings=settings)
+    if initial is not None:
+        strategy.restore(initial)
+    if options.compile:
+        for replica in strategy.replicas:
+            replica.compile()
+    return Assembly(
+        model=model,
+        strategy=strategy,
+        fresh=fresh,
+        aliases=aliases,
+        non_persistent_buffers=buffers_digest,
+        rows=rows,
+        num_tensors=len(numels),
+        num_elements=sum(numels.values()),
+    )
+
+
+def _build(
+    recipe: Recipe, world: World, strategy_name: str, run_digest: int, *, is_resumed: bool
+) -> tuple[nn.Module, list[str], InitialWeights | None]:
+    """Build the model, whole, or empty for a strategy that starts so; then return what its weights begin with.
+
+    All ranks.
+    """
+    seed = recipe.options.seed
+    if not STRATEGIES[strategy_name].starts_empty:
+        model, fresh = build_model(recipe, seed, is_resumed=is_resumed)
+        _check_ranks_agree(world, run_digest, model)
+        return model, fresh, None
+    empty = world.peers.together(lambda: build_empty_model(recipe, seed))
+    if is_resumed:
+        _check_ranks_agree(world, run_digest, None)
+        return empty, [], None
+
+    def build_whole() -> tuple[nn.Module, list[str]]:
+        whole, fresh = build_model(recipe, seed, is_resumed=False)
+        check_non_persistent_buffers(whole, empty)
+        return whole, fresh
+
+    built = world.peers.together(lambda: build_whole() if world.is_local_main else None)
+    whole, fresh = built if built is not None else (None, [])
+    _check_ranks_agree(world, run_digest, whole)
+    return empty, fresh, InitialWeights(empty, whole, world=world)
+
+
+def _check_ranks_agree(world: World, run_digest: int, whole: nn.Module | None) -> None:
+    """Check that all ranks have the same run before them, and the same model where they hold one. All ranks."""
+    weights_here = _weights_digest(whole) if whole is not None else -1
+    everyone = world.peers.gather([run_digest, weights_here])
+    for rank, (run, weights) in enumerate(everyone):
+        if run != everyone[0][0] or weights not in (-1, everyone[0][1]):
+            what = "other weights" if run == everyone[0][0] else "other options or data"
+            raise UserError(
+                f"rank {rank} has {what} than rank 0: what datasets(), model() and weights() of the recipe return "
+                f"must not depend on the rank, nor on randomness without a seed"
+            )
+
+
+def _weights_digest(model: nn.Module) -> int:
+    digest = xxhash.xxh3_64()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.intdigest() >> 1
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    names: dict[int, str] = {}
+    aliases = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if names.setdefault(id(parameter), name) != name:
+            aliases[name] = names[id(parameter)]
+    return aliases
+
+
+def _enable_gradient_checkpointing(model: nn.Module) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:
+        raise UserError(f"--gradient-checkpointing: {type(model).__name__} does not offer it; drop the option")
+    try:
+        enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"--gradient-checkpointing: {error}") from error

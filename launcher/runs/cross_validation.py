@@ -1,0 +1,59 @@
+"""K-fold cross-validation: a run for each fold, one after the other, and what their evaluations say together."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from shardlaunch.errors import UserError
+from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX
+from shardlaunch.launcher.runs.folder import RUN, write_json
+from shardlaunch.launcher.runs.run import Run
+from shardlaunch.launcher.training.evaluation import numbers
+
+FOLDS = "folds.json"
+
+
+def cross_validate(run_of_fold: Callable[[int], Run], num_folds: int) -> None:
+    """Run each fold in a folder of its own, then show mean and standard deviation over them. All ranks.
+
+    A fold that is complete says so; the others resume. Raises UserError when the folder holds another kind of run.
+    """
+    evaluations = []
+    for fold in range(num_folds):
+        run = run_of_fold(fold)
+        root, display, world = run.output_dir.parent, run.display, run.world
+        if (root / RUN).exists():
+            raise UserError(f"--output-dir {root}: holds a run without --folds. Choose another folder.")
+        run.run()
+        if run.position.is_finished:
+            evaluations.append(run.last_evaluation())
+    if len(evaluations) < num_folds:
+        done = f"{len(evaluations)} of {num_folds} folds are complete"
+        display.say(f"{done}; without --stop-at-step, the same command goes on")
+        return
+    summary = summarise(evaluations)
+    partial = sorted({name for evaluation in evaluations for name in _names(evaluation)} - summary.keys())
+    if partial:
+        display.warn(f"not all folds were evaluated by the same metrics; left out: {', '.join(partial)}")
+    world.peers.together(
+        lambda: write_json(root / FOLDS, {"folds": evaluations, "summary": summary}) if world.is_main else None
+    )
+    rows = [(name, f"{found['mean']:.4f}", f"{found['std']:.4f}") for name, found in summary.items()]
+    display.columns(("metric", f"mean of {num_folds} folds", "standard deviation"), rows)
+    display.say(f"folds  {root / FOLDS}")
+
+
+def summarise(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return mean and standard deviation (of a sample: over n - 1) of each number that all folds have at the end.
+
+    Both are NaN where one of the numbers is.
+    """
+    names = [name for name in _names(evaluations[0]) if all(name in _names(other) for other in evaluations)]
+    columns = {name: np.array([evaluation[name] for evaluation in evaluations]) for name in names}
+    with np.errstate(invalid="ignore"):  # of an infinite perplexity there is no standard deviation
+        return {name: {"mean": float(c.mean()), "std": float(c.std(ddof=1))} for name, c in columns.items()}
+
+
+def _names(evaluation: Mapping[str, Any]) -> list[str]:
+    return [name for name in numbers(evaluation) if name.startswith(EVAL_PREFIX)]

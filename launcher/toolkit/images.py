@@ -1,0 +1,230 @@
+"""Images: read once into uint8 tensors, then moved at random and scaled to floats in operations on whole batches."""
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from shardlaunch.errors import UserError, some
+from shardlaunch.launcher.options import Options, flag, option
+from shardlaunch.launcher.seeding import derive_seed
+from shardlaunch.launcher.tensor_data import TensorData
+from shardlaunch.launcher.toolkit import demo_data
+from shardlaunch.launcher.toolkit.columns import class_names, select_columns
+from shardlaunch.launcher.toolkit.datasets import derived, load_splits
+
+_GRAY = 128
+_MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
+# Of ImageNet's training images, scaled to 0..1: what pretrained nets expect.
+_MEAN, _STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+
+
+@dataclass(kw_only=True)
+class ImageOptions(Options):
+    """Options of every recipe that reads images."""
+
+    image_column: str = option("", mark="free")
+    """Column of the images; none: image, or img, as CIFAR-10 on the hub has it."""
+    label_column: str = option("label", mark="free")
+    """Column of the classes: names or whole numbers."""
+    convert_images: bool = option(False, mark="free")
+    """Scale images of another size (and cut out their middle) and convert other modes, instead of refusing them."""
+    flip: bool = False
+    """Mirror half of the training images, left to right."""
+    shift: int = 0
+    """Move training images by up to so many pixels in each direction: a random crop."""
+    cutout: int = 0
+    """Gray out a square of so many pixels a side somewhere in each training image (DeVries and Taylor 2017)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("--shift", self.shift), ("--cutout", self.cutout)):
+            if value < 0:
+                raise UserError(f"{name} {value}: must be at least 0")
+
+
+def load_images(options: ImageOptions, *, size: int, num_channels: int) -> tuple[dict[str, TensorData], list[str]]:
+    """Return the data sets `train` and `eval` of --data (or the demo's digits), and the names of the classes.
+
+    Columns: `pixels`, uint8 of shape [size, size, num_channels] a row, and `labels`. Pixels are cached on disk. Raises
+    UserError for what is no image, and for images of another size or mode without --convert-images.
+    """
+    source = options.data
+    for name, value in (("--shift", options.shift), ("--cutout", options.cutout)):
+        if value >= size:
+            raise UserError(f"{name} {value}: must be less than the images' size, {size}")
+    if source == demo_data.DEMO:
+        idle = [
+            flag(name) for name in ("image_column", "label_column", "convert_images") if name in options.explicitly_set
+        ]
+        if idle:
+            raise UserError(f"{', '.join(idle)}: the demo's digits are as they must be; drop the option")
+        return demo_data.digits(size=size, num_channels=num_channels), [str(digit) for digit in range(10)]
+    splits = load_splits(source, seed=options.seed)
+    names = splits["train"].column_names
+    column = options.image_column or ("img" if "img" in names and "image" not in names else "image")
+    splits = select_columns(splits, {"image": column, "label": options.label_column}, source=source)
+    splits, classes = class_names(splits, source=source, called=options.label_column)
+    decoded = {
+        name: _decoded(
+            split,
+            size=size,
+            num_channels=num_channels,
+            convert=options.convert_images,
+            where=f"--data {source}: column {column!r} of the {name} data",
+        )
+        for name, split in splits.items()
+    }
+    return decoded, classes
+
+
+def _decoded(split: Any, *, size: int, num_channels: int, convert: bool, where: str) -> TensorData:
+    import datasets
+    from PIL import Image, ImageOps
+
+    expected = f"{size}x{size} {_MODES[num_channels]}"
+
+    def pixels(images: list[Any], rows: list[int]) -> dict[str, Any]:
+        found, other = [], []
+        for row, stored in zip(rows, images, strict=True):
+            name = f"row {row} ({stored['path']})" if stored and stored["path"] else f"row {row}"
+            try:
+                image: Any = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"])
+                image.load()
+            except Exception as error:  # Pillow's decoders raise errors of many families
+                raise UserError(f"{where}: {name} holds no image that can be read ({error})") from error
+            if convert and image.mode.startswith(("I", "F")):
+                raise UserError(f"{where}: {name} is of mode {image.mode}; give images of 8 bits a channel")
+            if convert:
+                image = ImageOps.exif_transpose(image)
+                image = ImageOps.fit(image.convert(_MODES[num_channels]), (size, size))
+            elif f"{image.width}x{image.height} {image.mode}" != expected:
+                other.append(f"{name} is {image.width}x{image.height} {image.mode}")
+                continue
+            found.append(np.asarray(image).reshape(-1))
+        if other:
+            raise UserError(
+                f"{where} must hold {expected} images: {some(other)}; --convert-images scales and converts them"
+            )
+        return {"pixels": found}
+
+    try:
+        split = split.cast_column("image", datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{where} must hold images, not {split.features['image']}") from error
+    row_type = datasets.List(datasets.Value("uint8"), length=size * size * num_channels)
+    decoded = derived(
+        split,
+        pixels,
+        key=("pixels", size, num_channels, convert, *_state_of_files(split)),
+        input_columns=["image"],
+        with_indices=True,
+        remove_columns=["image"],
+        features=datasets.Features({"pixels": row_type, "label": datasets.Value("int64")}),
+    )
+    # From the Arrow table itself: by rows, datasets would take 20 times the memory.
+    stored = decoded.data.column("pixels").chunks
+    flat = torch.from_numpy(np.concatenate([chunk.flatten().to_numpy() for chunk in stored]))
+    labels = torch.from_numpy(np.array(decoded.with_format("numpy")["label"][:]))
+    return TensorData(pixels=flat.view(-1, size, size, num_channels), labels=labels)
+
+
+def _state_of_files(split: Any) -> list[str]:
+    """Return a digest of times and sizes of the files that a data set names and does not hold, if there are any."""
+    digest = xxhash.xxh3_64()
+    has_files = False
+    for chunk in split.data.column("image").chunks:
+        for path in chunk.field("path").filter(chunk.field("bytes").is_null()).to_pylist():
+            with suppress(OSError, TypeError):  # what is not there is explicitly_set when it is to be read
+                state = os.stat(path)
+                digest.update(f"{path} {state.st_mtime_ns} {state.st_size}".encode())
+                has_files = True
+    return [digest.hexdigest()] if has_files else []
+
+
+def select_classes(
+    splits: Mapping[str, TensorData], names: Sequence[str], *, wanted: Sequence[str], samples_per_class: int, seed: int
+) -> tuple[dict[str, TensorData], list[str]]:
+    """Return the rows of the `wanted` classes, renumbered in this order, and the names of these.
+
+    `wanted` are names or numbers; none: all classes. Of each class, `samples_per_class` training rows are chosen by
+    `seed`; 0: all. Raises UserError for what is not there.
+    """
+    numbers = [_class_number(word, names) for word in wanted] or list(range(len(names)))
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"--classes {' '.join(wanted)}: a class is named twice")
+    if len(numbers) < 2:
+        raise UserError(f"--classes {' '.join(wanted)}: classes to tell apart must be two at least")
+    selected = {}
+    for name, split in splits.items():
+        labels = split.columns["labels"]
+        rows = [torch.nonzero(labels == number).flatten() for number in numbers]
+        if name == "train" and samples_per_class:
+            least, scarcest = min(zip(map(len, rows), numbers, strict=True))
+            if least < samples_per_class:
+                raise UserError(
+                    f"--samples-per-class {samples_per_class}: class {names[scarcest]} has {least} training images"
+                )
+            rng = np.random.default_rng(derive_seed(seed, "samples per class"))
+            rows = [found[rng.permutation(len(found))[:samples_per_class]] for found in rows]
+        columns = split.rows_at(torch.cat(rows).numpy())
+        position = torch.zeros(len(names), dtype=torch.int64).index_copy(
+            0, torch.tensor(numbers), torch.arange(len(numbers))
+        )
+        selected[name] = TensorData(**{**columns, "labels": position[columns["labels"]]})
+    return selected, [names[number] for number in numbers]
+
+
+def _class_number(word: str, names: Sequence[str]) -> int:
+    if word in names:
+        return names.index(word)
+    if word.isdecimal() and int(word) < len(names):
+        return int(word)
+    raise UserError(f"--classes {word}: no such class; there are {some(names)}")
+
+
+def augmented(pixels: torch.Tensor, seeds: np.ndarray | None, options: ImageOptions) -> torch.Tensor:
+    """Return images ([n, height, width, channels]) changed at random, each by its own seed alone; as they are without.
+
+    What a shift brings in from beyond the border is the image's own mirror image.
+    """
+    if seeds is None or not (options.flip or options.shift or options.cutout):
+        return pixels
+    height, width = pixels.shape[1:3]
+    bits = torch.from_numpy(seeds)
+    down, right = ((bits >> first_bit) % (2 * options.shift + 1) - options.shift for first_bit in (1, 32))
+    rows = _reflected(torch.arange(height) + down[:, None], height)
+    columns = _reflected(torch.arange(width) + right[:, None], width)
+    if options.flip:
+        columns = torch.where((bits & 1).bool()[:, None], width - 1 - columns, columns)
+    moved = pixels[torch.arange(len(pixels))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    if options.cutout:
+        rows, columns = (_span(bits >> first_bit, length, options) for first_bit, length in ((16, height), (48, width)))
+        moved.masked_fill_((rows[:, :, None] & columns[:, None, :])[..., None], _GRAY)
+    return moved
+
+
+def _span(numbers: torch.Tensor, length: int, options: ImageOptions) -> torch.Tensor:
+    """Return, for each number, which positions up to `length` the square covers that it places."""
+    before = torch.arange(length) - (numbers % (length - options.cutout + 1))[:, None]
+    return (before >= 0) & (before < options.cutout)
+
+
+def _reflected(positions: torch.Tensor, length: int) -> torch.Tensor:
+    """Return positions of which those beyond either end are mirrored at it."""
+    last = length - 1
+    return last - (last - positions.abs()).abs()
+
+
+def normalized(pixels: torch.Tensor) -> torch.Tensor:
+    """Return RGB images (uint8, [n, height, width, 3]) as floats about 0, [n, 3, height, width].
+
+    They keep their order in memory, channels last, in which convolutions on a CPU are faster by a fifth.
+    """
+    return ((pixels.float() / 255 - _MEAN) / _STD).permute(0, 3, 1, 2)

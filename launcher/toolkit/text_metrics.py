@@ -1,0 +1,156 @@
+"""Metrics of texts: BLEU and chrF by sacrebleu, ROUGE by rouge-score, perplexity and bits per unit of text.
+
+Generated texts go to a metric as two lists, `update(hypotheses, references)`; scores are on the scale from 0 to 100.
+Every text counts once, on any number of ranks.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from shardlaunch.errors import UserError
+
+_END = b"\xff"  # of a text: a byte that UTF-8 does not have
+
+
+class NatsPer(Metric):
+    """Compute the cross-entropy a target or a unit of text: sums in float64, divided once."""
+
+    higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("nats", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.nats: Any
+        self.count: Any
+
+    def update(self, nats: torch.Tensor, count: torch.Tensor) -> None:
+        """Add the sum of some targets' cross-entropy, and how many targets or units of text they are."""
+        self.nats += nats
+        self.count += count
+
+    def compute(self) -> torch.Tensor:
+        """Return nats a target or unit."""
+        nats: torch.Tensor = self.nats / self.count
+        return nats
+
+
+class Perplexity(NatsPer):
+    """Compute e to the mean cross-entropy of a target."""
+
+    def compute(self) -> torch.Tensor:
+        """Return the perplexity."""
+        return super().compute().exp()
+
+
+class BitsPer(NatsPer):
+    """Compute the cross-entropy in bits a unit of text."""
+
+    def compute(self) -> torch.Tensor:
+        """Return the bits a unit."""
+        return super().compute() / math.log(2)
+
+
+class CorpusScore(Metric):
+    """Score all texts together by one of sacrebleu's metrics, given by its name in `sacrebleu.metrics`.
+
+    What is kept are the texts themselves, one after the other in one tensor a batch: ranks gather nothing but tensors,
+    and the score is sacrebleu's own on the whole corpus, which does not depend on the order.
+    """
+
+    higher_is_better = True
+    full_state_update = False
+    texts: list[torch.Tensor]
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__()
+        self._scorer = getattr(_module("sacrebleu.metrics", "sacrebleu"), name)(**options)
+        self._scorer.corpus_score([""], [[""]])  # from now on it knows the number of references, for its signature
+        self.add_state("texts", [], dist_reduce_fx="cat")
+
+    def update(self, hypotheses: Sequence[str], references: Sequence[str]) -> None:
+        """Take texts, each with its one reference."""
+        pairs = zip(hypotheses, references, strict=True)
+        content = b"".join(text.encode(errors="replace") + _END for pair in pairs for text in pair)
+        self.texts.append(torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self.device))
+
+    def compute(self) -> torch.Tensor:
+        """Return the score: a float64 scalar."""
+        content = bytes(dim_zero_cat(self.texts).cpu().numpy())
+        texts = [text.decode() for text in content.split(_END)[:-1]]
+        score = self._scorer.corpus_score(texts[::2], [texts[1::2]]).score
+        return torch.tensor(score, dtype=torch.float64)
+
+    @property
+    def signature(self) -> str:
+        """Return sacrebleu's signature, which says what a reported score is."""
+        return str(self._scorer.get_signature())
+
+
+class RougeScore(Metric):
+    """Return the mean ROUGE F-measure over all texts, of rouge-score's type `name` (rouge1, rouge2, rougeL), stemmed.
+
+    Each rank scores its own texts; the mean is of their exact sum, which does not depend on the order.
+    """
+
+    higher_is_better = True
+    full_state_update = False
+    scores: list[torch.Tensor]
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+        self._scorer = _module("rouge_score.rouge_scorer", "rouge-score").RougeScorer([name], use_stemmer=True)
+        self.add_state("scores", [], dist_reduce_fx="cat")
+
+    def update(self, hypotheses: Sequence[str], references: Sequence[str]) -> None:
+        """Take texts, each with its one reference."""
+        pairs = zip(hypotheses, references, strict=True)
+        scores = [self._scorer.score(reference, text)[self._name].fmeasure for text, reference in pairs]
+        self.scores.append(torch.tensor(scores, dtype=torch.float64, device=self.device))
+
+    def compute(self) -> torch.Tensor:
+        """Return the mean: a float64 scalar."""
+        scores = dim_zero_cat(self.scores).tolist()
+        return torch.tensor(100 * math.fsum(scores) / len(scores), dtype=torch.float64)
+
+    @property
+    def signature(self) -> str:
+        """Return what a reported score is."""
+        return f"{self._name}|measure:f1|stem:yes|version:rouge-score {version('rouge-score')}"
+
+
+TEXT_METRICS: dict[str, Callable[[], Metric]] = {
+    "bleu": partial(CorpusScore, "BLEU"),
+    "chrf": partial(CorpusScore, "CHRF"),
+    "rouge1": partial(RougeScore, "rouge1"),
+    "rouge2": partial(RougeScore, "rouge2"),
+    "rougeL": partial(RougeScore, "rougeL"),
+}
+
+
+def text_metrics(*names: str) -> dict[str, Metric]:
+    """Return metrics of generated texts by name (`TEXT_METRICS`). Raises UserError for an unknown name."""
+    for name in names:
+        if name not in TEXT_METRICS:
+            raise UserError(f"metric {name!r}: unknown; choose some of {', '.join(TEXT_METRICS)}")
+    return {name: TEXT_METRICS[name]() for name in names}
+
+
+def _module(name: str, package: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f'metrics of generated texts need {package}, which is missing: pip install "shardlaunch[text]"'
+        ) from error

@@ -1,0 +1,1 @@
+"""Steps: batches, forward passes, the training loop, evaluation."""

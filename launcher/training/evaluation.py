@@ -1,0 +1,139 @@
+"""Evaluation: every sample once, sharded over the ranks, the same metrics on any number of them."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardlaunch.errors import UserError
+from shardlaunch.launcher.optimization.freezing import train_mode
+from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.seeding import derive_seed, seed_model_stream
+from shardlaunch.launcher.training.batches import Batches
+from shardlaunch.launcher.training.forward import forward
+from shardlaunch.sharding.buffers import persistent_buffers
+from shardlaunch.sharding.precision import Precision
+from shardlaunch.sharding.world import World
+
+Evaluation = dict[str, Any]
+
+
+class Evaluator:
+    """Evaluate a model on the held-out data."""
+
+    def __init__(self, recipe: Recipe, batches: Batches, *, world: World, precision: Precision) -> None:
+        self._recipe = recipe
+        self._batches = batches
+        self._world = world
+        self._precision = precision
+        self._seed = derive_seed(recipe.options.seed, "evaluation")
+        self._metrics = {name: metric.to(world.device) for name, metric in recipe.metrics().items()}
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Return which way the recipe's best metric goes. Raises UserError when there is no telling."""
+        name = self._recipe.best_metric
+        if name == "loss":
+            return False
+        if name not in self._metrics:
+            raise UserError(f"the recipe's best_metric {name!r} is none of {', '.join(['loss', *self._metrics])}")
+        if self._metrics[name].higher_is_better is None:
+            raise UserError(
+                f"the recipe's best_metric {name!r} does not say whether higher is better: "
+                f"give its class an attribute higher_is_better, or take another (of --metrics, the first is the best's)"
+            )
+        return bool(self._metrics[name].higher_is_better)
+
+    def rehearse(self, model: nn.Module) -> None:
+        """Evaluate one batch, so that what cannot work is known before any training. All ranks."""
+        self._evaluate(model, 1, lambda done, of: None)
+
+    def evaluate(self, model: nn.Module, on_progress: Callable[[int, int], None]) -> Evaluation:
+        """Return the mean loss a target and the recipe's metrics: numbers, or lists of them (a matrix). All ranks.
+
+        `on_progress` is told how many samples are done, of how many.
+        """
+        return self._evaluate(model, self._batches.plan.steps_per_epoch, on_progress)
+
+    @torch.no_grad()
+    def _evaluate(self, model: nn.Module, num_steps: int, on_progress: Callable[[int, int], None]) -> Evaluation:
+        model.eval()
+        plan = self._batches.plan
+        start = {name: buffer.clone() for name, buffer in persistent_buffers(model).items()}
+        has_work = False
+        num_done = 0
+        for metric in self._metrics.values():
+            metric.reset()
+        sums = torch.zeros(2, dtype=torch.float64, device=self._world.device)
+        for batch in self._batches.steps(0, num_steps):
+            for micro_batch in batch.micro_batches:
+                seed_model_stream(self._seed, batch.step, micro_batch.index, self._world.device)
+                inputs, outputs, loss = forward(self._recipe, model, micro_batch, self._precision, self._world.device)
+                if micro_batch.weight:
+                    sums[0] += loss
+                    sums[1] += micro_batch.num_targets
+                    self._recipe.update_metrics(self._metrics, outputs, inputs)
+                    has_work = True
+                elif not has_work:
+                    self._recipe.update_metrics(self._metrics, outputs, inputs)
+                    _keep_rows(self._metrics)
+                    _empty(self._metrics)
+            num_done += batch.num_samples
+            on_progress(num_done, plan.num_samples)
+        for name, buffer in start.items():  # an evaluation leaves no trace
+            model.get_buffer(name).copy_(buffer)
+        train_mode(model)
+        _keep_rows(self._metrics)
+        loss, num_targets = self._world.sum(sums).tolist()
+        results: Evaluation = {"loss": loss / num_targets if num_targets else math.nan}
+        for name, metric in self._metrics.items():
+            try:
+                value = metric.compute()
+            except ValueError as error:
+                if num_steps < plan.steps_per_epoch:  # some need more samples than a rehearsal has
+                    continue
+                raise UserError(f"metric {name!r} cannot be computed on this evaluation data: {error}") from error
+            if not isinstance(value, torch.Tensor) or (name == self._recipe.best_metric and value.numel() != 1):
+                what = "one number" if name == self._recipe.best_metric else "a tensor"
+                raise UserError(f"the recipe's metric {name!r} must compute {what}, not {value!r}")
+            results[name] = value.item() if value.numel() == 1 else value.tolist()
+        return results
+
+
+def numbers(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Return the entries that are one number."""
+    return {name: value for name, value in evaluation.items() if not isinstance(value, list)}
+
+
+def _empty(metrics: Mapping[str, Any]) -> None:
+    """Take back what a rank without samples of its own has fed to its metrics, but for its shapes and dtypes.
+
+    torchmetrics gathers a metric's lists from all ranks, which fails when a rank has never updated.
+    """
+    for part in _parts(metrics):
+        for name, default in part._defaults.items():
+            value = getattr(part, name)
+            is_list = isinstance(value, list)
+            setattr(part, name, [item[:0] for item in value] if is_list else default.clone().to(value.device))
+
+
+def _parts(metrics: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the metrics and those that they are made of, as a difference of metrics is."""
+    from torchmetrics import Metric
+
+    for metric in metrics.values():
+        yield from (part for part in metric.modules() if isinstance(part, Metric))
+
+
+def _keep_rows(metrics: Mapping[str, Any]) -> None:
+    """Make rows of the scalars that a metric keeps in lists.
+
+    torchmetrics gathers scalars and rows by different collectives: ranks with a scalar, several or none would wait for
+    each other for ever.
+    """
+    for part in _parts(metrics):
+        for name in part._defaults:
+            if isinstance(getattr(part, name), list):
+                setattr(part, name, [torch.atleast_1d(item) for item in getattr(part, name)])

@@ -1,0 +1,54 @@
+"""One forward pass of a micro-batch, the same in training and evaluation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardlaunch.errors import UserError
+from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.training.batches import MicroBatch
+from shardlaunch.sharding.precision import Precision
+
+
+def forward(
+    recipe: Recipe, model: nn.Module, micro_batch: MicroBatch, precision: Precision, device: torch.device
+) -> tuple[Any, Any, torch.Tensor]:
+    """Return the micro-batch on the device, the model's outputs, and the sum of the loss.
+
+    Raises UserError when the recipe's loss is no scalar, and when its forward() goes around a sliced model.
+    """
+    inputs = to_device(micro_batch.inputs, device)
+    with precision.forward_context():
+        try:
+            outputs = recipe.forward(model, inputs)
+        except RuntimeError as error:
+            if "mixed torch.Tensor and DTensor" not in str(error):
+                raise
+            raise UserError(
+                "the recipe's forward() uses a part of the model, or a method of it, where its parameters are slices; "
+                "it must call the model itself (model(...)), or use --strategy ddp, zero1 or zero2"
+            ) from error
+        loss = recipe.loss(outputs, inputs)
+    if not isinstance(loss, torch.Tensor) or loss.ndim:
+        got = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise UserError(f"the recipe's loss() must return a scalar tensor, the sum over targets; it gave {got}")
+    return inputs, outputs, loss
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors in nested mappings and sequences to a device."""
+    if device.type == "cpu":
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if hasattr(value, "to"):  # a tokenizer's BatchEncoding, for one
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(item, device) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(item, device) for item in value)
+    return value

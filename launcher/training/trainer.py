@@ -1,0 +1,265 @@
+"""The training loop. It knows steps and micro-batches; ranks and strategies are behind `World` and `Strategy`."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from shardlaunch.errors import UserError
+from shardlaunch.launcher.optimization.freezing import train_mode
+from shardlaunch.launcher.options import Options
+from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.seeding import seed_model_stream
+from shardlaunch.launcher.training.batches import Batches, GlobalBatch
+from shardlaunch.launcher.training.evaluation import Evaluation, Evaluator
+from shardlaunch.launcher.training.forward import forward
+from shardlaunch.sharding.buffers import BufferMean
+from shardlaunch.sharding.precision import Precision
+from shardlaunch.sharding.strategy import Strategy
+from shardlaunch.sharding.world import World
+
+
+@dataclass(kw_only=True)
+class Position:
+    """Say where a run stands: all that a checkpoint keeps besides tensors."""
+
+    step: int = 0  # global batches consumed
+    best_value: float | None = None
+    best_step: int = 0
+    best_metric: str = ""
+    evaluations_since_best: int = 0
+    is_finished: bool = False
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+    group_hyperparameters: list[dict[str, Any]] = field(default_factory=list)  # of the optimizer's parameter groups
+    non_persistent_buffers: str = ""  # digest of the model's buffers that are not part of its state
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> "Position":
+        """Return the position that a checkpoint's trainer_state.json holds; release 0.1 had other names for two."""
+        return cls(**{_RENAMED.get(name, name): value for name, value in saved.items()})
+
+
+_RENAMED = {"group_numbers": "group_hyperparameters", "constants": "non_persistent_buffers"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """Say how a step went. Loss a target, norm of the gradient before clipping, counts over all ranks, seconds."""
+
+    loss: float
+    lr: float
+    grad_norm: float
+    samples: int
+    tokens: int
+    step_s: float
+    is_skipped: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What the trainer calls as the run goes on. `save` is called by all ranks, the others too but for their effect."""
+
+    on_step: Callable[[int, StepReport], None]
+    on_evaluating: Callable[[int, int], None]
+    on_evaluation: Callable[[int, Evaluation], None]
+    save: Callable[[Position], None]
+
+
+class Trainer:
+    """Run the steps of a recipe from a position to the end."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: Options,
+        strategy: Strategy,
+        batches: Batches,
+        evaluator: Evaluator | None,
+        *,
+        world: World,
+        precision: Precision,
+        num_steps: int,
+        hooks: Hooks,
+    ) -> None:
+        self.recipe = recipe
+        self.options = options
+        self.strategy = strategy
+        self.batches = batches
+        self.evaluator = evaluator
+        self.world = world
+        self.precision = precision
+        self.num_steps = num_steps
+        self.hooks = hooks
+        self.buffers = BufferMean(strategy.replicas, world=world)
+        self.peak_lrs = [group["lr"] for group in strategy.optimizer.param_groups]
+        # What is shown is the run's own rate, not one that just some parameters have.
+        self.peak_lr = options.lr if options.lr in self.peak_lrs else float(max(self.peak_lrs))
+
+    def run(self, position: Position, *, end: int) -> None:
+        """Train from `position` up to step `end`, and save there. All ranks."""
+        if self.precision.loss_scale is not None and position.loss_scale:
+            self.precision.loss_scale.restore(position.loss_scale)
+        for model in self.strategy.replicas:
+            train_mode(model)
+        begun = time.perf_counter()
+        is_first = True
+        batches = self.batches.steps(position.step, end)
+        ahead = self._counted(next(batches, None))
+        while ahead.batch is not None:
+            report, ahead = self.train_step(ahead, batches, begun)
+            position.step += 1
+            if is_first:
+                deque(self.strategy.state(), maxlen=0)  # an optimizer that cannot be saved is found out now
+                is_first = False
+            self.hooks.on_step(position.step, report)
+            has_improved = self._is_evaluation_due(position.step) and self._evaluate(position)
+            self._save_if_due(position, end, has_improved=has_improved)
+            if position.is_finished:
+                return
+            begun = time.perf_counter()
+
+    def train_step(
+        self, counted: "CountedBatch", batches: Iterator[GlobalBatch], begun: float
+    ) -> tuple[StepReport, "CountedBatch"]:
+        """Consume one global batch and load the next. All ranks.
+
+        The next batch's counts are summed over the ranks together with this batch's loss: one small collective a step.
+        Raises UserError on all ranks when loss or gradient is not finite.
+        """
+        batch, num_targets = counted.batch, max(1, counted.num_targets)
+        assert batch is not None
+        last = len(batch.micro_batches) - 1
+        scale = self.precision.loss_scale.value if self.precision.loss_scale is not None else 1.0
+        replicas, devices = self.strategy.replicas, self.strategy.devices
+        total: torch.Tensor | None = None
+        self.buffers.begin_step()
+        for slot, micro_batch in enumerate(batch.micro_batches):
+            model, device = replicas[slot % len(replicas)], devices[slot % len(replicas)]
+            seed_model_stream(self.options.seed, batch.step, micro_batch.index, device)
+            _, _, loss = forward(self.recipe, model, micro_batch, self.precision, device)
+            if micro_batch.weight:
+                total = loss.detach() if total is None else total + loss.detach().to(total.device)
+            if slot == last:
+                following = next(batches, None)
+                sums = self._begin_sums(total, following)
+            factor = micro_batch.weight * scale / num_targets
+            self.strategy.backward(loss, factor=factor, last=slot == last)
+            self.buffers.end_micro_batch(model, index=micro_batch.index, weight=micro_batch.weight)
+        norm = self.strategy.finish_gradients(unscale=1.0 / scale, max_norm=self.options.max_grad_norm)
+        loss_sum, ahead = sums()
+        loss_value = loss_sum / num_targets
+        is_skipped = self._is_skipped(batch.step, loss_value, norm)
+        lr = self._set_lr(batch.step)
+        if is_skipped:
+            self.strategy.discard()
+        else:
+            self.strategy.optimizer_step()
+        self.buffers.end_step(num_micro_batches=batch.num_micro_batches)
+        report = StepReport(
+            loss=loss_value,
+            lr=lr,
+            grad_norm=norm,
+            samples=batch.num_samples,
+            tokens=counted.num_tokens,
+            step_s=time.perf_counter() - begun,
+            is_skipped=is_skipped,
+        )
+        return report, ahead
+
+    def _begin_sums(
+        self, loss: torch.Tensor | None, following: GlobalBatch | None
+    ) -> Callable[[], tuple[float, "CountedBatch"]]:
+        """Begin to sum this step's loss and the next batch's counts; return how to get the sums. All ranks."""
+        counts = _counts(following)
+        if self.world.size == 1:
+            assert loss is not None
+            return lambda: (loss.item(), CountedBatch(following, *counts))
+        # float64 holds the loss as it is, and whole numbers up to 2**53.
+        sums = torch.tensor([0.0, *counts], dtype=torch.float64, device=self.world.device)
+        if loss is not None:
+            sums[0] = loss
+        work = self.world.begin_sum(sums)
+
+        def finish() -> tuple[float, CountedBatch]:
+            assert work is not None
+            work.wait()
+            loss_sum, num_targets, num_tokens = sums.tolist()
+            return loss_sum, CountedBatch(following, int(num_targets), int(num_tokens))
+
+        return finish
+
+    def _counted(self, batch: GlobalBatch | None) -> "CountedBatch":
+        """Return the first batch with its counts over all ranks. All ranks."""
+        counts = self.world.sum(torch.tensor(_counts(batch), device=self.world.device))
+        return CountedBatch(batch, *counts.tolist())
+
+    def _is_skipped(self, step: int, loss: float, norm: float) -> bool:
+        """Decide, from numbers that are the same on all ranks, whether the step's update is skipped."""
+        if not math.isfinite(loss) or (self.precision.loss_scale is None and not math.isfinite(norm)):
+            raise UserError(
+                f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before the update. "
+                f"Try a smaller --lr, --max-grad-norm, or another --precision; the last checkpoint is untouched."
+            )
+        if self.precision.loss_scale is None:
+            return False
+        overflow = not math.isfinite(norm)
+        self.precision.loss_scale.update(overflow=overflow)
+        return overflow
+
+    def _set_lr(self, step: int) -> float:
+        factor = self.recipe.schedule(step, self.num_steps)
+        for group, peak in zip(self.strategy.optimizer.param_groups, self.peak_lrs, strict=True):
+            group["lr"] = peak * factor
+        return self.peak_lr * factor
+
+    def _is_evaluation_due(self, step: int) -> bool:
+        every = self.options.eval_every or self.batches.plan.steps_per_epoch
+        return self.evaluator is not None and (step % every == 0 or step == self.num_steps)
+
+    def _evaluate(self, position: Position) -> bool:
+        """Evaluate and keep track of the best value. Return whether it improved."""
+        assert self.evaluator is not None
+        results = self.evaluator.evaluate(self.strategy.replicas[0], self.hooks.on_evaluating)
+        self.hooks.on_evaluation(position.step, results)
+        if position.best_metric != self.recipe.best_metric:  # another was watched up to here
+            position.best_value, position.evaluations_since_best = None, 0
+            position.best_metric = self.recipe.best_metric
+        value, best = results[self.recipe.best_metric], position.best_value
+        is_better = best is None or (value > best if self.evaluator.higher_is_better else value < best)
+        if is_better and math.isfinite(value):
+            position.best_value, position.best_step, position.evaluations_since_best = value, position.step, 0
+            return True
+        position.evaluations_since_best += 1
+        patience = self.options.early_stopping_patience
+        position.is_finished = bool(patience) and position.evaluations_since_best >= patience
+        return False
+
+    def _save_if_due(self, position: Position, end: int, *, has_improved: bool) -> None:
+        every = self.options.save_every
+        position.is_finished |= position.step == self.num_steps
+        is_due = position.step == end or position.is_finished or (every and position.step % every == 0)
+        if is_due or (has_improved and self.options.save_on_best):
+            if self.precision.loss_scale is not None:
+                position.loss_scale = self.precision.loss_scale.state()
+            self.hooks.save(position)
+
+
+class CountedBatch(NamedTuple):
+    """Hold this rank's share of a batch (None: the run is over) and the batch's counts over all ranks."""
+
+    batch: GlobalBatch | None
+    num_targets: int
+    num_tokens: int
+
+
+def _counts(batch: GlobalBatch | None) -> tuple[int, int]:
+    """Return this rank's numbers of (targets, tokens)."""
+    micro_batches = batch.micro_batches if batch is not None else []
+    return (
+        sum(m.weight * m.num_targets for m in micro_batches),
+        sum(m.weight * m.num_tokens for m in micro_batches),
+    )

@@ -1,0 +1,15 @@
+"""Data sets from the hub or from files, their columns and classes; stored weights."""
+
+from shardlaunch.launcher.toolkit.columns import class_names, class_weights, require_texts, select_columns
+from shardlaunch.launcher.toolkit.datasets import derived, load_splits
+from shardlaunch.launcher.toolkit.stored_weights import stored_weights
+
+__all__ = [
+    "class_names",
+    "class_weights",
+    "derived",
+    "load_splits",
+    "require_texts",
+    "select_columns",
+    "stored_weights",
+]
