@@ -11,7 +11,8 @@ from typing import get_type_hints
 import torch
 
 from shardlaunch.errors import UserError
-from shardlaunch.launcher.options import Options, parse_options
+from shardlaunch.launcher.options import Options
+from shardlaunch.launcher.parsing import parse_options
 from shardlaunch.launcher.recipe import Recipe, check_in_force, recipe_name
 from shardlaunch.launcher.runs.cross_validation import cross_validate
 from shardlaunch.launcher.runs.run import Run
