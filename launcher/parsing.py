@@ -34,7 +34,7 @@ def parse_options(
     """
     given = _typed_words(options_type, [word for word in argv if word not in _HELP])
     if not any(word in _HELP for word in argv):
-        return options_from(options_type, presets, given)
+        return options_from_keywords(options_type, presets, given)
     if show:
         from shardlaunch.launcher.option_help import show_help
 
@@ -46,19 +46,31 @@ def parse_options(
     raise SystemExit(0)
 
 
-def options_from(
-    options_type: type[OptionsT], presets: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]
+def options_from_keywords(
+    options_type: type[OptionsT],
+    presets: Mapping[str, Mapping[str, Any]],
+    keywords: Mapping[str, Any],
+    *,
+    base: OptionsT | None = None,
 ) -> OptionsT:
-    """Return the options with values given by name, such as keyword arguments, over those of preset and YAML file.
+    """Return the options: those of `base`, or the class's defaults, the preset's and the YAML file's; then `keywords`.
 
     Raises UserError for unknown names and for values that an option cannot have.
     """
     known = option_types(options_type)
-    _refuse([f"{name}: {advice(name, known)}" for name in given if name not in known])
-    config = _config(options_type, given)
-    default = _defaults(options_type, presets, given.get("preset") or config.get("preset", ""))
-    options = replace(default, **{**config, **given})
-    explicitly_set = frozenset(config) | frozenset(given)
+    _refuse([f"{name}: {advice(name, known)}" for name in keywords if name not in known])
+    config: Mapping[str, Any] = {}
+    explicitly_set = frozenset(keywords)
+    if base is None:
+        config = _config(options_type, keywords)
+        default = _defaults(options_type, presets, keywords.get("preset") or config.get("preset", ""))
+        explicitly_set |= frozenset(config)
+    elif "preset" in keywords or "config" in keywords:
+        raise UserError("preset and config go with a recipe class, not with an instance, whose options are set")
+    else:
+        default = base
+        explicitly_set |= base.explicitly_set
+    options = replace(default, **{**config, **keywords})
     options = for_its_optimizer(options, default, explicitly_set=explicitly_set)
     options.explicitly_set = explicitly_set
     return options

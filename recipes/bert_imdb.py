@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from shardlaunch import Options, Recipe, UserError, demo, launch, option
 from shardlaunch.data import class_names, class_weights, derived, load_splits, require_texts, select_columns
@@ -83,6 +82,8 @@ class BertImdb(Recipe):
     }
 
     def datasets(self) -> Mapping[str, Any]:
+        from transformers import AutoTokenizer  # what takes long to import is not imported for --help
+
         options = self.options
         source = demo.bert_dir() if options.model == DEMO else options.model
         self.source = source
@@ -117,6 +118,8 @@ class BertImdb(Recipe):
         )
 
     def model(self) -> nn.Module:
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
         names = dict(enumerate(self.classes))
         config = from_source(
             AutoConfig, self.source, id2label=names, label2id={name: number for number, name in names.items()}
@@ -131,6 +134,8 @@ class BertImdb(Recipe):
         return model
 
     def weights(self) -> Mapping[str, torch.Tensor]:
+        from transformers import AutoModelForSequenceClassification
+
         return pretrained_weights(AutoModelForSequenceClassification, self.source, num_labels=len(self.classes))
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:

@@ -9,11 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from shardlaunch import Options, Recipe, UserError, demo, launch, option
 from shardlaunch.data import derived, load_splits, require_texts, select_columns
-from shardlaunch.metrics import BitsPer, Perplexity
 from shardlaunch.text import (
     causal_config,
     cut_blocks,
@@ -129,6 +127,8 @@ class GptLm(Recipe):
         options = self.options
         source = options.tokenizer or options.model or "bpe"
         if source not in TRAINED:
+            from transformers import AutoTokenizer  # what takes long to import is not imported for --help
+
             tokenizer = from_source(AutoTokenizer, source, flag="--tokenizer" if options.tokenizer else "--model")
             if not tokenizer.is_fast:
                 raise UserError(f"{source}: its tokenizer has no fast form, which tells where tokens stand")
@@ -150,6 +150,8 @@ class GptLm(Recipe):
         )
 
     def model(self) -> nn.Module:
+        from transformers import AutoModelForCausalLM, GPT2Config
+
         options = self.options
         if options.model:
             config = causal_config(options.model, self.tokenizer, context_length=options.context_length)
@@ -171,6 +173,8 @@ class GptLm(Recipe):
         return model
 
     def weights(self) -> Mapping[str, torch.Tensor]:
+        from transformers import AutoModelForCausalLM
+
         return pretrained_weights(AutoModelForCausalLM, self.options.model) if self.options.model else {}
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
@@ -198,6 +202,8 @@ class GptLm(Recipe):
         return F.cross_entropy(outputs.float().flatten(0, 1), batch["labels"].flatten(), reduction="sum")
 
     def metrics(self) -> Mapping[str, Any]:
+        from shardlaunch.metrics import BitsPer, Perplexity
+
         return {"perplexity": Perplexity(), f"bits_per_{self.unit}": BitsPer()}
 
     def update_metrics(self, metrics: Mapping[str, Any], outputs: torch.Tensor, batch: Any) -> None:

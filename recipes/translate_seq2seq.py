@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, MarianConfig
 
 from shardlaunch import Options, Recipe, UserError, demo, launch, option
 from shardlaunch.data import derived, load_splits, select_columns
@@ -120,6 +119,8 @@ class TranslateSeq2Seq(Recipe):
     }
 
     def datasets(self) -> Mapping[str, Any]:
+        from transformers import AutoTokenizer  # what takes long to import is not imported for --help
+
         options = self.options
         idle = self.explicitly_set_flags("vocab_size", "layers", "heads", "width", "dropout")
         if options.model and idle:
@@ -173,6 +174,8 @@ class TranslateSeq2Seq(Recipe):
         )
 
     def model(self) -> nn.Module:
+        from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig
+
         options = self.options
         config = from_source(AutoConfig, options.model) if options.model else self._small_config()
         if not config.is_encoder_decoder:
@@ -194,8 +197,10 @@ class TranslateSeq2Seq(Recipe):
         set_search(model, num_beams=options.num_beams, most=("--max-target-length", options.max_target_length))
         return cast(nn.Module, model)
 
-    def _small_config(self) -> MarianConfig:
+    def _small_config(self) -> Any:
         """Return the transformer of Vaswani et al. 2017: norms after the residuals, one table of embeddings, sines."""
+        from transformers import MarianConfig
+
         options, tokenizer = self.options, self.tokenizer
         return MarianConfig(
             vocab_size=len(tokenizer),
@@ -218,6 +223,8 @@ class TranslateSeq2Seq(Recipe):
         )
 
     def weights(self) -> Mapping[str, torch.Tensor]:
+        from transformers import AutoModelForSeq2SeqLM
+
         return pretrained_weights(AutoModelForSeq2SeqLM, self.options.model) if self.options.model else {}
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:

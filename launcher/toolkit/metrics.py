@@ -1,4 +1,4 @@
-"""Metrics by name, from torchmetrics: exact across ranks, each with the direction that is better."""
+"""Metrics by name, on top of torchmetrics: exact across ranks, each with the direction that is better."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -54,6 +54,24 @@ REGRESSION: Mapping[str, Build] = {
 METRICS = {**CLASSIFICATION, **REGRESSION}
 
 
+def _text(kind: str, name: str) -> Callable[[], Any]:
+    def build() -> Any:
+        from shardlaunch.launcher.toolkit import text_metrics
+
+        return getattr(text_metrics, kind)(name)
+
+    return build
+
+
+TEXT_METRICS: Mapping[str, Callable[[], Any]] = {
+    "bleu": _text("CorpusScore", "BLEU"),
+    "chrf": _text("CorpusScore", "CHRF"),
+    "rouge1": _text("RougeScore", "rouge1"),
+    "rouge2": _text("RougeScore", "rouge2"),
+    "rougeL": _text("RougeScore", "rougeL"),
+}
+
+
 def named_metrics(
     *names: str,
     num_classes: int = 0,
@@ -72,3 +90,11 @@ def named_metrics(
                 f"metric {name!r}: num_classes is {num_classes}; classes to tell apart must be two at least"
             )
     return {name: among[name](num_classes) for name in names}
+
+
+def text_metrics(*names: str) -> dict[str, Any]:
+    """Return metrics of generated texts by name (`TEXT_METRICS`). Raises UserError for an unknown name."""
+    for name in names:
+        if name not in TEXT_METRICS:
+            raise UserError(f"metric {name!r}: unknown; choose some of {', '.join(TEXT_METRICS)}")
+    return {name: TEXT_METRICS[name]() for name in names}

@@ -3,10 +3,32 @@
 Topic modules hold what recipes use besides: `shardlaunch.data`, `.images`, `.text`, `.metrics`, `.demo`.
 """
 
-from shardlaunch.errors import UserError
-from shardlaunch.launcher.launch import launch
-from shardlaunch.launcher.options import Options, option
-from shardlaunch.launcher.recipe import Recipe
-from shardlaunch.launcher.tensor_data import TensorData
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardlaunch.errors import UserError
+    from shardlaunch.launcher.launch import launch
+    from shardlaunch.launcher.options import Options, option
+    from shardlaunch.launcher.recipe import Recipe
+    from shardlaunch.launcher.tensor_data import TensorData
 
 __all__ = ["Options", "Recipe", "TensorData", "UserError", "launch", "option"]
+
+# Imported when they are first asked for, so that `shardlaunch --help` need not wait for torch.
+_HOMES = {
+    "Options": "launcher.options",
+    "Recipe": "launcher.recipe",
+    "TensorData": "launcher.tensor_data",
+    "UserError": "errors",
+    "launch": "launcher.launch",
+    "option": "launcher.options",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

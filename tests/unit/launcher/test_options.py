@@ -9,7 +9,7 @@ import pytest
 from shardlaunch import Options, UserError, option
 from shardlaunch.launcher.option_fields import option_types
 from shardlaunch.launcher.options import marks
-from shardlaunch.launcher.parsing import options_from, parse_options
+from shardlaunch.launcher.parsing import options_from_keywords, parse_options
 from shardlaunch.sharding.precision import PRECISIONS
 from shardlaunch.sharding.resolve import STRATEGIES
 
@@ -114,12 +114,16 @@ def test_keyword_arguments_are_options_too(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("depth: 2\nlr: 0.125\n")
     given: dict[str, Any] = {"preset": "small", "config": str(config), "lr": 1, "widths": [8], "output_dir": tmp_path}
-    options = options_from(_Options, PRESETS, given)
+    options = options_from_keywords(_Options, PRESETS, given)
     assert (options.depth, options.lr, options.widths, options.output_dir) == (2, 1.0, (8,), str(tmp_path))
     assert isinstance(options.lr, float)
     assert options.explicitly_set == {*given, "depth"}
+    again = options_from_keywords(_Options, PRESETS, {"seed": 3}, base=options)
+    assert (again.seed, again.depth, again.explicitly_set) == (3, 2, {*given, "depth", "seed"})
+    with pytest.raises(UserError, match="preset and config go with a recipe class"):
+        options_from_keywords(_Options, PRESETS, {"preset": "small"}, base=options)
     with pytest.raises(UserError, match=r"^learning_rate: did you mean --lr\?"):
-        options_from(_Options, PRESETS, {"learning_rate": 1})
+        options_from_keywords(_Options, PRESETS, {"learning_rate": 1})
 
 
 @pytest.mark.parametrize(
