@@ -10,7 +10,7 @@ from typing import get_type_hints
 
 import torch
 
-from shardlaunch.errors import UserError
+from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_USER_ERROR, UserError
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.parsing import parse_options
 from shardlaunch.launcher.recipe import Recipe, check_in_force, recipe_name
@@ -39,9 +39,6 @@ LAST_WORD_S = 60
 LINGER_S = 5.0
 # What gloo, NCCL and the store say when the other side is gone.
 _LOST_CONTACT = re.compile(r"connection (was )?(closed|reset|refused)|reset by peer|broken pipe|remote process", re.I)
-EXIT_OTHER_ERROR = 1
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 def launch(recipe_type: type[Recipe]) -> None:

@@ -14,7 +14,7 @@ RECIPES = sorted(
 )
 
 
-def _imported(code: str) -> set[str]:
+def imported(code: str) -> set[str]:
     """Return the packages that some code has imported at its end."""
     report = "import sys, json; print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
     ended = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
@@ -23,27 +23,27 @@ def _imported(code: str) -> set[str]:
 
 def test_the_public_names_need_no_heavy_library() -> None:
     names = ("Options", "Recipe", "TensorData", "UserError", "launch", "option")
-    imported = _imported(f"from shardlaunch import {', '.join(names)}")
-    assert not imported & HEAVY
-    assert "torch" in imported
+    packages = imported(f"from shardlaunch import {', '.join(names)}")
+    assert not packages & HEAVY
+    assert "torch" in packages
 
 
 def test_the_package_itself_and_its_errors_do_not_need_torch() -> None:
-    assert "torch" not in _imported("import shardlaunch; shardlaunch.UserError")
+    assert "torch" not in imported("import shardlaunch; shardlaunch.UserError")
 
 
 @pytest.mark.parametrize("topic", ["data", "images", "text", "metrics", "demo"])
 def test_topic_modules_need_no_heavy_library(topic: str) -> None:
-    assert not _imported(f"import shardlaunch.{topic}") & HEAVY
+    assert not imported(f"import shardlaunch.{topic}") & HEAVY
 
 
 def test_recipe_files_need_no_heavy_library() -> None:
     assert len(RECIPES) == 6
-    assert not _imported(f"from shardlaunch.recipes import {', '.join(RECIPES)}") & HEAVY
+    assert not imported(f"from shardlaunch.recipes import {', '.join(RECIPES)}") & HEAVY
 
 
 def test_classes_of_metrics_are_there_when_they_are_asked_for() -> None:
-    assert "torchmetrics" in _imported("from shardlaunch.metrics import BitsPer, Perplexity")
+    assert "torchmetrics" in imported("from shardlaunch.metrics import BitsPer, Perplexity")
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
