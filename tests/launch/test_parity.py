@@ -64,7 +64,9 @@ def test_parity(factor: str, status: int, said: str, tmp_path: Path) -> None:
     ids=str,
 )
 def test_what_cannot_be_compared(options: tuple[str, ...], complaint: str, tmp_path: Path) -> None:
-    ended = end_of((*SHARDLAUNCH, "parity", str(tmp_path / "none.py"), *options), environment(tmp_path))
+    if options:
+        (tmp_path / "tiny.py").write_text(RECIPE)
+    ended = end_of((*SHARDLAUNCH, "parity", str(tmp_path / "tiny.py"), *options), environment(tmp_path))
     assert ended.status != 0
     assert complaint in ended.both
     assert "Traceback" not in ended.both
