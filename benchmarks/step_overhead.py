@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shardlaunch import Options, Recipe, TensorData
-from shardlaunch.launcher.reporting.tracking import MetricsLog, Trackers
-from shardlaunch.launcher.runs.run import Run
+from shardlaunch.launcher.reporting.display import Display
+from shardlaunch.launcher.reporting.recorder import Recorder, StepReport
 from shardlaunch.launcher.training.batches import Batches, BatchPlan
-from shardlaunch.launcher.training.trainer import Hooks, Position, StepReport, Trainer
+from shardlaunch.launcher.training.trainer import Hooks, Position, Trainer
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.replicated import Replicated
@@ -180,19 +180,20 @@ class Bench:
     def run_hook(self, output_dir: Path, *, tracker: str) -> Iterator[Callable[[int, StepReport], None]]:
         """Give the hook that a run calls after each step, with a progress view that shows plain lines to nobody."""
         output_dir.mkdir()
-        run = Run(self.recipe, self.options, self.world, "ddp", "fp32")
-        run.plan, run.num_steps, run.log = self.plan, self.num_steps, None
-        if not self.world.is_main:
-            yield run._on_step
-            return
-        with open(os.devnull, "w") as nobody:
-            run.display.console = Console(file=nobody)
-            run.progress = run.display.progress(done=0, total=self.num_steps)
-            run.log = MetricsLog(output_dir, resumed_step=0)
-            run.tracker = Trackers([tracker] if tracker else [], output_dir, resumed_step=0, options={}, warn=print)
-            yield run._on_step
-            run.tracker.close()
-            run.log.close()
+        display = Display(silent=not self.world.is_main)
+        recorder = Recorder(
+            display,
+            log_every=self.options.log_every,
+            track_every=self.options.track_every,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            num_steps=self.num_steps,
+        )
+        with open(os.devnull, "w") as nobody, ExitStack() as stack:
+            if self.world.is_main:
+                display.console = Console(file=nobody)
+                trackers = [tracker] if tracker else []
+                recorder.open(stack, output_dir, trackers=trackers, step=0, end=self.num_steps, options={})
+            yield recorder.on_step
 
 
 def main(argv: Sequence[str] | None = None) -> None:

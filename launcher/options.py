@@ -38,6 +38,10 @@ class RunOptions:
     """YAML file with the same names as these options; the command line wins."""
     output_dir: str = option("", mark="free")
     """Folder of the run: metrics, TensorBoard, checkpoints (default: outputs/RECIPE, with the preset's name)."""
+    run_name: str = option("", mark="free")
+    """Name of the run: its folder is outputs/NAME unless --output-dir says otherwise."""
+    init_from: str = option("", mark="free")  # free, because a digest of the weights is compared instead
+    """Start a new run from these weights: a run, a checkpoint, a folder or file of safetensors."""
     epochs: int = option(1)
     """Passes over the training data."""
     max_steps: int = option(0)
@@ -56,8 +60,8 @@ class RunOptions:
     """fp32, bf16, fp16, fp8 (newer GPUs), or auto: what accelerate's configuration says, else fp32."""
     save_every: int = option(500, mark="free")
     """Save a checkpoint every so many steps, besides the last; 0: only the last."""
-    save_on_best: bool = option(False, mark="free")
-    """Save a checkpoint also when the best metric improves, and keep the best one."""
+    save_on_best: bool = option(True, mark="free")
+    """Save a checkpoint also when an evaluation is the best so far, and keep the best one."""
     keep: int = option(2, mark="free")
     """Checkpoints to keep; 0: all."""
     eval_every: int = option(0, mark="free")
@@ -72,6 +76,8 @@ class RunOptions:
     """Pass training metrics to the trackers every so many steps; evaluations always."""
     resume: str = option("auto", mark="free")
     """auto: from the newest valid checkpoint of the output folder; never; or the path of a checkpoint or run folder."""
+    extend_to_steps: int = option(0, mark="free")
+    """Go on after the end of the run, up to this step, where the schedule says how; 0: do not."""
     stop_at_step: int = option(0, mark="free")
     """End early after this step, with a checkpoint. The run stays the same and can be resumed; 0: do not."""
     strategy: str = option("auto", mark="free")
@@ -115,6 +121,7 @@ class RunOptions:
             "log_every": 1,
             "track_every": 1,
             "stop_at_step": 0,
+            "extend_to_steps": 0,
             "threads_per_rank": 0,
             "num_workers": 0,
             "shard_ranks": 0,
@@ -189,6 +196,47 @@ def parse_options(
     options = for_its_optimizer(options, default, explicitly_set=explicitly_set)
     options.explicitly_set = explicitly_set
     return options
+
+
+def options_from_keywords(
+    options_type: type[OptionsT],
+    presets: Mapping[str, Mapping[str, Any]],
+    keywords: Mapping[str, Any],
+    *,
+    base: Options | None = None,
+) -> OptionsT:
+    """Return the options: those of `base`, or the class's defaults, the preset's and the YAML file's; then `keywords`.
+
+    Raises UserError for unknown names and for values that an option does not take.
+    """
+    hints = get_type_hints(options_type)
+    unknown = [name for name in keywords if name not in {f.name for f in fields(options_type)}]
+    if unknown:
+        raise UserError(f"{options_type.__name__} has no option {unknown[0]!r}")
+    if base is not None and ("preset" in keywords or "config" in keywords):
+        raise UserError("preset and config go with a recipe class, not with an instance, whose options are set")
+    if base is None:
+        words = [f"{flag(name)}={keywords[name]}" for name in ("preset", "config") if keywords.get(name)]
+        base = parse_options(options_type, presets, words, program="", description="")
+    assert isinstance(base, options_type)
+    values = {name: _converted(value, hints[name]) for name, value in keywords.items()}
+    options = replace(base, **values)
+    explicitly_set = frozenset(base.explicitly_set | values.keys())
+    options = for_its_optimizer(options, base, explicitly_set=explicitly_set)
+    options.explicitly_set = explicitly_set
+    return options
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """Return a Python value as an option's type has it: paths as text, lists as tuples, whole numbers as floats."""
+    arms = (hint, *get_args(hint))
+    if isinstance(value, Path) and str in arms:
+        return str(value)
+    if isinstance(value, list) and any(get_origin(arm) is tuple for arm in arms):
+        return tuple(value)
+    if isinstance(value, int) and not isinstance(value, bool) and float in arms and int not in arms:
+        return float(value)
+    return value
 
 
 def _names_set(words: Sequence[str], options_type: type[Options]) -> frozenset[str]:

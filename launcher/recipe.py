@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import numpy as np
 import torch
@@ -139,7 +139,13 @@ def recipe_name(recipe_type: type[Recipe]) -> str:
     return Path(file).stem if file else recipe_type.__name__
 
 
-def check_in_force(recipe: Recipe) -> None:
+def options_type_of(recipe_type: type[Recipe]) -> type[Options]:
+    """Return the class of a recipe's options: what its `options` is annotated with."""
+    options_type: type[Options] = get_type_hints(recipe_type)["options"]
+    return options_type
+
+
+def check_in_effect(recipe: Recipe) -> None:
     """Raise UserError for options that the launcher's optimizer does not take, or that the recipe's own leaves idle.
 
     What the recipe's options class declares itself is taken to be used by its own optimizer() or schedule().

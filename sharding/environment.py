@@ -9,6 +9,7 @@ from shardlaunch.errors import UserError
 
 STRATEGY_VARIABLE = "SHARDLAUNCH_STRATEGY"
 RANKS_VARIABLE = "SHARDLAUNCH_RANKS"
+RESULT_VARIABLE = "SHARDLAUNCH_RESULT_FILE"
 _OFFLOAD_OPTIMIZER = "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"
 _OFFLOAD_PARAMETERS = "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"
 
@@ -27,6 +28,7 @@ class LaunchEnvironment:
     threads: int | None = None  # OMP_NUM_THREADS
     strategy: str | None = None  # what `shardlaunch run --strategy` asked for
     ranks: int | None = None  # what `shardlaunch run --ranks` asked for
+    result_file: str | None = None  # where `shardlaunch.start` waits to read which folder the run is in
     accelerate_strategy: str | None = None  # what accelerate's configuration asked for, and with it:
     layer_classes: tuple[str, ...] = ()
     reshard_after_forward: bool = True
@@ -76,6 +78,7 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
         threads=number("OMP_NUM_THREADS"),
         strategy=env.get(STRATEGY_VARIABLE) or None,
         ranks=number(RANKS_VARIABLE),
+        result_file=env.get(RESULT_VARIABLE) or None,
         accelerate_strategy=accelerate_strategy,
         layer_classes=tuple(filter(None, re.split(r"[,\s]+", env.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")))),
         reshard_after_forward=env.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false",

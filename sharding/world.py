@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import TypeVar
 
 import torch
@@ -20,6 +22,7 @@ T = TypeVar("T")
 # Rank 0 may prepare data for a long time while the others wait; a dead rank is noticed at once by its closed socket.
 TIMEOUT = timedelta(hours=2)
 CPU = torch.device("cpu")
+_RUN_NUMBERS = count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class World:
     device: torch.device = CPU
     host_group: dist.ProcessGroup | None = None
     store: dist.Store | None = None
+    owns_group: bool = True
+    """The default process group was made by `connect`, and ends with the run."""
 
     @property
     def local_size(self) -> int:
@@ -106,11 +111,13 @@ def connect(env: LaunchEnvironment) -> World:
         device = torch.device("cpu")
     if not env.is_distributed:
         return World(device=device)
-    # A store of our own per attempt: a restarted worker group must not meet addresses of the one before.
-    store, rank, world_size = next(dist.rendezvous("env://", env.rank, env.world_size))
-    store = dist.PrefixStore(f"attempt{env.attempt}", store)
+    # A store of our own per attempt and per run in this process: nobody may meet addresses of one before.
+    store = dist.PrefixStore(f"attempt{env.attempt}/run{next(_RUN_NUMBERS)}", _launch_store(env.rank, env.world_size))
+    rank, world_size = env.rank, env.world_size
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    owns_group = not dist.is_initialized()  # a script that calls `fit` may have a process group, which stays its own
+    if owns_group:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     return World(
         rank=rank,
         size=world_size,
@@ -118,14 +125,29 @@ def connect(env: LaunchEnvironment) -> World:
         device=device,
         host_group=dist.new_group(backend="gloo", timeout=TIMEOUT),
         store=store,
+        owns_group=owns_group,
     )
+
+
+@cache
+def _launch_store(rank: int, world_size: int) -> dist.Store:
+    """Return the store at which the ranks of this launch meet. Kept: on rank 0 it may be the server itself."""
+    store: dist.Store = next(dist.rendezvous("env://", rank, world_size))[0]
+    return store
+
+
+def abandon(world: World) -> None:
+    """Leave the ranks after an error, without waiting for them."""
+    if world.host_group is not None:
+        with suppress(RuntimeError):
+            dist.destroy_process_group(None if world.owns_group else world.host_group)
 
 
 def disconnect(world: World) -> None:
     """Leave the ranks. All ranks."""
     if world.host_group is not None:
         dist.barrier(group=world.host_group)  # no rank takes its sockets away while another still works
-        dist.destroy_process_group()
+        dist.destroy_process_group(None if world.owns_group else world.host_group)
 
 
 def threads_per_rank(asked: int, env: LaunchEnvironment) -> int:

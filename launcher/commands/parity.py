@@ -3,7 +3,6 @@
 import math
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -19,12 +18,12 @@ from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint, open_checkpoint
 from shardlaunch.checkpoints.state import MODEL
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.commands.start import COMMAND
 from shardlaunch.launcher.reporting.tracking import read_metrics
 from shardlaunch.sharding.resolve import STRATEGIES, check_strategy_name
 
 EXIT_DIFFERENT = 1
 _NEVER = "1000000000"
-_COMMAND = (sys.executable, "-c", "from shardlaunch.launcher.commands.main import main; main()")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +114,7 @@ def _run(recipe: Path, recipe_argv: Sequence[str], folder: Path, name: str, rank
     argv += ["--eval-every", _NEVER, "--save-every", "0", "--log-every", "1"]
     if not any(word.startswith("--threads-per-rank") for word in argv):
         argv += ["--threads-per-rank", "1"]  # the number of threads changes how sums are rounded
-    words = [*_COMMAND, "run", str(recipe), "--ranks", str(ranks), "--strategy", name, "--", *argv]
+    words = [*COMMAND, "run", str(recipe), "--ranks", str(ranks), "--strategy", name, "--", *argv]
     begun = time.monotonic()
     ended = subprocess.run(words, capture_output=True, text=True)
     problem = ""

@@ -48,6 +48,25 @@ def scheduled(step: int, num_steps: int, options: ScheduleOptions) -> float:
     return shape(step, num_steps, warmup_steps=warmup_steps, final=options.final_lr_ratio)
 
 
+def require_extendable(
+    options: ScheduleOptions, num_steps: int, extended_steps: int, *, has_own_schedule: bool
+) -> None:
+    """Raise UserError unless the schedule of `num_steps` steps says what the learning rate is up to `extended_steps`.
+
+    A constant rate goes on; linear and cosine schedules stay at the rate at which they end, if that is above 0.
+    """
+    where = f"--extend-to-steps {extended_steps}"
+    if extended_steps <= num_steps:
+        raise UserError(f"{where}: must be more than the run's {num_steps} steps")
+    if has_own_schedule:
+        raise UserError(f"{where}: the recipe has its own schedule(), of {num_steps} steps; start a new run instead")
+    if options.schedule == "one-cycle" or (options.schedule != "constant" and not options.final_lr_ratio):
+        raise UserError(
+            f"{where}: --schedule {options.schedule} ends at a learning rate of 0 after {num_steps} steps. "
+            f"Only constant, and linear or cosine with --final-lr-ratio above 0, say how to go on"
+        )
+
+
 def constant(step: int, num_steps: int, *, warmup_steps: int = 0) -> float:
     """Rise from 0 to 1 over the warm-up, then stay there."""
     return (step + 1) / (warmup_steps + 1) if step < warmup_steps else 1.0

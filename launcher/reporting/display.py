@@ -1,7 +1,7 @@
 """What a person sees: a summary at the start, one progress bar or plain lines, a table at the end. Rank 0."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +20,8 @@ RATE_MEMORY = 0.9  # of the moving average of tokens per second
 class Display:
     """Show a run to a person; silent on the other ranks."""
 
-    def __init__(self, *, silent: bool) -> None:
+    def __init__(self, *, silent: bool, on_warning: Callable[[str], None] | None = None) -> None:
+        self._on_warning = on_warning
         self.console = Console(quiet=silent, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
@@ -28,7 +29,10 @@ class Display:
         self.console.print(escape(text))
 
     def warn(self, text: str) -> None:
-        """Print a warning."""
+        """Print a warning, or hand it to `on_warning`."""
+        if self._on_warning is not None:
+            self._on_warning(text)
+            return
         self.console.print(f"[yellow]warning:[/yellow] {escape(text)}")
 
     def summary(self, rows: Mapping[str, str]) -> None:

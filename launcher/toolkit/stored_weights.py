@@ -5,9 +5,7 @@ from pathlib import Path
 
 import torch
 
-from shardlaunch.checkpoints.layout import CHECKPOINTS, MANIFEST
-from shardlaunch.checkpoints.peers import Peers
-from shardlaunch.checkpoints.reader import open_path
+from shardlaunch.checkpoints.weight_files import open_weights
 from shardlaunch.errors import UserError
 
 
@@ -19,15 +17,12 @@ def stored_weights(source: str, expected: Mapping[str, torch.Tensor]) -> dict[st
     when they are not to be had, and for a tensor that is absent or of another shape. Batch norm's count of batches may
     be absent: files from before torch 0.4.1 do not have it.
     """
-    from safetensors import SafetensorError, safe_open
-
-    tensors = {}
-    for file in _weight_files(source):
-        try:
-            with safe_open(file, framework="pt") as stored:
-                tensors.update({name: stored.get_tensor(name) for name in expected.keys() & set(stored.keys())})
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"--weights {file}: not a safetensors file that can be read ({error})") from error
+    path = Path(source).expanduser()
+    try:
+        weights = open_weights(path if path.exists() else _from_hub(source), warn=lambda text: None)
+    except UserError as error:
+        raise UserError(f"--weights {error}") from error
+    tensors = {name: weights.read(name) for name in expected.keys() & weights.shapes.keys()}
     for name, tensor in expected.items():
         if name not in tensors and name.endswith(".num_batches_tracked"):
             continue
@@ -40,23 +35,6 @@ def stored_weights(source: str, expected: Mapping[str, torch.Tensor]) -> dict[st
     return tensors
 
 
-def _weight_files(source: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        if (path / MANIFEST).exists() or (path / CHECKPOINTS).is_dir():
-            try:
-                path = open_path(path, peers=Peers(), warn=lambda text: None).step_dir
-            except UserError as error:
-                raise UserError(f"--weights {error}") from error
-        files = sorted(path.glob("model*.safetensors"))
-        if not files:
-            raise UserError(f"--weights {source}: there is no model*.safetensors in this folder")
-        return files
-    return [_from_hub(source)]
-
-
 def _from_hub(source: str) -> Path:
     from huggingface_hub import hf_hub_download
 
@@ -65,6 +43,6 @@ def _from_hub(source: str) -> Path:
     except Exception as error:  # the hub's client raises errors of many families
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"--weights {source}: neither a local path nor to be had from the hub ({reason}). "
+            f"{source}: neither a local path nor to be had from the hub ({reason}). "
             f"Give a safetensors file or a run's folder, or use --preset demo, which needs no hub."
         ) from error

@@ -102,11 +102,6 @@ class Evaluator:
         return results
 
 
-def numbers(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Return the entries that are one number."""
-    return {name: value for name, value in evaluation.items() if not isinstance(value, list)}
-
-
 def _empty(metrics: Mapping[str, Any]) -> None:
     """Take back what a rank without samples of its own has fed to its metrics, but for its shapes and dtypes.
 

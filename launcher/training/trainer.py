@@ -13,6 +13,7 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.optimization.freezing import train_mode
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.reporting.recorder import StepReport
 from shardlaunch.launcher.seeding import seed_model_stream
 from shardlaunch.launcher.training.batches import Batches, GlobalBatch
 from shardlaunch.launcher.training.evaluation import Evaluation, Evaluator
@@ -33,6 +34,7 @@ class Position:
     best_metric: str = ""
     evaluations_since_best: int = 0
     is_finished: bool = False
+    has_stopped_early: bool = False  # by --early-stopping-patience: an extension does not go on from there
     loss_scale: dict[str, Any] = field(default_factory=dict)
     group_hyperparameters: list[dict[str, Any]] = field(default_factory=list)  # of the optimizer's parameter groups
     non_persistent_buffers: str = ""  # digest of the model's buffers that are not part of its state
@@ -47,19 +49,6 @@ _RENAMED = {"group_numbers": "group_hyperparameters", "constants": "non_persiste
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """Say how a step went. Loss a target, norm of the gradient before clipping, counts over all ranks, seconds."""
-
-    loss: float
-    lr: float
-    grad_norm: float
-    samples: int
-    tokens: int
-    step_s: float
-    is_skipped: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class Hooks:
     """What the trainer calls as the run goes on. `save` is called by all ranks, the others too but for their effect."""
 
@@ -70,7 +59,10 @@ class Hooks:
 
 
 class Trainer:
-    """Run the steps of a recipe from a position to the end."""
+    """The training loop of a recipe, from a position to the end.
+
+    The learning rate follows a schedule over `schedule_steps`; a run that is extended has more steps than that.
+    """
 
     def __init__(
         self,
@@ -84,6 +76,7 @@ class Trainer:
         precision: Precision,
         num_steps: int,
         hooks: Hooks,
+        schedule_steps: int = 0,
     ) -> None:
         self.recipe = recipe
         self.options = options
@@ -93,6 +86,7 @@ class Trainer:
         self.world = world
         self.precision = precision
         self.num_steps = num_steps
+        self.schedule_steps = schedule_steps or num_steps
         self.hooks = hooks
         self.buffers = BufferMean(strategy.replicas, world=world)
         self.peak_lrs = [group["lr"] for group in strategy.optimizer.param_groups]
@@ -211,7 +205,7 @@ class Trainer:
         return overflow
 
     def _set_lr(self, step: int) -> float:
-        factor = self.recipe.schedule(step, self.num_steps)
+        factor = self.recipe.schedule(step, self.schedule_steps)
         for group, peak in zip(self.strategy.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak * factor
         return self.peak_lr * factor
@@ -235,12 +229,12 @@ class Trainer:
             return True
         position.evaluations_since_best += 1
         patience = self.options.early_stopping_patience
-        position.is_finished = bool(patience) and position.evaluations_since_best >= patience
+        position.has_stopped_early = bool(patience) and position.evaluations_since_best >= patience
         return False
 
     def _save_if_due(self, position: Position, end: int, *, has_improved: bool) -> None:
         every = self.options.save_every
-        position.is_finished |= position.step == self.num_steps
+        position.is_finished = position.has_stopped_early or position.step == self.num_steps
         is_due = position.step == end or position.is_finished or (every and position.step % every == 0)
         if is_due or (has_improved and self.options.save_on_best):
             if self.precision.loss_scale is not None:

@@ -81,7 +81,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"features.0.weight is absent"):
         _recipe(path).weights()
     path.write_bytes(b"no weights")
-    with pytest.raises(UserError, match="not a safetensors file"):
+    with pytest.raises(UserError, match="not a readable safetensors file"):
         _recipe(path).weights()
     path.unlink()
     with pytest.raises(UserError, match=r"there is no model\*.safetensors in this folder"):

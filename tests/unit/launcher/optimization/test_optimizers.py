@@ -15,7 +15,7 @@ from shardlaunch.launcher.optimization.optimizers import (
     check_optimizer_options,
     separate,
 )
-from shardlaunch.launcher.recipe import check_in_force
+from shardlaunch.launcher.recipe import check_in_effect
 
 
 def _net() -> nn.Module:
@@ -153,6 +153,6 @@ class _Own(Recipe):
 
 
 def test_options_that_a_recipe_of_its_own_optimizer_leaves_idle_are_refused() -> None:
-    check_in_force(_Own(_OwnOptions(momentum=0.9, lr=3.0)))
+    check_in_effect(_Own(_OwnOptions(momentum=0.9, lr=3.0)))
     with pytest.raises(UserError, match=r"--weight-decay: this recipe has its own optimizer\(\)"):
-        check_in_force(_Own(_OwnOptions(weight_decay=0.1)))
+        check_in_effect(_Own(_OwnOptions(weight_decay=0.1)))
