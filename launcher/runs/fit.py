@@ -36,8 +36,8 @@ def fit(recipe: Recipe | type[Recipe], *, show: bool = False, **options: Any) ->
     """
     recipe_type, instance = (recipe, None) if isinstance(recipe, type) else (type(recipe), recipe)
     base = instance.options if instance is not None else None
-    given = options_from_keywords(options_type_of(recipe_type), recipe_type.presets, options, base=base)
     with preserved_process(), silent_libraries():
+        given = options_from_keywords(options_type_of(recipe_type), recipe_type.presets, options, base=base)
         env = read_environment()
         with joined_ranks(env, given) as world:
             try:
