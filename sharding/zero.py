@@ -233,6 +233,9 @@ def _deepspeed(world: World) -> Iterator[Any]:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # Models are equal on all ranks already, and a parameter without dimensions would break its broadcast.
         deepspeed.DeepSpeedEngine._broadcast_model = lambda engine: None
+        # It keeps the groups of a process group that may have ended with an earlier run in this process.
+        deepspeed.comm.comm.cdb = None
+        deepspeed.utils.groups._WORLD_GROUP = None
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         yield deepspeed
 
