@@ -14,6 +14,7 @@ import torch.distributed as dist
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.errors import UserError
 from shardlaunch.sharding.environment import LaunchEnvironment
+from shardlaunch.sharding.meeting import meet
 
 T = TypeVar("T")
 
@@ -91,8 +92,12 @@ class World:
                 time.sleep(0.05)
 
 
-def connect(env: LaunchEnvironment) -> World:
-    """Join the ranks of this launch: gloo on CPU, NCCL beside gloo on GPUs. All ranks."""
+def connect(env: LaunchEnvironment, *, needs_group: bool = False) -> World:
+    """Join the ranks of this launch: gloo on CPU, NCCL beside gloo on GPUs. All ranks.
+
+    A process that was started by itself has a process group, of one, only if it `needs_group`. Raises UserError when
+    there are more ranks than GPUs, and when the ranks do not meet.
+    """
     use_cuda = torch.cuda.is_available() and not env.use_cpu
     if use_cuda:
         if env.local_world_size > torch.cuda.device_count():
@@ -104,11 +109,9 @@ def connect(env: LaunchEnvironment) -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if not env.is_distributed:
+    if not env.is_distributed and not needs_group:
         return World(device=device)
-    # A store of our own per attempt: a restarted worker group must not meet addresses of the one before.
-    store, rank, world_size = next(dist.rendezvous("env://", env.rank, env.world_size))
-    store = dist.PrefixStore(f"attempt{env.attempt}", store)
+    store, rank, world_size = meet(env), env.rank, env.world_size
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     return World(
