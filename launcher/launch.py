@@ -17,7 +17,7 @@ from shardlaunch.launcher.runs.cross_validation import cross_validate
 from shardlaunch.launcher.runs.run import Run
 from shardlaunch.sharding.environment import is_main_process, read_environment
 from shardlaunch.sharding.precision import PRECISIONS, resolve_precision
-from shardlaunch.sharding.resolve import check_ranks, check_settings, resolve_strategy
+from shardlaunch.sharding.resolve import STRATEGIES, check_ranks, check_settings, resolve_strategy
 from shardlaunch.sharding.strategy import Settings
 from shardlaunch.sharding.world import World, connect, disconnect, threads_per_rank
 
@@ -79,7 +79,7 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         num_threads = threads_per_rank(options.threads_per_rank, env)
         torch.set_num_threads(num_threads)
         os.environ["OMP_NUM_THREADS"] = str(num_threads)  # or accelerate sets a number of its own, with a warning
-        world = connect(env)
+        world = connect(env, needs_group=STRATEGIES[strategy_name].is_sharded)
         check_ranks(env, world, _accelerate_ranks(world))
         settings = Settings(
             compute_dtype=PRECISIONS[precision_name],
