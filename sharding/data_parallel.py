@@ -24,7 +24,6 @@ class DataParallel(Strategy):
     """
 
     for_one_process = True
-    least_ranks = 1
     is_sharded = False
 
     def __init__(

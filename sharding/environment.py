@@ -10,6 +10,8 @@ from shardlaunch.errors import UserError
 STRATEGY_VARIABLE = "SHARDLAUNCH_STRATEGY"
 RANKS_VARIABLE = "SHARDLAUNCH_RANKS"
 RESULT_VARIABLE = "SHARDLAUNCH_RESULT_FILE"
+JOIN_TIMEOUT_VARIABLE = "SHARDLAUNCH_JOIN_TIMEOUT_S"
+JOIN_TIMEOUT_S = 600
 _OFFLOAD_OPTIMIZER = "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"
 _OFFLOAD_PARAMETERS = "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"
 
@@ -23,6 +25,10 @@ class LaunchEnvironment:
     local_rank: int = 0
     local_world_size: int = 1
     is_distributed: bool = False  # started as one of a group, even a group of one
+    master_addr: str = ""  # where the ranks meet
+    master_port: int | None = None
+    uses_agent_store: bool = False  # the launcher, not rank 0, listens there
+    join_timeout_s: int = JOIN_TIMEOUT_S  # how long a rank waits for the others to start
     attempt: int = 0  # counts the restarts of the worker group
     use_cpu: bool = False
     threads: int | None = None  # OMP_NUM_THREADS
@@ -39,7 +45,7 @@ class LaunchEnvironment:
 
 
 def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
-    """Read the environment of this process. Raises UserError for a number that is none."""
+    """Read the environment of this process. Raises UserError for a number that is none and a rank that cannot be."""
     env = os.environ if environ is None else environ
 
     def number(name: str) -> int | None:
@@ -67,12 +73,22 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
         accelerate_strategy = "hsdp" if is_hybrid else "fsdp2"
     is_distributed = is_distributed_launch(env)
     world_size = number("WORLD_SIZE") or 1 if is_distributed else 1
+    rank = number("RANK") or 0 if is_distributed else 0
+    if not 0 <= rank < world_size:
+        raise UserError(
+            f"RANK={rank} and WORLD_SIZE={world_size} contradict each other: ranks count from 0 to WORLD_SIZE - 1. "
+            f"For one process, unset both."
+        )
     return LaunchEnvironment(
-        rank=number("RANK") or 0 if is_distributed else 0,
+        rank=rank,
         world_size=world_size,
         local_rank=number("LOCAL_RANK") or 0 if is_distributed else 0,
         local_world_size=number("LOCAL_WORLD_SIZE") or world_size if is_distributed else 1,
         is_distributed=is_distributed,
+        master_addr=env.get("MASTER_ADDR", ""),
+        master_port=number("MASTER_PORT"),
+        uses_agent_store=_is_true(env.get("TORCHELASTIC_USE_AGENT_STORE")),
+        join_timeout_s=number(JOIN_TIMEOUT_VARIABLE) or JOIN_TIMEOUT_S,
         attempt=number("TORCHELASTIC_RESTART_COUNT") or 0,
         use_cpu=_is_true(env.get("ACCELERATE_USE_CPU")),
         threads=number("OMP_NUM_THREADS"),
@@ -141,7 +157,7 @@ def is_distributed_launch(environ: Mapping[str, str] | None = None) -> bool:
 
 def is_main_process() -> bool:
     """Return whether this is rank 0, or no distributed launch at all."""
-    return os.environ.get("RANK", "0") == "0"
+    return not is_distributed_launch() or os.environ["RANK"] == "0"
 
 
 def _is_true(text: str | None) -> bool:

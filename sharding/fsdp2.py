@@ -18,7 +18,7 @@ from shardlaunch.sharding.layers import exact_modules, layers_to_wrap
 from shardlaunch.sharding.lockstep import Lockstep
 from shardlaunch.sharding.named_state import check_optimizer, named_state, restore_named_state
 from shardlaunch.sharding.slices import local_part
-from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
+from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, ONE_RANK, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
 
 # Optimizers of torch that work with norms or products of whole matrices.
@@ -103,9 +103,13 @@ class Fsdp2(Strategy):
 
     def describe(self) -> str:
         """Say how many copies there are, and where the slices are kept."""
-        copies = [f"{self._copies} copies of the model"] if self._copies > 1 else []
-        blocks = len(self._blocks) - 1
-        parts = [*copies, f"{self._world.size // self._copies} slices", f"{blocks} modules gathered one at a time"]
+        blocks = f"{len(self._blocks) - 1} modules gathered one at a time"
+        if self._world.size == 1:
+            parts = [ONE_RANK]
+        elif self._copies > 1:
+            parts = [f"{self._copies} copies of the model", f"{self._world.size // self._copies} slices", blocks]
+        else:
+            parts = [f"{self._world.size} slices", blocks]
         return ", ".join(parts + ["slices in host memory"] * self._offload)
 
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
@@ -157,18 +161,24 @@ class Fsdp2(Strategy):
 
 
 class Hsdp(Fsdp2):
-    """Keep several copies of the model, each in slices; sum gradients over the slices, then over the copies."""
+    """Keep several copies of the model, each in slices; sum gradients over the slices, then over the copies.
+
+    On one rank it is FSDP2.
+    """
 
     least_ranks = 4
 
     def _mesh(self, world: World, settings: Settings) -> DeviceMesh:
+        if world.size == 1 and settings.shard_ranks <= 1:
+            return super()._mesh(world, settings)
         machine = world.local_size if world.local_size < world.size else world.size // 2
         shard = settings.shard_ranks or machine
         if world.size % shard or shard == 1 or shard == world.size:
             divisors = [str(n) for n in range(2, world.size) if world.size % n == 0]
             advice = f"Give --shard-ranks {' or '.join(divisors)}, or use" if divisors else "Use"
+            ranks = f"{world.size} rank{'s' * (world.size > 1)}"
             raise UserError(
-                f"hsdp: {world.size} ranks cannot be several copies of the model in {shard} slices each. "
+                f"hsdp: {ranks} cannot be several copies of the model in {shard} slices each. "
                 f"{advice} fsdp2 (one copy) or ddp (a copy on each rank)."
             )
         return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("copies", "slices"))

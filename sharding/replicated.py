@@ -27,7 +27,12 @@ class Replicated(Strategy):
             [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         )
         check_optimizer(self.model, self.optimizer)
+        self.world = world
         self.gradients = GradientBuckets(self.model.parameters(), world=world)
+
+    def describe(self) -> str:
+        """Say so when there is nothing to sum."""
+        return "one rank: no gradients to sum" if self.world.size == 1 else ""
 
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
         """Accumulate; on the last micro-batch, sum each bucket over the ranks as soon as it is full."""
@@ -64,7 +69,6 @@ class Single(Replicated):
     """One replica on one device."""
 
     for_one_process = True
-    least_ranks = 1
 
     def describe(self) -> str:
         """Say so when there is more than one GPU."""

@@ -43,9 +43,9 @@ def resolve_strategy(option: str, env: LaunchEnvironment) -> str:
     if STRATEGIES[name].for_one_process and env.world_size > 1:
         raise UserError(f"{source} is for one process, but {env.world_size} ranks were started. Use ddp, or one rank.")
     least = STRATEGIES[name].least_ranks
-    if env.world_size < least:
+    if 1 < env.world_size < least:
         raise UserError(
-            f"{source} is for several ranks, at least {least}; started: {env.world_size}. Start more: "
+            f"{source} is for at least {least} ranks, or for one; started: {env.world_size}. Start more: "
             f"`shardlaunch run RECIPE --strategy {name} --ranks {least}`, or torchrun --nproc_per_node {least}."
         )
     return name

@@ -31,6 +31,7 @@ class Settings:
 
 
 DEFAULT_SETTINGS = Settings()
+ONE_RANK = "one rank: nothing is sharded"
 
 
 class Strategy(ABC):
@@ -41,7 +42,8 @@ class Strategy(ABC):
     """
 
     for_one_process: ClassVar[bool] = False
-    least_ranks: ClassVar[int] = 2
+    least_ranks: ClassVar[int] = 1
+    """Ranks that the strategy needs if there are several; one rank alone runs under any strategy."""
     is_sharded: ClassVar[bool] = True
     """Each rank keeps a part of the state only."""
     starts_empty: ClassVar[bool] = False

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
-from itertools import count
 from typing import TypeVar
 
 import torch
@@ -16,13 +14,13 @@ import torch.distributed as dist
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.errors import UserError
 from shardlaunch.sharding.environment import LaunchEnvironment
+from shardlaunch.sharding.meeting import meet
 
 T = TypeVar("T")
 
 # Rank 0 may prepare data for a long time while the others wait; a dead rank is noticed at once by its closed socket.
 TIMEOUT = timedelta(hours=2)
 CPU = torch.device("cpu")
-_RUN_NUMBERS = count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +94,12 @@ class World:
                 time.sleep(0.05)
 
 
-def connect(env: LaunchEnvironment) -> World:
-    """Join the ranks of this launch: gloo on CPU, NCCL beside gloo on GPUs. All ranks."""
+def connect(env: LaunchEnvironment, *, needs_group: bool = False) -> World:
+    """Join the ranks of this launch: gloo on CPU, NCCL beside gloo on GPUs. All ranks.
+
+    A process that was started by itself has a process group, of one, only if it `needs_group`. Raises UserError when
+    there are more ranks than GPUs, and when the ranks do not meet.
+    """
     use_cuda = torch.cuda.is_available() and not env.use_cpu
     if use_cuda:
         if env.local_world_size > torch.cuda.device_count():
@@ -109,11 +111,9 @@ def connect(env: LaunchEnvironment) -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if not env.is_distributed:
+    if not env.is_distributed and not needs_group:
         return World(device=device)
-    # A store of our own per attempt and per run in this process: nobody may meet addresses of one before.
-    store = dist.PrefixStore(f"attempt{env.attempt}/run{next(_RUN_NUMBERS)}", _launch_store(env.rank, env.world_size))
-    rank, world_size = env.rank, env.world_size
+    store, rank, world_size = meet(env), env.rank, env.world_size
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     owns_group = not dist.is_initialized()  # a script that calls `fit` may have a process group, which stays its own
     if owns_group:
@@ -127,13 +127,6 @@ def connect(env: LaunchEnvironment) -> World:
         store=store,
         owns_group=owns_group,
     )
-
-
-@cache
-def _launch_store(rank: int, world_size: int) -> dist.Store:
-    """Return the store at which the ranks of this launch meet. Kept: on rank 0 it may be the server itself."""
-    store: dist.Store = next(dist.rendezvous("env://", rank, world_size))[0]
-    return store
 
 
 def abandon(world: World) -> None:

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
@@ -21,7 +22,7 @@ from shardlaunch.errors import UserError
 from shardlaunch.sharding.gradients import clip_factor
 from shardlaunch.sharding.lockstep import Lockstep
 from shardlaunch.sharding.named_state import check_optimizer
-from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
+from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, ONE_RANK, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
 from shardlaunch.sharding.zero_order import GradientOrder, fill_gradient, gather_together
 from shardlaunch.sharding.zero_partitions import Partitions
@@ -87,7 +88,8 @@ class Zero(Strategy):
 
     def describe(self) -> str:
         """Say where the partitions are kept."""
-        return "slices in host memory" if self.partitions.is_offloaded else ""
+        alone = [ONE_RANK] if self.world.size == 1 else []
+        return ", ".join(alone + ["slices in host memory"] * self.partitions.is_offloaded)
 
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
         """Accumulate: stage 1 locally, reducing once at the last micro-batch; stages 2 and 3 reduce each micro-batch.
@@ -233,11 +235,20 @@ def _deepspeed(world: World) -> Iterator[Any]:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # Models are equal on all ranks already, and a parameter without dimensions would break its broadcast.
         deepspeed.DeepSpeedEngine._broadcast_model = lambda engine: None
-        # It keeps the groups of a process group that may have ended with an earlier run in this process.
-        deepspeed.comm.comm.cdb = None
-        deepspeed.utils.groups._WORLD_GROUP = None
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        _forget_earlier_groups()
         yield deepspeed
+
+
+def _forget_earlier_groups() -> None:
+    """Let DeepSpeed drop the process groups of an earlier run in this process, which it keeps in module variables."""
+    from deepspeed.utils import groups
+
+    if groups._WORLD_GROUP is not None:
+        try:
+            dist.get_rank(groups._WORLD_GROUP)
+        except ValueError:  # destroyed
+            groups._release_process_group_references(group=None)
 
 
 def _materialise(model: nn.Module, config: dict[str, Any]) -> None:

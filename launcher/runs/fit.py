@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ from shardlaunch.launcher.runs.run import Run
 from shardlaunch.launcher.runs.session import preserved_process, silent_libraries
 from shardlaunch.sharding.environment import LaunchEnvironment, read_environment
 from shardlaunch.sharding.precision import PRECISIONS, resolve_precision
-from shardlaunch.sharding.resolve import check_ranks, check_settings, resolve_strategy
+from shardlaunch.sharding.resolve import STRATEGIES, check_ranks, check_settings, resolve_strategy
 from shardlaunch.sharding.strategy import Settings
 from shardlaunch.sharding.world import World, abandon, connect, disconnect, threads_per_rank
 
@@ -39,41 +39,61 @@ def fit(recipe: Recipe | type[Recipe], *, show: bool = False, **options: Any) ->
     with preserved_process(), silent_libraries():
         given = options_from_keywords(options_type_of(recipe_type), recipe_type.presets, options, base=base)
         env = read_environment()
-        with joined_ranks(env, given) as world:
+        choice = choose(given, env)
+        with joined_ranks(env, given, choice) as world:
             try:
-                return run_recipe_on(instance if instance is not None else recipe_type, given, env, world, show=show)
+                return run_recipe_on(recipe, given, env, world, choice, show=show)
             except BaseException:
                 abandon(world)
                 raise
 
 
+class Choice(NamedTuple):
+    """Strategy and precision of a run, by their names."""
+
+    strategy: str
+    precision: str
+
+
+def choose(options: Options, env: LaunchEnvironment) -> Choice:
+    """Return strategy and precision as options and launch environment ask for them. Raises UserError."""
+    return Choice(
+        strategy=resolve_strategy(options.strategy, env),
+        precision=resolve_precision(options.precision, env.accelerate_precision),
+    )
+
+
 @contextmanager
-def joined_ranks(env: LaunchEnvironment, options: Options) -> Iterator[World]:
+def joined_ranks(env: LaunchEnvironment, options: Options, choice: Choice) -> Iterator[World]:
     """Join the ranks of this launch, with the threads that each may use; leave them at the end. All ranks."""
     num_threads = threads_per_rank(options.threads_per_rank, env)
     torch.set_num_threads(num_threads)
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # or accelerate sets a number of its own, with a warning
-    world = connect(env)
+    world = connect(env, needs_group=STRATEGIES[choice.strategy].is_sharded)
     yield world
     disconnect(world)
 
 
 def run_recipe_on(
-    recipe: Recipe | type[Recipe], options: Options, env: LaunchEnvironment, world: World, *, show: bool
+    recipe: Recipe | type[Recipe],
+    options: Options,
+    env: LaunchEnvironment,
+    world: World,
+    choice: Choice,
+    *,
+    show: bool,
 ) -> Result:
     """Run a recipe on connected ranks, or its folds, and return the outcome. All ranks. Raises UserError."""
     recipe_type = recipe if isinstance(recipe, type) else type(recipe)
-    strategy_name = resolve_strategy(options.strategy, env)
-    precision_name = resolve_precision(options.precision, env.accelerate_precision)
     check_ranks(env, world, _accelerate_ranks(world))
     settings = Settings(
-        compute_dtype=PRECISIONS[precision_name],
+        compute_dtype=PRECISIONS[choice.precision],
         layer_classes=options.layer_classes or env.layer_classes or recipe_type.layer_classes,
         reshard_after_forward=options.reshard_after_forward and env.reshard_after_forward,
         cpu_offload=options.cpu_offload or env.cpu_offload,
         shard_ranks=options.shard_ranks or env.shard_ranks,
     )
-    check_settings(strategy_name, settings)
+    check_settings(choice.strategy, settings)
 
     def new_recipe() -> Recipe:
         """Return a recipe that knows nothing of other folds: recipes keep what they learn of their data."""
@@ -87,7 +107,7 @@ def run_recipe_on(
 
     def run_of(fold: int | None = None) -> Run:
         display = Display(silent=not (world.is_main and show), on_warning=None if show else _warn)
-        return Run(new_recipe(), options, world, strategy_name, precision_name, settings, fold, display)
+        return Run(new_recipe(), options, world, *choice, settings, fold, display)
 
     return cross_validate(run_of, options.folds) if options.folds else run_of().run()
 

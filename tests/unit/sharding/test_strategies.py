@@ -141,6 +141,7 @@ def test_precision_sources() -> None:
         ("auto", {}, "single"),
         ("auto", TORCHRUN, "ddp"),
         ("dp", {}, "dp"),
+        *((name, {}, name) for name in ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")),
         ("auto", {"SHARDLAUNCH_STRATEGY": "dp"}, "dp"),
         ("ddp", {**TORCHRUN, "SHARDLAUNCH_STRATEGY": "ddp"}, "ddp"),
     ],
@@ -153,13 +154,13 @@ def test_strategy(option: str, variables: dict[str, str], expected: str) -> None
     ("option", "variables", "complaint"),
     [
         ("nope", {}, "unknown strategy 'nope'"),
-        ("ddp", {}, "several ranks"),
         ("single", TORCHRUN, "one process"),
-        ("hsdp", TORCHRUN, "at least 4; started: 2"),
+        ("hsdp", TORCHRUN, "at least 4 ranks, or for one; started: 2"),
         ("dp", TORCHRUN, "one process"),
         ("ddp", {**TORCHRUN, "SHARDLAUNCH_STRATEGY": "single"}, "two strategies"),
         ("ddp", {**TORCHRUN, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "two strategies"),
         ("auto", {"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x'"),
+        ("auto", {"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2 contradict"),
         ("auto", {**TORCHRUN, "MASTER_PORT": "0"}, "--standalone"),
     ],
 )
