@@ -1,4 +1,4 @@
-"""What a model writes at evaluation: the same on any number of ranks, also where each has but slices of the model."""
+"""What a model writes at evaluation: the same on any number of ranks, even if each has only shards of the model."""
 
 import shutil
 from pathlib import Path

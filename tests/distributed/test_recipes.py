@@ -1,4 +1,4 @@
-"""Every recipe on a tiny slice of its demo data: the same run on 1 and 2 ranks, exact resumes, open checkpoints."""
+"""Every recipe on a tiny sample of its demo data: the same run on 1 and 2 ranks, exact resumes, open checkpoints."""
 
 import os
 from collections.abc import Callable, Mapping

@@ -85,7 +85,7 @@ def test_bf16_differs_under_fsdp2_no_more_than_under_ddp(tmp_path: Path) -> None
     assert not torch.equal(weight.bfloat16().float(), weight), "a checkpoint holds the weights before any rounding"
 
 
-def test_pretrained_weights_reach_every_slice(tmp_path: Path) -> None:
+def test_pretrained_weights_reach_every_shard(tmp_path: Path) -> None:
     save_small_bert(tmp_path / "model")
     options = ("--preset", "demo", "--model", str(tmp_path / "model"), "--max-length", "16", "--tracker", "none")
     one = _run(1, FewReviews, tmp_path / "one", *options)
@@ -206,7 +206,7 @@ def _scale(layer: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
     return layer.square((output.float() * layer.scale).unflatten(-1, (2, 10))).flatten(-2)
 
 
-def test_what_autocast_leaves_alone_is_left_alone_in_slices(tmp_path: Path) -> None:
+def test_what_autocast_leaves_alone_is_left_alone_in_shards(tmp_path: Path) -> None:
     one = _run(1, ScaledBlocks, tmp_path / "one", "--precision", "bf16")
     two = _run(2, ScaledBlocks, tmp_path / "two", "--precision", "bf16", "--strategy", "fsdp2")
     assert _loss_difference(one, two) <= 1e-4
@@ -252,13 +252,13 @@ class OddlyOptimized(NetRecipe):
 
 REFUSED: list[tuple[type[Recipe], tuple[str, ...], tuple[str, ...]]] = [
     (NetRecipe, ("--strategy", "fsdp2", "--layer-classes", "Nope"), ("--layer-classes Nope", "Linear")),
-    (NetRecipe, ("--strategy", "ddp", "--cpu-offload"), ("ddp keeps nothing in slices",)),
+    (NetRecipe, ("--strategy", "ddp", "--cpu-offload"), ("ddp does not shard",)),
     (OddlyOptimized, ("--strategy", "zero2"), ("ShampooLike", "AdamW", "--strategy ddp or fsdp2")),
     (ScaledNet, ("--strategy", "fsdp2"), ("without dimensions: scale",)),
     (EmptyParameterNet, ("--strategy", "fsdp2"), ("without elements", "nothing")),
     (EmptyParameterNet, ("--strategy", "zero3"), ("without elements", "ddp")),
     (RandomFeatures, ("--strategy", "fsdp2"), ("draws them at random: features", "persistent=True")),
-    (Factored, ("--strategy", "fsdp2"), ("Adafactor needs matrices as wholes",)),
+    (Factored, ("--strategy", "fsdp2"), ("Adafactor needs full weight matrices",)),
     (SubmoduleNet, ("--strategy", "fsdp2"), ("must call the model itself",)),
     (NetRecipe, ("--strategy", "fsdp2", "--shard-ranks", "2"), ("use --strategy hsdp",)),
     (PeekingNet, ("--strategy", "fsdp2"), ("on the meta device, without values", "--strategy ddp")),
@@ -277,10 +277,10 @@ def test_what_cannot_be_is_refused_before_any_work(
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_copies_that_the_ranks_do_not_make_up_are_refused(tmp_path: Path) -> None:
+def test_replicas_that_the_ranks_do_not_make_up_are_refused(tmp_path: Path) -> None:
     argv = [*STEPS, "--strategy", "hsdp", "--shard-ranks", "3", "--output-dir", str(tmp_path)]
     said = _refusal(NetRecipe, argv, num_ranks=4)
-    assert "4 ranks cannot be several copies of the model in 3 slices each. Give --shard-ranks 2, or use" in said
+    assert "4 ranks cannot be divided into several replicas of 3 shards each. Give --shard-ranks 2, or use" in said
 
 
 def _run_with_little_patience(recipe_type: type[Recipe], argv: list[str]) -> tuple[int, str]:
