@@ -36,7 +36,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     properties = [entry for report in reports for entry in getattr(report, "user_properties", ())]
     rows = dict(value for name, value in properties if name == TABLE)
     if rows:
-        terminalreporter.section("largest difference of a loss: resumed under (row) what was saved under (column)")
+        terminalreporter.section("max loss difference: saved under (column), resumed under (row)")
         columns = list(next(iter(rows.values())))
         terminalreporter.line(" " * 10 + "".join(f"{column:>10}" for column in columns))
         for target, row in rows.items():

@@ -133,8 +133,8 @@ def test_a_review_run_from_training_to_prediction(hf_home: Path, tmp_path: Path)
     assert predicted.status == 0, predicted.both
     rows = [line.split("\t") for line in predicted.out.splitlines()]
     assert [row[2] for row in rows] == ["a wonderful film", "a triumph", "an awful mess"]
-    for label, shares, _ in rows:
-        probabilities = dict(zip(shares.split()[::2], map(float, shares.split()[1::2]), strict=True))
+    for label, listed, _ in rows:
+        probabilities = dict(zip(listed.split()[::2], map(float, listed.split()[1::2]), strict=True))
         assert set(probabilities) == {"rotten", "fresh"}
         assert max(probabilities, key=lambda name: probabilities[name]) == label
         assert sum(probabilities.values()) == pytest.approx(1, abs=1e-3)

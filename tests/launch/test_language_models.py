@@ -151,16 +151,16 @@ def test_documents_and_fine_tuning(folder: Path, tmp_path: Path) -> None:
         ("--data {f}/empty.txt", "empty.txt: the file is empty"),
         ("--data {f}/blank.jsonl --tokenizer {f}/bert", "no document in the data has a token to predict"),
         ("--data {f}/short.txt", "--context-length 16: all the training data is shorter"),
-        ("--data {f}/documents.jsonl", "no column 'text'; it has 'body'. Say which to take: --text-column NAME"),
-        ("--data {f}/numbers.csv", "'text' is missing or no text"),
-        ("--data {f}/gaps.csv", "'text' is missing or no text"),
+        ("--data {f}/documents.jsonl", "no column 'text'; it has 'body'. Choose with --text-column NAME"),
+        ("--data {f}/numbers.csv", "'text' is missing or not text"),
+        ("--data {f}/gaps.csv", "'text' is missing or not text"),
         ("--data {f}/long.txt --vocab-size 100", "--vocab-size 100: must be at least 256"),
         ("--data {f}/long.txt --tokenizer {f}", "--tokenizer {f}: not a tokenizer folder"),
         ("--data {f}/long.txt --model {f}", "--model {f}: not a model folder"),
-        ("--data {f}/long.txt --model {f}/gpt --context-length 17", "--context-length 17: this model reads at most 16"),
-        ("--data {f}/long.txt --model {f}/few", "--model {f}/few: it knows 100 tokens, the tokenizer has 30,522"),
-        ("--data {f}/long.txt --model {f}/bert", "--model {f}/bert: a bert is no causal language model"),
-        ("--data {f}/long.txt --model {f}/t5", "--model {f}/t5: a t5 is no causal language model"),
+        ("--data {f}/long.txt --model {f}/gpt --context-length 17", "--context-length 17: this model takes at most 16"),
+        ("--data {f}/long.txt --model {f}/few", "--model {f}/few: it has 100 tokens, but the tokenizer has 30,522"),
+        ("--data {f}/long.txt --model {f}/bert", "--model {f}/bert: model type 'bert' is not a causal language model"),
+        ("--data {f}/long.txt --model {f}/t5", "--model {f}/t5: model type 't5' is not a causal language model"),
     ],
 )
 def test_bad_input(words: str, says: str, folder: Path, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_bad_options(options: dict[str, Any], says: str) -> None:
 
 def test_a_model_with_its_own_sizes() -> None:
     options = GptOptions(model="gpt2", layers=2, heads=4, width=128, preset="demo")
-    with pytest.raises(UserError, match=r"^--layers: for a model from scratch; --model gpt2 has its own"):
+    with pytest.raises(UserError, match=r"^--layers: only for a model from scratch, not with --model gpt2"):
         GptLm(options).datasets()
 
 
@@ -245,7 +245,7 @@ def test_generate_with_an_encoder_decoder(tmp_path: Path, capsys: pytest.Capture
     generate_texts(tmp_path / "run", prompts=["ba"], file=None, max_new_tokens=5, sampling=Sampling())
     assert capsys.readouterr().out == tokenizer.decode(said, skip_special_tokens=True) + "\n"
     generate_texts(tmp_path / "run", prompts=["ba"], file=None, max_new_tokens=99, sampling=Sampling(num_beams=2))
-    with pytest.raises(UserError, match="the model reads at most"):
+    with pytest.raises(UserError, match="the model takes at most"):
         generate_texts(tmp_path / "run", prompts=["ab" * 9], file=None, max_new_tokens=9, sampling=Sampling())
 
 
@@ -258,10 +258,15 @@ def test_what_cannot_generate(folder: Path, run_dir: Path, tmp_path: Path) -> No
         (classifier, ["a"], {}, "not a checkpoint of a language model"),
         (run_dir, [], {}, 'no text: give --prompt "..." or --file PATH'),
         (run_dir, [""], {}, "the prompt is empty"),
-        (run_dir, ["\N{SNOWMAN}"], {}, "the model's tokenizer does not know all of this prompt: '\N{SNOWMAN}'"),
+        (
+            run_dir,
+            ["\N{SNOWMAN}"],
+            {},
+            "the prompt has characters that the model's tokenizer does not know: '\N{SNOWMAN}'",
+        ),
         (run_dir, ["a"], {"temperature": -1.0}, "--temperature -1.0: must be at least 0"),
-        (run_dir, ["a"], {"top_k": 5}, "--top-k 5 is for drawing at random"),
-        (run_dir, ["a"], {"temperature": 1.0, "num_beams": 2}, "--num-beams 2 seeks the most probable text"),
+        (run_dir, ["a"], {"top_k": 5}, "--top-k 5 only affects sampling"),
+        (run_dir, ["a"], {"temperature": 1.0, "num_beams": 2}, "--num-beams 2: beam search does not sample"),
     ):
         with pytest.raises(UserError, match=re.escape(says)):
             generate_texts(path, prompts=prompts, file=None, max_new_tokens=1, sampling=Sampling(**options))

@@ -38,7 +38,7 @@ launch(Tiny)
     ("factor", "status", "said"),
     [
         ("1.0", 0, "the same run under every strategy"),
-        ("float(os.environ['WORLD_SIZE'])", 1, "not the same run, or failed: fsdp2"),
+        ("float(os.environ['WORLD_SIZE'])", 1, "different or failed: fsdp2"),
     ],
     ids=["kept", "broken"],
 )

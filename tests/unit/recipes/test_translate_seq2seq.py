@@ -103,7 +103,7 @@ def test_model_without_decoder(tmp_path: Path) -> None:
     save_small_bert(tmp_path / "bert")
     recipe = _recipe(tmp_path, model=str(tmp_path / "bert"))
     recipe.datasets()
-    with pytest.raises(UserError, match=r"a bert, which is no encoder-decoder"):
+    with pytest.raises(UserError, match=r"model type 'bert' is not an encoder-decoder"):
         recipe.model()
 
 
@@ -134,12 +134,14 @@ def test_a_models_settings_that_the_search_does_not_have(num_beams: int, tmp_pat
     assert (saved["num_beams"], len(beams), saved["do_sample"]) == (num_beams, 2 if num_beams > 1 else 0, False)
     recipe = _recipe(tmp_path, model=str(tmp_path / "t5"), max_target_length=4)
     recipe.datasets()
-    with pytest.raises(UserError, match="--max-target-length 4: this model writes at least 5 tokens"):
+    with pytest.raises(UserError, match="--max-target-length 4: this model generates at least 5 tokens"):
         recipe.model()
 
 
 def test_limits_without_room_for_a_text(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--max-source-length 1: must be at least 2, with the tokens that"):
+    with pytest.raises(
+        UserError, match="--max-source-length 1: must be at least 2, including the tokenizer's special tokens"
+    ):
         _recipe(tmp_path, max_source_length=1).datasets()
 
 
@@ -168,12 +170,14 @@ def test_key_of_a_tokenizer_without_a_backend() -> None:
 
 def test_a_model_with_its_own_sizes() -> None:
     options = TranslateOptions(model="google-t5/t5-small", layers=5, width=128, preset="demo")
-    with pytest.raises(UserError, match=r"^--layers: for a model from scratch; --model google-t5/t5-small has its own"):
+    with pytest.raises(
+        UserError, match=r"^--layers: only for a model from scratch, not with --model google-t5/t5-small"
+    ):
         TranslateSeq2Seq(options).datasets()
 
 
 def test_a_split_that_the_demo_does_not_have() -> None:
-    with pytest.raises(UserError, match=r"^--eval-split test: --data demo has just one"):
+    with pytest.raises(UserError, match=r"^--eval-split test: has no effect with --data demo"):
         TranslateSeq2Seq(TranslateOptions(data="demo", eval_split="test")).datasets()
     with pytest.raises(UserError, match=r"^--eval-split test: --folds holds out training data"):
         TranslateOptions(eval_split="test", folds=3)
