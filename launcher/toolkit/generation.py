@@ -23,8 +23,8 @@ def set_search(model: Any, *, num_beams: int, most: tuple[str, int]) -> None:
             f"{flag} {max_new_tokens}: this model generates at least {generation.min_length} tokens (min_length in its "
             f"generation_config.json)"
         )
-    idle = ("temperature", "top_k", "top_p", "min_p", "typical_p", *(_BEAM_SETTINGS if num_beams == 1 else ()))
-    generation.update(num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=False, **dict.fromkeys(idle))
+    unused = ("temperature", "top_k", "top_p", "min_p", "typical_p", *(_BEAM_SETTINGS if num_beams == 1 else ()))
+    generation.update(num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=False, **dict.fromkeys(unused))
     try:
         generation.validate(strict=True)  # as when a checkpoint is saved
     except ValueError as error:

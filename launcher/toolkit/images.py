@@ -60,11 +60,11 @@ def load_images(options: ImageOptions, *, size: int, num_channels: int) -> tuple
         if value >= size:
             raise UserError(f"{name} {value}: must be less than the images' size, {size}")
     if source == demo_data.DEMO:
-        idle = [
+        unused = [
             flag(name) for name in ("image_column", "label_column", "convert_images") if name in options.explicitly_set
         ]
-        if idle:
-            raise UserError(f"{', '.join(idle)}: has no effect with --data demo; remove it")
+        if unused:
+            raise UserError(f"{', '.join(unused)}: has no effect with --data demo; remove it")
         return demo_data.digits(size=size, num_channels=num_channels), [str(digit) for digit in range(10)]
     splits = load_splits(source, seed=options.seed)
     names = splits["train"].column_names

@@ -29,7 +29,7 @@ def _corpus() -> tuple[list[str], list[str]]:
 
 
 def _scores(num_with_texts: int) -> dict[str, float]:
-    """Return the scores when the texts are dealt out to some of the ranks, a few at a time. All ranks."""
+    """Return the scores of texts that are divided among some of the ranks, in small batches. All ranks."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     metrics = text_metrics(*TEXT_METRICS)

@@ -1,4 +1,4 @@
-"""What the recipe for texts takes besides its demo: other encoders, columns, tasks, weights of classes."""
+"""The text recipe beyond its demo: other encoders, columns, tasks, class weights."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a CSV of reviews with three kinds of opinion and a mark."""
+    """Return a CSV of reviews with three classes of opinion and a mark."""
     kinds = ["good", "bad", "good", "fair", "good", "good", "bad", "good"]
     rows = [{"review": f"film {i} is {kind}", "opinion": kind, "mark": i / 10} for i, kind in enumerate(kinds * 5)]
     path = tmp_path_factory.mktemp("data") / "reviews.csv"
@@ -100,7 +100,7 @@ def test_regression(models: Path, reviews: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_a_classifier_from_a_regression(models: Path, reviews: Path, tmp_path: Path) -> None:
-    """What is exported says what the model is now. Its numbers were whole and large, and batches of one sample."""
+    """The exported config matches the new task. The regression had large integers and batches of one sample."""
     pd.DataFrame({"review": [f"film {i}" for i in range(20)], "opinion": [2**24 + 1 + i for i in range(20)]}).to_csv(
         tmp_path / "marks.csv"
     )

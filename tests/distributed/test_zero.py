@@ -78,7 +78,7 @@ def adamw(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimiz
 
 @dataclass
 class Reader:
-    """A state reader over tensors in memory; it notes what is asked for."""
+    """A state reader of tensors in memory that records its reads."""
 
     tensors: State
     asked: list[tuple[str, str]] = field(default_factory=list)
@@ -125,7 +125,7 @@ class Plan:
 
 
 def train(strategy: Strategy, world: World, plan: Plan) -> list[float]:
-    """Run steps as the trainer does: rank r has micro-batches r, r + ranks, ... and empty slots up to a full round."""
+    """Run steps as the trainer does: rank r has micro-batches r, r + num_ranks, ... and empty slots at the end."""
     norms = []
     for step in range(plan.first, plan.last):
         for attempt in range(2 if step == plan.discard else 1):
@@ -201,7 +201,7 @@ def _on_rank(cases: Sequence[tuple[str, Plan, dict[Any, Any]]]) -> list[tuple[li
 
 
 def zero(num_ranks: int, cases: Sequence[tuple[str, Plan]]) -> list[Run]:
-    """Train each case anew, all in the same ranks."""
+    """Train each case from its start, all on the same ranks."""
     runs = []
     sent = [
         (stage, replace(plan, start=None), {key: tensor.numpy() for key, tensor in (plan.start or {}).items()})
@@ -352,7 +352,7 @@ def _choose(stage: str) -> tuple[list[float], str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_module_that_only_one_rank_uses(stage: str) -> None:
-    """Is right in stages 1 and 2; stage 3, where running a module is a collective, says so and ends."""
+    """Stages 1 and 2 train correctly; stage 3, where running a module is a collective, raises an error."""
     (norms, error), (other_norms, other_error) = run_on_ranks(2, _choose, stage)
     if stage != "zero3":
         assert (error, other_error) == ("", "")

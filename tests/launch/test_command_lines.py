@@ -78,7 +78,7 @@ def test_every_configuration_is_tested_and_has_a_twin_for_several_machines() -> 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
 def test_two_machines(strategy: str, hf_home: Path, tmp_path: Path) -> None:
-    """Two launchers on one machine, with a rank each, stand in for two machines."""
+    """Two launchers on one machine, one rank each, stand in for two machines."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Language models from text to text: what a run is given, what it leaves, what `generate` makes of it."""
+"""Language models from text to text: inputs of a run, its outputs, and `generate`."""
 
 import math
 import re
@@ -61,7 +61,7 @@ class Echo(Recipe):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of data and model folders, and of a run on characters: characters/."""
+    """Return a folder with data, model folders, and a run on characters: characters/."""
     folder = tmp_path_factory.mktemp("language")
     (folder / "long.txt").write_text(LINE * 40, newline="")
     (folder / "short.txt").write_text("To be")
@@ -100,7 +100,7 @@ def run_dir(folder: Path) -> Path:
 
 
 def test_text_files(folder: Path, tmp_path: Path) -> None:
-    """Nothing of a text is lost, and the last tenth is held out; of several texts each is a row."""
+    """No text is lost, and the last tenth is held out; of several texts, each is a row."""
     splits = load_splits(str(folder / "long.txt"), seed=0)
     (train,), (held_out,) = splits["train"]["text"], splits["eval"]["text"]
     text = (LINE * 40).replace("\r\n", "\n")
@@ -113,7 +113,7 @@ def test_text_files(folder: Path, tmp_path: Path) -> None:
 
 
 def test_metrics_are_those_of_the_whole_text(run_dir: Path, folder: Path) -> None:
-    """The figures of the run are those that the exported model has on the held-out text, computed apart."""
+    """The run's metrics equal those of the exported model on the held-out text, computed separately."""
     (line,) = [line for line in training_lines(run_dir) if "eval/loss" in line]
     checkpoint = run_dir / "checkpoints" / "step-00000002"
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
@@ -133,7 +133,7 @@ def test_metrics_are_those_of_the_whole_text(run_dir: Path, folder: Path) -> Non
 
 
 def test_documents_and_fine_tuning(folder: Path, tmp_path: Path) -> None:
-    """Documents of another column with a trained tokenizer; the result is fine-tuned further, by its folder."""
+    """Documents of another column with a trained tokenizer; the result is fine-tuned further from its folder."""
     data = ("--data", str(folder / "documents.jsonl"), "--text-column", "body")
     run_well(GptLm, [*data, "--vocab-size", "300", *SMALL, *STEPS, "--output-dir", str(tmp_path / "first")])
     model = tmp_path / "first" / "checkpoints" / "step-00000002"
@@ -199,7 +199,7 @@ def _generated(path: Path, prompts: list[str], capsys: pytest.CaptureFixture[str
 
 
 def test_generate(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also past the context of 16 tokens; a prompt and a seed decide the text, whatever else is asked for."""
+    """Works past the context of 16 tokens; the text depends only on the prompt and the seed."""
     checkpoint = run_dir / "checkpoints" / "step-00000002"
     one, other = (_generated(checkpoint, [prompt], capsys) for prompt in ("dear ", "the "))
     assert one.startswith("dear ")
@@ -235,7 +235,7 @@ def test_generate_is_what_the_model_finds_most_probable(
 
 
 def test_generate_with_an_encoder_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The text is what it makes of the prompt, without the prompt."""
+    """The text is the model's output, without the prompt."""
     run_well(Echo, ["--lr", "0.02", *ONE, "--max-steps", "2", "--output-dir", str(tmp_path / "run")])
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
     model, tokenizer = MarianMTModel.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)

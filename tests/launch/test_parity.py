@@ -1,4 +1,4 @@
-"""`shardlaunch parity`: what it shows of a recipe that keeps the promise, and of one that breaks it."""
+"""`shardlaunch parity` on a recipe that keeps the promise and on one that breaks it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is read back bit by bit, and what is damaged is never read."""
+"""Checkpoints are read back bit by bit, and damaged ones are never loaded."""
 
 import json
 from collections.abc import Callable

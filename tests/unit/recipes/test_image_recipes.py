@@ -1,4 +1,4 @@
-"""What the recipes for images refuse: one message that says what, where and what to do, before any step."""
+"""Errors of the image recipes: one message that says what, where and what to do, before any step."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Pretrained features for VGG-16: the names that torchvision and timm give them, and files that do not fit."""
+"""Pretrained features for VGG-16: under the names of torchvision and timm, and files that do not fit."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What is frozen when, and what a person is shown of it."""
+"""Which parameters are frozen when, and how it is shown."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Optimizers by name, their groups, L1, and what is refused."""
+"""Optimizers by name, parameter groups, L1, and invalid options."""
 
 import math
 from dataclasses import dataclass

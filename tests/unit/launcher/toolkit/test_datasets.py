@@ -1,4 +1,4 @@
-"""Data sets by path or hub id, and their classes."""
+"""Data sets from a path or hub id, and their classes."""
 
 from pathlib import Path
 from typing import Any

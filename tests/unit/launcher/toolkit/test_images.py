@@ -1,4 +1,4 @@
-"""Images: what is read and what is refused, augmentation by the sample's own seed, classes that are chosen."""
+"""Images: reading, invalid images, augmentation by the sample's own seed, selected classes."""
 
 import io
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def _stored(picture: Image.Image) -> dict[str, object]:
 
 
 def _options(folder: Path, rows: Sequence[dict[str, object] | None], **options: object) -> ImageOptions:
-    """Write the rows as training and test data, and return options that name them."""
+    """Write the rows as training and test data, and return options for them."""
     for name in ("train", "test"):
         table = {"image": list(rows), "label": [number % 2 for number in range(len(rows))]}
         pd.DataFrame(table).to_parquet(folder / f"{name}.parquet")
@@ -114,7 +114,7 @@ def test_folders_that_would_lose_images_are_refused(tmp_path: Path) -> None:
 
 
 def test_files_that_change_are_read_anew(tmp_path: Path) -> None:
-    """What is cached belongs to the files that a table names, not to their names."""
+    """The cache depends on the content of the files in a table, not on their names."""
     paths = [tmp_path / f"{number}.png" for number in range(4)]
     table = {"image": [{"bytes": None, "path": str(path)} for path in paths], "label": [0, 1, 0, 1]}
     for name in ("train", "test"):
