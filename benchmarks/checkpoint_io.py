@@ -1,22 +1,22 @@
-"""What a durable save and a load cost beside other ways to keep the same state, and beside the bare disk.
+"""Cost of a durable save and a load, compared with other ways to save the same state and with the bare disk.
 
     python benchmarks/checkpoint_io.py                          # one rank
-    torchrun --nproc_per_node 2 benchmarks/checkpoint_io.py     # two ranks on gloo; with --memory: peaks of memory
+    torchrun --nproc_per_node 2 benchmarks/checkpoint_io.py     # two ranks on gloo; --memory: peak memory
 
-The state: a GPT's parameters in fp32 with AdamW's exp_avg, exp_avg_sq and step. On several ranks each holds slices
-along dimension 0, as FSDP2 does (DTensors for torch.distributed.checkpoint); for accelerate it is DDP, its default:
-each rank holds all, and rank 0 writes.
+The state: a GPT's parameters in fp32 with AdamW's exp_avg, exp_avg_sq and step. On several ranks, each holds shards
+along dimension 0 as with FSDP2 (DTensors for torch.distributed.checkpoint); accelerate uses DDP, its default: each rank
+holds the full state, and rank 0 writes.
 
-Save: every arm ends durable. After another's save, its files and folder are fsynced (the ranks share the files);
-"before fsync" is when its own call came back. Ours includes digests, fsync, manifest and rename. "raw" writes the same
-bytes of the same tensors, one file a rank, in chunks of 16 MiB, and fsyncs file and folder.
-Load: into the tensors that the rank holds, from a folder that the arm wrote before the first round. Ours includes the
-check of every digest. The page cache of the files is dropped before each load (POSIX_FADV_DONTNEED; a virtual disk may
-have another cache beneath). Checkpoints of other numbers of ranks are written by a launch of that many.
+Save: every arm ends with durable files. After the save of another library, its files and folder are fsynced (divided
+among the ranks); "before fsync" is the time until its own call returned. Ours includes digests, fsync, manifest and
+rename. "raw" writes the same bytes, one file per rank, in chunks of 16 MiB, and fsyncs file and folder.
+Load: into the tensors that the rank holds, from a folder that the arm wrote before the first round. Ours verifies every
+digest. The page cache of the files is dropped before each load (POSIX_FADV_DONTNEED; a virtual disk may have another
+cache below). Checkpoints of other numbers of ranks are written by a launch with that many.
 
-All arms take turns, saves and loads mixed, in another order each round; each load is checked. "x raw" and "x ours" are
-medians of the ratios within a round, which an uneven machine disturbs less than the seconds. Before each measurement
-every rank takes and frees memory, for a virtual machine may have to fetch free pages from its host first.
+All arms take turns, saves and loads mixed, in a new order each round; each load is checked. "x raw" and "x ours" are
+medians of the ratios within a round, which are less sensitive to a noisy machine than the seconds. Before each
+measurement every rank allocates and frees memory, since a virtual machine may first have to get pages from its host.
 """
 
 import argparse
@@ -69,13 +69,13 @@ Work = Callable[[Path], object]
 
 @dataclass(kw_only=True)
 class Arm:
-    """Hold a way to keep state: how it saves to a folder and loads from it, and the seconds of each round."""
+    """One way to save state: how it saves to a folder and loads from it, and the seconds of each round."""
 
     name: str
     tensors: Callable[[], Sequence[torch.Tensor]]  # what this rank holds, as a load leaves it
     load: Work
-    save: Work | None = None  # None: loads what another launch wrote
-    is_durable: bool = False  # its own save ends with all on the disk
+    save: Work | None = None  # None: it loads what another launch wrote
+    is_durable: bool = False  # its own save ends with durable files
     save_s: list[float] = field(default_factory=list)
     returned_s: list[float] = field(default_factory=list)
     load_s: list[float] = field(default_factory=list)
@@ -85,7 +85,7 @@ class Arm:
 
 
 def specs(gigabytes: float) -> Iterator[TensorSpec]:
-    """Give the tensors of a GPT and its AdamW, of about `gigabytes` in all."""
+    """Yield the tensors of a GPT and its AdamW state, about `gigabytes` in total."""
     area = 12 * NUM_BLOCKS  # parameters = area * width**2 + VOCABULARY * width, each of 12 bytes
     width = (math.sqrt(VOCABULARY**2 + 4 * area * gigabytes * 1e9 / 12) - VOCABULARY) / (2 * area)
     width = max(16, 16 * round(width / 16))
@@ -104,7 +104,7 @@ def specs(gigabytes: float) -> Iterator[TensorSpec]:
 
 
 def fragments(gigabytes: float, *, rank: int, num_ranks: int) -> list[Fragment]:
-    """Return the rows that a rank holds of each tensor; a tensor without rows is whole on each rank."""
+    """Return the shard (rows) of each tensor that a rank holds; a scalar is whole on each rank."""
     held = []
     for seed, spec in enumerate(specs(gigabytes)):
         tensor = torch.randn(spec.shape, generator=torch.Generator().manual_seed(seed))
@@ -125,7 +125,7 @@ def save_ours(folder: Path, held: Iterable[Fragment], peers: Peers) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Make the arms, which share what this rank holds."""
+    """Builds the arms, which share this rank's tensors."""
 
     world: World
     gigabytes: float
@@ -219,7 +219,7 @@ class Bench:
         def save(folder: Path) -> None:
             torch.save(state, folder / self._file_name)
 
-        return Arm(name="torch.save, a file a rank", tensors=self.tensors, save=save, load=load)
+        return Arm(name="torch.save, one file per rank", tensors=self.tensors, save=save, load=load)
 
     @property
     def _file_name(self) -> str:
@@ -230,11 +230,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure all arms and print a table. All ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.3, help="size of the state")
-    parser.add_argument("--rounds", type=int, default=10, help="how often each arm saves and loads")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the arms")
-    parser.add_argument("--written-by", type=int, nargs="*", default=[1, 2, 4], help="load what so many ranks wrote")
-    parser.add_argument("--memory", action="store_true", help="measure peaks of memory, not time")
-    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="a folder on the disk to measure")
+    parser.add_argument("--rounds", type=int, default=10, help="number of saves and loads per arm")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the arms")
+    parser.add_argument(
+        "--written-by", type=int, nargs="*", default=[1, 2, 4], help="numbers of ranks whose checkpoints to load"
+    )
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="folder on the disk to measure")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     parser.add_argument("--write-only", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -258,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _shared_folder(args: argparse.Namespace, world: World) -> Iterator[Path]:
-    """Give the ranks a folder with room enough, and remove it. All ranks."""
+    """Yield a temporary folder with enough free space, shared by the ranks. All ranks."""
     folder = args.dir / f"checkpoint-io-{_max(os.getpid() if world.is_main else 0)}"
     needed = (7 + len(args.written_by)) * args.gigabytes * 1e9
     free = shutil.disk_usage(args.dir).free
@@ -274,7 +276,7 @@ def _shared_folder(args: argparse.Namespace, world: World) -> Iterator[Path]:
 
 
 def _prepare(bench: Bench, folder: Path, args: argparse.Namespace) -> list[Arm]:
-    """Make the arms; let each save once, where its loads find it. All ranks."""
+    """Build the arms; each saves once to the folder that it will load from. All ranks."""
     arms = [bench.raw(), bench.ours(OURS), bench.dcp(), bench.accelerate(), bench.torch_save()]
     for arm in arms:
         _save(arm, bench.world, folder / arm.name)
@@ -294,7 +296,7 @@ def _prepare(bench: Bench, folder: Path, args: argparse.Namespace) -> list[Arm]:
 
 
 def _rounds(arms: Sequence[Arm], world: World, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure each arm's save and load in each round and print the tables. All ranks."""
+    """Measure each arm's save and load in each round and print tables. All ranks."""
     order = random.Random(args.seed)
     jobs = [(arm, is_save) for arm in arms for is_save in (True, False) if arm.save or not is_save]
     for number in range(args.rounds):
@@ -337,7 +339,7 @@ def _save(arm: Arm, world: World, folder: Path) -> None:
 
 
 def _load(arm: Arm, world: World, folder: Path) -> None:
-    """Load from a folder and check what came. All ranks."""
+    """Load from a folder and check the result. All ranks."""
     expected = arm.digests()
     for tensor in arm.tensors():
         tensor.zero_()
@@ -353,7 +355,7 @@ def _load(arm: Arm, world: World, folder: Path) -> None:
 
 
 def _memory(arms: Sequence[Arm], world: World, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure the peak of host memory in each arm's save and load, and print a table. All ranks."""
+    """Measure each arm's peak host memory in save and load, and print a table. All ranks."""
     figures: dict[str, dict[str, int]] = {}
     for arm in arms:
         row = figures[arm.name] = {"holds": _max(sum(tensor.nbytes for tensor in arm.tensors()))}
@@ -362,7 +364,7 @@ def _memory(arms: Sequence[Arm], world: World, folder: Path, args: argparse.Name
             _remove(folder / "round", world)
         row["load"] = _extra_bytes(_load, arm, world, folder / arm.name)
     if world.is_main:
-        print("MB of a rank, the greatest of all ranks: what it holds, and the peaks in save and load beyond that\n")
+        print("MB per rank, maximum over ranks: tensors held, and peak memory in save and load on top of them\n")
         width = max(len(name) for name in figures)
         print(f"{'':{width}}  {'holds':>8}  {'save':>8}  {'load':>8}")
         for name, row in figures.items():
@@ -373,10 +375,10 @@ def _memory(arms: Sequence[Arm], world: World, folder: Path, args: argparse.Name
 
 
 def _extra_bytes(work: Callable[[Arm, World, Path], None], arm: Arm, world: World, folder: Path) -> int:
-    """Return by how many bytes the process grows at its peak in `work`, on the rank where it grows most. All ranks."""
+    """Return the peak memory growth in bytes during `work`, maximum over ranks. All ranks."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is needed now
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back (proc(5))
+    ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier must not hide new allocations
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
     before = _status_bytes("VmRSS")
     work(arm, world, folder)
     return _max(_status_bytes("VmHWM") - before)
@@ -424,7 +426,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _max(value: int) -> int:
-    """Return the greatest of all ranks' values. All ranks."""
+    """Return the maximum of all ranks' values. All ranks."""
     tensor = torch.tensor(value)
     if dist.is_initialized():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)

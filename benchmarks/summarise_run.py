@@ -1,6 +1,6 @@
-"""Summarise a run in one JSON file: python benchmarks/summarise_run.py OUTPUT_DIR NAME [--note TEXT].
+"""Summarize a run in one JSON file: python benchmarks/summarise_run.py OUTPUT_DIR NAME [--note TEXT].
 
-It writes benchmarks/results/NAME.json: identity and rounding options, versions, machine, evaluations, times.
+It writes benchmarks/results/NAME.json: options that affect the results, versions, machine, evaluations, times.
 """
 
 import argparse
@@ -25,11 +25,11 @@ SKIPPED = (
 
 
 def main() -> None:
-    """Read run.json and metrics.jsonl of a run and write its summary."""
+    """Read run.json and metrics.jsonl of a run and write a summary."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output_dir", type=Path)
-    parser.add_argument("name", help="of the file in benchmarks/results")
-    parser.add_argument("--note", default="", help="what else is to be known, such as work beside the run")
+    parser.add_argument("name", help="name of the file in benchmarks/results")
+    parser.add_argument("--note", default="", help="anything else to know, such as other load on the machine")
     words = parser.parse_args()
     record = json.loads((words.output_dir / "run.json").read_text())
     lines = [json.loads(line) for line in (words.output_dir / "metrics.jsonl").read_text().splitlines()]
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def _portable(value: Any) -> Any:
-    """Return an option's value without the folders of the machine that it was used on."""
+    """Return an option's value without local folders."""
     return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 

@@ -49,7 +49,7 @@ class MnistMlp(Recipe):
     def model(self) -> nn.Module:
         hidden = self.options.hidden
         if any(width < 1 for width in hidden):
-            raise UserError(f"--hidden {' '.join(map(str, hidden))}: a layer must have at least 1 unit")
+            raise UserError(f"--hidden {' '.join(map(str, hidden))}: each layer must have at least 1 unit")
         layers: list[nn.Module] = []
         for num_inputs, num_outputs in pairwise((IMAGE_SIZE * IMAGE_SIZE, *hidden, len(self.classes))):
             layers += [nn.Linear(num_inputs, num_outputs), nn.ReLU()]

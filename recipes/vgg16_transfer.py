@@ -1,4 +1,4 @@
-"""VGG-16 on images: features that were learned elsewhere stay as they are, a new head learns the classes at hand."""
+"""Transfer learning with VGG-16: pretrained, frozen features and a new head for the classes of the data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ DEMO = demo.DEMO
 
 # Channels of the convolutions; 0 is a 2x2 max-pool (Simonyan and Zisserman 2014, configuration D).
 LAYERS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
-LEAST_SIZE = 32  # which five pools halve to one pixel
+MIN_IMAGE_SIZE = 32  # five max-pools reduce it to one pixel
 FEATURES = "features."
 
 
@@ -52,15 +52,15 @@ class VggOptions(ImageOptions):
         super().__post_init__()
         if self.weights == "none":
             self.weights = ""
-        if self.image_size < LEAST_SIZE:
-            raise UserError(f"--image-size {self.image_size}: must be at least {LEAST_SIZE}")
+        if self.image_size < MIN_IMAGE_SIZE:
+            raise UserError(f"--image-size {self.image_size}: must be at least {MIN_IMAGE_SIZE}")
         if not self.width > 0:
             raise UserError(f"--width {self.width}: must be above 0")
         if self.samples_per_class < 0:
             raise UserError(f"--samples-per-class {self.samples_per_class}: must be at least 0")
 
 
-# Narrow enough to be trained from scratch on a CPU, and to show on CIFAR-10's classes what a transfer gains.
+# Narrow enough to train from scratch on a CPU, and to show the gain of transfer on CIFAR-10's classes.
 SMALL = {
     "image_size": 32,
     "convert_images": False,
@@ -82,7 +82,7 @@ SMALL = {
 
 
 class Vgg16Transfer(Recipe):
-    """Train a new head on the frozen features of a pretrained VGG-16, or, without --weights, all of a fresh one."""
+    """Train a new head on frozen pretrained VGG-16 features, or, without --weights, a newly initialized VGG-16."""
 
     options: VggOptions
     presets = {
@@ -102,10 +102,12 @@ class Vgg16Transfer(Recipe):
     def model(self) -> nn.Module:
         options = self.options
         model = Vgg16(len(self.classes), width=options.width, batch_norm=options.batch_norm)
-        never = [name for name, _ in model.named_parameters() if name.startswith(FEATURES) and options.is_frozen(name)]
-        if never and not options.weights and not options.unfreeze_at_step:
+        untrained = [
+            name for name, _ in model.named_parameters() if name.startswith(FEATURES) and options.is_frozen(name)
+        ]
+        if untrained and not options.weights and not options.unfreeze_at_step:
             raise UserError(
-                f"--freeze: without --weights, {never[0]} would stay as drawn at random; give --freeze no such pattern"
+                f"--freeze: without --weights, {untrained[0]} would keep its random values; remove its pattern"
             )
         return model
 
@@ -128,9 +130,9 @@ class Vgg16Transfer(Recipe):
 
 
 class Vgg16(nn.Module):
-    """The convolutions of VGG-16 under torchvision's names, and a head that is one linear layer.
+    """VGG-16's convolutions with torchvision's parameter names, and a head of one linear layer.
 
-    The 512 numbers that it reads are means over positions (7x7 for images of 224x224), so that it fits any size.
+    The head takes the mean over positions (7x7 for 224x224 images) of 512 channels, so it works for any image size.
     """
 
     def __init__(self, num_classes: int, *, width: float, batch_norm: bool) -> None:

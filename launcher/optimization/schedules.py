@@ -1,4 +1,4 @@
-"""Learning-rate schedules: factors on the peak rate, functions of the step alone."""
+"""Learning-rate schedules: factors on the peak learning rate, as functions of the step only."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from shardlaunch.errors import UserError
 
 NAMES = ("constant", "linear", "cosine", "one-cycle")
-# Of one cycle: the share of steps that rise, and the first and the last rate as parts of the peak.
+# One cycle: fraction of the steps for the rise, and first and last learning rate as fractions of the peak.
 ONE_CYCLE_RISE, ONE_CYCLE_FIRST, ONE_CYCLE_LAST = 0.3, 1 / 25, 1 / 250_000
 
 
@@ -38,7 +38,7 @@ class ScheduleOptions:
 
 
 def scheduled(step: int, num_steps: int, options: ScheduleOptions) -> float:
-    """Return the factor on the learning rate of step `step` (from 0) out of `num_steps` that the options ask for."""
+    """Return the options' learning-rate factor for step `step` (from 0) of `num_steps`."""
     warmup_steps = options.warmup_steps or int(options.warmup_ratio * num_steps)
     if options.schedule == "one-cycle":
         return one_cycle(step, num_steps, rise_steps=warmup_steps or int(ONE_CYCLE_RISE * num_steps))
@@ -88,7 +88,7 @@ def cosine(step: int, num_steps: int, *, warmup_steps: int = 0, final: float = 0
 
 
 def one_cycle(step: int, num_steps: int, *, rise_steps: int) -> float:
-    """Rise from 1/25 to 1 and fall to 1/250,000, each along half a cosine (Smith 2018). Momentum stays as it is."""
+    """Rise from 1/25 to 1 and fall to 1/250,000, each along half a cosine (Smith 2018). Momentum is constant."""
     if step < rise_steps:
         first, last, done = ONE_CYCLE_FIRST, 1.0, step / rise_steps
     else:

@@ -1,4 +1,4 @@
-"""Weights of models that are not Hugging Face's, from safetensors files, checkpoints, or the hub."""
+"""Weights of models other than Hugging Face's, from safetensors files, checkpoints or the hub."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +10,12 @@ from shardlaunch.errors import UserError
 
 
 def stored_weights(source: str, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors that safetensors files hold under the names of `expected`; other names in them are left.
+    """Return the tensors of safetensors files that have a name in `expected`; others are ignored.
 
-    `source`, the value of --weights: such a file, a folder with files model*.safetensors, a checkpoint of a run, a
-    run's folder (of which the newest valid checkpoint), or a hub id with a file model.safetensors. Raises UserError
-    when they are not to be had, and for a tensor that is absent or of another shape. Batch norm's count of batches may
-    be absent: files from before torch 0.4.1 do not have it.
+    `source`, the value of --weights: a safetensors file, a folder with model*.safetensors, a checkpoint, a run folder
+    (its newest valid checkpoint), or a hub id with a file model.safetensors. Raises UserError when it is not found, and
+    for a tensor that is missing or of another shape. Batch norm's `num_batches_tracked` may be missing, as in files
+    from before torch 0.4.1.
     """
     path = Path(source).expanduser()
     try:
@@ -26,11 +26,11 @@ def stored_weights(source: str, expected: Mapping[str, torch.Tensor]) -> dict[st
     for name, tensor in expected.items():
         if name not in tensors and name.endswith(".num_batches_tracked"):
             continue
-        wanted, found = list(tensor.shape), list(tensors[name].shape) if name in tensors else "absent"
+        wanted, found = list(tensor.shape), list(tensors[name].shape) if name in tensors else "missing"
         if wanted != found:
             raise UserError(
-                f"--weights {source}: not of this model: {name} is {found} and must be {wanted}; "
-                f"take other weights, or give the model's options the values that they were made with"
+                f"--weights {source}: does not fit this model: {name} is {found} and must be {wanted}; "
+                f"use other weights, or the model options that these weights were trained with"
             )
     return tensors
 
@@ -40,9 +40,9 @@ def _from_hub(source: str) -> Path:
 
     try:
         return Path(hf_hub_download(source, "model.safetensors"))
-    except Exception as error:  # the hub's client raises errors of many families
+    except Exception as error:  # the hub client raises many kinds of errors
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{source}: neither a local path nor to be had from the hub ({reason}). "
-            f"Give a safetensors file or a run's folder, or use --preset demo, which needs no hub."
+            f"{source}: not found locally or on the Hugging Face Hub ({reason}). "
+            f"Give a safetensors file, a run folder or a hub id, or use --preset demo, which works offline."
         ) from error
