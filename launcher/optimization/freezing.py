@@ -6,20 +6,22 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from shardlaunch.errors import UserError, some
+from shardlaunch.launcher.option_fields import option
 
 
 @dataclass(kw_only=True)
 class FreezingOptions:
-    """Options that say what is trained when."""
+    """Options of which parameters are trained."""
 
     freeze: tuple[str, ...] = ()
-    """Parameters that are not trained, by patterns of names such as 'features.*'. Norms among them stand still."""
-    unfreeze_at_step: int = 0
-    """Train all parameters after this step, those of --freeze with a fresh optimizer state; 0: never."""
+    """Parameters not to train, as name patterns such as 'features.*'. Frozen normalization layers also keep their
+    running statistics."""
+    unfreeze_at_step: int = option(0, minimum=0)
+    """Train all parameters after this step; those of --freeze start with a new optimizer state (0: never)."""
 
     def __post_init__(self) -> None:
-        if self.unfreeze_at_step < 0 or (self.unfreeze_at_step and not self.freeze):
-            raise UserError(f"--unfreeze-at-step {self.unfreeze_at_step}: must be at least 0, and goes with --freeze")
+        if self.unfreeze_at_step and not self.freeze:
+            raise UserError(f"--unfreeze-at-step {self.unfreeze_at_step}: goes with --freeze; give both or neither")
 
     def is_frozen(self, name: str) -> bool:
         """Return whether a pattern of --freeze matches a parameter's name."""

@@ -12,6 +12,7 @@ import yaml
 from torch import nn
 
 from shardlaunch.errors import UserError, some
+from shardlaunch.launcher.option_fields import flag, option
 
 # Short names; any other class is given by its dotted path.
 NAMES = {
@@ -28,39 +29,34 @@ L1 = "l1"
 
 @dataclass(kw_only=True)
 class OptimizerOptions:
-    """Options of the optimizer that the launcher builds. What is None is the optimizer's own default."""
+    """Options of the optimizer that the launcher builds. None stands for the optimizer's own default."""
 
-    lr: float = 1e-3
+    lr: float = option(1e-3, above=0)
     """Peak learning rate."""
     optimizer: str = "adamw"
     """sgd, adam, adamw, rmsprop, adagrad, or a class by its dotted path, such as torch.optim.NAdam."""
     momentum: float | None = None
     """Momentum (sgd, rmsprop)."""
     nesterov: bool = False
-    """Nesterov's momentum (sgd)."""
+    """Nesterov momentum (sgd)."""
     betas: tuple[float, float] | None = None
-    """Decay rates of the running means of gradients and their squares (adam, adamw)."""
+    """Decay rates of the running averages of gradients and of their squares (adam, adamw)."""
     eps: float | None = None
-    """What is added to the divisor, against divisions by zero (adam, adamw, rmsprop, adagrad)."""
-    weight_decay: float = 0.0
-    """Weight decay of matrices; biases and norms (tensors of one dimension) have none."""
+    """Epsilon in the denominator, for numerical stability (adam, adamw, rmsprop, adagrad)."""
+    weight_decay: float = option(0.0, minimum=0)
+    """Weight decay of parameters with at least two dimensions; biases and normalization layers have none."""
+    l1: float = option(0.0, minimum=0)
+    """L1 penalty, applied as a proximal (soft-thresholding) step after each update."""
     decay_all: bool = False
-    """Weight decay and L1 for biases and norms too."""
-    l1: float = 0.0
-    """Pull weights to 0 by this times the learning rate after each update, and no further than to 0."""
+    """Apply --weight-decay and --l1 to biases and normalization layers too."""
     optimizer_args: tuple[str, ...] = ()
     """Other arguments of the optimizer, each NAME=VALUE."""
     lr_factors: tuple[str, ...] = ()
-    """Other learning rates for some parameters, each PATTERN=FACTOR: the first pattern that matches a name counts."""
+    """Factors on the learning rate for some parameters, each PATTERN=FACTOR; the first matching pattern counts."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise UserError(f"--lr {self.lr}: must be above 0")
-        for name, value in (("--weight-decay", self.weight_decay), ("--l1", self.l1)):
-            if not value >= 0:
-                raise UserError(f"{name} {value}: must be at least 0")
         if self.decay_all and not (self.weight_decay or self.l1):
-            raise UserError("--decay-all: goes with --weight-decay or --l1; give one of them, or drop the option")
+            raise UserError("--decay-all: goes with --weight-decay or --l1; give one of them, or remove the option")
 
 
 def check_optimizer_options(options: OptimizerOptions) -> None:
@@ -210,9 +206,9 @@ def _optimizer_args(options: OptimizerOptions) -> dict[str, Any]:
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
     for name in arguments:
         if name not in taken and not takes_any:
-            flag = f"--{name.replace('_', '-')}" if name in given else f"--optimizer-args {name}"
+            asked = flag(name) if name in given else f"--optimizer-args {name}"
             names = ", ".join(name for name in taken if name != "params")
-            raise UserError(f"{flag}: not supported by --optimizer {options.optimizer}; supported: {names}")
+            raise UserError(f"{asked}: not supported by --optimizer {options.optimizer}; supported: {names}")
     arguments.pop("weight_decay", None)  # it is set per group
     return arguments
 

@@ -2,37 +2,29 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.option_fields import option
 
-NAMES = ("constant", "linear", "cosine", "one-cycle")
 # One cycle: fraction of the steps for the rise, and first and last learning rate as fractions of the peak.
 ONE_CYCLE_RISE, ONE_CYCLE_FIRST, ONE_CYCLE_LAST = 0.3, 1 / 25, 1 / 250_000
 
 
 @dataclass(kw_only=True)
 class ScheduleOptions:
-    """Options of the schedule that the launcher follows."""
+    """Options of the learning-rate schedule."""
 
-    schedule: str = "constant"
-    """constant, linear, cosine, or one-cycle: how the learning rate goes on after the warm-up."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises; if above 0, it takes the place of --warmup-ratio."""
-    warmup_ratio: float = 0.0
-    """Share of the steps over which the learning rate rises (one-cycle: 0.3 if none is given)."""
-    final_lr_ratio: float = 0.0
-    """Part of the peak rate at which linear and cosine end."""
+    schedule: Literal["constant", "linear", "cosine", "one-cycle"] = "constant"
+    """Learning-rate schedule after warm-up."""
+    warmup_steps: int = option(0, minimum=0)
+    """Warm-up steps, instead of --warmup-ratio (0: use the ratio)."""
+    warmup_ratio: float = option(0.0, minimum=0, below=1)
+    """Warm-up as a fraction of all steps (one-cycle: 0.3 if 0)."""
+    final_lr_ratio: float = option(0.0, minimum=0, maximum=1)
+    """Final learning rate of linear and cosine, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
-        if self.schedule not in NAMES:
-            raise UserError(f"--schedule {self.schedule}: unknown; choose one of {', '.join(NAMES)}")
-        if self.warmup_steps < 0 or not 0 <= self.warmup_ratio < 1:
-            raise UserError(
-                f"--warmup-steps {self.warmup_steps} --warmup-ratio {self.warmup_ratio}: must be at least 0, and the "
-                f"ratio below 1"
-            )
-        if not 0 <= self.final_lr_ratio <= 1:
-            raise UserError(f"--final-lr-ratio {self.final_lr_ratio}: must be from 0 to 1")
         if self.final_lr_ratio and self.schedule not in ("linear", "cosine"):
             raise UserError(f"--final-lr-ratio: --schedule {self.schedule} does not take it; linear and cosine do")
 

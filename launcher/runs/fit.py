@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shardlaunch.launcher.options import Options, options_from_keywords
+from shardlaunch.launcher.options import Options
+from shardlaunch.launcher.parsing import options_from_keywords
 from shardlaunch.launcher.recipe import Recipe, check_in_effect, options_type_of
 from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.runs.cross_validation import cross_validate

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import register_fsdp_forward_method
 
 from shardlaunch.errors import UserError
 
@@ -38,6 +37,8 @@ def generate(model: Any, **options: Any) -> torch.Tensor:
     all are done.
     """
     if "generate" not in vars(model):  # generate() calls the encoder directly; has an effect under FSDP2 only
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
         register_fsdp_forward_method(model, "generate")
     is_shared = dist.is_initialized() and dist.get_world_size() > 1
     generated: torch.Tensor = model.generate(**options, synced_gpus=is_shared)

@@ -29,24 +29,18 @@ _MEAN, _STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0
 class ImageOptions(Options):
     """Options of every recipe that reads images."""
 
-    image_column: str = option("", mark="free")
-    """Column of the images; none: image, or img, as CIFAR-10 on the hub has it."""
-    label_column: str = option("label", mark="free")
+    image_column: str = option("", mark="free", group="image")
+    """Column of the images (default: image, or img)."""
+    label_column: str = option("label", mark="free", group="image")
     """Column of the classes: names or whole numbers."""
-    convert_images: bool = option(False, mark="free")
-    """Scale images of another size (and cut out their middle) and convert other modes, instead of refusing them."""
-    flip: bool = False
-    """Mirror half of the training images, left to right."""
-    shift: int = 0
-    """Move training images by up to so many pixels in each direction: a random crop."""
-    cutout: int = 0
-    """Gray out a square of so many pixels a side somewhere in each training image (DeVries and Taylor 2017)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value in (("--shift", self.shift), ("--cutout", self.cutout)):
-            if value < 0:
-                raise UserError(f"{name} {value}: must be at least 0")
+    convert_images: bool = option(False, mark="free", group="image")
+    """Resize, center-crop and convert images of another size or mode, instead of refusing them."""
+    flip: bool = option(False, group="image")
+    """Flip half of the training images horizontally."""
+    shift: int = option(0, group="image", minimum=0)
+    """Shift training images at random by up to N pixels in each direction."""
+    cutout: int = option(0, group="image", minimum=0)
+    """Gray out a random square of N x N pixels in each training image (DeVries and Taylor 2017)."""
 
 
 def load_images(options: ImageOptions, *, size: int, num_channels: int) -> tuple[dict[str, TensorData], list[str]]:

@@ -54,6 +54,24 @@ REGRESSION: Mapping[str, Build] = {
 METRICS = {**CLASSIFICATION, **REGRESSION}
 
 
+def _text(kind: str, name: str) -> Callable[[], Any]:
+    def build() -> Any:
+        from shardlaunch.launcher.toolkit import text_metrics
+
+        return getattr(text_metrics, kind)(name)
+
+    return build
+
+
+TEXT_METRICS: Mapping[str, Callable[[], Any]] = {
+    "bleu": _text("CorpusScore", "BLEU"),
+    "chrf": _text("CorpusScore", "CHRF"),
+    "rouge1": _text("RougeScore", "rouge1"),
+    "rouge2": _text("RougeScore", "rouge2"),
+    "rougeL": _text("RougeScore", "rougeL"),
+}
+
+
 def named_metrics(
     *names: str,
     num_classes: int = 0,
@@ -70,3 +88,11 @@ def named_metrics(
         if name in CLASSIFICATION and num_classes < 2:
             raise UserError(f"metric {name!r}: num_classes is {num_classes}; at least two classes are required")
     return {name: among[name](num_classes) for name in names}
+
+
+def text_metrics(*names: str) -> dict[str, Any]:
+    """Return metrics of generated texts by name (`TEXT_METRICS`). Raises UserError for an unknown name."""
+    for name in names:
+        if name not in TEXT_METRICS:
+            raise UserError(f"unknown metric {name!r}; available: {', '.join(TEXT_METRICS)}")
+    return {name: TEXT_METRICS[name]() for name in names}

@@ -1,12 +1,13 @@
 """Text metrics: BLEU and chrF by sacrebleu, ROUGE by rouge-score, perplexity, and bits per unit of text.
 
+Their base class takes longer to import than torch, so this module is imported where a metric is built.
+
 Metrics of generated texts take two lists, `update(hypotheses, references)`; scores are from 0 to 100. Every text counts
 once, on any number of ranks.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -128,23 +129,6 @@ class RougeScore(Metric):
     def signature(self) -> str:
         """Return a description of the metric, to report with the score."""
         return f"{self._name}|measure:f1|stem:yes|version:rouge-score {version('rouge-score')}"
-
-
-TEXT_METRICS: dict[str, Callable[[], Metric]] = {
-    "bleu": partial(CorpusScore, "BLEU"),
-    "chrf": partial(CorpusScore, "CHRF"),
-    "rouge1": partial(RougeScore, "rouge1"),
-    "rouge2": partial(RougeScore, "rouge2"),
-    "rougeL": partial(RougeScore, "rougeL"),
-}
-
-
-def text_metrics(*names: str) -> dict[str, Metric]:
-    """Return metrics of generated texts by name (`TEXT_METRICS`). Raises UserError for an unknown name."""
-    for name in names:
-        if name not in TEXT_METRICS:
-            raise UserError(f"unknown metric {name!r}; available: {', '.join(TEXT_METRICS)}")
-    return {name: TEXT_METRICS[name]() for name in names}
 
 
 def _module(name: str, package: str) -> Any:

@@ -3,29 +3,36 @@
 Topic modules hold what recipes use besides: `shardlaunch.data`, `.images`, `.text`, `.metrics`, `.demo`.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from shardlaunch.errors import UserError
-from shardlaunch.launcher.launch import launch
-from shardlaunch.launcher.options import Options, option
-from shardlaunch.launcher.recipe import Recipe
-from shardlaunch.launcher.tensor_data import TensorData
-
 if TYPE_CHECKING:
+    from shardlaunch.errors import UserError
     from shardlaunch.launcher.commands.start import start
+    from shardlaunch.launcher.launch import launch
+    from shardlaunch.launcher.options import Options, option
+    from shardlaunch.launcher.recipe import Recipe
     from shardlaunch.launcher.runs.fit import fit
+    from shardlaunch.launcher.tensor_data import TensorData
 
 __all__ = ["Options", "Recipe", "TensorData", "UserError", "fit", "launch", "option", "start"]
 
+# Imported when they are first asked for, so that `shardlaunch --help` need not wait for torch.
+_HOMES = {
+    "Options": "launcher.options",
+    "Recipe": "launcher.recipe",
+    "TensorData": "launcher.tensor_data",
+    "UserError": "errors",
+    "fit": "launcher.runs.fit",
+    "launch": "launcher.launch",
+    "option": "launcher.options",
+    "start": "launcher.commands.start",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import `fit` and `start` when they are asked for: a command line that is only read needs neither."""
-    if name == "fit":
-        from shardlaunch.launcher.runs.fit import fit
-
-        return fit
-    if name == "start":
-        from shardlaunch.launcher.commands.start import start
-
-        return start
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

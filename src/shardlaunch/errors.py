@@ -3,6 +3,10 @@
 from collections.abc import Iterable
 
 MOST_NAMED = 10
+# Exit statuses: of a run whose other ranks are gone, of a UserError, and after Ctrl-C.
+EXIT_OTHER_ERROR = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 class UserError(ValueError):

@@ -1,7 +1,17 @@
 """Metrics that are exact on any number of ranks: classification, regression, language models, generated texts."""
 
-from shardlaunch.launcher.toolkit.metrics import CLASSIFICATION, REGRESSION, named_metrics
-from shardlaunch.launcher.toolkit.text_metrics import TEXT_METRICS, BitsPer, Perplexity, text_metrics
+from typing import TYPE_CHECKING, Any
+
+from shardlaunch.launcher.toolkit.metrics import (
+    CLASSIFICATION,
+    REGRESSION,
+    TEXT_METRICS,
+    named_metrics,
+    text_metrics,
+)
+
+if TYPE_CHECKING:
+    from shardlaunch.launcher.toolkit.text_metrics import BitsPer, Perplexity
 
 __all__ = [
     "CLASSIFICATION",
@@ -12,3 +22,12 @@ __all__ = [
     "named_metrics",
     "text_metrics",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the classes when they are asked for: torchmetrics takes longer to import than torch."""
+    if name not in ("BitsPer", "Perplexity"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from shardlaunch.launcher.toolkit import text_metrics as classes
+
+    return getattr(classes, name)

@@ -10,9 +10,8 @@ import torch.distributed as dist
 from rouge_score.rouge_scorer import RougeScorer
 
 from shardlaunch import UserError
-from shardlaunch.launcher.toolkit.text_metrics import TEXT_METRICS
 from shardlaunch.launcher.training.evaluation import _empty
-from shardlaunch.metrics import text_metrics
+from shardlaunch.metrics import TEXT_METRICS, text_metrics
 from tests.distributed.ranks import run_on_ranks
 
 WORDS = ["the", "a", "cat", "dog", "sees", "runs", "quickly,", "naïve", "Häuser", "10.5", "猫", "!"]

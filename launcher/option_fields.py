@@ -1,0 +1,155 @@
+"""Fields of the option dataclasses: how an option is declared, which values it takes, and the one check of them all."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import field, fields, is_dataclass
+from functools import cache
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from shardlaunch.errors import UserError
+
+Mark = Literal["identity", "warn", "free"]
+_BOUNDS = {
+    "minimum": (lambda value, bound: value >= bound, "at least"),
+    "above": (lambda value, bound: value > bound, "above"),
+    "maximum": (lambda value, bound: value <= bound, "at most"),
+    "below": (lambda value, bound: value < bound, "below"),
+}
+_SINGULAR = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+_PLURAL = {int: "whole numbers", float: "numbers", bool: "True or False", str: "texts"}
+
+
+def option(
+    default: Any,
+    *,
+    mark: Mark | None = None,
+    group: str = "",
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Declare an option: its default, what it means at a resume, and its range (a dataclass field).
+
+    `identity` changes the run: a resume with another value is refused. `warn` changes rounding. `free` changes nothing.
+    An option declared without this function is `identity`; one that is declared again without it, for another default,
+    stays as it was. `minimum` and `maximum` are allowed values themselves,
+    `above` and `below` are not; of a tuple, each value must lie in the range. `group` is a heading of `--help`; without
+    it, an option of a recipe stands with the recipe's own.
+    """
+    given = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
+    bounds = MappingProxyType({name: bound for name, bound in given.items() if bound is not None})
+    return field(default=default, metadata={"mark": mark, "group": group, "bounds": bounds})
+
+
+def flag(name: str) -> str:
+    """Return an option's name as it stands on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def option_types(options_type: type) -> Mapping[str, Any]:
+    """Return the type of each option, None left out of it.
+
+    A class that declares an option again as plain text, for a default of its own, keeps the choices of its base.
+    """
+    key: Any = options_type  # a class, which mypy takes to be as little hashable as its instances
+    return _types(key)
+
+
+@cache
+def _types(options_type: Any) -> Mapping[str, Any]:
+    by_class = [_without_none(get_type_hints(owner)) for owner in options_type.__mro__ if is_dataclass(owner)]
+    return {f.name: _narrowest([hints[f.name] for hints in by_class if f.name in hints]) for f in fields(options_type)}
+
+
+def _narrowest(hints: Sequence[Any]) -> Any:
+    choices = [hint for hint in hints if get_origin(hint) is Literal]
+    return choices[0] if choices and hints[0] in (str, int) else hints[0]
+
+
+def inherited(options_type: type, name: str, key: str, default: Any) -> Any:
+    """Return what option() said of an option where it was last declared with it: its `mark`, `group` or `bounds`."""
+    for owner in options_type.__mro__:
+        found = owner.__dict__.get("__dataclass_fields__", {}).get(name)
+        if found is not None and found.metadata.get(key):
+            return found.metadata[key]
+    return default
+
+
+def is_list(hint: Any) -> bool:
+    """Return whether an option of this type takes several values."""
+    return get_origin(hint) is tuple
+
+
+def expected(hint: Any) -> str:
+    """Return what an option of this type must be, for a message."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if is_list(hint):
+        inner = get_args(hint)
+        count = "" if Ellipsis in inner else f"{len(inner)} "
+        if get_origin(inner[0]) is Literal:
+            return f"values out of {', '.join(map(str, get_args(inner[0])))}"
+        return f"{count}{_PLURAL.get(inner[0], 'values')}"
+    return _SINGULAR.get(hint) or f"a {getattr(hint, '__name__', hint)}"
+
+
+def check_values(options: Any) -> None:
+    """Raise UserError for the first option whose value is of another type or out of its range.
+
+    Lists become tuples, paths become texts, and whole numbers become floats, where the option's type says so.
+    """
+    hints = option_types(type(options))
+    for f in fields(options):
+        value = getattr(options, f.name)
+        if value is None and f.default is None:
+            continue
+        value = _converted(value, hints[f.name])
+        text = f"{flag(f.name)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        if not _is_of(value, hints[f.name]):
+            raise UserError(f"{text}: must be {expected(hints[f.name])}")
+        _check_bounds(inherited(type(options), f.name, "bounds", {}), value, text)
+        setattr(options, f.name, value)
+
+
+def _without_none(hints: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {}
+    for name, hint in hints.items():
+        arms = [arm for arm in get_args(hint) if arm is not NoneType]
+        plain[name] = arms[0] if get_origin(hint) in (Union, UnionType) and len(arms) == 1 else hint
+    return plain
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    if isinstance(value, list) and is_list(hint):
+        value = tuple(value)
+    if isinstance(value, tuple) and is_list(hint):
+        return tuple(_converted(one, get_args(hint)[0]) for one in value)
+    if isinstance(value, os.PathLike) and hint is str:
+        return os.fspath(value)
+    if type(value) is int and hint is float:
+        return float(value)
+    return value
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Return whether a value is of an option's type; of types that only a recipe knows, all are."""
+    if get_origin(hint) is Literal:
+        return any(value == one and type(value) is type(one) for one in get_args(hint))
+    if is_list(hint):
+        inner = get_args(hint)
+        kinds = (inner[0],) * len(value) if Ellipsis in inner and isinstance(value, tuple) else inner
+        is_whole = isinstance(value, tuple) and len(value) == len(kinds)
+        return is_whole and all(_is_of(one, kind) for one, kind in zip(value, kinds, strict=True))
+    if hint in _SINGULAR:
+        return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    return True
+
+
+def _check_bounds(bounds: Mapping[str, float], value: Any, text: str) -> None:
+    values = value if isinstance(value, tuple) else (value,)
+    # Asked in the positive, so that NaN is refused too.
+    if not all(_BOUNDS[name][0](one, bound) for name, bound in bounds.items() for one in values):
+        limits = " and ".join(f"{_BOUNDS[name][1]} {bound}" for name, bound in bounds.items())
+        raise UserError(f"{text}: {'each value ' if isinstance(value, tuple) else ''}must be {limits}")

@@ -1,0 +1,113 @@
+"""What other trainers call it: options of theirs, and how the same is said here."""
+
+import re
+from collections.abc import Collection
+from difflib import get_close_matches
+
+from shardlaunch.launcher.option_fields import flag
+
+_GLOBAL = "did you mean --global-batch-size? It counts the samples of one step over all ranks, with accumulation"
+_MICRO = (
+    "did you mean --micro-batch-size? --global-batch-size counts the samples of one step over all ranks, and "
+    "accumulation follows from the two"
+)
+_ACCUMULATION = (
+    "no such option here; accumulation follows from --global-batch-size, --micro-batch-size and the number of ranks"
+)
+_NUMBER_OF_RANKS = (
+    "the number of ranks is the launcher's: `shardlaunch run RECIPE --ranks N`, torchrun or accelerate launch"
+)
+_SEVERAL_MACHINES = "several machines are the launcher's: torchrun --nnodes N, or accelerate launch"
+_ALWAYS = "no such option here; a run trains, and evaluates where there is evaluation data"
+_EVALUATE = "did you mean --eval-every N (steps)? Without it, each epoch ends with an evaluation"
+_SAVE = "did you mean --save-every N (steps)? The end of the run is always saved"
+_LOG = "did you mean --log-every (metrics.jsonl) or --track-every (trackers)?"
+_WARM_UP = "did you mean --warmup-steps or --warmup-ratio (a fraction of all steps)?"
+_CLIP = "did you mean --max-grad-norm?"
+_BETAS = "did you mean --betas BETA1 BETA2?"
+_RESUME = (
+    "did you mean --resume? By default (auto), the same command resumes from the newest checkpoint of its --output-dir"
+)
+
+_ADVICE = {
+    "learning_rate": "did you mean --lr?",
+    "batch_size": _GLOBAL,
+    "train_batch_size": _GLOBAL,
+    "per_device_train_batch_size": _MICRO,
+    "per_gpu_train_batch_size": _MICRO,
+    "train_micro_batch_size_per_gpu": _MICRO,
+    "per_device_eval_batch_size": "no such option here; an evaluation uses --micro-batch-size",
+    "eval_batch_size": "no such option here; an evaluation uses --micro-batch-size",
+    "gradient_accumulation_steps": _ACCUMULATION,
+    "accumulate_grad_batches": _ACCUMULATION,
+    "num_train_epochs": "did you mean --epochs?",
+    "num_epochs": "did you mean --epochs?",
+    "max_epochs": "did you mean --epochs?",
+    "bf16": "did you mean --precision bf16?",
+    "fp16": "did you mean --precision fp16?",
+    "mixed_precision": "did you mean --precision?",
+    "evaluation_strategy": _EVALUATE,
+    "eval_strategy": _EVALUATE,
+    "eval_steps": _EVALUATE,
+    "val_check_interval": _EVALUATE,
+    "save_strategy": _SAVE,
+    "save_steps": _SAVE,
+    "checkpointing_steps": _SAVE,
+    "save_total_limit": "did you mean --keep?",
+    "load_best_model_at_end": "did you mean --save-on-best? It keeps the best checkpoint beside the newest",
+    "logging_steps": _LOG,
+    "log_every_n_steps": _LOG,
+    "logging_dir": "did you mean --output-dir? TensorBoard files are written below it",
+    "report_to": "did you mean --tracker?",
+    "with_tracking": "did you mean --tracker?",
+    "warmup": _WARM_UP,
+    "num_warmup_steps": _WARM_UP,
+    "lr_scheduler_type": "did you mean --schedule?",
+    "lr_scheduler": "did you mean --schedule?",
+    "scheduler": "did you mean --schedule?",
+    "optim": "did you mean --optimizer?",
+    "adam_beta1": _BETAS,
+    "adam_beta2": _BETAS,
+    "adam_epsilon": "did you mean --eps?",
+    "gradient_clipping": _CLIP,
+    "gradient_clip_val": _CLIP,
+    "clip_grad_norm": _CLIP,
+    "dataloader_num_workers": "did you mean --num-workers?",
+    "dataset": "did you mean --data?",
+    "dataset_name": "did you mean --data?",
+    "train_file": "did you mean --data? A folder may hold train and test files",
+    "model_name": "did you mean --model?",
+    "model_name_or_path": "did you mean --model?",
+    "max_seq_length": "did you mean --max-length?",
+    "max_seq_len": "did you mean --max-length?",
+    "torch_compile": "did you mean --compile?",
+    "fsdp": "did you mean --strategy fsdp2?",
+    "deepspeed": "did you mean --strategy zero1, zero2 or zero3?",
+    "resume_from_checkpoint": _RESUME,
+    "ckpt_path": _RESUME,
+    "overwrite_output_dir": "no such option here; a new run needs another --output-dir, and the same one is resumed",
+    "do_train": _ALWAYS,
+    "do_eval": _ALWAYS,
+    "devices": _NUMBER_OF_RANKS,
+    "gpus": _NUMBER_OF_RANKS,
+    "num_processes": _NUMBER_OF_RANKS,
+    "nproc_per_node": _NUMBER_OF_RANKS,
+    "ranks": _NUMBER_OF_RANKS,
+    "num_nodes": _SEVERAL_MACHINES,
+    "num_machines": _SEVERAL_MACHINES,
+    "nnodes": _SEVERAL_MACHINES,
+    "local_rank": "no such option here; the launcher tells each rank its number by environment variables",
+}
+
+
+def advice(name: str, known: Collection[str]) -> str:
+    """Return what to say of an unknown option `name` (with underscores), given the names that a recipe knows."""
+    text = _ADVICE.get(name, "")
+    if text and ("did you mean" not in text or _flags(text)[0].replace("-", "_") in known):
+        return text
+    near = [flag(match) for match in get_close_matches(name, known, n=2)]
+    return f"unknown option; did you mean {' or '.join(near)}?" if near else "unknown option; --help lists all"
+
+
+def _flags(text: str) -> list[str]:
+    return re.findall(r"--([a-z0-9-]+)", text)

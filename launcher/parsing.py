@@ -1,0 +1,203 @@
+"""From words to options: command line, YAML file, preset and keyword arguments, all by the same rules."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+
+from shardlaunch.errors import UserError
+from shardlaunch.launcher.optimization.optimizers import for_its_optimizer
+from shardlaunch.launcher.option_fields import expected, flag, is_list, option_types
+from shardlaunch.launcher.options import Options
+from shardlaunch.launcher.other_trainers import advice
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+_HELP = ("-h", "--help")
+
+
+def parse_options(
+    options_type: type[OptionsT],
+    presets: Mapping[str, Mapping[str, Any]],
+    argv: Sequence[str],
+    *,
+    program: str,
+    description: str,
+    show: bool = True,
+) -> OptionsT:
+    """Return the options: the class's defaults, then the preset's, then the YAML file's, then the command line's.
+
+    `show` is False on the ranks that print nothing. Raises UserError for what cannot be understood, and SystemExit
+    after --help, which shows the defaults with those of the preset.
+    """
+    given = _typed_words(options_type, [word for word in argv if word not in _HELP])
+    if not any(word in _HELP for word in argv):
+        return options_from_keywords(options_type, presets, given)
+    if show:
+        from shardlaunch.launcher.option_help import show_help
+
+        preset = given.get("preset") or _config(options_type, given).get("preset", "")
+        default = _defaults(options_type, presets, preset)
+        if presets:
+            description = f"{description}\n\nPresets (--preset): {', '.join(presets)}"
+        show_help(default, program=program, description=description)
+    raise SystemExit(0)
+
+
+def options_from_keywords(
+    options_type: type[OptionsT],
+    presets: Mapping[str, Mapping[str, Any]],
+    keywords: Mapping[str, Any],
+    *,
+    base: OptionsT | None = None,
+) -> OptionsT:
+    """Return the options: those of `base`, or the class's defaults, the preset's and the YAML file's; then `keywords`.
+
+    Raises UserError for unknown names and for values that an option cannot have.
+    """
+    known = option_types(options_type)
+    _refuse([f"{name}: {advice(name, known)}" for name in keywords if name not in known])
+    config: Mapping[str, Any] = {}
+    explicitly_set = frozenset(keywords)
+    if base is None:
+        config = _config(options_type, keywords)
+        default = _defaults(options_type, presets, keywords.get("preset") or config.get("preset", ""))
+        explicitly_set |= frozenset(config)
+    elif "preset" in keywords or "config" in keywords:
+        raise UserError("preset and config go with a recipe class, not with an instance, whose options are set")
+    else:
+        default = base
+        explicitly_set |= base.explicitly_set
+    options = replace(default, **{**config, **keywords})
+    options = for_its_optimizer(options, default, explicitly_set=explicitly_set)
+    options.explicitly_set = explicitly_set
+    return options
+
+
+def _defaults(options_type: type[OptionsT], presets: Mapping[str, Mapping[str, Any]], preset: str) -> OptionsT:
+    """Return the options of a class and a preset (none: empty)."""
+    try:
+        default = options_type()
+    except TypeError as error:
+        raise UserError(f"every option of a recipe needs a default: {error}") from error
+    if not preset:
+        return default
+    if preset not in presets:
+        choices = f"choose one of {', '.join(presets)}" if presets else "this recipe has none"
+        raise UserError(f"--preset {preset}: unknown; {choices}")
+    known = option_types(options_type)
+    _refuse([f"--preset {preset}: {name}: {advice(name, known)}" for name in presets[preset] if name not in known])
+    return replace(default, **presets[preset])
+
+
+def _typed_words(options_type: type[Options], words: Sequence[str]) -> dict[str, Any]:
+    """Return the values on a command line: `--name value`, `--name=value`, `--name`, `--no-name`; the last one counts.
+
+    Hyphens and underscores are the same. An option takes all words up to the next that begins with two hyphens.
+    """
+    hints = option_types(options_type)
+    found: dict[str, tuple[bool, list[str]]] = {}
+    unknown = []
+    values: list[str] | None = None
+    for word in words:
+        if not word.startswith("--"):
+            if values is None:
+                raise UserError(f"{word}: not an option; options begin with two hyphens, as in --epochs 3")
+            values.append(word)
+            continue
+        spelled, has_value, value = word.partition("=")
+        name = spelled[2:].replace("-", "_")
+        is_off = name not in hints and hints.get(name.removeprefix("no_")) is bool
+        values = [value] if has_value else []
+        if name not in hints and not is_off:
+            unknown.append(f"{spelled}: {advice(name, hints)}")
+        else:
+            found[name.removeprefix("no_") if is_off else name] = (not is_off, values)
+    _refuse(unknown)
+    typed: dict[str, Any] = {}
+    for name, (is_on, texts) in found.items():
+        if hints[name] is bool:
+            if texts:
+                raise UserError(f"{flag(name)} {' '.join(texts)}: takes no value; to turn it off: {flag(f'no_{name}')}")
+            typed[name] = is_on
+        else:
+            typed[name] = _value(options_type, name, texts)
+    return typed
+
+
+def _config(options_type: type[Options], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values in the YAML file that --config names, read by the rules of the command line."""
+    if not given.get("config"):
+        return {}
+    path = Path(given["config"])
+    where = f"--config {path}"
+    try:
+        with open(path) as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: must be a mapping of option names to values")
+    hints = option_types(options_type)
+    named = {str(key): str(key).replace("-", "_") for key in content}
+    _refuse([f"{where}: {key}: {advice(name, hints)}" for key, name in named.items() if name not in hints])
+    typed: dict[str, Any] = {}
+    for key, value in content.items():
+        name = named[str(key)]
+        hint = hints[name]
+        if name == "config":
+            raise UserError(f"{where}: a file of options cannot name another one; remove {key!r}")
+        if value is None:
+            continue
+        if isinstance(value, dict) or isinstance(value, list) != is_list(hint):
+            wanted = "a list of values" if is_list(hint) else "a single value"
+            raise UserError(f"{where}: option {key!r} takes {wanted}, not {value!r}")
+        if isinstance(value, bool) != (hint is bool):
+            raise UserError(f"{where}: option {key!r} cannot be {value!r}; it must be {expected(hint)}")
+        texts = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        typed[name] = value if hint is bool else _value(options_type, name, texts, where=f"{where}: ")
+    return typed
+
+
+def _value(options_type: type[Options], name: str, texts: Sequence[str], *, where: str = "") -> Any:
+    """Return an option's value, read from its words by tyro's rule for its type."""
+    key: Any = options_type
+    spec = _rule(key, name)
+    counts = (spec.nargs,) if isinstance(spec.nargs, int) else spec.nargs
+    wanted = expected(option_types(options_type)[name])
+    if not texts and counts != "*":
+        raise UserError(f"{where}{flag(name)}: its value is missing; it must be {wanted}")
+    if counts == (1,) and len(texts) > 1:
+        raise UserError(f"{where}{flag(name)}: takes one value, not {len(texts)}: {' '.join(texts)}")
+    problem = UserError(f"{where}{flag(name)} {' '.join(texts)}: must be {wanted}")
+    if (counts != "*" and len(texts) not in counts) or not set(texts) <= set(spec.choices or texts):
+        raise problem
+    try:
+        return spec.instance_from_str(list(texts))
+    except ValueError:
+        raise problem from None
+
+
+@cache
+def _rule(options_type: Any, name: str) -> Any:
+    # Imported here, because a run that keeps all defaults has no word to read.
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    hint = get_type_hints(options_type)[name]
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(hint, set()))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        raise UserError(f"{flag(name)}: an option cannot be of type {hint}; choose a plain type or a tuple of them")
+    return spec
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    """Raise UserError for unknown names, a line per name."""
+    text = "\n".join(problems)
+    if text:
+        raise UserError(text)
