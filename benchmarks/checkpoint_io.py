@@ -22,11 +22,9 @@ every rank takes and frees memory, for a virtual machine may have to fetch free 
 import argparse
 import ctypes
 import gc
-import json
 import math
 import mmap
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -44,7 +42,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 from accelerate import Accelerator
-from accelerate import __version__ as accelerate_version
+from record import machine, versions, write_result
 from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -203,7 +201,7 @@ class Bench:
             return [*(p.detach() for p in model.parameters()), *(t for entry in entries for t in entry.values())]
 
         return Arm(
-            name="accelerate" if self.world.size == 1 else "accelerate (DDP: rank 0 writes)",
+            name="accelerate",
             tensors=tensors,
             save=lambda folder: accelerator.save_state(str(folder)),
             load=lambda folder: accelerator.load_state(str(folder)),
@@ -219,7 +217,7 @@ class Bench:
         def save(folder: Path) -> None:
             torch.save(state, folder / self._file_name)
 
-        return Arm(name="torch.save, a file a rank", tensors=self.tensors, save=save, load=load)
+        return Arm(name="torch.save", tensors=self.tensors, save=save, load=load)
 
     @property
     def _file_name(self) -> str:
@@ -235,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--written-by", type=int, nargs="*", default=[1, 2, 4], help="load what so many ranks wrote")
     parser.add_argument("--memory", action="store_true", help="measure peaks of memory, not time")
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="a folder on the disk to measure")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    parser.add_argument("--result", default="", help="also write the figures to benchmarks/results/NAME.json")
     parser.add_argument("--write-only", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -249,10 +247,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             arms = _prepare(Bench(world=world, gigabytes=args.gigabytes, held=held), folder, args)
             report = (_memory if args.memory else _rounds)(arms, world, folder, args)
         if world.is_main:
-            report |= {"machine": _machine(args, world, held)}
-            print("\n".join(f"{key:9}{value}" for key, value in report["machine"].items()))
-            if args.json:
-                args.json.write_text(json.dumps(report, indent=1))
+            report = _about(args, world) | report
+            print("\n".join(f"{key:9}{value}" for key, value in _described(args, world, held).items()))
+            if args.result:
+                write_result(args.result, report)
     disconnect(world)
 
 
@@ -313,7 +311,9 @@ def _rounds(arms: Sequence[Arm], world: World, folder: Path, args: argparse.Name
         savers = [arm for arm in arms if arm.save]
         _print_table("save", [(arm.name, arm.save_s) for arm in savers], [arm.returned_s for arm in savers])
         _print_table("load", [(arm.name, arm.load_s) for arm in arms])
-    return {arm.name: {"save_s": arm.save_s, "returned_s": arm.returned_s, "load_s": arm.load_s} for arm in arms}
+    saves = [(f"save: {arm.name}", arm.save_s, arms[0].save_s) for arm in arms if arm.save]
+    loads = [(f"load: {arm.name}", arm.load_s, arms[0].load_s) for arm in arms]
+    return {"unit": "seconds", "rounds": args.rounds, "rows": [_row(*row) for row in saves + loads]}
 
 
 def _save(arm: Arm, world: World, folder: Path) -> None:
@@ -369,7 +369,7 @@ def _memory(arms: Sequence[Arm], world: World, folder: Path, args: argparse.Name
             cells = (f"{row[key] / 1e6:8.1f}" if key in row else f"{'':8}" for key in ("holds", "save", "load"))
             print(f"{name:{width}}  " + "  ".join(cells))
         print()
-    return {"memory_bytes": figures}
+    return {"unit": "bytes of host memory per rank", "memory_bytes": figures}
 
 
 def _extra_bytes(work: Callable[[Arm, World, Path], None], arm: Arm, world: World, folder: Path) -> int:
@@ -405,16 +405,33 @@ def _cell(seconds: Sequence[float]) -> str:
     return f"{middle:.2f} [{least:.2f}, {most:.2f}]"
 
 
-def _machine(args: argparse.Namespace, world: World, held: Sequence[Fragment]) -> dict[str, str]:
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    processor = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), "")
+def _row(name: str, seconds: Sequence[float], raw: Sequence[float]) -> dict[str, Any]:
+    """Return a row that benchmarks/tables.py reads."""
+    figures = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
+    figures["x_raw"] = statistics.median(one / other for one, other in zip(seconds, raw, strict=True))
+    return {"name": name, **{key: round(value, 2) for key, value in figures.items()}}
+
+
+def _about(args: argparse.Namespace, world: World) -> dict[str, Any]:
+    launcher = "python" if world.size == 1 else f"torchrun --nproc_per_node {world.size}"
+    return {
+        "benchmark": "checkpoint_io",
+        "command": f"{launcher} benchmarks/checkpoint_io.py{' --memory' * args.memory}",
+        "ranks": world.size,
+        "versions": versions("torch", "accelerate"),
+        "machine": machine(),
+        "note": "",
+    }
+
+
+def _described(args: argparse.Namespace, world: World, held: Sequence[Fragment]) -> dict[str, str]:
     disk = subprocess.run(["stat", "-f", "-c", "%T", args.dir], capture_output=True, text=True).stdout.strip()
     total = sum(fragment.spec.num_bytes for fragment in held)
     mine = sum(fragment.tensor.nbytes for fragment in held)
     return {
         "state": f"{total / 1e9:.2f} GB in {len(held)} tensors; rank 0 of {world.size} holds {mine / 1e9:.2f} GB",
-        "machine": f"{available_cores()} cores, {processor or platform.machine()}, {platform.platform()}, {disk}",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, accelerate {accelerate_version}",
+        "machine": f"{machine()['cpu']}, {available_cores()} of them here, {disk}",
+        "versions": ", ".join(f"{name} {number}" for name, number in versions("torch", "accelerate").items()),
     }
 
 
