@@ -20,7 +20,7 @@ check: $(VENV)/.dev  ## Lint, types, layers
 
 docs: $(VENV)/.docs  ## Build the pages of docs/ into site/, with their tables checked
 	$(BIN)/python benchmarks/tables.py --check
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Without build isolation, so that setuptools too is the pinned one. The demo's packages are read for the files in them and never imported, so that what they depend on stays out.
 $(VENV)/.demo: pyproject.toml constraints.txt

@@ -1,0 +1,31 @@
+"""What the pages of docs/ quote is what the program says."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("recipes", "launcher", "sharding", "checkpoints")
+VARIES = "…"  # stands for what a message fills in
+
+
+def _texts_of_source() -> str:
+    """Return all string literals, one per line, with … for the values in f-strings."""
+    texts = []
+    for folder in SOURCES:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+                if all(isinstance(part, ast.Constant | ast.FormattedValue) for part in parts):
+                    texts.append("".join(str(p.value) if isinstance(p, ast.Constant) else VARIES for p in parts))
+    return "\n".join(texts)
+
+
+def test_messages_of_troubleshooting_are_those_of_the_source() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"```text\n(.*)\n```", page)
+    assert len(messages) > 20
+    source = _texts_of_source()
+    # A page may leave out a variable beginning or end.
+    missing = [message for message in messages if message.removeprefix("error: ").strip(f"{VARIES} ") not in source]
+    assert not missing, "\n".join(missing)
