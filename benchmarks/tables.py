@@ -20,6 +20,7 @@ from typing import Any
 from record import RESULTS
 
 DOCS = RESULTS.parents[1] / "docs"
+WIDEST_LINE = 80  # of a command, so that it need not be scrolled
 Result = dict[str, Any]
 
 _TABLE = re.compile(r"(<!-- table: ([^>]*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -96,8 +97,20 @@ def _seconds(result: Result) -> str:
 
 
 def _commands(results: Sequence[Result]) -> str:
-    blocks = [f"# {result['what']}\n{result['command']}" for result in results]
+    blocks = [f"# {result['what']}\n{_wrapped(result['command'])}" for result in results]
     return "\n".join(["```sh", "\n\n".join(blocks), "```"])
+
+
+def _wrapped(command: str) -> str:
+    """Return a shell command on lines that a page has room for, broken before options."""
+    first, *options = re.split(r" (?=-)", command)
+    lines = [first]
+    for option in options:
+        if len(lines[-1]) + len(option) < WIDEST_LINE:
+            lines[-1] += f" {option}"
+        else:
+            lines.append(f"    {option}")
+    return " \\\n".join(lines)
 
 
 def _benchmark(results: Sequence[Result]) -> str:

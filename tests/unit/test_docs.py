@@ -2,6 +2,9 @@
 
 import ast
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -29,3 +32,22 @@ def test_messages_of_troubleshooting_are_those_of_the_source() -> None:
     # A page may leave out a variable beginning or end.
     missing = [message for message in messages if message.removeprefix("error: ").strip(f"{VARIES} ") not in source]
     assert not missing, "\n".join(missing)
+
+
+def _check_tables(root: Path) -> subprocess.CompletedProcess[str]:
+    words = (sys.executable, str(root / "benchmarks" / "tables.py"), "--check")
+    return subprocess.run(words, capture_output=True, text=True)
+
+
+def test_tables_of_the_pages_are_made_from_the_results(tmp_path: Path) -> None:
+    ended = _check_tables(ROOT)
+    assert ended.returncode == 0, ended.stderr
+    for name in ("benchmarks", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    result = tmp_path / "benchmarks" / "results" / "mnist_mlp.json"
+    text = result.read_text()
+    assert '"training_s": 397.6' in text
+    result.write_text(text.replace('"training_s": 397.6', '"training_s": 297.6'))
+    ended = _check_tables(tmp_path)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "docs/results.md" in ended.stderr
