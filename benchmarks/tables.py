@@ -126,7 +126,7 @@ def _benchmark(results: Sequence[Result]) -> str:
         cells = [_label(name)]
         for result in results:
             row = next((row for row in result["rows"] if row["name"] == name), None)
-            cells.append(f"{_number(row['median'])} [{_number(row['least'])}, {_number(row['most'])}]" if row else "")
+            cells.append(_range(row) if row else "")
             if has_ratio:
                 cells.append(_number(row["x_raw"]) if row else "")
         rows.append(tuple(cells))
@@ -141,6 +141,12 @@ def _label(name: str) -> str:
         return _ROWS.get(name, name)
     written = re.fullmatch(r"(ours, written by) (.*)", arm)
     return f"{work}: {f'{_ROWS[written[1]]} {written[2]}' if written else _ROWS.get(arm, arm)}"
+
+
+def _range(row: Result) -> str:
+    """Return median, least and most, which a narrow page may not break apart."""
+    text = f"{_number(row['median'])} [{_number(row['least'])}, {_number(row['most'])}]"
+    return text.replace(" ", "&nbsp;")
 
 
 def _number(value: float) -> str:

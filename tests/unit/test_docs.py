@@ -34,6 +34,17 @@ def test_messages_of_troubleshooting_are_those_of_the_source() -> None:
     assert not missing, "\n".join(missing)
 
 
+def test_python_on_the_pages_is_python() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    blocks = [
+        (page, block) for page in pages for block in re.findall(r"```python.*?\n(.*?)```", page.read_text(), re.S)
+    ]
+    assert len(blocks) > 5
+    for page, block in blocks:
+        if "--8<--" not in block:
+            compile(block, str(page), "exec")
+
+
 def _check_tables(root: Path) -> subprocess.CompletedProcess[str]:
     words = (sys.executable, str(root / "benchmarks" / "tables.py"), "--check")
     return subprocess.run(words, capture_output=True, text=True)
