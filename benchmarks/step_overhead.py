@@ -19,7 +19,6 @@ import argparse
 import gc
 import math
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -33,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import PartialState
+from record import machine, versions, write_result
 from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -201,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="measured rounds, after one that is discarded")
     parser.add_argument("--steps", type=int, default=300, help="steps per arm and round")
+    parser.add_argument("--result", default="", help="also write the figures to benchmarks/results/NAME.json")
     args = parser.parse_args(argv)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(1)
@@ -209,13 +210,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not dist.is_initialized():  # needed by the raw DDP loop; ours does not use it on one rank
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as folder:
-        _measure(world, Path(folder), rounds=args.rounds, steps=args.steps)
+        arms = _measure(world, Path(folder), rounds=args.rounds, steps=args.steps)
+    if world.is_main:
+        _print_table(arms, world, rounds=args.rounds, steps=args.steps)
+        if args.result:
+            write_result(args.result, _result(arms, world, rounds=args.rounds))
     disconnect(world)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _measure(world: World, folder: Path, *, rounds: int, steps: int) -> None:
+def _measure(world: World, folder: Path, *, rounds: int, steps: int) -> list[Arm]:
     torch.manual_seed(0)
     num_samples = STEPS_PER_EPOCH * MICRO_BATCH * world.size
     options = Options(global_batch_size=MICRO_BATCH * world.size, micro_batch_size=MICRO_BATCH, lr=LR)
@@ -253,8 +258,7 @@ def _measure(world: World, folder: Path, *, rounds: int, steps: int) -> None:
                 arm.measure(number * steps, (number + 1) * steps)
             if number == 0:
                 _check_same_weights(arms)
-    if world.is_main:
-        _print_table(arms, world, rounds=rounds, steps=steps)
+    return arms
 
 
 def _check_same_weights(arms: Sequence[Arm]) -> None:
@@ -266,31 +270,54 @@ def _check_same_weights(arms: Sequence[Arm]) -> None:
 
 
 def _print_table(arms: Sequence[Arm], world: World, *, rounds: int, steps: int) -> None:
-    print(
-        f"machine  {available_cores()} cores, {_processor()}, {platform.system()}, Python {platform.python_version()}"
-    )
+    print(f"machine  {machine()['cpu']}, {available_cores()} of them here, Python {machine()['python']}")
     print(f"torch    {torch.__version__}, {torch.get_num_threads()} thread, {world.size} rank(s), figures of rank 0")
     print(f"figures  microseconds per step, median [least, most] of {rounds} rounds of {steps} steps\n")
     base = next(arm for arm in arms if arm.name == BASE)
     width = max(len(arm.name) for arm in arms)
     print(f"{'':{width}}  {'CPU':>20}  {'wall':>20}  {'CPU over DDP':>20}")
     for arm in arms:
-        over = [ours - raw for ours, raw in zip(arm.cpu_s[1:], base.cpu_s[1:], strict=True)]
-        cells = (_cell(arm.cpu_s[1:]), _cell(arm.wall_s[1:]), _cell(over) if arm is not base else "")
+        over = _cell(_over(arm, base)) if arm is not base else ""
+        cells = (_cell(arm.cpu_s[1:]), _cell(arm.wall_s[1:]), over)
         print(f"{arm.name:{width}}  " + "  ".join(f"{cell:>20}" for cell in cells))
     print(f"\ngoal: ours at most {GOAL_US:.0f} microseconds of CPU over the raw DDP loop")
 
 
+def _result(arms: Sequence[Arm], world: World, *, rounds: int) -> dict[str, Any]:
+    """Return what benchmarks/tables.py reads: CPU time of each arm, and of ours over the raw DDP loop."""
+    base = next(arm for arm in arms if arm.name == BASE)
+    figures = {arm.name: arm.cpu_s[1:] for arm in arms}
+    figures |= {f"{arm.name}: over DDP": _over(arm, base) for arm in arms if arm.name.startswith("ours")}
+    return {
+        "benchmark": "step_overhead",
+        "command": f"{'python' if world.size == 1 else f'torchrun --nproc_per_node {world.size}'} "
+        f"benchmarks/step_overhead.py",
+        "ranks": world.size,
+        "unit": "microseconds of CPU per step",
+        "rounds": rounds,
+        "rows": [
+            {"name": name, **dict(zip(("median", "least", "most"), map(round, _microseconds(seconds)), strict=True))}
+            for name, seconds in figures.items()
+        ],
+        "versions": versions("torch"),
+        "machine": machine(),
+        "note": "",
+    }
+
+
+def _over(arm: Arm, base: Arm) -> list[float]:
+    """Return by how many seconds per step an arm exceeds the base, round by round."""
+    return [ours - raw for ours, raw in zip(arm.cpu_s[1:], base.cpu_s[1:], strict=True)]
+
+
 def _cell(seconds: Sequence[float]) -> str:
-    middle, least, most = (1e6 * f(seconds) for f in (statistics.median, min, max))
+    middle, least, most = _microseconds(seconds)
     return f"{middle:.0f} [{least:.0f}, {most:.0f}]"
 
 
-def _processor() -> str:
-    """Return the CPU model, if the system reports it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def _microseconds(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Return median, least and most."""
+    return 1e6 * statistics.median(seconds), 1e6 * min(seconds), 1e6 * max(seconds)
 
 
 if __name__ == "__main__":
