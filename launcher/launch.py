@@ -11,6 +11,7 @@ from typing import get_type_hints
 import torch
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.launched import mark_launched
 from shardlaunch.launcher.options import Options, parse_options
 from shardlaunch.launcher.recipe import Recipe, check_in_force, recipe_name
 from shardlaunch.launcher.runs.cross_validation import cross_validate
@@ -46,6 +47,7 @@ EXIT_INTERRUPTED = 130
 def launch(recipe_type: type[Recipe]) -> None:
     """Run the recipe as the command line says. The last line of every recipe file; does nothing when it is imported."""
     if recipe_type.__module__ == "__main__":
+        mark_launched(recipe_type)
         try:
             status = main(recipe_type, sys.argv[1:])
         except SystemExit:
