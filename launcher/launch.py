@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_USER_ERROR, UserError
+from shardlaunch.launcher.launched import mark_launched
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.parsing import parse_options
 from shardlaunch.launcher.recipe import Recipe, options_type_of, recipe_name
@@ -36,6 +37,7 @@ def launch(recipe_type: type[Recipe]) -> None:
     """
     if recipe_type.__module__ != "__main__":
         return
+    mark_launched(recipe_type)
     if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
         raise UserError(
             f"launch({recipe_type.__name__}) reads a command line and ends its process; in a notebook or an "

@@ -12,6 +12,8 @@ from torch import nn
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.batch_defaults import collated, count_targets, has_column, model_outputs
+from shardlaunch.launcher.hook_names import check_hook_names
+from shardlaunch.launcher.launched import watch
 from shardlaunch.launcher.optimization.optimizers import OptimizerOptions, build_optimizer, check_optimizer_options
 from shardlaunch.launcher.optimization.schedules import ScheduleOptions, scheduled
 from shardlaunch.launcher.options import Options, flag
@@ -32,6 +34,11 @@ class Recipe:
     """The metric that says which checkpoint is best."""
     layer_classes: ClassVar[tuple[str, ...]] = ()
     """Classes of the model's blocks, gathered one at a time under FSDP2. Hugging Face models declare theirs."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Watch that a recipe of the file that is run is launched."""
+        super().__init_subclass__(**keywords)
+        watch(cls)
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -158,8 +165,11 @@ def options_type_of(recipe_type: type[Recipe]) -> type[Options]:
 def check_in_effect(recipe: Recipe) -> None:
     """Raise UserError for options that the launcher's optimizer does not take, or that the recipe's own leaves idle.
 
+    So too for methods that are named almost as hooks, which would be idle.
+
     What the recipe's options class declares itself is taken to be used by its own optimizer() or schedule().
     """
+    check_hook_names(type(recipe), Recipe)
     if type(recipe).optimizer is Recipe.optimizer:
         check_optimizer_options(recipe.options)
     own = {name for cls in type(recipe.options).__mro__ if cls not in Options.__mro__ for name in vars(cls)}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shardlaunch.launcher.launched import mark_launched
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.parsing import options_from_keywords
 from shardlaunch.launcher.recipe import Recipe, check_in_effect, options_type_of
@@ -36,6 +37,7 @@ def fit(recipe: Recipe | type[Recipe], *, show: bool = False, **options: Any) ->
     Raises UserError for what a user can fix, and never exits.
     """
     recipe_type, instance = (recipe, None) if isinstance(recipe, type) else (type(recipe), recipe)
+    mark_launched(recipe_type)
     base = instance.options if instance is not None else None
     with preserved_process(), silent_libraries():
         given = options_from_keywords(options_type_of(recipe_type), recipe_type.presets, options, base=base)
