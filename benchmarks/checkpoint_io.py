@@ -22,11 +22,8 @@ every rank takes and frees memory, for a virtual machine may have to fetch free 
 import argparse
 import ctypes
 import gc
-import json
-import math
 import mmap
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -34,196 +31,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
-from accelerate import Accelerator
-from accelerate import __version__ as accelerate_version
-from torch import nn
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from checkpoint_arms import OURS, RAW, Arm, Bench, fragments, fsync, save_ours
+from record import machine, versions, write_result
 
-from shardlaunch.checkpoints.peers import Peers
-from shardlaunch.checkpoints.reader import open_checkpoint
-from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, Fragment, TensorSpec
-from shardlaunch.checkpoints.writer import save
+from shardlaunch.checkpoints.state import Fragment
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.world import World, available_cores, connect, disconnect
 
-NUM_BLOCKS = 12
-VOCABULARY = 30522
-CHUNK_BYTES = 16 << 20
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-RAW, OURS = "raw", "ours"
-
-Work = Callable[[Path], object]
-
-
-@dataclass(kw_only=True)
-class Arm:
-    """Hold a way to keep state: how it saves to a folder and loads from it, and the seconds of each round."""
-
-    name: str
-    tensors: Callable[[], Sequence[torch.Tensor]]  # what this rank holds, as a load leaves it
-    load: Work
-    save: Work | None = None  # None: loads what another launch wrote
-    is_durable: bool = False  # its own save ends with all on the disk
-    save_s: list[float] = field(default_factory=list)
-    returned_s: list[float] = field(default_factory=list)
-    load_s: list[float] = field(default_factory=list)
-
-    def digests(self) -> list[str]:
-        return [xxhash.xxh3_128_hexdigest(_bytes(tensor)) for tensor in self.tensors()]
-
-
-def specs(gigabytes: float) -> Iterator[TensorSpec]:
-    """Give the tensors of a GPT and its AdamW, of about `gigabytes` in all."""
-    area = 12 * NUM_BLOCKS  # parameters = area * width**2 + VOCABULARY * width, each of 12 bytes
-    width = (math.sqrt(VOCABULARY**2 + 4 * area * gigabytes * 1e9 / 12) - VOCABULARY) / (2 * area)
-    width = max(16, 16 * round(width / 16))
-    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (VOCABULARY, width)}
-    for block in range(NUM_BLOCKS):
-        for name, rows, columns in (("qkv", 3, 1), ("out", 1, 1), ("up", 4, 1), ("down", 1, 4)):
-            shapes[f"blocks.{block}.{name}.weight"] = (rows * width, columns * width)
-            shapes[f"blocks.{block}.{name}.bias"] = (rows * width,)
-        for name in ("norm_1", "norm_2"):
-            shapes[f"blocks.{block}.{name}.weight"] = shapes[f"blocks.{block}.{name}.bias"] = (width,)
-    for name, shape in shapes.items():
-        yield TensorSpec(name=name, section=MODEL, shape=shape, dtype=torch.float32)
-        for entry in ("exp_avg", "exp_avg_sq"):
-            yield TensorSpec(name=name, section=OPTIMIZER, entry=entry, shape=shape, dtype=torch.float32)
-        yield TensorSpec(name=name, section=OPTIMIZER, entry="step", shape=(), dtype=torch.float32)
-
-
-def fragments(gigabytes: float, *, rank: int, num_ranks: int) -> list[Fragment]:
-    """Return the rows that a rank holds of each tensor; a tensor without rows is whole on each rank."""
-    held = []
-    for seed, spec in enumerate(specs(gigabytes)):
-        tensor = torch.randn(spec.shape, generator=torch.Generator().manual_seed(seed))
-        begin, end = 0, spec.num_elements
-        if spec.shape:
-            chunk = math.ceil(spec.shape[0] / num_ranks)
-            first, last = (min(n * chunk, spec.shape[0]) for n in (rank, rank + 1))
-            row = spec.num_elements // spec.shape[0]
-            tensor, begin, end = tensor[first:last].clone(), first * row, last * row
-        held.append(Fragment(spec=spec, flat_start=begin, flat_end=end, tensor=tensor))
-    return held
-
-
-def save_ours(folder: Path, held: Iterable[Fragment], peers: Peers) -> None:
-    """Save as a run does. All ranks."""
-    save(folder, step=1, state=held, trainer_state={"step": 1}, export=lambda staging: None, aliases={}, peers=peers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """Make the arms, which share what this rank holds."""
-
-    world: World
-    gigabytes: float
-    held: list[Fragment]
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [fragment.tensor for fragment in self.held]
-
-    def raw(self) -> Arm:
-        def write(folder: Path) -> None:
-            with open(folder / self._file_name, "xb", buffering=0) as file:
-                for tensor in self.tensors():
-                    data = _bytes(tensor)
-                    while data:
-                        data = data[file.write(data[:CHUNK_BYTES]) :]
-                os.fsync(file.fileno())
-            _fsync(folder)
-
-        def read(folder: Path) -> None:
-            with open(folder / self._file_name, "rb", buffering=0) as file:
-                for tensor in self.tensors():
-                    data = _bytes(tensor)
-                    while data:
-                        data = data[file.readinto(data[:CHUNK_BYTES]) or len(data) :]
-
-        return Arm(name=RAW, tensors=self.tensors, save=write, load=read, is_durable=True)
-
-    def ours(self, name: str) -> Arm:
-        def load(folder: Path) -> None:
-            (step_dir,) = folder.glob("step-*")
-            checkpoint = open_checkpoint(step_dir, peers=self.world.peers)
-            for fragment in self.held:
-                flat = checkpoint.read(fragment.spec, fragment.flat_start, fragment.flat_end)
-                fragment.tensor.view(-1).copy_(flat)
-
-        def save(folder: Path) -> None:
-            save_ours(folder, self.held, self.world.peers)
-
-        return Arm(name=name, tensors=self.tensors, save=save, load=load, is_durable=True)
-
-    def dcp(self) -> Arm:
-        state: dict[str, Any] = {fragment.spec.key: fragment.tensor for fragment in self.held}
-        alone = self.world.size == 1
-        mesh = None if alone else init_device_mesh("cpu", (self.world.size,))
-        for fragment in self.held:
-            shape = fragment.spec.shape
-            if mesh and shape:
-                stride = torch.empty(shape, device="meta").stride()
-                state[fragment.spec.key] = DTensor.from_local(
-                    fragment.tensor, mesh, [Shard(0)], shape=torch.Size(shape), stride=stride
-                )
-        return Arm(
-            name="torch.distributed.checkpoint",
-            tensors=self.tensors,
-            save=lambda folder: dcp_save(state, checkpoint_id=folder, no_dist=alone),
-            load=lambda folder: dcp_load(state, checkpoint_id=folder, no_dist=alone),
-        )
-
-    def accelerate(self) -> Arm:
-        model = nn.Module()
-        states: dict[str, dict[str, torch.Tensor]] = {}
-        for fragment in fragments(self.gigabytes, rank=0, num_ranks=1):
-            name = fragment.spec.name.replace(".", "_")
-            if fragment.spec.section == MODEL:
-                model.register_parameter(name, nn.Parameter(fragment.tensor))
-            else:
-                states.setdefault(name, {})[fragment.spec.entry] = fragment.tensor
-        optimizer = torch.optim.AdamW(model.parameters())
-        optimizer.state.update({parameter: states[name] for name, parameter in model.named_parameters()})
-        accelerator = Accelerator(cpu=True)
-        accelerator.prepare(model, optimizer)
-
-        def tensors() -> list[torch.Tensor]:  # a load replaces the optimizer's
-            entries = (optimizer.state[parameter] for parameter in model.parameters())
-            return [*(p.detach() for p in model.parameters()), *(t for entry in entries for t in entry.values())]
-
-        return Arm(
-            name="accelerate" if self.world.size == 1 else "accelerate (DDP: rank 0 writes)",
-            tensors=tensors,
-            save=lambda folder: accelerator.save_state(str(folder)),
-            load=lambda folder: accelerator.load_state(str(folder)),
-        )
-
-    def torch_save(self) -> Arm:
-        state = {fragment.spec.key: fragment.tensor for fragment in self.held}
-
-        def load(folder: Path) -> None:
-            for key, tensor in torch.load(folder / self._file_name, weights_only=True).items():
-                state[key].copy_(tensor)
-
-        def save(folder: Path) -> None:
-            torch.save(state, folder / self._file_name)
-
-        return Arm(name="torch.save, a file a rank", tensors=self.tensors, save=save, load=load)
-
-    @property
-    def _file_name(self) -> str:
-        return f"rank-{self.world.rank}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -235,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--written-by", type=int, nargs="*", default=[1, 2, 4], help="load what so many ranks wrote")
     parser.add_argument("--memory", action="store_true", help="measure peaks of memory, not time")
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="a folder on the disk to measure")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    parser.add_argument("--result", default="", help="also write the figures to benchmarks/results/NAME.json")
     parser.add_argument("--write-only", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -249,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             arms = _prepare(Bench(world=world, gigabytes=args.gigabytes, held=held), folder, args)
             report = (_memory if args.memory else _rounds)(arms, world, folder, args)
         if world.is_main:
-            report |= {"machine": _machine(args, world, held)}
-            print("\n".join(f"{key:9}{value}" for key, value in report["machine"].items()))
-            if args.json:
-                args.json.write_text(json.dumps(report, indent=1))
+            report = _about(args, world) | report
+            print("\n".join(f"{key:9}{value}" for key, value in _described(args, world, held).items()))
+            if args.result:
+                write_result(args.result, report)
     disconnect(world)
 
 
@@ -313,7 +135,9 @@ def _rounds(arms: Sequence[Arm], world: World, folder: Path, args: argparse.Name
         savers = [arm for arm in arms if arm.save]
         _print_table("save", [(arm.name, arm.save_s) for arm in savers], [arm.returned_s for arm in savers])
         _print_table("load", [(arm.name, arm.load_s) for arm in arms])
-    return {arm.name: {"save_s": arm.save_s, "returned_s": arm.returned_s, "load_s": arm.load_s} for arm in arms}
+    saves = [(f"save: {arm.name}", arm.save_s, arms[0].save_s) for arm in arms if arm.save]
+    loads = [(f"load: {arm.name}", arm.load_s, arms[0].load_s) for arm in arms]
+    return {"unit": "seconds", "rounds": args.rounds, "rows": [_row(*row) for row in saves + loads]}
 
 
 def _save(arm: Arm, world: World, folder: Path) -> None:
@@ -328,10 +152,10 @@ def _save(arm: Arm, world: World, folder: Path) -> None:
     arm.returned_s.append(time.perf_counter() - begin)
     if not arm.is_durable:
         for path in _files(folder)[world.rank :: world.size]:
-            _fsync(path)
+            fsync(path)
         _barrier()
         if world.is_main:
-            _fsync(folder)
+            fsync(folder)
         _barrier()
     arm.save_s.append(time.perf_counter() - begin)
 
@@ -369,7 +193,7 @@ def _memory(arms: Sequence[Arm], world: World, folder: Path, args: argparse.Name
             cells = (f"{row[key] / 1e6:8.1f}" if key in row else f"{'':8}" for key in ("holds", "save", "load"))
             print(f"{name:{width}}  " + "  ".join(cells))
         print()
-    return {"memory_bytes": figures}
+    return {"unit": "bytes of host memory per rank", "memory_bytes": figures}
 
 
 def _extra_bytes(work: Callable[[Arm, World, Path], None], arm: Arm, world: World, folder: Path) -> int:
@@ -405,22 +229,34 @@ def _cell(seconds: Sequence[float]) -> str:
     return f"{middle:.2f} [{least:.2f}, {most:.2f}]"
 
 
-def _machine(args: argparse.Namespace, world: World, held: Sequence[Fragment]) -> dict[str, str]:
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    processor = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), "")
+def _row(name: str, seconds: Sequence[float], raw: Sequence[float]) -> dict[str, Any]:
+    """Return a row that benchmarks/tables.py reads."""
+    figures = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
+    figures["x_raw"] = statistics.median(one / other for one, other in zip(seconds, raw, strict=True))
+    return {"name": name, **{key: round(value, 2) for key, value in figures.items()}}
+
+
+def _about(args: argparse.Namespace, world: World) -> dict[str, Any]:
+    launcher = "python" if world.size == 1 else f"torchrun --nproc_per_node {world.size}"
+    return {
+        "benchmark": "checkpoint_io",
+        "command": f"{launcher} benchmarks/checkpoint_io.py{' --memory' * args.memory}",
+        "ranks": world.size,
+        "versions": versions("torch", "accelerate"),
+        "machine": machine(),
+        "note": "",
+    }
+
+
+def _described(args: argparse.Namespace, world: World, held: Sequence[Fragment]) -> dict[str, str]:
     disk = subprocess.run(["stat", "-f", "-c", "%T", args.dir], capture_output=True, text=True).stdout.strip()
     total = sum(fragment.spec.num_bytes for fragment in held)
     mine = sum(fragment.tensor.nbytes for fragment in held)
     return {
         "state": f"{total / 1e9:.2f} GB in {len(held)} tensors; rank 0 of {world.size} holds {mine / 1e9:.2f} GB",
-        "machine": f"{available_cores()} cores, {processor or platform.machine()}, {platform.platform()}, {disk}",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, accelerate {accelerate_version}",
+        "machine": f"{machine()['cpu']}, {available_cores()} of them here, {disk}",
+        "versions": ", ".join(f"{name} {number}" for name, number in versions("torch", "accelerate").items()),
     }
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    data: memoryview = tensor.detach().view(-1).view(torch.uint8).numpy().data
-    return data
 
 
 def _max(value: int) -> int:
@@ -454,14 +290,6 @@ def _take_and_free_memory(num_bytes: int) -> None:
         pages.madvise(mmap.MADV_HUGEPAGE)  # large pages, as the page cache takes them
         for offset in range(0, num_bytes, mmap.PAGESIZE):
             pages[offset] = 1
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 if __name__ == "__main__":

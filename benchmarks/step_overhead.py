@@ -1,30 +1,29 @@
-"""What a step of the training loop costs beside a hand-written DDP loop that does the same work.
+"""Overhead of a training step, compared with a hand-written DDP loop that does the same work.
 
     python benchmarks/step_overhead.py                          # one rank
     torchrun --nproc_per_node 2 benchmarks/step_overhead.py     # two ranks on gloo
 
-The work: a 784-128-64-10 perceptron (ReLU, cross-entropy, SGD), 64 random samples a rank and step, cut out of tensors
-in memory in the same order, fp32, one micro-batch a rank, one thread, and the loss as a Python number in each step.
-Ours is `Trainer.run` with its batches, strategy and hooks. It does more on purpose: it gives the gradient's norm, which
-the raw loop does not need, and on several ranks the loss and the counts over all ranks, not those of its own rank (one
-raw arm there sums the loss too). A run writes metrics.jsonl each step and tells TensorBoard every tenth, as by default.
+The work: a 784-128-64-10 perceptron (ReLU, cross-entropy, SGD), 64 random samples per rank and step, indexed from
+tensors in memory in the same order, fp32, one micro-batch per rank, one thread, and the loss as a Python number in each
+step. Ours is `Trainer.run` with its batches, strategy and hooks. It does more on purpose: it computes the gradient
+norm, and on several ranks the loss and the counts over all ranks instead of its own (one raw arm there sums the loss
+too). A run writes metrics.jsonl each step and TensorBoard every tenth step, as by default.
 
 Every arm has its own model and starts from the same weights. The arms take turns in one process, in alternating order;
-the first round is thrown away, after a check that all arms arrived at the same weights. CPU time is that of this
-process with all its threads (`time.process_time`); on several ranks, of rank 0 alone. "over DDP" is the median of the
-differences within a round to the raw DDP loop of that round, which an uneven machine disturbs less than the medians.
+the first round is discarded, after a check that all arms reached the same weights. CPU time is that of this process
+with all its threads (`time.process_time`); on several ranks, of rank 0 only. "over DDP" is the median difference from
+the raw DDP loop within a round, which is less sensitive to a noisy machine than the medians.
 """
 
 import argparse
 import gc
 import math
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import PartialState
+from record import machine, versions, write_result
 from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shardlaunch import Options, Recipe, TensorData
-from shardlaunch.launcher.reporting.tracking import MetricsLog, Trackers
-from shardlaunch.launcher.runs.run import Run
+from shardlaunch.launcher.reporting.display import Display
+from shardlaunch.launcher.reporting.recorder import Recorder, StepReport
 from shardlaunch.launcher.training.batches import Batches, BatchPlan
-from shardlaunch.launcher.training.trainer import Hooks, Position, StepReport, Trainer
+from shardlaunch.launcher.training.trainer import Hooks, Position, Trainer
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.replicated import Replicated
@@ -53,7 +53,7 @@ LR = 0.01  # small, so that rounding does not grow within the round that checks 
 GOAL_US = 50.0
 BASE = "raw loop, DDP"
 
-Advance = Callable[[int, int], None]  # do the steps [first, end)
+Advance = Callable[[int, int], None]  # runs the steps [first, end)
 
 
 class Perceptron(Recipe):
@@ -71,7 +71,7 @@ class Perceptron(Recipe):
 
 @dataclass(kw_only=True)
 class Arm:
-    """Hold what is measured: a model, how to advance it, and the seconds a step of each round."""
+    """One loop to measure: its model, how to advance it, and the seconds per step of each round."""
 
     name: str
     model: nn.Module
@@ -80,7 +80,7 @@ class Arm:
     wall_s: list[float] = field(default_factory=list)
 
     def measure(self, first: int, end: int) -> None:
-        """Do the steps [first, end) and note what they cost. All ranks."""
+        """Run the steps [first, end) and record their time. All ranks."""
         gc.collect()  # an arm pays for its own garbage only
         if dist.is_initialized():
             dist.barrier()
@@ -93,7 +93,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Hold what all arms share."""
+    """What all arms share."""
 
     world: World
     recipe: Perceptron
@@ -104,13 +104,13 @@ class Bench:
     num_steps: int
 
     def model(self) -> nn.Module:
-        """Return a model with the weights that all arms start from."""
+        """Return a model with the initial weights of all arms."""
         model = self.recipe.model()
         model.load_state_dict(self.weights)
         return model
 
     def raw(self, name: str, *, use_ddp: bool, sum_loss: bool = False) -> Arm:
-        """Return the loop that one writes by hand. `sum_loss`: it logs the loss over all ranks, as ours does."""
+        """Return the hand-written loop. `sum_loss`: it sums the loss over all ranks, as ours does."""
         model = self.model()
         wrapped = DistributedDataParallel(model) if use_ddp else model
         optimizer = torch.optim.SGD(model.parameters(), lr=LR)
@@ -178,43 +178,49 @@ class Bench:
 
     @contextmanager
     def run_hook(self, output_dir: Path, *, tracker: str) -> Iterator[Callable[[int, StepReport], None]]:
-        """Give the hook that a run calls after each step, with a progress view that shows plain lines to nobody."""
+        """Yield the hook that a run calls after each step, with a progress view that prints to the null device."""
         output_dir.mkdir()
-        run = Run(self.recipe, self.options, self.world, "ddp", "fp32")
-        run.plan, run.num_steps, run.log = self.plan, self.num_steps, None
-        if not self.world.is_main:
-            yield run._on_step
-            return
-        with open(os.devnull, "w") as nobody:
-            run.display.console = Console(file=nobody)
-            run.progress = run.display.progress(done=0, total=self.num_steps)
-            run.log = MetricsLog(output_dir, resumed_step=0)
-            run.tracker = Trackers([tracker] if tracker else [], output_dir, resumed_step=0, options={}, warn=print)
-            yield run._on_step
-            run.tracker.close()
-            run.log.close()
+        display = Display(silent=not self.world.is_main)
+        recorder = Recorder(
+            display,
+            log_every=self.options.log_every,
+            track_every=self.options.track_every,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            num_steps=self.num_steps,
+        )
+        with open(os.devnull, "w") as nobody, ExitStack() as stack:
+            if self.world.is_main:
+                display.console = Console(file=nobody)
+                trackers = [tracker] if tracker else []
+                recorder.open(stack, output_dir, trackers=trackers, step=0, end=self.num_steps, options={})
+            yield recorder.on_step
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure all arms and print a table. All ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10, help="rounds that count, after one that does not")
-    parser.add_argument("--steps", type=int, default=300, help="steps of each arm in a round")
+    parser.add_argument("--rounds", type=int, default=10, help="measured rounds, after one that is discarded")
+    parser.add_argument("--steps", type=int, default=300, help="steps per arm and round")
+    parser.add_argument("--result", default="", help="also write the figures to benchmarks/results/NAME.json")
     args = parser.parse_args(argv)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(1)
     world = connect(read_environment())
-    PartialState(cpu=True)  # the trackers ask it which rank this is
-    if not dist.is_initialized():  # the raw DDP loop needs a group; our loop on one rank does not use it
+    PartialState(cpu=True)  # the trackers get the rank from it
+    if not dist.is_initialized():  # needed by the raw DDP loop; ours does not use it on one rank
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as folder:
-        _measure(world, Path(folder), rounds=args.rounds, steps=args.steps)
+        arms = _measure(world, Path(folder), rounds=args.rounds, steps=args.steps)
+    if world.is_main:
+        _print_table(arms, world, rounds=args.rounds, steps=args.steps)
+        if args.result:
+            write_result(args.result, _result(arms, world, rounds=args.rounds))
     disconnect(world)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _measure(world: World, folder: Path, *, rounds: int, steps: int) -> None:
+def _measure(world: World, folder: Path, *, rounds: int, steps: int) -> list[Arm]:
     torch.manual_seed(0)
     num_samples = STEPS_PER_EPOCH * MICRO_BATCH * world.size
     options = Options(global_batch_size=MICRO_BATCH * world.size, micro_batch_size=MICRO_BATCH, lr=LR)
@@ -252,12 +258,11 @@ def _measure(world: World, folder: Path, *, rounds: int, steps: int) -> None:
                 arm.measure(number * steps, (number + 1) * steps)
             if number == 0:
                 _check_same_weights(arms)
-    if world.is_main:
-        _print_table(arms, world, rounds=rounds, steps=steps)
+    return arms
 
 
 def _check_same_weights(arms: Sequence[Arm]) -> None:
-    """Check that the arms did the same work, but for rounding."""
+    """Check that all arms have the same weights, up to rounding."""
     expected = arms[0].model.state_dict()
     for arm in arms[1:]:
         for name, weight in arm.model.state_dict().items():
@@ -265,31 +270,54 @@ def _check_same_weights(arms: Sequence[Arm]) -> None:
 
 
 def _print_table(arms: Sequence[Arm], world: World, *, rounds: int, steps: int) -> None:
-    print(
-        f"machine  {available_cores()} cores, {_processor()}, {platform.system()}, Python {platform.python_version()}"
-    )
+    print(f"machine  {machine()['cpu']}, {available_cores()} of them here, Python {machine()['python']}")
     print(f"torch    {torch.__version__}, {torch.get_num_threads()} thread, {world.size} rank(s), figures of rank 0")
-    print(f"figures  microseconds a step, median [least, most] of {rounds} rounds of {steps} steps\n")
+    print(f"figures  microseconds per step, median [least, most] of {rounds} rounds of {steps} steps\n")
     base = next(arm for arm in arms if arm.name == BASE)
     width = max(len(arm.name) for arm in arms)
     print(f"{'':{width}}  {'CPU':>20}  {'wall':>20}  {'CPU over DDP':>20}")
     for arm in arms:
-        over = [ours - raw for ours, raw in zip(arm.cpu_s[1:], base.cpu_s[1:], strict=True)]
-        cells = (_cell(arm.cpu_s[1:]), _cell(arm.wall_s[1:]), _cell(over) if arm is not base else "")
+        over = _cell(_over(arm, base)) if arm is not base else ""
+        cells = (_cell(arm.cpu_s[1:]), _cell(arm.wall_s[1:]), over)
         print(f"{arm.name:{width}}  " + "  ".join(f"{cell:>20}" for cell in cells))
     print(f"\ngoal: ours at most {GOAL_US:.0f} microseconds of CPU over the raw DDP loop")
 
 
+def _result(arms: Sequence[Arm], world: World, *, rounds: int) -> dict[str, Any]:
+    """Return what benchmarks/tables.py reads: CPU time of each arm, and of ours over the raw DDP loop."""
+    base = next(arm for arm in arms if arm.name == BASE)
+    figures = {arm.name: arm.cpu_s[1:] for arm in arms}
+    figures |= {f"{arm.name}: over DDP": _over(arm, base) for arm in arms if arm.name.startswith("ours")}
+    return {
+        "benchmark": "step_overhead",
+        "command": f"{'python' if world.size == 1 else f'torchrun --nproc_per_node {world.size}'} "
+        f"benchmarks/step_overhead.py",
+        "ranks": world.size,
+        "unit": "microseconds of CPU per step",
+        "rounds": rounds,
+        "rows": [
+            {"name": name, **dict(zip(("median", "least", "most"), map(round, _microseconds(seconds)), strict=True))}
+            for name, seconds in figures.items()
+        ],
+        "versions": versions("torch"),
+        "machine": machine(),
+        "note": "",
+    }
+
+
+def _over(arm: Arm, base: Arm) -> list[float]:
+    """Return by how many seconds per step an arm exceeds the base, round by round."""
+    return [ours - raw for ours, raw in zip(arm.cpu_s[1:], base.cpu_s[1:], strict=True)]
+
+
 def _cell(seconds: Sequence[float]) -> str:
-    middle, least, most = (1e6 * f(seconds) for f in (statistics.median, min, max))
+    middle, least, most = _microseconds(seconds)
     return f"{middle:.0f} [{least:.0f}, {most:.0f}]"
 
 
-def _processor() -> str:
-    """Return the processor's model, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def _microseconds(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Return median, least and most."""
+    return 1e6 * statistics.median(seconds), 1e6 * min(seconds), 1e6 * max(seconds)
 
 
 if __name__ == "__main__":

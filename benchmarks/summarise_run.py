@@ -1,15 +1,18 @@
-"""Summarise a run in one JSON file: python benchmarks/summarise_run.py OUTPUT_DIR NAME [--note TEXT].
+"""Summarise a run in one JSON file, from which benchmarks/tables.py makes the tables of docs/results.md.
 
-It writes benchmarks/results/NAME.json: identity and rounding options, versions, machine, evaluations, times.
+    python benchmarks/summarise_run.py OUTPUT_DIR NAME --what TEXT --command TEXT --headline METRIC ...
+
+It writes benchmarks/results/NAME.json: what was trained, identity and rounding options, versions, machine,
+evaluations, times.
 """
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from record import RESULTS, machine, write_result
+
 SKIPPED = (
     "output_dir",
     "data",
@@ -29,6 +32,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("name", help="of the file in benchmarks/results")
+    parser.add_argument("--what", required=True, help="what was trained, on which data, for the table")
+    parser.add_argument(
+        "--command", required=True, help="the command that reproduces it; D stands for the data's folder"
+    )
+    parser.add_argument("--headline", nargs="+", default=["accuracy"], help="metrics of the last evaluation to show")
+    parser.add_argument("--after", default="", help="name of the result whose weights the run starts from")
     parser.add_argument("--note", default="", help="what else is to be known, such as work beside the run")
     words = parser.parse_args()
     record = json.loads((words.output_dir / "run.json").read_text())
@@ -36,6 +45,10 @@ def main() -> None:
     steps = [line for line in lines if "step_s" in line]
     evaluations = [line for line in lines if "eval/loss" in line]
     summary = {
+        "what": words.what,
+        "command": words.command,
+        "headline": words.headline,
+        **({"after": words.after} if words.after else {}),
         "recipe": record["identity"]["recipe"],
         "options": {
             name: _portable(option["value"])
@@ -47,16 +60,14 @@ def main() -> None:
         "threads_per_rank": record["warn"]["--threads-per-rank"],
         "precision": record["warn"]["--precision"],
         "versions": record["versions"],
-        "machine": {**record["machine"], "cpu": _cpu(), "system": platform.system()},
+        "machine": {**machine(), **record["machine"]},
         "num_steps": steps[-1]["step"],
         "training_s": round(sum(line["step_s"] for line in steps), 1),
         "last_train_loss": steps[-1]["loss"],
         "evaluations": [{key: _short(value) for key, value in line.items()} for line in evaluations],
         "note": words.note,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{words.name}.json"
-    path.write_text(json.dumps(summary, indent=1) + "\n")
+    path = write_result(words.name, summary)
     print(
         f"{path.relative_to(RESULTS.parents[1])}: {_numbers(evaluations[-1])}, {summary['training_s']:.0f} s of steps"
     )
@@ -73,12 +84,6 @@ def _short(value: Any) -> Any:
 
 def _numbers(line: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value:.4f}" for key, value in line.items() if isinstance(value, float))
-
-
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    names = [line for line in path.read_text().splitlines() if line.startswith("model name")] if path.exists() else []
-    return f"{len(names)} cores of {names[0].partition(':')[2].strip()}" if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""How state is kept: state type, layout, writer, reader, manifest, commit, retention."""
+"""How state is saved: state type, layout, writer, reader, manifest, commit, retention."""

@@ -1,7 +1,7 @@
-"""Bring the pieces of each file to the rank that writes it, one bounded bucket at a time.
+"""Gather the pieces of each file on the rank that writes it, one bounded bucket at a time.
 
-All ranks know the plan: who owns which file, who holds which range of which tensor. So a message needs no header: its
-content follows from the round. Nobody ever holds more than two buckets of what is another's.
+All ranks know the plan: which rank owns which file, and which rank holds which range of which tensor. So messages need
+no header: their content follows from the round. No rank holds more than two buckets of other ranks' data.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +17,12 @@ from shardlaunch.checkpoints.state import Fragment, TensorSpec
 from shardlaunch.checkpoints.tensorfile import BYTES_PER_ELEMENT
 
 BUCKET_BYTES = 16 << 20
-# A rank may have to send a piece to every other one in a round; more ranks get smaller buckets.
+# A rank may have to send to every other rank in one round, so more ranks get smaller buckets.
 ROUND_BYTES = 256 << 20
 
 
 class Piece(NamedTuple):
-    """Name elements [start, end) of a tensor and the rank that provides them."""
+    """Elements [start, end) of a tensor and the rank that provides them."""
 
     spec: TensorSpec
     start: int
@@ -36,7 +36,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Hold what one owner writes in one round: pieces that follow each other in a file."""
+    """What one owner writes in one round: consecutive pieces of a file."""
 
     file: TensorFile
     pieces: tuple[Piece, ...]
@@ -49,27 +49,27 @@ def gather(
     *,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> Iterator[tuple[TensorFile, list[memoryview]]]:
-    """Yield the bytes of the files that this rank owns, in order: (file, its next bytes). All ranks, to the end.
+    """Yield the bytes of the files that this rank owns, in order: (file, its next bytes). All ranks, until exhausted.
 
-    Raises AssertionError on all ranks when the pieces of all ranks leave a part of a tensor out.
+    Raises AssertionError on all ranks when no rank holds some element of a tensor.
     """
     bucket_bytes = max(1 << 10, min(bucket_bytes, ROUND_BYTES // peers.num_ranks))
     plan = _plan(files, _ranges(files, fragments, peers), peers.num_ranks, bucket_bytes)
     num_rounds = max((len(buckets) for buckets in plan), default=0)
-    # What comes in is received while the bucket before is written: into the same two buffers in turn, for memory that
-    # is touched for the first time costs more than the copy into it.
+    # Each bucket is received while the previous one is written, into two alternating buffers: touching new memory would
+    # cost more than the copy into it.
     buffers = [torch.empty(bucket_bytes, dtype=torch.uint8) for _ in range(2)]
-    coming = _Round(0, plan, fragments, peers, buffers[0]) if num_rounds else None
+    incoming = _Round(0, plan, fragments, peers, buffers[0]) if num_rounds else None
     for number in range(1, num_rounds + 1):
-        assert coming is not None
-        here = coming
+        assert incoming is not None
+        current = incoming
         if number < num_rounds:
-            coming = _Round(number, plan, fragments, peers, buffers[number % 2])
-        yield from here.finish()
+            incoming = _Round(number, plan, fragments, peers, buffers[number % 2])
+        yield from current.finish()
 
 
 class _Round:
-    """Send and receive the messages of one round; begun by the constructor, so that it goes on beside a write."""
+    """Send and receive the messages of one round. The constructor starts them, so that they overlap with a write."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class _Round:
         self._fragments = fragments
         self._rank = peers.rank
         self._works: list[dist.Work] = []
-        self._kept: list[torch.Tensor] = []  # what is on its way out
+        self._sending: list[torch.Tensor] = []  # kept alive until sent
         self._received: dict[int, torch.Tensor] = {}
         self._bucket = plan[peers.rank][number] if number < len(plan[peers.rank]) else None
         if self._bucket is not None:
@@ -95,14 +95,14 @@ class _Round:
             if owner != peers.rank and number < len(buckets):
                 mine = [self._local(piece) for piece in buckets[number].pieces if piece.provider == peers.rank]
                 if mine:
-                    self._kept.append(mine[0] if len(mine) == 1 else torch.cat(mine))
-                    self._add(dist.isend(self._kept[-1], owner, group=peers.group, tag=number))
+                    self._sending.append(mine[0] if len(mine) == 1 else torch.cat(mine))
+                    self._add(dist.isend(self._sending[-1], owner, group=peers.group, tag=number))
 
     def finish(self) -> Iterator[tuple[TensorFile, list[memoryview]]]:
-        """Wait for the messages; yield this rank's bucket, if it has one in this round."""
+        """Wait for the messages and yield this rank's bucket, if it has one in this round."""
         for work in self._works:
             work.wait()
-        self._kept.clear()
+        self._sending.clear()
         if self._bucket is None:
             return
         offsets = dict.fromkeys(self._received, 0)
@@ -122,7 +122,7 @@ class _Round:
         self._works.append(work)
 
     def _local(self, piece: Piece) -> torch.Tensor:
-        """Return the bytes of a piece that this rank holds; a copy only where they are not on the host in one run."""
+        """Return the bytes of a piece that this rank holds, copied only if not contiguous in host memory."""
         fragment = self._fragments[piece.spec.key]
         flat = fragment.tensor.detach().reshape(-1)[piece.start - fragment.flat_start : piece.end - fragment.flat_start]
         return flat.to("cpu").contiguous().view(torch.uint8)
@@ -131,7 +131,7 @@ class _Round:
 def _ranges(
     files: Sequence[TensorFile], fragments: Mapping[str, Fragment], peers: Peers
 ) -> dict[str, list[tuple[int, int]]]:
-    """Return by key the range that each rank holds. All ranks."""
+    """Return, by tensor key, the range that each rank holds. All ranks."""
     keys = [spec.key for file in files for spec in file.specs]
     mine = [number for key in keys for number in (fragments[key].flat_start, fragments[key].flat_end)]
     everyone = peers.gather(mine)
@@ -141,7 +141,7 @@ def _ranges(
 def _plan(
     files: Sequence[TensorFile], ranges: Mapping[str, list[tuple[int, int]]], num_ranks: int, bucket_bytes: int
 ) -> list[list[Bucket]]:
-    """Return each owner's buckets, one a round."""
+    """Return each owner's buckets, one per round."""
     plan: list[list[Bucket]] = [[] for _ in range(num_ranks)]
     for file in files:
         pieces = [piece for spec in file.specs for piece in _pieces(spec, ranges[spec.key], file.owner)]
@@ -151,7 +151,7 @@ def _plan(
 
 
 def _pieces(spec: TensorSpec, ranges: Sequence[tuple[int, int]], owner: int) -> list[Piece]:
-    """Return who provides what of a tensor: the owner what it has, then the first rank that has more."""
+    """Return which rank provides which elements: the owner what it holds, else the first rank that holds them."""
     pieces: list[Piece] = []
     order = sorted(range(len(ranges)), key=lambda rank: rank != owner)
     position = 0
@@ -161,14 +161,14 @@ def _pieces(spec: TensorSpec, ranges: Sequence[tuple[int, int]], owner: int) -> 
         provider = holders[0]
         end = ranges[provider][1]
         if provider != owner and position < ranges[owner][0]:
-            end = min(end, ranges[owner][0])  # from there on the owner has its own
+            end = min(end, ranges[owner][0])  # the owner holds the elements from there on
         pieces.append(Piece(spec, position, end, provider))
         position = end
     return pieces
 
 
 def _buckets(pieces: Sequence[Piece], bucket_bytes: int) -> Iterator[list[Piece]]:
-    """Cut pieces into runs of at most `bucket_bytes`."""
+    """Group pieces, split where needed, into buckets of at most `bucket_bytes`."""
     bucket: list[Piece] = []
     room = bucket_bytes
     for piece in pieces:

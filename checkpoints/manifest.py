@@ -1,4 +1,4 @@
-"""The manifest: what a committed checkpoint consists of. A folder without a valid one is no checkpoint."""
+"""The manifest: the contents of a committed checkpoint. A folder without a valid manifest is not a checkpoint."""
 
 import json
 from collections.abc import Mapping
@@ -14,16 +14,16 @@ from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES, DTYPES, FileRecord
 from shardlaunch.errors import UserError
 
 FORMAT = "shardlaunch-checkpoint"
-VERSION = 2  # version 1 had, in the place of section and entry, a kind: `weight` or the optimizer's entry
+VERSION = 2  # version 1 had `kind` (`weight` or the optimizer's entry) instead of section and entry
 
 
 class DamagedCheckpoint(UserError):
-    """Say what is wrong with a checkpoint's files."""
+    """Raised for a checkpoint whose files are missing, damaged or inconsistent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """List a checkpoint's files with size and digest, and its tensors with shape, dtype and file.
+    """A checkpoint's files with size and digest, and its tensors with shape, dtype and file.
 
     `aliases` maps the other names of tied weights to the one under which the tensor is saved.
     """
@@ -34,7 +34,7 @@ class Manifest:
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
-        """Return the manifest's text, closed by a digest of itself."""
+        """Return the manifest as JSON, with a digest of itself at the end."""
         body = {
             "format": FORMAT,
             "version": VERSION,
@@ -59,22 +59,22 @@ class Manifest:
 
 
 def read_manifest(step_dir: Path) -> Manifest:
-    """Read and check the manifest of a checkpoint. Raises DamagedCheckpoint when there is none or it is not valid."""
+    """Read and check the manifest of a checkpoint. Raises DamagedCheckpoint when it is missing or not valid."""
     path = step_dir / MANIFEST
     try:
         body = json.loads(path.read_bytes())
         digest = body.pop("xxh3_128")
         name, version = body["format"], body["version"]
     except FileNotFoundError:
-        raise DamagedCheckpoint(f"{step_dir}: no {MANIFEST}, so not a checkpoint") from None
+        raise DamagedCheckpoint(f"{step_dir}: no {MANIFEST}, so this is not a checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path}: not readable as a manifest ({error})") from error
+        raise DamagedCheckpoint(f"{path}: not a readable manifest ({error})") from error
     if name != FORMAT or version not in (1, VERSION):
         raise DamagedCheckpoint(
-            f"{path}: {name} version {version} is not {FORMAT} version 1 to {VERSION}, which this release reads"
+            f"{path}: {name} version {version} is not supported; this release reads {FORMAT} versions 1 to {VERSION}"
         )
     if digest != _digest(body):
-        raise DamagedCheckpoint(f"{path}: its digest does not match its text")
+        raise DamagedCheckpoint(f"{path}: the manifest does not match its own digest")
     for name in [*body["files"], *(tensor["file"] for tensor in body["tensors"])]:
         if not is_plain_file_name(name):
             raise DamagedCheckpoint(f"{path}: {name!r} is not a plain file name")

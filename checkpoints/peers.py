@@ -1,4 +1,4 @@
-"""The ranks that save or load a checkpoint together. They exchange tensors, never objects."""
+"""The ranks that save or load a checkpoint together. They exchange tensors, never pickled objects."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ _TEXT_BYTES = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Peers:
-    """Name this rank among those that work together over a CPU process group (None: alone)."""
+    """This rank and the CPU process group of the ranks that work together (None: a single rank)."""
 
     rank: int = 0
     num_ranks: int = 1
     group: dist.ProcessGroup | None = None
 
     def gather(self, values: Sequence[int]) -> list[list[int]]:
-        """Return every rank's values (64-bit, as many on each rank). All ranks."""
+        """Return every rank's values (64-bit, equally many on each rank). All ranks."""
         if self.num_ranks == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.int64)
@@ -32,7 +32,7 @@ class Peers:
         return [one.tolist() for one in everyone]
 
     def share_error(self, error: str | None) -> str | None:
-        """Tell all ranks of an error; return the first rank's that has one, None when nobody has. All ranks."""
+        """Return the error of the lowest rank that has one, on every rank; None if no rank has. All ranks."""
         if self.num_ranks == 1:
             return error
         text = b"" if error is None else (error or "unknown error").encode()[:_TEXT_BYTES]
@@ -47,9 +47,9 @@ class Peers:
         return None
 
     def together(self, work: Callable[[], T]) -> T:
-        """Run `work` here and learn whether it went well everywhere. All ranks.
+        """Run `work`; raise on every rank if it failed on any. All ranks.
 
-        Raises UserError with the first failing rank's message when a UserError or an OSError ended it on any rank.
+        Raises UserError with the lowest failing rank's message if `work` raised a UserError or OSError on any rank.
         """
         error: str | None = None
         result: T | None = None

@@ -1,4 +1,4 @@
-"""Find, verify and read checkpoints. Nothing is loaded that the manifest does not vouch for."""
+"""Find, verify and read checkpoints. Nothing is loaded that does not match the manifest."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from shardlaunch.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Read one verified checkpoint folder by names and ranges (a `StateReader`)."""
+    """A verified checkpoint folder, read by tensor name and range (a `StateReader`)."""
 
     step_dir: Path
     manifest: Manifest
@@ -29,7 +29,7 @@ class Checkpoint:
         return self.manifest.step
 
     def specs(self) -> Iterable[TensorSpec]:
-        """Return every tensor that it holds."""
+        """Return the specs of all its tensors."""
         return self.manifest.tensors.keys()
 
     def read(self, spec: TensorSpec, flat_start: int, flat_end: int) -> torch.Tensor:
@@ -43,7 +43,7 @@ class Checkpoint:
 
     @property
     def trainer_state(self) -> dict[str, Any]:
-        """Return the numbers that go with the tensors."""
+        """Return the content of trainer_state.json."""
         state: dict[str, Any] = self.read_json(TRAINER_STATE)
         return state
 
@@ -53,9 +53,9 @@ class Checkpoint:
 
 
 def open_checkpoint(step_dir: Path, *, peers: Peers) -> Checkpoint:
-    """Verify a checkpoint folder and return its reader. All ranks; each digests its share of the files.
+    """Verify a checkpoint folder and return its reader. All ranks; the files to digest are divided among them.
 
-    Raises UserError, the same on all ranks, when anything is missing, of another size, or of another digest.
+    Raises UserError, the same on all ranks, when a file is missing or its size or digest differs.
     """
 
     def verify() -> Checkpoint:
@@ -76,13 +76,13 @@ def _verify_file(path: Path, num_bytes: int, digest: str) -> None:
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
     if found.num_bytes != num_bytes:
-        raise DamagedCheckpoint(f"{path}: {found.num_bytes} bytes, the manifest says {num_bytes}")
+        raise DamagedCheckpoint(f"{path}: {found.num_bytes} bytes, but {num_bytes} in the manifest")
     if found.digest != digest:
-        raise DamagedCheckpoint(f"{path}: its digest differs from the manifest's: the file is damaged")
+        raise DamagedCheckpoint(f"{path}: the file is damaged (its digest differs from the manifest's)")
 
 
 def _verify_headers(checkpoint: Checkpoint) -> None:
-    """Check that the files hold just the tensors that the manifest lists."""
+    """Check that the files hold exactly the tensors that the manifest lists."""
     try:
         found = {key: entry for header in checkpoint._headers.values() for key, entry in header.items()}
     except (OSError, ValueError, KeyError) as error:
@@ -97,7 +97,7 @@ def _verify_headers(checkpoint: Checkpoint) -> None:
 
 
 def checkpoint_steps(checkpoints_dir: Path) -> list[int]:
-    """Return the steps of the step folders in a folder, ascending, valid or not."""
+    """Return the steps that have a folder in `checkpoints_dir`, ascending, valid or not."""
     if not checkpoints_dir.is_dir():
         return []
     steps = (step_of_dir_name(path.name) for path in checkpoints_dir.iterdir() if path.is_dir())
@@ -107,7 +107,7 @@ def checkpoint_steps(checkpoints_dir: Path) -> list[int]:
 def latest_checkpoint(
     step_dirs: Iterable[Path], *, peers: Peers, on_damaged: Callable[[UserError], None]
 ) -> Checkpoint | None:
-    """Return the first valid one of `step_dirs` (newest first), naming each damaged one to `on_damaged`. All ranks."""
+    """Return the first valid one of `step_dirs` (newest first); `on_damaged` gets each error before it. All ranks."""
     for step_dir in step_dirs:
         try:
             return open_checkpoint(step_dir, peers=peers)
@@ -117,9 +117,9 @@ def latest_checkpoint(
 
 
 def open_path(path: Path, *, peers: Peers, warn: Callable[[str], None]) -> Checkpoint:
-    """Return the checkpoint that a path means: a checkpoint's folder, or a run's, of which the newest valid one.
+    """Return the checkpoint at a path: a checkpoint folder, or a run folder (its newest valid checkpoint).
 
-    All ranks. Raises UserError that begins with the path.
+    All ranks. Raises UserError with a message that begins with the path.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
@@ -135,6 +135,10 @@ def open_path(path: Path, *, peers: Peers, warn: Callable[[str], None]) -> Check
 
 
 def newest_valid(checkpoints_dir: Path, *, peers: Peers, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest valid checkpoint, None if there is none; `warn` gets a line for each damaged one. All ranks.
+
+    Raises UserError when there are checkpoints but all are damaged.
+    """
     steps = checkpoint_steps(checkpoints_dir)
     damaged: list[str] = []
 
@@ -146,7 +150,7 @@ def newest_valid(checkpoints_dir: Path, *, peers: Peers, warn: Callable[[str], N
     checkpoint = latest_checkpoint(step_dirs, peers=peers, on_damaged=on_damaged)
     if checkpoint is None and damaged:
         raise UserError(
-            f"no checkpoint in {checkpoints_dir} is valid ({damaged[0]}). "
-            f"To start at the beginning, remove them or choose another --output-dir."
+            f"no valid checkpoint in {checkpoints_dir} ({damaged[0]}). "
+            f"To start from the beginning, delete them or choose another --output-dir."
         )
     return checkpoint

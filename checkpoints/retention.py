@@ -1,4 +1,4 @@
-"""Delete old checkpoints and what a crash left behind. Rank 0, after a commit."""
+"""Delete old checkpoints and leftovers of a crash. Rank 0, after a commit."""
 
 import shutil
 from collections.abc import Collection
@@ -10,16 +10,16 @@ from shardlaunch.checkpoints.writer import STAGING_PREFIX, TRASH_PREFIX
 
 
 def prune(checkpoints_dir: Path, *, newest: int, keep: int, protected: Collection[int] = ()) -> None:
-    """Delete all but the `keep` checkpoints (0: all stay) up to step `newest`, and the protected steps.
+    """Keep the last `keep` checkpoints up to step `newest` (0: all) and the protected steps; delete the others.
 
     `newest` was just committed. Folders of later steps are damaged, or the run would have resumed from them: they do
-    not count, and stay until they are saved anew.
+    not count, and stay until they are saved again.
     """
     if keep == 0:
         return
     for step in [step for step in checkpoint_steps(checkpoints_dir) if step <= newest][:-keep]:
         if step not in protected:
-            # Renamed first: a crash midway must not leave half a folder under a checkpoint's name.
+            # Rename first: a crash midway must not leave half a folder under a checkpoint's name.
             trash = checkpoints_dir / f"{TRASH_PREFIX}{step_dir_name(step)}"
             shutil.rmtree(trash, ignore_errors=True)
             (checkpoints_dir / step_dir_name(step)).rename(trash)

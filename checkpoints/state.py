@@ -1,4 +1,4 @@
-"""The state type that strategies and checkpoints share: named pieces of named tensors."""
+"""The state type that strategies and checkpoints share: fragments of named tensors."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 
 from shardlaunch.checkpoints.tensorfile import BYTES_PER_ELEMENT
 
-# Sections of a run's state, each in files of its own: what a model is made of, and what the optimizer keeps of it.
+# Sections of a run's state, each in separate files: weights and buffers, and optimizer state.
 MODEL = "model"
 OPTIMIZER = "optimizer"
 
@@ -18,8 +18,8 @@ OPTIMIZER = "optimizer"
 class TensorSpec:
     """Name, section, shape and dtype of one whole tensor of a run's state.
 
-    `name` is that of a parameter or buffer. `entry` says which of the tensors that a section keeps for it: exp_avg,
-    step, ... in the optimizer's; empty in the model's.
+    `name` is that of a parameter or buffer. `entry` is which of a section's tensors for that name: exp_avg, step, ...
+    in the optimizer section; empty in the model section.
     """
 
     name: str
@@ -38,15 +38,15 @@ class TensorSpec:
 
     @property
     def key(self) -> str:
-        """Return the tensor's name inside its file: the model's under their own, all others as `entry/name`."""
+        """Return the tensor's name in its file: `name` in the model section, `entry/name` in all others."""
         return self.name if self.section == MODEL else f"{self.entry or self.section}/{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """Hold the flat range [flat_start, flat_end) of one tensor of the state, as this rank has it.
+    """The flat range [flat_start, flat_end) of one tensor of the state, as held by this rank.
 
-    `tensor` has flat_end - flat_start elements, any shape, any device.
+    `tensor` has flat_end - flat_start elements, of any shape, on any device.
     """
 
     spec: TensorSpec
@@ -56,14 +56,14 @@ class Fragment:
 
 
 def whole(name: str, tensor: torch.Tensor, *, section: str = MODEL, entry: str = "") -> Fragment:
-    """Return the fragment that is all of `tensor`."""
+    """Return all of `tensor` as a fragment."""
     tensor = tensor.detach()
     spec = TensorSpec(name=name, section=section, entry=entry, shape=tuple(tensor.shape), dtype=tensor.dtype)
     return Fragment(spec=spec, flat_start=0, flat_end=spec.num_elements, tensor=tensor)
 
 
 class StateReader(Protocol):
-    """Give access to saved state by name; whoever restores asks for just the ranges that it holds."""
+    """Access to saved state by name. A restore reads only the ranges that its rank holds."""
 
     def specs(self) -> Iterable[TensorSpec]: ...
 
@@ -79,7 +79,7 @@ def specs_by_section(specs: Iterable[TensorSpec]) -> dict[str, list[TensorSpec]]
 
 
 def fragments_by_key(fragments: Iterable[Fragment]) -> dict[str, Fragment]:
-    """Index fragments by their tensor's key. Raise AssertionError when a tensor comes twice."""
+    """Index fragments by their tensor's key. Raises AssertionError for a duplicate tensor."""
     by_key: dict[str, Fragment] = {}
     for fragment in _checked(fragments):
         assert fragment.spec.key not in by_key, f"{fragment.spec.key} is in the state twice"

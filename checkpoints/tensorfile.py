@@ -1,4 +1,4 @@
-"""Write and read single safetensors files, streaming: no copy of more than one tensor, digest on the way.
+"""Write and read single safetensors files as streams: never more than one tensor copied, digests on the fly.
 
 Source of the format: the safetensors README (8-byte little-endian header length, JSON header padded with spaces,
 then the tensors' raw bytes; offsets count from the end of the header).
@@ -30,14 +30,14 @@ DTYPE_NAMES = {
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 BYTES_PER_ELEMENT = {dtype: torch.empty((), dtype=dtype).element_size() for dtype in DTYPE_NAMES}
 
-WRITE_BACK_BYTES = 16 << 20  # how much a file grows before the system is told to begin to put it on the disk
-DIGEST_BYTES = 1 << 20  # read at once to digest: small enough to be in the processor's cache then
+WRITE_BACK_BYTES = 16 << 20  # bytes written before the system is told to start write-back to disk
+DIGEST_BYTES = 1 << 20  # read size for digests: small enough to stay in the CPU cache
 MAX_HEADER_BYTES = 100 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """Say how large a file is and what its bytes digest to (xxh3-128, hexadecimal)."""
+    """Size and digest of a file (xxh3-128, hexadecimal)."""
 
     num_bytes: int
     digest: str
@@ -45,7 +45,7 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """Say where in a file a tensor's bytes lie: shape, dtype, offset in bytes from the start of the file."""
+    """Shape, dtype and position of a tensor in a file: offset in bytes from the start of the file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -53,14 +53,14 @@ class TensorEntry:
 
 
 class DigestingFile:
-    """Write a new file, digest it on the way and fsync it at the end. Raises OSError that names the file."""
+    """Write a new file, compute its digest on the fly and fsync it at the end. Raises OSError that names the file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by finish() or close()
         self._hash = xxhash.xxh3_128()
         self._num_bytes = 0
-        self._handed_over = 0  # bytes that are already on their way to the disk
+        self._num_bytes_started = 0  # bytes whose write-back has been started
 
     def write(self, data: memoryview) -> None:
         """Append bytes."""
@@ -74,14 +74,14 @@ class DigestingFile:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def _begin_write_back(self) -> None:
-        """Have the disk work beside us: else all that was written waits in memory for the fsync.
+        """Start write-back to disk in the background, instead of leaving all of it to the fsync.
 
-        POSIX_FADV_DONTNEED starts writing dirty pages and does not wait; it drops only what is on the disk already.
+        POSIX_FADV_DONTNEED starts to write dirty pages without waiting; it drops only pages already on disk.
         """
-        waiting = self._num_bytes - self._handed_over
-        if waiting >= WRITE_BACK_BYTES and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), self._handed_over, waiting, os.POSIX_FADV_DONTNEED)
-            self._handed_over = self._num_bytes
+        num_waiting = self._num_bytes - self._num_bytes_started
+        if num_waiting >= WRITE_BACK_BYTES and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), self._num_bytes_started, num_waiting, os.POSIX_FADV_DONTNEED)
+            self._num_bytes_started = self._num_bytes
 
     def finish(self) -> FileRecord:
         """Make the file durable and return its record."""
@@ -93,12 +93,12 @@ class DigestingFile:
         return FileRecord(num_bytes=self._num_bytes, digest=self._hash.hexdigest())
 
     def close(self) -> None:
-        """Give up, where not finished: close without making durable."""
+        """Close without making the file durable, if it is not finished."""
         self._file.close()
 
 
 class TensorWriter(DigestingFile):
-    """Write a new safetensors file: the header at once, then the tensors' bytes as they come, in the order given."""
+    """Write a new safetensors file: first the header, then the tensors' bytes as they arrive, in the given order."""
 
     def __init__(self, path: Path, entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
         super().__init__(path)
@@ -128,7 +128,7 @@ def write_file(path: Path, data: bytes) -> FileRecord:
 
 
 def digest_file(path: Path) -> FileRecord:
-    """Read a file through and return its record."""
+    """Read a whole file and return its record."""
     digest = xxhash.xxh3_128()
     num_bytes = 0
     buffer = memoryview(bytearray(DIGEST_BYTES))
@@ -140,7 +140,7 @@ def digest_file(path: Path) -> FileRecord:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Return what a safetensors file holds. Raises ValueError when it is not one."""
+    """Return the tensor entries of a safetensors file. Raises ValueError for other files."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -155,13 +155,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         begin, end = value["data_offsets"]
         dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
         if not 0 <= begin <= end <= size - start or end - begin != prod(shape) * BYTES_PER_ELEMENT[dtype]:
-            raise ValueError(f"{path.name}: tensor {key!r} does not fit its bytes")
+            raise ValueError(f"{path.name}: the size of tensor {key!r} does not match its shape")
         entries[key] = TensorEntry(shape=shape, dtype=dtype, offset=start + begin)
     return entries
 
 
 def read_range(path: Path, entry: TensorEntry, flat_start: int, flat_end: int) -> torch.Tensor:
-    """Read elements [flat_start, flat_end) of a tensor: a flat tensor on the CPU; no other bytes are read."""
+    """Read only elements [flat_start, flat_end) of a tensor, as a flat tensor on the CPU."""
     item_bytes = BYTES_PER_ELEMENT[entry.dtype]
     flat = torch.empty(flat_end - flat_start, dtype=entry.dtype)
     view = flat.view(torch.uint8).numpy().data

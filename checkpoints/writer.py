@@ -1,4 +1,4 @@
-"""Save a checkpoint: every rank writes its share into a staging folder, one rename publishes it."""
+"""Save a checkpoint: every rank writes its files into a staging folder, and one rename commits it."""
 
 import json
 import os
@@ -39,11 +39,11 @@ def save(
 ) -> Path:
     """Save `state` as the checkpoint of `step` and return its folder. All ranks.
 
-    The pieces of all ranks together are the state: every rank names the same tensors, in the same order. Besides them,
-    a rank needs memory for two buckets of 16 MiB that come in, and for two that go out to each other rank: at most
-    32 MiB and 512 MiB, for buckets are smaller where there are more than 16 ranks.
-    `export` writes the further files of a model folder (configuration, tokenizer) on rank 0. A valid checkpoint of the
-    same step is kept as it is. Raises UserError on all ranks, and leaves nothing behind, when any rank cannot write.
+    The fragments of all ranks together make up the state: every rank yields the same tensors in the same order. In
+    addition, a rank needs memory for two incoming buckets of 16 MiB, and for two outgoing ones per other rank: at most
+    32 MiB and 512 MiB, since buckets are smaller with more than 16 ranks.
+    `export` writes the other files of a model folder (configuration, tokenizer) on rank 0. A valid checkpoint of the
+    same step is kept. Raises UserError on all ranks, and leaves nothing behind, when any rank cannot write.
     """
     target = checkpoints_dir / step_dir_name(step)
     if _is_committed(target, peers):
@@ -53,7 +53,7 @@ def save(
     staging = checkpoints_dir / f"{STAGING_PREFIX}{target.name}"
     try:
         peers.together(lambda: _make_staging(staging) if peers.rank == 0 else None)
-        records = peers.together(lambda: _write_share(staging, files, fragments, peers))
+        records = peers.together(lambda: _write_files(staging, files, fragments, peers))
         everyone = _exchange(files, records, peers)
         peers.together(
             lambda: (
@@ -70,7 +70,7 @@ def save(
 
 
 def _is_committed(target: Path, peers: Peers) -> bool:
-    """Return whether `target` is a valid checkpoint, down to its last byte. All ranks."""
+    """Return whether `target` is a valid checkpoint, with all digests checked. All ranks."""
     (exists,) = peers.gather([target.exists()])[0]
     if not exists:
         return False
@@ -87,12 +87,12 @@ def _make_staging(staging: Path) -> None:
     staging.mkdir(parents=True)
 
 
-def _write_share(
+def _write_files(
     staging: Path, files: list[TensorFile], fragments: Mapping[str, Fragment], peers: Peers
 ) -> dict[str, FileRecord]:
     """Gather and write the files that this rank owns. All ranks.
 
-    A rank that cannot write goes on gathering, for the others need its pieces. Raises OSError then.
+    A rank that cannot write continues to gather, since the others need its data, and raises OSError at the end.
     """
     failure: OSError | None = None
     writing: dict[str, TensorWriter] = {}
@@ -120,7 +120,7 @@ def _write_share(
 
 
 def _exchange(files: list[TensorFile], records: Mapping[str, FileRecord], peers: Peers) -> dict[str, FileRecord]:
-    """Return every file's record on every rank. All ranks. A digest travels as four 32-bit numbers."""
+    """Return every file's record on every rank. All ranks. A digest is sent as four 32-bit numbers."""
     numbers = []
     for file in files:
         record = records.get(file.file_name)
@@ -144,7 +144,7 @@ def _commit(
     export: Callable[[Path], None],
     aliases: Mapping[str, str],
 ) -> None:
-    """Complete the staged folder and publish it. Rank 0."""
+    """Complete the staging folder and commit it. Rank 0."""
     export(staging)
     for path in sorted(staging.iterdir()):
         if path.is_file() and path.name not in records:
@@ -164,7 +164,7 @@ def _commit(
     manifest = Manifest(step=step, files=records, tensors=tensors, aliases=aliases)
     write_file(staging / MANIFEST, manifest.to_json())
     _fsync(staging)
-    if target.exists():  # damaged, or we would not be here: move it aside, for a rename needs a free name
+    if target.exists():  # it is damaged (see _is_committed); move it aside, since rename needs a free name
         trash = target.with_name(f"{TRASH_PREFIX}{target.name}")
         shutil.rmtree(trash, ignore_errors=True)
         target.rename(trash)

@@ -1,38 +1,26 @@
-"""The entry of every recipe file: the command line, the ranks, and what a person is told when something ends a run."""
+"""The entry of every recipe file: the command line, and what a person is told when something ends a run."""
 
+import json
 import os
 import re
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from typing import get_type_hints
-
-import torch
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_USER_ERROR, UserError
+from shardlaunch.launcher.launched import mark_launched
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.parsing import parse_options
-from shardlaunch.launcher.recipe import Recipe, check_in_force, recipe_name
-from shardlaunch.launcher.runs.cross_validation import cross_validate
-from shardlaunch.launcher.runs.run import Run
+from shardlaunch.launcher.recipe import Recipe, options_type_of, recipe_name
 from shardlaunch.sharding.environment import is_main_process, read_environment
-from shardlaunch.sharding.precision import PRECISIONS, resolve_precision
-from shardlaunch.sharding.resolve import check_ranks, check_settings, resolve_strategy
-from shardlaunch.sharding.strategy import Settings
-from shardlaunch.sharding.world import World, connect, disconnect, threads_per_rank
 
-# A normal run's output is the run's own; whoever sets these variables gets the libraries' output too.
-_QUIET = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_VERBOSITY": "error",
-    "DATASETS_VERBOSITY": "critical",
-    "TOKENIZERS_PARALLELISM": "true",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
-# Before the ranks are connected, rank 0 speaks for all. A rank that ended first would have the launcher end rank 0 too,
+if TYPE_CHECKING:
+    from shardlaunch.sharding.world import World
+
+# Before the ranks are connected, rank 0 prints for all. A rank that ended first would have the launcher end rank 0 too,
 # so the others wait to be ended.
 LAST_WORD_S = 60
 # A rank's mistake is mostly every rank's, if a little later; but some may be waiting for just this one to end.
@@ -42,63 +30,60 @@ _LOST_CONTACT = re.compile(r"connection (was )?(closed|reset|refused)|reset by p
 
 
 def launch(recipe_type: type[Recipe]) -> None:
-    """Run the recipe as the command line says. The last line of every recipe file; does nothing when it is imported."""
-    if recipe_type.__module__ == "__main__":
-        try:
-            status = main(recipe_type, sys.argv[1:])
-        except SystemExit as exit_:  # after --help, or by the recipe's own code
-            if not isinstance(exit_.code, int | None):
-                print(exit_.code, file=sys.stderr)
-            status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-        except BaseException:
-            traceback.print_exc()
-            status = EXIT_OTHER_ERROR
-        # Threads of gloo may outlive the process group: the interpreter, taking itself down around them, now and then
-        # aborts ("terminate called without an active exception") and makes a failure of a run that went well. And it
-        # would wait for loading processes, which leave signals to the rank. All that is to be kept is closed by now.
-        # Taking torch down takes a third as long as importing it, too.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    """Run the recipe as the command line says, then end the process. The last line of every recipe file.
+
+    Does nothing when the file is imported. Raises UserError in a notebook or an interactive session, which it would
+    end: `fit` is for those.
+    """
+    if recipe_type.__module__ != "__main__":
+        return
+    mark_launched(recipe_type)
+    if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
+        raise UserError(
+            f"launch({recipe_type.__name__}) reads a command line and ends its process; in a notebook or an "
+            f"interactive session call shardlaunch.fit({recipe_type.__name__}, lr=..., ...) instead"
+        )
+    try:
+        status = main(recipe_type, sys.argv[1:])
+    except SystemExit as exit_:  # after --help, or by the recipe's own code
+        if not isinstance(exit_.code, int | None):
+            print(exit_.code, file=sys.stderr)
+        status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = EXIT_OTHER_ERROR
+    # Threads of gloo may outlive the process group: the interpreter, taking itself down around them, now and then
+    # aborts ("terminate called without an active exception") and makes a failure of a run that went well. And it would
+    # wait for loading processes, which leave signals to the rank. All that is to be kept is closed by now. Taking torch
+    # down takes a third as long as importing it, too.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
     """Run a recipe with the given command-line words and return the exit status. All ranks.
 
-    0: done; 1: another rank is gone; 2: something for the user to mend, said in one message; 130: interrupted. Other
+    0: done; 1: another rank is gone; 2: something for the user to fix, said in one message; 130: interrupted. Other
     errors are raised.
     """
-    _silence_libraries()
     world: World | None = None
     is_debug = "--debug" in argv
     try:
-        env = read_environment()
         options = _options(recipe_type, argv)
         is_debug = options.debug
-        strategy_name = resolve_strategy(options.strategy, env)
-        precision_name = resolve_precision(options.precision, env.accelerate_precision)
-        num_threads = threads_per_rank(options.threads_per_rank, env)
-        torch.set_num_threads(num_threads)
-        os.environ["OMP_NUM_THREADS"] = str(num_threads)  # or accelerate sets a number of its own, with a warning
-        world = connect(env)
-        check_ranks(env, world, _accelerate_ranks(world))
-        settings = Settings(
-            compute_dtype=PRECISIONS[precision_name],
-            layer_classes=options.layer_classes or env.layer_classes or recipe_type.layer_classes,
-            reshard_after_forward=options.reshard_after_forward and env.reshard_after_forward,
-            cpu_offload=options.cpu_offload or env.cpu_offload,
-            shard_ranks=options.shard_ranks or env.shard_ranks,
-        )
-        check_settings(strategy_name, settings)
-        check_in_force(recipe_type(options))
+        from shardlaunch.launcher.runs.fit import choose, joined_ranks, run_recipe_on
+        from shardlaunch.launcher.runs.session import silent_libraries
 
-        def run_of(fold: int | None = None) -> Run:
-            return Run(recipe_type(options), options, world, strategy_name, precision_name, settings, fold)
-
-        if options.folds:
-            cross_validate(run_of, options.folds)
-        else:
-            run_of().run()
+        env = read_environment()
+        with ExitStack() as stack:
+            stack.enter_context(silent_libraries())
+            choice = choose(options, env)
+            world = stack.enter_context(joined_ranks(env, options, choice))
+            result = run_recipe_on(recipe_type, options, env, world, choice, show=True)
+            if env.result_file and world.is_main:
+                with open(env.result_file, "w") as file:
+                    json.dump({"run_dir": str(result.run_dir.absolute())}, file)
     except SystemExit as exit_:  # the command line's own message or help
         if exit_.code and not is_main_process():
             time.sleep(LAST_WORD_S)
@@ -124,47 +109,21 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         )
         _report(world, message, with_traceback=is_debug)
         return EXIT_OTHER_ERROR
-    disconnect(world)
     return 0
 
 
-def _silence_libraries() -> None:
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    if "transformers" in sys.modules:  # imported by the recipe's file, before it could see the variables
-        from transformers.utils import logging
-
-        if os.environ["TRANSFORMERS_VERBOSITY"] == "error":
-            logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    if "datasets" in sys.modules:
-        sys.modules["datasets"].disable_progress_bars()
-
-
 def _options(recipe_type: type[Recipe], argv: Sequence[str]) -> Options:
-    options_type: type[Options] = get_type_hints(recipe_type)["options"]
-    description = (recipe_type.__doc__ or recipe_type.__name__).strip()
     return parse_options(
-        options_type,
+        options_type_of(recipe_type),
         recipe_type.presets,
         argv,
         program=f"{recipe_name(recipe_type)}.py",
-        description=description,
+        description=(recipe_type.__doc__ or recipe_type.__name__).strip(),
         show=is_main_process(),
     )
 
 
-def _accelerate_ranks(world: World) -> int:
-    """Return how many ranks accelerate counts; it takes over the process group that is there."""
-    from accelerate import PartialState
-
-    # DeepSpeed is for the strategy to start; started by accelerate it would look for another process group.
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-
-    return int(PartialState(cpu=world.device.type == "cpu").num_processes)
-
-
-def _report(world: World | None, message: str, *, with_traceback: bool) -> None:
+def _report(world: "World | None", message: str, *, with_traceback: bool) -> None:
     """Print a message once, from the first rank that has one; each rank's traceback where asked for."""
     if with_traceback:
         traceback.print_exc()

@@ -20,12 +20,18 @@ class RunOptions:
     """YAML file of options, under the same names; the command line wins."""
     output_dir: str = option("", mark="free")
     """Output folder of the run (default: outputs/RECIPE, or outputs/RECIPE-PRESET)."""
+    run_name: str = option("", mark="free")
+    """Name of the run, whose output folder is then outputs/NAME unless --output-dir is given."""
+    init_from: str = option("", mark="free")  # free, because a digest of the weights is compared instead
+    """Weights that a new run starts from: a run, a checkpoint, a folder or file of safetensors."""
     epochs: int = option(1, minimum=1)
     """Number of passes over the training data."""
     max_steps: int = option(0, minimum=0)
     """Number of optimizer steps of the whole run, instead of --epochs (0: use --epochs)."""
     stop_at_step: int = option(0, mark="free", minimum=0)
     """Save and stop after this step; the run can be resumed (0: run to the end)."""
+    extend_to_steps: int = option(0, mark="free", minimum=0)
+    """Train on to this step after the end of the run, where the schedule says how (0: stop at the end)."""
     resume: str = option("auto", mark="free")
     """auto (newest valid checkpoint in the output folder), never, or a checkpoint or run folder."""
     max_grad_norm: float = option(0.0, group="optimization", minimum=0)
@@ -104,7 +110,7 @@ class SavingOptions:
 
     save_every: int = option(500, mark="free", minimum=0)
     """Save every N steps and at the end (0: only at the end)."""
-    save_on_best: bool = option(False, mark="free")
+    save_on_best: bool = option(True, mark="free")
     """Also save when the best metric improves, and keep that checkpoint."""
     keep: int = option(2, mark="free", minimum=0)
     """Number of newest checkpoints to keep (0: all)."""

@@ -4,14 +4,16 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import default_collate
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.batch_defaults import collated, count_targets, has_column, model_outputs
+from shardlaunch.launcher.hook_names import check_hook_names
+from shardlaunch.launcher.launched import watch
 from shardlaunch.launcher.optimization.optimizers import OptimizerOptions, build_optimizer, check_optimizer_options
 from shardlaunch.launcher.optimization.schedules import ScheduleOptions, scheduled
 from shardlaunch.launcher.options import Options, flag
@@ -32,6 +34,11 @@ class Recipe:
     """The metric that says which checkpoint is best."""
     layer_classes: ClassVar[tuple[str, ...]] = ()
     """Classes of the model's blocks, gathered one at a time under FSDP2. Hugging Face models declare theirs."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Watch that a recipe of the file that is run is launched."""
+        super().__init_subclass__(**keywords)
+        watch(cls)
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -85,21 +92,31 @@ class Recipe:
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
         """Return a batch (tensors by name) of what the data set gave for some samples: a list, or a mapping of columns.
 
-        `seeds` has one integer a sample for random preprocessing, and is None at evaluation.
+        `seeds` has one integer per sample for random preprocessing, and is None at evaluation. By default, rows that
+        are (inputs, labels) give a batch with these two names, rows that are dictionaries one with theirs.
         """
-        return samples if isinstance(samples, Mapping) else default_collate(samples)
+        return samples if isinstance(samples, Mapping) else collated(samples)
 
     def num_targets(self, batch: Any) -> int:
-        """Return how many targets the loss of this batch sums over."""
-        return len(batch["labels"])
+        """Return how many targets the loss of this batch sums over.
+
+        By default, whole-number labels of any shape count where they are not -100 (the `ignore_index` of torch's cross
+        entropy), others one per row. Several numbers per row that are not whole are refused: they may be one target or
+        several.
+        """
+        return count_targets(batch)
 
     def num_tokens(self, batch: Any) -> int:
         """Return how many tokens the batch holds, for the throughput shown; 0 where there are none."""
-        return int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0
+        return int(batch["attention_mask"].sum()) if has_column(batch, "attention_mask") else 0
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
-        """Return the model's outputs. Call the model itself: parts of it may be slices until it is called."""
-        return model(batch["inputs"])
+        """Return the model's outputs. Call the model itself: parts of it may be slices until it is called.
+
+        By default `model(batch["inputs"])`; where there are no `inputs`, the columns are passed by name, as to models
+        of transformers, without `labels`, `label` and `length`.
+        """
+        return model_outputs(model, batch)
 
     def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
         """Return the SUM of the loss over the batch's targets: a scalar. The launcher divides by their number."""
@@ -110,9 +127,9 @@ class Recipe:
         return {}
 
     def update_metrics(self, metrics: Mapping[str, Any], outputs: Any, batch: Any) -> None:
-        """Feed one evaluated batch to the metrics."""
+        """Feed one evaluated batch to the metrics: by default outputs, or their `logits`, and labels."""
         for metric in metrics.values():
-            metric.update(outputs, batch["labels"])
+            metric.update(getattr(outputs, "logits", outputs), batch["labels"])
 
     def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """Return the optimizer over the named trainable parameters; its rates are the schedule's peak.
@@ -139,11 +156,20 @@ def recipe_name(recipe_type: type[Recipe]) -> str:
     return Path(file).stem if file else recipe_type.__name__
 
 
-def check_in_force(recipe: Recipe) -> None:
+def options_type_of(recipe_type: type[Recipe]) -> type[Options]:
+    """Return the class of a recipe's options: what its `options` is annotated with."""
+    options_type: type[Options] = get_type_hints(recipe_type)["options"]
+    return options_type
+
+
+def check_in_effect(recipe: Recipe) -> None:
     """Raise UserError for options that the launcher's optimizer does not take, or that the recipe's own leaves idle.
+
+    So too for methods that are named almost as hooks, which would be idle.
 
     What the recipe's options class declares itself is taken to be used by its own optimizer() or schedule().
     """
+    check_hook_names(type(recipe), Recipe)
     if type(recipe).optimizer is Recipe.optimizer:
         check_optimizer_options(recipe.options)
     own = {name for cls in type(recipe.options).__mro__ if cls not in Options.__mro__ for name in vars(cls)}

@@ -1,1 +1,1 @@
-"""What to train: one file a recipe, each runnable by `accelerate launch recipes/NAME.py`."""
+"""What to train: one file per recipe, each runnable with `accelerate launch recipes/NAME.py`."""

@@ -1,4 +1,4 @@
-"""BERT and its relatives for text classification and regression: movie reviews, or any texts with labels."""
+"""BERT-like encoders for text classification and regression: movie reviews, or any labelled texts."""
 
 import math
 from collections.abc import Mapping
@@ -89,7 +89,9 @@ class BertImdb(Recipe):
         self.source = source
         self.tokenizer = from_source(AutoTokenizer, source)
         if self.tokenizer.pad_token_id is None:
-            raise UserError(f"--model {options.model}: its tokenizer has no token to pad with; take an encoder")
+            raise UserError(
+                f"--model {options.model}: its tokenizer has no padding token; choose an encoder such as BERT"
+            )
         require_room(self.tokenizer, "--max-length", options.max_length)
         splits = demo.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
         columns = {"text": options.text_column, "label": options.label_column}
@@ -125,12 +127,12 @@ class BertImdb(Recipe):
             AutoConfig, self.source, id2label=names, label2id={name: number for number, name in names.items()}
         )
         config.problem_type = "regression" if self.options.task == "regression" else "single_label_classification"
-        if config.pad_token_id is None:  # some models look for where the padding begins
+        if config.pad_token_id is None:  # some models look for the first padding token
             config.pad_token_id = self.tokenizer.pad_token_id
         model: nn.Module = from_config(AutoModelForSequenceClassification, config, self.source)
         longest = longest_input(model)
         if longest and self.options.max_length > longest:
-            raise UserError(f"--max-length {self.options.max_length}: this model reads at most {longest} tokens")
+            raise UserError(f"--max-length {self.options.max_length}: this model takes at most {longest} tokens")
         return model
 
     def weights(self) -> Mapping[str, torch.Tensor]:
@@ -174,16 +176,16 @@ class BertImdb(Recipe):
 
 
 def _numbers(split: Any, name: str, options: BertOptions) -> Any:
-    """Return a data set with the column label as float32. Raises UserError for what is no number."""
+    """Return a data set with the column label as float32. Raises UserError for values that are not numbers."""
     import datasets
 
     labels = split["label"][:]
     if not all(isinstance(label, int | float) and math.isfinite(label) for label in labels):
         raise UserError(
-            f"--data {options.data}: the {name} data has rows whose {options.label_column!r} is no number, as --task "
-            f"regression needs"
+            f"--data {options.data}: the {name} data has rows whose {options.label_column!r} is not a number; --task "
+            f"regression needs numbers"
         )
-    # By way of float64, since Arrow refuses to make float32 of whole numbers that it does not hold exactly.
+    # Cast to float64 first: Arrow refuses to cast integers to float32 if they are not exactly representable.
     return split.cast_column("label", datasets.Value("float64")).cast_column("label", datasets.Value("float32"))
 
 

@@ -1,4 +1,4 @@
-"""Convolutional nets on small color images: CIFAR-10, or any images of 32x32 pixels with labels."""
+"""Convolutional nets for small color images: CIFAR-10, or any labelled 32x32 images."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from shardlaunch.metrics import named_metrics
 
 DEMO = demo.DEMO
 IMAGE_SIZE = 32
-LOGIT_SCALE = 0.125  # the maxima that the last layer reads are large; unscaled logits make the first epochs unstable
+LOGIT_SCALE = 0.125  # the last layer's inputs are large (max-pooled); unscaled logits make the first epochs unstable
 
 
 @dataclass(kw_only=True)
@@ -40,7 +40,7 @@ class CifarOptions(ImageOptions):
 
 
 class CifarCnn(Recipe):
-    """Train a convolutional net on CIFAR-10: the textbook's, or a residual one (--preset modern)."""
+    """Train a convolutional net on CIFAR-10: a textbook net, or a residual one (--preset modern)."""
 
     options: CifarOptions
     presets = {
@@ -64,7 +64,7 @@ class CifarCnn(Recipe):
 
     def datasets(self) -> Mapping[str, Any]:
         if self.options.net == "textbook" and self.explicitly_set_flags("width"):
-            raise UserError("--width: of the modern net; drop the option, or take --net modern")
+            raise UserError("--width: only affects --net modern; remove it, or set --net modern")
         splits, self.classes = images.load_images(self.options, size=IMAGE_SIZE, num_channels=3)
         return splits
 
@@ -109,12 +109,12 @@ def modern_net(num_classes: int, width: int) -> nn.Module:
 
 
 def _convolution(num_inputs: int, num_outputs: int) -> nn.Module:
-    convolution = nn.Conv2d(num_inputs, num_outputs, 3, padding=1, bias=False)  # batch norm would take a bias away
+    convolution = nn.Conv2d(num_inputs, num_outputs, 3, padding=1, bias=False)  # batch norm would cancel a bias
     return nn.Sequential(convolution, nn.BatchNorm2d(num_outputs), nn.ReLU())
 
 
 class Residual(nn.Module):
-    """Two convolutions, whose outcome is added to their input."""
+    """Two convolutions with a residual connection."""
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Causal language models: a GPT-2 from scratch, or a pretrained model fine-tuned."""
+"""Causal language models: train a GPT-2 from scratch, or fine-tune a pretrained model."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from shardlaunch.text import (
 DEMO = demo.DEMO
 Unit = Literal["byte", "character"]
 TRAINED = ("bpe", "characters")
-FROM_SCRATCH = ("vocab_size", "layers", "heads", "width", "dropout")  # options
+FROM_SCRATCH = ("vocab_size", "layers", "heads", "width", "dropout")  # options of a model from scratch
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<unk>"
 
 
@@ -76,7 +76,7 @@ class GptOptions(Options):
 
 
 class GptLm(Recipe):
-    """Train a causal language model on packed documents (AdamW, warm-up and cosine)."""
+    """Train a causal language model on packed documents (AdamW, warm-up and cosine schedule)."""
 
     options: GptOptions
     presets = {
@@ -105,16 +105,16 @@ class GptLm(Recipe):
 
     def datasets(self) -> Mapping[str, Any]:
         options = self.options
-        idle = self.explicitly_set_flags(*FROM_SCRATCH)
-        if options.model and idle:
-            raise UserError(f"{', '.join(idle)}: for a model from scratch; --model {options.model} has its own")
+        unused = self.explicitly_set_flags(*FROM_SCRATCH)
+        if options.model and unused:
+            raise UserError(f"{', '.join(unused)}: only for a model from scratch, not with --model {options.model}")
         if (options.tokenizer or options.model or "bpe") != "bpe" and self.explicitly_set_flags("vocab_size"):
-            raise UserError(f"--vocab-size: --tokenizer {options.tokenizer} has its own; drop the option")
+            raise UserError("--vocab-size: only for a new bpe tokenizer; remove it")
         splits = demo.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
         splits = select_columns(splits, {"text": options.text_column}, source=options.data)
         require_texts(splits, source=options.data, called=options.text_column)
         self.unit: Unit = "character" if options.tokenizer == "characters" else "byte"
-        is_one_text = all(len(split) == 1 for split in splits.values())  # whose parts neither begin nor end it
+        is_one_text = all(len(split) == 1 for split in splits.values())  # excerpts of it have no beginning or end
         self.tokenizer = self._tokenizer(splits["train"]["text"], framed=not is_one_text)
         splits = {name: self._tokenized(split, framed=not is_one_text) for name, split in splits.items()}
         length = options.context_length
@@ -131,7 +131,7 @@ class GptLm(Recipe):
 
             tokenizer = from_source(AutoTokenizer, source, flag="--tokenizer" if options.tokenizer else "--model")
             if not tokenizer.is_fast:
-                raise UserError(f"{source}: its tokenizer has no fast form, which tells where tokens stand")
+                raise UserError(f"{source}: its tokenizer has no fast version, which is needed here; choose another")
             return tokenizer
         end = END_OF_TEXT if framed else None
         if source == "characters":
@@ -162,10 +162,10 @@ class GptLm(Recipe):
                 n_embd=options.width,
                 n_layer=options.layers,
                 n_head=options.heads,
-                activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one operation
+                activation_function="gelu_pytorch_tanh",  # GPT-2's activation as one fused operation
                 embd_pdrop=options.dropout,
                 resid_pdrop=options.dropout,
-                attn_pdrop=0.0,  # on the CPU, attention with dropout takes the slow way
+                attn_pdrop=0.0,  # attention with dropout has no fast kernel on CPU
                 bos_token_id=self.tokenizer.bos_token_id,
                 eos_token_id=self.tokenizer.eos_token_id,
             )
@@ -193,7 +193,7 @@ class GptLm(Recipe):
         return int(batch["labels"].numel())
 
     def forward(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        # Positions that begin anew keep documents apart; with a cache they would not.
+        # Position ids that restart separate the documents; this only works without a cache.
         outputs = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
         logits: torch.Tensor = outputs.logits
         return logits

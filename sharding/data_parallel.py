@@ -1,7 +1,7 @@
-"""DataParallel: one process, a replica of the model on each of its GPUs, one whole micro-batch a replica.
+"""DataParallel: one process, one replica of the model per GPU, one whole micro-batch per replica.
 
-torch's nn.DataParallel splits a micro-batch over the GPUs, which changes what a micro-batch is (its padding, its batch
-statistics, its dropout masks); replicas that take whole micro-batches do not.
+torch's nn.DataParallel splits a micro-batch over the GPUs, which changes its padding, batch statistics and dropout
+masks. Here each replica runs whole micro-batches, so the results stay the same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,13 +18,12 @@ from shardlaunch.sharding.world import World
 
 
 class DataParallel(Strategy):
-    """Run micro-batches on all devices of one process (see `Strategy`). On CPU it is a single replica.
+    """Run micro-batches on all devices of one process (see `Strategy`). On CPU there is a single replica.
 
-    Kernels are started one replica after the other without waiting, so that the devices work side by side.
+    Kernels are launched on one replica after another without waiting, so that the devices compute concurrently.
     """
 
     for_one_process = True
-    least_ranks = 1
     is_sharded = False
 
     def __init__(
@@ -36,7 +35,7 @@ class DataParallel(Strategy):
         settings: Settings = DEFAULT_SETTINGS,
         devices: Sequence[torch.device] | None = None,
     ) -> None:
-        assert world.size == 1, "DataParallel is for one process"
+        assert world.size == 1, "DataParallel runs in one process"
         if devices is None:
             cuda = world.device.type == "cuda"
             devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if cuda else [world.device]
@@ -48,8 +47,8 @@ class DataParallel(Strategy):
         self.devices = list(devices)
 
     def describe(self) -> str:
-        """Say how many replicas there are."""
-        on_cpu = " (on CPU there is just one)" if self.devices[0].type == "cpu" else ""
+        """Return the number of replicas."""
+        on_cpu = " (on CPU there is only one)" if self.devices[0].type == "cpu" else ""
         return f"{len(self.replicas)} replica{'s' if len(self.replicas) > 1 else ''} in one process{on_cpu}"
 
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
@@ -64,10 +63,10 @@ class DataParallel(Strategy):
         return self._main.finish_gradients(unscale=unscale, max_norm=max_norm)
 
     def optimizer_step(self) -> None:
-        """Apply the optimizer on the first replica and give the others its weights."""
+        """Apply the optimizer on the first replica and copy its weights to the others."""
         self._main.optimizer_step()
         self._drop_copied_gradients()
-        self._spread()
+        self._copy_to_others()
 
     def discard(self) -> None:
         """Drop the gradients."""
@@ -75,20 +74,20 @@ class DataParallel(Strategy):
         self._drop_copied_gradients()
 
     def state(self) -> Iterator[Fragment]:
-        """Yield the first replica's state: the others have none of their own."""
+        """Yield the first replica's state; the others are copies of it."""
         return self._main.state()
 
     def restore(self, reader: StateReader) -> None:
-        """Restore the first replica and give the others its weights and buffers."""
+        """Restore the first replica and copy its weights and buffers to the others."""
         self._main.restore(reader)
-        self._spread()
+        self._copy_to_others()
 
     def _drop_copied_gradients(self) -> None:
         for gradients in self._copied_gradients:
             gradients.zero()
 
     @torch.no_grad()
-    def _spread(self) -> None:
+    def _copy_to_others(self) -> None:
         for copy in self._copies:
             pairs = zip(_tensors(self._main.model), _tensors(copy), strict=True)
             for mine, theirs in pairs:

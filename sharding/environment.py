@@ -1,4 +1,4 @@
-"""The launch environment: the only module that reads the variables which launchers set."""
+"""The launch environment. No other module reads the variables that launchers set."""
 
 import os
 import re
@@ -9,25 +9,33 @@ from shardlaunch.errors import UserError
 
 STRATEGY_VARIABLE = "SHARDLAUNCH_STRATEGY"
 RANKS_VARIABLE = "SHARDLAUNCH_RANKS"
+RESULT_VARIABLE = "SHARDLAUNCH_RESULT_FILE"
+JOIN_TIMEOUT_VARIABLE = "SHARDLAUNCH_JOIN_TIMEOUT_S"
+JOIN_TIMEOUT_S = 600
 _OFFLOAD_OPTIMIZER = "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"
 _OFFLOAD_PARAMETERS = "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchEnvironment:
-    """Hold what the launcher (torchrun, accelerate launch, shardlaunch run, none) told this process."""
+    """Settings that the launcher (torchrun, accelerate launch, shardlaunch run, or none) passed to this process."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    is_distributed: bool = False  # started as one of a group, even a group of one
-    attempt: int = 0  # counts the restarts of the worker group
+    is_distributed: bool = False  # started as part of a group, even a group of one
+    master_addr: str = ""  # where the ranks meet
+    master_port: int | None = None
+    uses_agent_store: bool = False  # the launcher, not rank 0, listens there
+    join_timeout_s: int = JOIN_TIMEOUT_S  # how long a rank waits for the others to start
+    attempt: int = 0  # number of restarts of the worker group
     use_cpu: bool = False
     threads: int | None = None  # OMP_NUM_THREADS
-    strategy: str | None = None  # what `shardlaunch run --strategy` asked for
-    ranks: int | None = None  # what `shardlaunch run --ranks` asked for
-    accelerate_strategy: str | None = None  # what accelerate's configuration asked for, and with it:
+    strategy: str | None = None  # requested by `shardlaunch run --strategy`
+    ranks: int | None = None  # requested by `shardlaunch run --ranks`
+    result_file: str | None = None  # where `shardlaunch.start` expects the path of the run folder
+    accelerate_strategy: str | None = None  # requested by accelerate's configuration, with the fields below
     layer_classes: tuple[str, ...] = ()
     reshard_after_forward: bool = True
     cpu_offload: bool = False
@@ -37,7 +45,7 @@ class LaunchEnvironment:
 
 
 def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
-    """Read the environment of this process. Raises UserError for a number that is none."""
+    """Read the environment of this process. Raises UserError for invalid or unsupported values."""
     env = os.environ if environ is None else environ
 
     def number(name: str) -> int | None:
@@ -51,13 +59,13 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
 
     if is_distributed_launch(env) and env.get("MASTER_PORT") == "0":
         raise UserError(
-            "MASTER_PORT=0: the ranks cannot meet on a port that nobody chose. "
-            "Start torchrun with --standalone in the place of --master_port 0."
+            "MASTER_PORT=0 is not supported: all ranks must use the same port. "
+            "Start torchrun with --standalone instead of --master_port 0."
         )
-    copies = number("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") or 1
+    num_replicas = number("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") or 1
     shard_ranks = number("PARALLELISM_CONFIG_DP_SHARD_SIZE") or 1
-    _check_accelerate(env, copies=copies, shard_ranks=shard_ranks, world_size=number("WORLD_SIZE") or 1)
-    is_hybrid = copies > 1
+    _check_accelerate(env, num_replicas=num_replicas, shard_ranks=shard_ranks, world_size=number("WORLD_SIZE") or 1)
+    is_hybrid = num_replicas > 1
     accelerate_strategy = None
     if _is_true(env.get("ACCELERATE_USE_DEEPSPEED")):
         accelerate_strategy = f"zero{env.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '')}"
@@ -65,17 +73,28 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
         accelerate_strategy = "hsdp" if is_hybrid else "fsdp2"
     is_distributed = is_distributed_launch(env)
     world_size = number("WORLD_SIZE") or 1 if is_distributed else 1
+    rank = number("RANK") or 0 if is_distributed else 0
+    if not 0 <= rank < world_size:
+        raise UserError(
+            f"RANK={rank} and WORLD_SIZE={world_size} contradict each other: ranks count from 0 to WORLD_SIZE - 1. "
+            f"For one process, unset both."
+        )
     return LaunchEnvironment(
-        rank=number("RANK") or 0 if is_distributed else 0,
+        rank=rank,
         world_size=world_size,
         local_rank=number("LOCAL_RANK") or 0 if is_distributed else 0,
         local_world_size=number("LOCAL_WORLD_SIZE") or world_size if is_distributed else 1,
         is_distributed=is_distributed,
+        master_addr=env.get("MASTER_ADDR", ""),
+        master_port=number("MASTER_PORT"),
+        uses_agent_store=_is_true(env.get("TORCHELASTIC_USE_AGENT_STORE")),
+        join_timeout_s=number(JOIN_TIMEOUT_VARIABLE) or JOIN_TIMEOUT_S,
         attempt=number("TORCHELASTIC_RESTART_COUNT") or 0,
         use_cpu=_is_true(env.get("ACCELERATE_USE_CPU")),
         threads=number("OMP_NUM_THREADS"),
         strategy=env.get(STRATEGY_VARIABLE) or None,
         ranks=number(RANKS_VARIABLE),
+        result_file=env.get(RESULT_VARIABLE) or None,
         accelerate_strategy=accelerate_strategy,
         layer_classes=tuple(filter(None, re.split(r"[,\s]+", env.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")))),
         reshard_after_forward=env.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false",
@@ -83,62 +102,62 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
         or "cpu" in (env.get(_OFFLOAD_OPTIMIZER), env.get(_OFFLOAD_PARAMETERS)),
         shard_ranks=shard_ranks if is_hybrid else 0,
         accelerate_precision=env.get("ACCELERATE_MIXED_PRECISION") or None,
-        # accelerate's one-process launcher names an address to meet at only when it was asked for several processes.
+        # accelerate's one-process launcher sets a rendezvous address only when several processes were requested.
         lone_of_many="ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and not is_distributed,
     )
 
 
-def _check_accelerate(env: Mapping[str, str], *, copies: int, shard_ranks: int, world_size: int) -> None:
-    """Refuse what accelerate's configuration asks for and no strategy here does. Raises UserError."""
+def _check_accelerate(env: Mapping[str, str], *, num_replicas: int, shard_ranks: int, world_size: int) -> None:
+    """Raise UserError for settings of accelerate's configuration that no strategy supports."""
     problems = []
     if _is_true(env.get("ACCELERATE_USE_FSDP")) and env.get("FSDP_VERSION") != "2":
-        problems.append("FSDP of version 1; write fsdp_version: 2")
+        problems.append("FSDP version 1 (set fsdp_version: 2)")
     if env.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD") != "FULL_SHARD":
         problems.append(
-            f"fsdp_sharding_strategy {env['FSDP_SHARDING_STRATEGY']}; FSDP2 knows fsdp_reshard_after_forward instead, "
-            f"and parallelism_config_dp_replicate_size for copies of the model"
+            f"fsdp_sharding_strategy {env['FSDP_SHARDING_STRATEGY']} (FSDP2 uses fsdp_reshard_after_forward instead, "
+            f"and parallelism_config_dp_replicate_size for replicas)"
         )
     if env.get("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP":
-        problems.append("fsdp_auto_wrap_policy SIZE_BASED_WRAP; there is TRANSFORMER_BASED_WRAP")
+        problems.append("fsdp_auto_wrap_policy SIZE_BASED_WRAP (use TRANSFORMER_BASED_WRAP)")
     if env.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        problems.append(f"dynamo_backend {env['ACCELERATE_DYNAMO_BACKEND']}; give the recipe --compile instead")
+        problems.append(f"dynamo_backend {env['ACCELERATE_DYNAMO_BACKEND']} (use the recipe's --compile instead)")
     is_fsdp = _is_true(env.get("ACCELERATE_USE_FSDP"))
-    if is_fsdp and copies > 1 and (shard_ranks < 2 or copies * shard_ranks != world_size):
+    if is_fsdp and num_replicas > 1 and (shard_ranks < 2 or num_replicas * shard_ranks != world_size):
         problems.append(
-            f"{copies} copies of the model in {shard_ranks} slices on {world_size} ranks; "
-            f"parallelism_config_dp_replicate_size times parallelism_config_dp_shard_size must be the number of ranks, "
-            f"and both at least 2 (whole copies on each rank: distributed_type MULTI_GPU)"
+            f"{num_replicas} replicas x {shard_ranks} shards on {world_size} ranks "
+            f"(parallelism_config_dp_replicate_size times parallelism_config_dp_shard_size must equal the number of "
+            f"ranks, and both must be at least 2; for a full replica on each rank use distributed_type MULTI_GPU)"
         )
     if env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" and env.get(_OFFLOAD_OPTIMIZER, "none") != env.get(
         _OFFLOAD_PARAMETERS, "none"
     ):
-        problems.append("offload of parameters or optimizer state alone; under ZeRO 3 it is both or none")
+        problems.append("offloading only parameters or only optimizer state (ZeRO-3 offloads both or none)")
     if _is_true(env.get("FSDP_ACTIVATION_CHECKPOINTING")):
-        problems.append("fsdp_activation_checkpointing; give the recipe --gradient-checkpointing instead")
+        problems.append("fsdp_activation_checkpointing (use the recipe's --gradient-checkpointing instead)")
     if env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-        problems.append("a deepspeed_config_file; write zero_stage and offload_*_device in accelerate's file instead")
+        problems.append("deepspeed_config_file (set zero_stage and offload_*_device in accelerate's file instead)")
     if "nvme" in (env.get(_OFFLOAD_OPTIMIZER), env.get(_OFFLOAD_PARAMETERS)):
-        problems.append("offload to nvme; there is cpu or none")
+        problems.append("offload to nvme (use cpu or none)")
     if env.get("ACCELERATE_GRADIENT_CLIPPING", "none").lower() != "none":
-        problems.append("gradient_clipping; give the recipe --max-grad-norm instead")
+        problems.append("gradient_clipping (use the recipe's --max-grad-norm instead)")
     if env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", "auto"):
-        problems.append("gradient_accumulation_steps; here it follows from --global-batch-size and --micro-batch-size")
+        problems.append("gradient_accumulation_steps (it follows from --global-batch-size and --micro-batch-size)")
     for kind in ("TP", "CP", "SP"):
         if env.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1") != "1":
-            problems.append(f"parallelism_config_{kind.lower()}_size, which no strategy here has")
+            problems.append(f"parallelism_config_{kind.lower()}_size (no strategy supports it)")
     if problems:
-        raise UserError(f"accelerate's configuration asks for {'; and for '.join(problems)}")
+        raise UserError(f"not supported in accelerate's configuration: {'; '.join(problems)}")
 
 
 def is_distributed_launch(environ: Mapping[str, str] | None = None) -> bool:
-    """Return whether this process was started as one of a group."""
+    """Return whether this process was started as part of a group."""
     env = os.environ if environ is None else environ
     return "RANK" in env and "WORLD_SIZE" in env
 
 
 def is_main_process() -> bool:
-    """Return whether this is rank 0, or no distributed launch at all."""
-    return os.environ.get("RANK", "0") == "0"
+    """Return whether this is rank 0 or not a distributed launch."""
+    return not is_distributed_launch() or os.environ["RANK"] == "0"
 
 
 def _is_true(text: str | None) -> bool:

@@ -1,6 +1,7 @@
-"""FSDP2: parameters, gradients and optimizer state in slices, one a rank; a block is whole while it works.
+"""FSDP2: parameters, gradients and optimizer state are sharded over the ranks; a block is gathered while it runs.
 
-The same code drives gloo on CPU and NCCL on GPUs. HSDP keeps several such copies of the model, one a group of ranks.
+The same code runs on gloo (CPU) and NCCL (GPUs). HSDP keeps several replicas of the model, each sharded over a group of
+ranks.
 """
 
 from collections.abc import Iterator
@@ -17,19 +18,19 @@ from shardlaunch.sharding.gradients import clip_factor
 from shardlaunch.sharding.layers import exact_modules, layers_to_wrap
 from shardlaunch.sharding.lockstep import Lockstep
 from shardlaunch.sharding.named_state import check_optimizer, named_state, restore_named_state
-from shardlaunch.sharding.slices import local_part
-from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
+from shardlaunch.sharding.shards import local_shard
+from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, ONE_RANK, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
 
-# Optimizers of torch that work with norms or products of whole matrices.
-WHOLE_MATRICES = ("Adafactor", "Muon")
+# torch optimizers that compute norms or products of full weight matrices.
+FULL_MATRIX_OPTIMIZERS = ("Adafactor", "Muon")
 
 
 class Fsdp2(Strategy):
-    """Give each rank a slice of every parameter (see `Strategy`).
+    """Shard every parameter over the ranks (see `Strategy`).
 
-    Each micro-batch's gradients are summed over the ranks at once, into slices: whole gradients of all blocks would
-    take as much memory as the model.
+    Each micro-batch's gradients are reduced into shards immediately: full gradients of all blocks would take as much
+    memory as the model.
     """
 
     starts_empty = True
@@ -39,12 +40,12 @@ class Fsdp2(Strategy):
     ) -> None:
         _check_shapes(model)
         for parameter in model.parameters():
-            if not parameter.is_contiguous():  # slices follow each other in memory
+            if not parameter.is_contiguous():  # shards are contiguous in memory
                 parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
         self._world = world
         self._offload = settings.cpu_offload
         mesh = self._mesh(world, settings)
-        self._copies = mesh.size() // mesh.size(mesh.ndim - 1)
+        self._num_replicas = mesh.size() // mesh.size(mesh.ndim - 1)
         self._wrap(model, mesh, settings)
         _materialise(model, world.device, offload=settings.cpu_offload)
         self.model = model
@@ -54,14 +55,14 @@ class Fsdp2(Strategy):
         self._trainable = list(trainable.values())
         self.optimizer = build_optimizer(trainable.items())
         check_optimizer(model, self.optimizer)
-        if type(self.optimizer).__name__ in WHOLE_MATRICES:
+        if type(self.optimizer).__name__ in FULL_MATRIX_OPTIMIZERS:
             raise UserError(
-                f"{type(self.optimizer).__name__} needs matrices as wholes, of which each rank has a slice here; use "
-                f"an optimizer that works element by element, such as AdamW, or --strategy ddp"
+                f"{type(self.optimizer).__name__} needs full weight matrices, but FSDP2 shards them; use an "
+                f"elementwise optimizer such as AdamW, or --strategy ddp"
             )
         self._lockstep = Lockstep(model, world=world)
         for number, block in enumerate(self._blocks):
-            block.register_forward_pre_hook(partial(self._run_together, number), prepend=True)
+            block.register_forward_pre_hook(partial(self._step_together, number), prepend=True)
 
     def _mesh(self, world: World, settings: Settings) -> DeviceMesh:
         return init_device_mesh(world.device.type, (world.size,))
@@ -75,8 +76,8 @@ class Fsdp2(Strategy):
         exact: list[nn.Module] = []
         layers = layers_to_wrap(model, settings.layer_classes)
         if settings.compute_dtype != torch.float32:
-            # Autocast decides what is computed in which dtype, as under every strategy. Weights that it casts at each
-            # use are gathered in that dtype, at half the traffic; others as they are.
+            # Autocast decides the dtype of each operation, as under every strategy. Weights that it casts at each use
+            # are gathered in that dtype, which halves the traffic; others are gathered in fp32.
             policy = MixedPrecisionPolicy(
                 param_dtype=settings.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
@@ -93,24 +94,28 @@ class Fsdp2(Strategy):
             )
         self._blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for block in self._blocks:
-            block.set_gradient_divide_factor(1.0)  # sums over the ranks, not means
-            block.set_force_sum_reduction_for_comms(True)  # gloo has no sums with a factor
-        # Ranks must send the same tensors, also where the data decides which parameters the loss reaches.
+            block.set_gradient_divide_factor(1.0)  # sum over the ranks, not mean
+            block.set_force_sum_reduction_for_comms(True)  # gloo has no premultiplied sum
+        # All ranks must reduce the same tensors, even if the data decides which parameters the loss reaches.
         model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
 
-    def _run_together(self, number: int, *_: object) -> None:
+    def _step_together(self, number: int, *_: object) -> None:
         self._lockstep.step(number)
 
     def describe(self) -> str:
-        """Say how many copies there are, and where the slices are kept."""
-        copies = [f"{self._copies} copies of the model"] if self._copies > 1 else []
-        blocks = len(self._blocks) - 1
-        parts = [*copies, f"{self._world.size // self._copies} slices", f"{blocks} modules gathered one at a time"]
-        return ", ".join(parts + ["slices in host memory"] * self._offload)
+        """Return the number of replicas, shards and blocks, and where the shards are kept."""
+        blocks = f"{len(self._blocks) - 1} modules gathered one at a time"
+        if self._world.size == 1:
+            words = [ONE_RANK]
+        elif self._num_replicas > 1:
+            words = [f"{self._num_replicas} replicas", f"{self._world.size // self._num_replicas} shards", blocks]
+        else:
+            words = [f"{self._world.size} shards", blocks]
+        return ", ".join(words + ["shards in host memory"] * self._offload)
 
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
-        """Accumulate into the slices; the sums over copies of the model wait for the last micro-batch."""
-        if self._copies > 1:
+        """Accumulate into the shards; the all-reduce over replicas waits for the last micro-batch."""
+        if self._num_replicas > 1:
             for block in self._blocks:
                 block.set_requires_all_reduce(last, recurse=False)
         self._lockstep.begin_backward()
@@ -118,21 +123,21 @@ class Fsdp2(Strategy):
         self._lockstep.end_backward()
 
     def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
-        """Sum the squares over the ranks, unscale and clip in one multiplication."""
+        """Compute the norm over all ranks, then unscale and clip in one multiplication."""
         for parameter in self._trainable:
-            if parameter.grad is None:  # of a block that no rank has run
+            if parameter.grad is None:  # in a block that no rank has run
                 parameter.grad = torch.zeros_like(parameter)
-        slices = [local_part(p.grad) for p in self._trainable if p.grad is not None]
-        square = torch.nn.utils.get_total_norm(slices).to(self._world.device, torch.float64).square()
-        norm = (self._world.sum(square) / self._copies).sqrt().item() * unscale
+        shards = [local_shard(p.grad) for p in self._trainable if p.grad is not None]
+        square = torch.nn.utils.get_total_norm(shards).to(self._world.device, torch.float64).square()
+        norm = (self._world.sum(square) / self._num_replicas).sqrt().item() * unscale
         factor = unscale * clip_factor(norm, max_norm=max_norm)
         if factor != 1.0:
-            for part in slices:
-                part.mul_(factor)
+            for shard in shards:
+                shard.mul_(factor)
         return norm
 
     def optimizer_step(self) -> None:
-        """Apply the optimizer to the slices."""
+        """Apply the optimizer to the shards."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -141,53 +146,59 @@ class Fsdp2(Strategy):
         self.optimizer.zero_grad()
 
     def state(self) -> Iterator[Fragment]:
-        """Yield this rank's slices."""
+        """Yield this rank's shards."""
         self._reshard()
         return named_state(self.model, self.optimizer)
 
     def restore(self, reader: StateReader) -> None:
-        """Read this rank's slices."""
+        """Read this rank's shards."""
         self._reshard()
         restore_named_state(self.model, self.optimizer, reader)
 
     def _reshard(self) -> None:
-        """Put the slices back in the place of whole parameters, which an evaluation may have left."""
+        """Reshard parameters that an evaluation may have left gathered."""
         for block in self._blocks:
             block.reshard()
 
 
 class Hsdp(Fsdp2):
-    """Keep several copies of the model, each in slices; sum gradients over the slices, then over the copies."""
+    """Keep several sharded replicas; reduce gradients within each replica, then over the replicas.
+
+    On one rank it is FSDP2.
+    """
 
     least_ranks = 4
 
     def _mesh(self, world: World, settings: Settings) -> DeviceMesh:
+        if world.size == 1 and settings.shard_ranks <= 1:
+            return super()._mesh(world, settings)
         machine = world.local_size if world.local_size < world.size else world.size // 2
         shard = settings.shard_ranks or machine
         if world.size % shard or shard == 1 or shard == world.size:
             divisors = [str(n) for n in range(2, world.size) if world.size % n == 0]
             advice = f"Give --shard-ranks {' or '.join(divisors)}, or use" if divisors else "Use"
+            ranks = f"{world.size} rank{'s' * (world.size > 1)}"
             raise UserError(
-                f"hsdp: {world.size} ranks cannot be several copies of the model in {shard} slices each. "
-                f"{advice} fsdp2 (one copy) or ddp (a copy on each rank)."
+                f"hsdp: {ranks} cannot be divided into several replicas of {shard} shards each. "
+                f"{advice} fsdp2 (one replica) or ddp (one full replica per rank)."
             )
-        return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("copies", "slices"))
+        return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicas", "shards"))
 
 
 def _check_shapes(model: nn.Module) -> None:
-    """Raise UserError for parameters that have nothing to slice."""
+    """Raise UserError for parameters that cannot be sharded."""
     empty = [name for name, parameter in model.named_parameters() if parameter.numel() == 0]
     if empty:
-        raise UserError(f"parameters without elements cannot be sliced: {some(empty)}; use ddp")
+        raise UserError(f"parameters without elements cannot be sharded: {some(empty)}; use --strategy ddp")
     scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
     if scalars:
         raise UserError(
-            f"FSDP2 cannot slice parameters without dimensions: {some(scalars)}; use ddp, or zero1 to zero3"
+            f"FSDP2 cannot shard parameters without dimensions: {some(scalars)}; use --strategy ddp, or zero1 to zero3"
         )
 
 
 def _materialise(model: nn.Module, device: torch.device, *, offload: bool) -> None:
-    """Give parameters memory for their slices, without values, and move the buffers with theirs to the device."""
+    """Allocate the parameters' shards without values, and move the buffers with their values to the device."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
     moved = {id(buffer): buffer.to(device) for buffer in buffers.values()}
     model.to_empty(device=torch.device("cpu") if offload else device)

@@ -1,8 +1,8 @@
-"""Gradients as views of flat buckets, summed over the ranks in a layout that is a function of the model only.
+"""Gradients as views of flat buckets, summed over the ranks in a layout that depends only on the model.
 
-torch's DistributedDataParallel rebuilds its buckets in the order of the first backward pass, so that a resumed process
-sums in another order than the one before it. Here the buckets follow the registration order, always. As the flat
-buffers are zeroed each step, a parameter that the loss does not reach has a zero gradient.
+torch's DistributedDataParallel rebuilds its buckets in the order of the first backward pass, so a resumed process sums
+in a different order. Here the buckets always follow the registration order. The flat buffers are zeroed each step, so a
+parameter that the loss does not reach has a zero gradient.
 """
 
 import math
@@ -18,17 +18,17 @@ BUCKET_BYTES = 25 << 20
 
 
 class GradientBuckets:
-    """Own the gradients of `parameters`: accumulate in place, sum over the ranks, give norm and scale.
+    """Own the gradients of `parameters`: accumulate in place, sum over the ranks, compute the norm, scale.
 
-    The buckets are filled from the last parameter to the first, as the backward pass reaches them, so that on the last
-    micro-batch each is summed while the pass goes on.
+    The buckets are filled from the last parameter to the first, in the order of the backward pass, so that on the last
+    micro-batch each bucket is all-reduced while the pass continues.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, world: World, bucket_bytes: int = BUCKET_BYTES) -> None:
         self._world = world
         self._buckets: list[torch.Tensor] = []
-        self._sizes: list[int] = []  # parameters in each bucket
-        self._missing: list[int] = []  # of these, how many the armed backward pass has not reached yet
+        self._sizes: list[int] = []  # number of parameters in each bucket
+        self._missing: list[int] = []  # how many of them the armed backward pass has not reached yet
         self._sums: list[dist.Work] = []
         self._armed = False
         for group in _grouped(reversed([p for p in parameters if p.requires_grad]), bucket_bytes):
@@ -53,13 +53,13 @@ class GradientBuckets:
             bucket.zero_()
 
     def arm(self) -> None:
-        """Say that the next backward pass is the step's last: buckets are summed as they fill. All ranks."""
+        """Sum the buckets as they fill during the next backward pass, which is the step's last. All ranks."""
         if self._world.size > 1:
             self._missing = list(self._sizes)
             self._armed = True
 
     def finish(self) -> None:
-        """Sum what the backward pass did not reach and wait for all sums. All ranks."""
+        """Sum the buckets that the backward pass did not fill, and wait for all sums. All ranks."""
         if self._world.size > 1:
             while len(self._sums) < len(self._buckets):
                 self._sum_next()
@@ -81,9 +81,9 @@ class GradientBuckets:
     def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
         def reached(_: torch.Tensor) -> None:
             if self._armed:
-                assert index >= len(self._sums), "a gradient grew after it was summed over the ranks"
+                assert index >= len(self._sums), "a gradient changed after it was summed over the ranks"
                 self._missing[index] -= 1
-                # In bucket order only: collectives must be started in the same order on all ranks.
+                # In bucket order: collectives must start in the same order on all ranks.
                 while len(self._sums) < len(self._buckets) and self._missing[len(self._sums)] == 0:
                     self._sum_next()
 
@@ -96,18 +96,18 @@ class GradientBuckets:
 
 
 def clip_factor(norm: float, *, max_norm: float) -> float:
-    """Return by what to multiply gradients of this norm, so that it is at most `max_norm` (0: do not clip)."""
+    """Return the factor that clips gradients of this norm to `max_norm` (0: no clipping)."""
     return max_norm / norm if 0 < max_norm < norm else 1.0
 
 
 def _grouped(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> Iterable[list[nn.Parameter]]:
-    """Yield runs of parameters of one dtype and device, each of at most `bucket_bytes` (or a single parameter)."""
+    """Yield groups of parameters of one dtype and device, of at most `bucket_bytes` each (or a single parameter)."""
     group: list[nn.Parameter] = []
     num_bytes = 0
     for parameter in parameters:
         size = parameter.numel() * parameter.element_size()
-        alike = not group or (group[0].dtype, group[0].device) == (parameter.dtype, parameter.device)
-        if group and (not alike or num_bytes + size > bucket_bytes):
+        is_alike = not group or (group[0].dtype, group[0].device) == (parameter.dtype, parameter.device)
+        if group and (not is_alike or num_bytes + size > bucket_bytes):
             yield group
             group, num_bytes = [], 0
         group.append(parameter)

@@ -1,6 +1,6 @@
-"""The weights at the start of a run, for strategies that slice: one rank a machine has them whole, all take slices.
+"""The weights at the start of a run, for sharded strategies: one rank per machine has them all, each takes its shards.
 
-So a machine needs memory for one whole model while a run starts, whatever the number of its ranks.
+So a machine needs memory for one full model while a run starts, whatever its number of ranks.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,10 +15,10 @@ from shardlaunch.sharding.world import World
 
 
 class InitialWeights:
-    """Read ranges of the weights that the first rank of each machine holds (a `StateReader`).
+    """A `StateReader` of the weights that the first rank of each machine holds.
 
-    `model` has names and shapes on every rank; `whole` the values, on the first rank of each machine. Reading is
-    collective: all ranks of a machine read the same tensors in turn, each its own range.
+    `model` has the names and shapes, on every rank; `whole` has the values, on the first rank of each machine. Reading
+    is collective: all ranks of a machine read the same tensors in the same order, each its own range.
     """
 
     def __init__(self, model: nn.Module, whole: nn.Module | None, *, world: World) -> None:
@@ -47,10 +47,10 @@ class InitialWeights:
                     dist.send(flat[start:end].contiguous(), other, group=group)
             return flat[flat_start:flat_end]
         dist.send(torch.tensor([flat_start, flat_end]), leader, group=group)
-        part = torch.empty(flat_end - flat_start, dtype=spec.dtype)
-        if len(part):
-            dist.recv(part, leader, group=group)
-        return part
+        shard = torch.empty(flat_end - flat_start, dtype=spec.dtype)
+        if len(shard):
+            dist.recv(shard, leader, group=group)
+        return shard
 
 
 def _weights(model: nn.Module) -> Mapping[str, torch.Tensor]:

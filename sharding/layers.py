@@ -1,4 +1,4 @@
-"""Which modules of a model are gathered as one: its transformer blocks, found by the names of their classes."""
+"""Which modules of a model are gathered as a unit: its transformer blocks, found by class name."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ _CAST_NAMES = ("Conv1D",)  # the linear layer of GPT-2 in transformers
 
 
 def layers_to_wrap(model: nn.Module, layer_classes: Sequence[str]) -> list[nn.Module]:
-    """Return the model's modules of the given classes, by default those that the model declares; outer ones only.
+    """Return the model's outermost modules of the given classes (default: those that the model declares).
 
-    A module that shares a parameter with the rest of the model is left out: it must be gathered together with that
-    rest. Raises UserError for a class that the model does not have.
+    A module that shares a parameter with the rest of the model is left out: it must be gathered with the rest. Raises
+    UserError for a class that the model does not have.
     """
     present = sorted({type(module).__name__ for module in model.modules()})
     absent = [name for name in layer_classes if name not in present]
@@ -30,10 +30,10 @@ def layers_to_wrap(model: nn.Module, layer_classes: Sequence[str]) -> list[nn.Mo
 
 
 def exact_modules(layer: nn.Module) -> list[nn.Module]:
-    """Return the modules of a layer, inner ones first, whose own weights autocast may use as they are.
+    """Return the modules of a layer, innermost first, whose own weights autocast may use in fp32.
 
-    Those of other modules it casts at each use, for they do nothing with them but multiply and convolve. A layer that
-    owns such weights itself is the last.
+    Other modules only multiply or convolve with their weights, so autocast casts those at each use. The layer itself
+    comes last, if it owns such weights.
     """
     modules = [
         module
@@ -47,12 +47,12 @@ def exact_modules(layer: nn.Module) -> list[nn.Module]:
 
 
 def _shares_nothing(model: nn.Module, inner: str) -> bool:
-    """Return whether no parameter of the module named `inner` has a name outside of it."""
+    """Return whether no parameter of the module named `inner` is also used outside of it."""
     inside = {id(parameter) for parameter in model.get_submodule(inner).parameters()}
     names = model.named_parameters(remove_duplicate=False)
     return all(name.startswith(f"{inner}.") for name, parameter in names if id(parameter) in inside)
 
 
 def _declared(model: nn.Module) -> set[str]:
-    """Return the classes that Hugging Face models, anywhere in the model, declare as not to be split."""
+    """Return the classes that Hugging Face models anywhere in the model declare in `_no_split_modules`."""
     return {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}

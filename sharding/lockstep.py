@@ -1,7 +1,7 @@
-"""See to it that all ranks run the same modules in the same order, where running a module is a collective.
+"""Check that all ranks run the same modules in the same order, where running a module is a collective.
 
-Ranks that gather unlike modules exchange unlike slices: silently, where these are of one size; else they wait for each
-other for ever. A model that skips blocks at random does that, for each micro-batch is drawn by itself.
+Ranks that gather different modules would exchange the wrong shards: silently if the sizes match, otherwise they hang.
+A model that skips blocks at random does this, since each micro-batch has its own random numbers.
 """
 
 import re
@@ -15,16 +15,16 @@ from shardlaunch.errors import UserError
 from shardlaunch.sharding.world import World
 
 PATIENCE = timedelta(minutes=2)
-"""How long a rank that does something new waits for the others to do the same; they set out together."""
+"""How long a rank waits for the others to announce the same new step."""
 END = -1
 _TIMED_OUT = re.compile(r"time(d )?-?out", re.I)
 
 
 class Lockstep:
-    """Hold the sequence of a pass's collectives and see to it that all ranks follow the same one.
+    """Record the sequence of a pass's collectives and check that all ranks follow the same one.
 
-    A step that this rank took at the same place of the pass before is taken at once. A new step is announced, and taken
-    when all ranks announce the same; the first pass is all announcements, later ones have none.
+    A step that this rank took at the same position of the previous pass needs no check. A new step is announced, and
+    taken once all ranks have announced the same. So the first pass announces every step and later ones none.
     """
 
     def __init__(self, model: nn.Module, *, world: World) -> None:
@@ -32,39 +32,39 @@ class Lockstep:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._training: list[int] = []
         self._evaluating: list[int] = []
-        self._lockstep = self._training
+        self._steps = self._training
         self._positions = {id(self._training): 0, id(self._evaluating): 0}
         model.register_forward_pre_hook(self._begin_forward, prepend=True)
 
     def _begin_forward(self, *_: object) -> None:
-        self._lockstep = self._training if torch.is_grad_enabled() else self._evaluating
-        if self._lockstep is self._evaluating:
-            self._positions[id(self._lockstep)] = 0
-        if not self._lockstep and self._world.size > 1:  # the first pass, which one rank may begin much later
+        self._steps = self._training if torch.is_grad_enabled() else self._evaluating
+        if self._steps is self._evaluating:
+            self._positions[id(self._steps)] = 0
+        if not self._steps and self._world.size > 1:  # one rank may reach the first pass much later
             dist.barrier(group=self._world.host_group)
 
     def begin_backward(self) -> None:
-        """Say that what follows belongs to the training pass."""
-        self._lockstep = self._training
+        """Count the steps that follow as part of the training pass."""
+        self._steps = self._training
 
     def end_backward(self) -> None:
-        """Say that a training pass is over. All ranks."""
+        """End a training pass. All ranks."""
         self.step(END)
         self._positions[id(self._training)] = 0
 
     def step(self, code: int) -> None:
-        """Go on when all ranks are about to take the same step. Raises UserError when they are not."""
-        course, position = self._lockstep, self._positions[id(self._lockstep)]
-        self._positions[id(course)] += 1
-        if position < len(course) and course[position] == code:
+        """Return when all ranks are about to take the same step. Raises UserError when they are not."""
+        steps, position = self._steps, self._positions[id(self._steps)]
+        self._positions[id(steps)] += 1
+        if position < len(steps) and steps[position] == code:
             return
-        del course[position:]
-        course.append(code)
+        del steps[position:]
+        steps.append(code)
         if self._group is not None and not self._all_take(code):
             raise UserError(
-                f"the ranks do not run the same modules in the same order (a module that only some batches use, layer "
-                f"dropping?), or one is more than {PATIENCE.seconds} s behind; where modules are gathered "
-                f"as they run, they must. Use --strategy ddp, zero1 or zero2"
+                f"the ranks do not run the same modules in the same order (a module that only some batches use? layer "
+                f"dropping?), or one is more than {PATIENCE.seconds} s behind. This strategy gathers modules as they "
+                f"run, so it needs the same order on all ranks; use --strategy ddp, zero1 or zero2"
             )
 
     def _all_take(self, code: int) -> bool:
@@ -74,7 +74,7 @@ class Lockstep:
         try:
             work.wait(PATIENCE)
         except RuntimeError as error:
-            if _TIMED_OUT.search(str(error)):  # the others go another way
+            if _TIMED_OUT.search(str(error)):  # the others take different steps
                 return False
             raise
         return codes.tolist() == [code, -code]

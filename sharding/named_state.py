@@ -1,6 +1,6 @@
-"""State of a model and its optimizer by parameter name: out of them and back, whole tensors or this rank's slices.
+"""Save and restore the state of a model and its optimizer by parameter name: whole tensors or this rank's shards.
 
-A tensor is held whole (a plain tensor) or sliced along dimension 0 over a mesh of ranks (a DTensor, see `slices`).
+A tensor is whole (a plain tensor) or sharded along dimension 0 over a mesh of ranks (a DTensor, see `shards`).
 """
 
 import json
@@ -14,52 +14,56 @@ from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, Fragment, StateReade
 from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES
 from shardlaunch.errors import UserError, some
 from shardlaunch.sharding.buffers import persistent_buffers
-from shardlaunch.sharding.slices import fragment, like_slice, local_part, read_slice
+from shardlaunch.sharding.shards import fragment, local_shard, read_shard, shard_like
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Check that the optimizer has every trainable parameter just once. Raises UserError that names the others."""
+    """Raise UserError unless the optimizer has every trainable parameter exactly once."""
     seen: dict[int, int] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             seen[id(parameter)] = seen.get(id(parameter), 0) + 1
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise UserError("LBFGS evaluates the loss several times a step, which a run does not; use another optimizer")
+        raise UserError(
+            "LBFGS evaluates the loss several times per step, which is not supported; use another optimizer"
+        )
     wrong = [name for name, p in model.named_parameters() if p.requires_grad and seen.pop(id(p), 0) != 1]
     if wrong:
         raise UserError(
-            f"the recipe's optimizer() must have every trainable parameter once; {some(wrong)} "
-            f"{'is' if len(wrong) == 1 else 'are'} missing or there twice"
+            f"the recipe's optimizer() must include every trainable parameter exactly once; {some(wrong)} "
+            f"{'is' if len(wrong) == 1 else 'are'} missing or duplicated"
         )
 
 
 def group_hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return what each parameter group holds besides parameters and learning rate.
+    """Return each parameter group's settings besides parameters and learning rate.
 
-    Some optimizers keep state there. Raises UserError when it is not made of numbers and texts.
+    Some optimizers keep state there. Raises UserError when a value cannot be written as JSON.
     """
     groups = [
         {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
         for group in optimizer.param_groups
     ]
     try:
-        numbers: list[dict[str, Any]] = json.loads(json.dumps(groups))
+        hyperparameters: list[dict[str, Any]] = json.loads(json.dumps(groups))
     except TypeError as error:
-        raise UserError(f"{type(optimizer).__name__} cannot be saved: in its parameter groups, {error}") from error
-    return numbers
+        raise UserError(
+            f"{type(optimizer).__name__} cannot be saved: its parameter groups hold a value that is not JSON ({error})"
+        ) from error
+    return hyperparameters
 
 
 def restore_group_hyperparameters(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:
-    """Set what `group_hyperparameters` gave, where it differs."""
-    here = group_hyperparameters(optimizer)
-    for group, numbers, others in zip(optimizer.param_groups, here, saved, strict=True):
-        group.update({key: value for key, value in others.items() if value != numbers.get(key)})
+    """Set the saved result of `group_hyperparameters`, where it differs."""
+    current = group_hyperparameters(optimizer)
+    for group, now, before in zip(optimizer.param_groups, current, saved, strict=True):
+        group.update({key: value for key, value in before.items() if value != now.get(key)})
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Fragment]:
     """Yield all weights, persistent buffers and optimizer entries, in the model's order.
 
-    Raises UserError for an optimizer whose state is not made of tensors.
+    Raises UserError for an optimizer that keeps state other than tensors.
     """
     for name, tensor in (*model.named_parameters(), *persistent_buffers(model).items()):
         yield fragment(name, tensor)
@@ -70,20 +74,20 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
             elif value is not None:
                 found = getattr(value, "dtype", type(value).__name__)
                 raise UserError(
-                    f"{type(optimizer).__name__} keeps {entry!r} of {name} as {found}, which a checkpoint cannot hold; "
-                    f"use another optimizer"
+                    f"{type(optimizer).__name__} keeps {entry!r} of {name} as {found}, which cannot be saved in a "
+                    f"checkpoint; use another optimizer"
                 )
 
 
 @torch.no_grad()
 def restore_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, reader: StateReader) -> None:
-    """Set weights, buffers and optimizer entries to the saved ones. Raises UserError when names or shapes differ."""
+    """Restore weights, buffers and optimizer entries. Raises UserError when names or shapes differ."""
     specs = list(reader.specs())
     weights = {spec.name: spec for spec in specs if spec.section == MODEL}
     targets = dict(model.named_parameters()) | persistent_buffers(model)
     check_names(weights, targets)
     for name, tensor in targets.items():
-        local_part(tensor).copy_(read_slice(reader, weights[name], tensor))
+        local_shard(tensor).copy_(read_shard(reader, weights[name], tensor))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     position = {id(parameter): index for index, parameter in enumerate(parameters)}
     state: dict[int, dict[str, Any]] = {}
@@ -92,26 +96,28 @@ def restore_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, read
         if spec.section == OPTIMIZER:
             parameter = by_name.get(spec.name)
             if parameter is None or id(parameter) not in position:
-                raise UserError(f"the checkpoint has {spec.entry} of {spec.name}, which this run does not train")
-            # An entry that is not of the parameter's shape (a count of steps) is held whole.
+                raise UserError(
+                    f"the checkpoint has {spec.entry} of {spec.name}, but this run does not train that parameter"
+                )
+            # An entry of another shape than its parameter (a step count) is kept whole.
             like = parameter if spec.shape == tuple(parameter.shape) else torch.empty(spec.shape)
-            state.setdefault(position[id(parameter)], {})[spec.entry] = like_slice(read_slice(reader, spec, like), like)
+            state.setdefault(position[id(parameter)], {})[spec.entry] = shard_like(read_shard(reader, spec, like), like)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def check_names(saved: Mapping[str, TensorSpec], targets: Mapping[str, torch.Tensor]) -> None:
-    """Check that saved weights are just those of the model. Raises UserError that names those which are not."""
+    """Raise UserError unless the saved weights have exactly the model's names and shapes."""
     missing = [name for name in targets if name not in saved]
     unexpected = [name for name in saved if name not in targets]
-    misshapen = [
+    other_shapes = [
         f"{name} (saved {list(saved[name].shape)}, here {list(tensor.shape)})"
         for name, tensor in targets.items()
         if name in saved and saved[name].shape != tuple(tensor.shape)
     ]
     problems = [
         f"{len(names)} {what}: {some(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", other_shapes))
         if names
     ]
     if problems:
-        raise UserError(f"the checkpoint is of another model; tensors {'; '.join(problems)}")
+        raise UserError(f"the checkpoint is from another model: tensors {'; '.join(problems)}")

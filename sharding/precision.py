@@ -1,4 +1,4 @@
-"""Mixed precision: what the forward pass computes in, and the loss scale that fp16 needs. Weights stay fp32."""
+"""Mixed precision: the dtype of the forward pass, and the loss scale that fp16 needs. Weights stay in fp32."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,20 +12,20 @@ from torch import nn
 from shardlaunch.errors import UserError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-"""What autocast computes in; under fp8 that is for all but the large matrix products."""
+"""Autocast dtypes; with fp8 it applies to everything but the large matrix products."""
 _ACCELERATE_NAMES = {"no": None, "fp16": "fp16", "bf16": "bf16", "fp8": "fp8"}
-_FP8_CAPABILITY = (8, 9)  # of the first NVIDIA GPUs that multiply fp8 matrices
-_FP8_MULTIPLE = 16  # of which both sizes of such a matrix must be multiples
+_FP8_CAPABILITY = (8, 9)  # the first NVIDIA GPUs with fp8 matrix products
+_FP8_MULTIPLE = 16  # both dimensions of an fp8 matrix must be multiples of it
 
 
 def resolve_precision(option: str, accelerate: str | None) -> str:
-    """Return the precision's name from `--precision` and what accelerate's configuration asks for.
+    """Return the precision's name from `--precision` and accelerate's configuration.
 
-    Raises UserError for unknown names and when the two differ. `accelerate launch` says "no" also when nobody asked.
+    Raises UserError for unknown names and when the two differ. `accelerate launch` passes "no" even if it is not set.
     """
     if accelerate is not None and accelerate not in _ACCELERATE_NAMES:
         raise UserError(
-            f"accelerate's configuration asks for mixed precision {accelerate!r}; known: no, bf16, fp16, fp8"
+            f"accelerate's configuration sets mixed_precision {accelerate!r}; available: no, bf16, fp16, fp8"
         )
     launched = _ACCELERATE_NAMES[accelerate] if accelerate else None
     if option == "auto":
@@ -33,9 +33,7 @@ def resolve_precision(option: str, accelerate: str | None) -> str:
     if option not in PRECISIONS:
         raise UserError(f"--precision {option}: unknown; choose one of auto, {', '.join(PRECISIONS)}")
     if launched and launched != option:
-        raise UserError(
-            f"--precision {option}, but accelerate's configuration asks for {launched}. Drop one of the two."
-        )
+        raise UserError(f"--precision {option}, but accelerate's configuration sets {launched}. Remove one of the two.")
     return option
 
 
@@ -43,7 +41,7 @@ def resolve_precision(option: str, accelerate: str | None) -> str:
 class LossScale:
     """Scale the loss so that fp16 gradients neither vanish nor overflow (dynamic loss scaling).
 
-    Halved when a step overflows, doubled after `growth_interval` steps without: the defaults of torch.amp.GradScaler.
+    Halved when a step overflows, doubled after `growth_interval` steps without overflow, as torch.amp.GradScaler does.
     """
 
     value: float = 65536.0
@@ -51,7 +49,7 @@ class LossScale:
     growth_interval: int = 2000
 
     def update(self, *, overflow: bool) -> None:
-        """Adapt to whether the step's gradients overflowed. Raises UserError when no scale is small enough."""
+        """Adjust the scale after a step. Raises UserError when no scale is small enough."""
         if overflow:
             self.value /= 2
             self.good_steps = 0
@@ -64,17 +62,17 @@ class LossScale:
                 self.good_steps = 0
 
     def state(self) -> dict[str, Any]:
-        """Return the numbers that a checkpoint keeps."""
+        """Return the values to save in a checkpoint."""
         return {"value": self.value, "good_steps": self.good_steps}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take the numbers of a checkpoint."""
+        """Restore the values of a checkpoint."""
         self.value, self.good_steps = state["value"], state["good_steps"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Hold a precision in force: its name, the context of a forward pass, and the loss scale (fp16 only)."""
+    """A precision in effect: its name, the context of the forward pass, and the loss scale (fp16 only)."""
 
     name: str
     forward_context: Callable[[], AbstractContextManager[Any]]
@@ -82,7 +80,7 @@ class Precision:
 
 
 def apply_precision(name: str, device: torch.device) -> Precision:
-    """Put a precision in force on a device. Raises UserError when the device does not compute in it."""
+    """Return a precision for a device. Raises UserError when the device does not support it."""
     if name == "fp8":
         _check_fp8(device)
     if name == "fp32":
@@ -92,9 +90,9 @@ def apply_precision(name: str, device: torch.device) -> Precision:
     def autocast() -> AbstractContextManager[Any]:
         return torch.autocast(device.type, dtype=dtype)
 
-    in_force = _probe(device, autocast)
-    if in_force != dtype:
-        raise UserError(f"--precision {name}: {device.type} computes in {in_force} instead; use bf16 or fp32")
+    actual = _actual_dtype(device, autocast)
+    if actual != dtype:
+        raise UserError(f"--precision {name}: {device.type} computes in {actual} instead; use bf16 or fp32")
     return Precision(name=name, forward_context=autocast, loss_scale=LossScale() if name == "fp16" else None)
 
 
@@ -103,14 +101,14 @@ def _check_fp8(device: torch.device) -> None:
         found = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
         raise UserError(
             f"--precision fp8: needs a GPU of compute capability {_FP8_CAPABILITY[0]}.{_FP8_CAPABILITY[1]} or newer; "
-            f"here is {found}. Use bf16 or fp32."
+            f"found {found}. Use bf16 or fp32."
         )
     if find_spec("torchao") is None:
         raise UserError('--precision fp8: torchao is not installed: pip install "shardlaunch[fp8]"')
 
 
 def convert_model(model: nn.Module, name: str) -> None:
-    """Let linear layers multiply in fp8, where the precision `name` is that. Weights stay as they are."""
+    """Make linear layers multiply in fp8 if the precision is fp8. Weights stay in fp32."""
     if name == "fp8":
         from torchao.float8 import convert_to_float8_training
 
@@ -123,8 +121,8 @@ def _can_multiply_in_fp8(module: nn.Module, name: str) -> bool:
     )
 
 
-def _probe(device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]) -> object:
-    """Return the dtype in which a matrix product and its backward pass really run, or the reason why they do not."""
+def _actual_dtype(device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]) -> object:
+    """Return the dtype in which a matrix product and its backward pass actually run, or why they fail."""
     weight = torch.ones(2, 2, device=device, requires_grad=True)
     try:
         with autocast():

@@ -1,4 +1,4 @@
-"""The whole model on every rank: a single device, or distributed data parallel (DDP) over several."""
+"""The full model on every rank: a single device, or distributed data parallel (DDP) over several."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from shardlaunch.sharding.world import World
 
 
 class Replicated(Strategy):
-    """Keep one replica of the model a rank; the ranks sum their gradients (see `Strategy`)."""
+    """Keep one full replica per rank; the ranks sum their gradients (see `Strategy`)."""
 
     is_sharded = False
 
@@ -27,16 +27,21 @@ class Replicated(Strategy):
             [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         )
         check_optimizer(self.model, self.optimizer)
+        self.world = world
         self.gradients = GradientBuckets(self.model.parameters(), world=world)
 
+    def describe(self) -> str:
+        """Say so when there is nothing to sum."""
+        return "one rank: no gradients to sum" if self.world.size == 1 else ""
+
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
-        """Accumulate; on the last micro-batch, sum each bucket over the ranks as soon as it is full."""
+        """Accumulate; on the last micro-batch, sum each bucket over the ranks as soon as it is complete."""
         if last:
             self.gradients.arm()
         loss.backward(torch.full_like(loss, factor))
 
     def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
-        """Wait for the sums, unscale and clip in one multiplication."""
+        """Wait for the sums, then unscale and clip in one multiplication."""
         self.gradients.finish()
         norm = self.gradients.norm() * unscale
         self.gradients.scale(unscale * clip_factor(norm, max_norm=max_norm))
@@ -52,21 +57,22 @@ class Replicated(Strategy):
         self.gradients.zero()
 
     def state(self) -> Iterator[Fragment]:
-        """Yield everything: each rank has it all."""
+        """Yield the full state: every rank has all of it."""
         return named_state(self.model, self.optimizer)
 
     def restore(self, reader: StateReader) -> None:
-        """Read everything."""
+        """Read the full state."""
         restore_named_state(self.model, self.optimizer, reader)
 
 
 class Single(Replicated):
-    """One replica on one device."""
+    """Train one replica on one device."""
 
     for_one_process = True
-    least_ranks = 1
 
     def describe(self) -> str:
-        """Say so when there is more than one GPU."""
+        """Return a hint when there are unused GPUs."""
         num_gpus = torch.cuda.device_count() if self.devices[0].type == "cuda" else 0
-        return f"1 of {num_gpus} GPUs; `shardlaunch run RECIPE` or `accelerate launch` use all" if num_gpus > 1 else ""
+        return (
+            f"1 of {num_gpus} GPUs; to use all: `shardlaunch run RECIPE` or `accelerate launch`" if num_gpus > 1 else ""
+        )

@@ -1,4 +1,4 @@
-"""What decides the strategy, and the check that what was asked for is in force."""
+"""Which strategy a run uses, and the checks that requested settings are in effect."""
 
 from shardlaunch.errors import UserError
 from shardlaunch.sharding.data_parallel import DataParallel
@@ -35,7 +35,7 @@ def resolve_strategy(option: str, env: LaunchEnvironment) -> str:
     for source, name in asked.items():
         check_strategy_name(name, source)
     if len(set(asked.values())) > 1:
-        raise UserError(f"two strategies are asked for: {' and '.join(asked)}. Drop one of them.")
+        raise UserError(f"two strategies were requested: {' and '.join(asked)}. Remove one of them.")
     if not asked:
         return "ddp" if env.world_size > 1 else "single"
     source, name = next(iter(asked.items()))
@@ -43,20 +43,20 @@ def resolve_strategy(option: str, env: LaunchEnvironment) -> str:
     if STRATEGIES[name].for_one_process and env.world_size > 1:
         raise UserError(f"{source} is for one process, but {env.world_size} ranks were started. Use ddp, or one rank.")
     least = STRATEGIES[name].least_ranks
-    if env.world_size < least:
+    if 1 < env.world_size < least:
         raise UserError(
-            f"{source} is for several ranks, at least {least}; started: {env.world_size}. Start more: "
+            f"{source} is for at least {least} ranks, or for one; started: {env.world_size}. Start more: "
             f"`shardlaunch run RECIPE --strategy {name} --ranks {least}`, or torchrun --nproc_per_node {least}."
         )
     return name
 
 
 def check_settings(name: str, settings: Settings) -> None:
-    """Raise UserError for a setting that the strategy would ignore and that decides whether a model fits."""
+    """Raise UserError for a memory setting that the strategy would ignore."""
     if settings.cpu_offload and not STRATEGIES[name].is_sharded:
-        raise UserError(f"--cpu-offload: {name} keeps nothing in slices; use fsdp2, hsdp, zero1, zero2 or zero3")
+        raise UserError(f"--cpu-offload: {name} does not shard; use --strategy fsdp2, hsdp, zero1, zero2 or zero3")
     if settings.shard_ranks and name != "hsdp":
-        raise UserError(f"--shard-ranks: {name} keeps no copies in slices; use --strategy hsdp")
+        raise UserError(f"--shard-ranks: {name} has no sharded replicas; use --strategy hsdp")
 
 
 def check_strategy_name(name: str, source: str) -> None:
@@ -66,16 +66,16 @@ def check_strategy_name(name: str, source: str) -> None:
 
 
 def check_ranks(env: LaunchEnvironment, world: World, accelerate_ranks: int) -> None:
-    """Compare the ranks asked for with those in force. Raises UserError with both numbers when they differ."""
+    """Raise UserError when the requested number of ranks differs from the actual one."""
     if env.lone_of_many:
         raise UserError(
-            "accelerate launch was asked for several processes and started one (it does so on CPU without MPI). "
+            "accelerate launch was asked for several processes but started one (as it does on CPU without MPI). "
             "Use `shardlaunch run RECIPE --ranks N`, or torchrun --nproc_per_node N. "
-            "If one process is what you want, unset MASTER_ADDR."
+            "If you want one process, unset MASTER_ADDR."
         )
     if env.ranks is not None and env.ranks != world.size:
         raise UserError(
-            f"{RANKS_VARIABLE}={env.ranks} ranks were asked for, {world.size} are in force. "
+            f"{RANKS_VARIABLE}={env.ranks} ranks were requested, but {world.size} are running. "
             f"Start the recipe with `shardlaunch run RECIPE --ranks {env.ranks}`, or unset the variable."
         )
     if not env.world_size == world.size == accelerate_ranks:

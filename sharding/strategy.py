@@ -1,4 +1,4 @@
-"""What every strategy offers. The trainer knows this and nothing else about how a model is spread."""
+"""The interface of every strategy: all that the trainer knows about how a model is spread over ranks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -16,58 +16,60 @@ BuildOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Opti
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Hold how a model is to be spread; a strategy takes what concerns it. Nothing but the dtype changes the run."""
+    """Settings of a strategy, each used by the strategies that it concerns. Only the dtype changes the results."""
 
     compute_dtype: torch.dtype = torch.float32
-    """What forward passes compute in, by autocast; a strategy that gathers parameters may gather them in it."""
+    """Autocast dtype of the forward pass; a strategy that gathers parameters may gather them in it."""
     layer_classes: tuple[str, ...] = ()
-    """Classes of the modules that are gathered as one; empty: what the model itself declares."""
+    """Classes of the modules that are gathered as a unit; empty: those that the model declares."""
     reshard_after_forward: bool = True
-    """Drop gathered parameters after the forward pass and gather them again in the backward pass."""
+    """Free gathered parameters after the forward pass and gather them again in the backward pass."""
     cpu_offload: bool = False
-    """Keep a rank's share of parameters and optimizer state in host memory."""
+    """Keep the shards of parameters and optimizer state in host memory."""
     shard_ranks: int = 0
-    """Ranks that share one copy of the model, where there are several copies; 0: those of a machine, of one half."""
+    """Ranks that one replica is sharded over (hsdp); 0: those of one machine, or half of a single machine's."""
 
 
 DEFAULT_SETTINGS = Settings()
+ONE_RANK = "one rank: nothing is sharded"
 
 
 class Strategy(ABC):
-    """Spread a model and its optimizer, run backward passes, hand out state and take it back.
+    """Spread a model and its optimizer over the ranks, run backward passes, save and restore state.
 
-    A step: for each slot a forward pass of `replicas[slot % len(replicas)]` and `backward(...)`; then, once,
-    `finish_gradients(...)`; then `update()` or, to skip the step, `discard()`.
+    A step: for each slot a forward pass of `replicas[slot % len(replicas)]` and `backward(...)`; then
+    `finish_gradients(...)`; then `optimizer_step()` or, to skip the update, `discard()`.
     """
 
     for_one_process: ClassVar[bool] = False
-    least_ranks: ClassVar[int] = 2
+    least_ranks: ClassVar[int] = 1
+    """Ranks that the strategy needs if there are several; one rank alone runs under any strategy."""
     is_sharded: ClassVar[bool] = True
-    """Each rank keeps a part of the state only."""
+    """Each rank keeps only its shards of the state."""
     starts_empty: ClassVar[bool] = False
-    """The model is built with parameters on the meta device; `restore` gives them values, also at the start of a run.
+    """The model is built with its parameters on the meta device; `restore` fills them, also at the start of a run.
 
-    Other strategies are given a model on the CPU that is equal on all ranks.
+    Other strategies get a model on the CPU that is identical on all ranks.
     """
 
     optimizer: torch.optim.Optimizer
-    """The learning rates of its parameter groups may be set before each update."""
+    """The caller may set the learning rates of its parameter groups before each update."""
     replicas: list[nn.Module]
     devices: list[torch.device]
-    """What each replica computes on."""
+    """The device of each replica."""
 
     @abstractmethod
     def __init__(
         self, model: nn.Module, build_optimizer: BuildOptimizer, *, world: World, settings: Settings = DEFAULT_SETTINGS
     ) -> None:
-        """Take `model` over and build its optimizer. All ranks. Raises UserError when they cannot be spread."""
+        """Take over `model` and build its optimizer. All ranks. Raises UserError when one of them is not supported."""
 
     @classmethod  # noqa: B027 - most strategies need nothing
     def check_available(cls) -> None:
-        """Raise UserError when something that the strategy needs is not installed."""
+        """Raise UserError when a package that the strategy needs is not installed."""
 
     def describe(self) -> str:
-        """Return what a person should know of it on this machine; empty: nothing."""
+        """Return details for the start-up summary, or an empty string."""
         return ""
 
     @abstractmethod
@@ -76,9 +78,9 @@ class Strategy(ABC):
 
     @abstractmethod
     def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
-        """Sum over ranks, multiply by `unscale`, clip to `max_norm` (0: not), return the norm before. All ranks.
+        """Sum over ranks, multiply by `unscale`, clip to `max_norm` (0: off), return the unclipped norm. All ranks.
 
-        A parameter that no loss has reached since the last update has a zero gradient.
+        A parameter that the loss has not reached since the last update has a zero gradient.
         """
 
     @abstractmethod
@@ -91,14 +93,14 @@ class Strategy(ABC):
 
     @abstractmethod
     def state(self) -> Iterator[Fragment]:
-        """Yield this rank's piece of every weight, persistent buffer and optimizer entry. All ranks.
+        """Yield this rank's shard of every weight, persistent buffer and optimizer entry. All ranks.
 
-        Every rank yields the same tensors in the same order; where it has no part of one, an empty piece.
+        Every rank yields the same tensors in the same order, with an empty shard where it holds nothing.
         """
 
     @abstractmethod
     def restore(self, reader: StateReader) -> None:
-        """Take the state back, reading just this rank's pieces. All ranks, each reading the same tensors in turn.
+        """Restore the state, reading only this rank's shards. All ranks, reading the same tensors in the same order.
 
-        A reader without optimizer entries (the weights at the start of a run) leaves the optimizer as built.
+        A reader without optimizer entries (initial weights) leaves the optimizer as built.
         """

@@ -14,17 +14,18 @@ import torch.distributed as dist
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.errors import UserError
 from shardlaunch.sharding.environment import LaunchEnvironment
+from shardlaunch.sharding.meeting import meet
 
 T = TypeVar("T")
 
-# Rank 0 may prepare data for a long time while the others wait; a dead rank is noticed at once by its closed socket.
+# The others may wait long while rank 0 prepares data; a dead rank is noticed at once by its closed socket.
 TIMEOUT = timedelta(hours=2)
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Name this process among the ranks of a run, its device, and the process group of its host tensors."""
+    """This process among the ranks of a run: its rank, its device, and the process group for CPU tensors."""
 
     rank: int = 0
     size: int = 1
@@ -33,6 +34,8 @@ class World:
     device: torch.device = CPU
     host_group: dist.ProcessGroup | None = None
     store: dist.Store | None = None
+    owns_group: bool = True
+    """The default process group was made by `connect`, and ends with the run."""
 
     @property
     def local_size(self) -> int:
@@ -48,7 +51,7 @@ class World:
 
     @property
     def peers(self) -> Peers:
-        """Return these ranks as checkpoints see them."""
+        """Return these ranks in the form that checkpoints use."""
         return Peers(rank=self.rank, num_ranks=self.size, group=self.host_group)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -58,59 +61,63 @@ class World:
         return tensor
 
     def begin_sum(self, tensor: torch.Tensor) -> dist.Work | None:
-        """Begin to sum a tensor over the ranks, in place; `wait` on what is returned. All ranks."""
+        """Start to sum a tensor over the ranks, in place; call `wait()` on the result. All ranks."""
         return dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0, then on the others, which find its caches filled. All ranks.
+        """Run `work` on rank 0 and then on the others, which use the caches that it filled. All ranks.
 
         Raises rank 0's UserError on every rank.
         """
         result = self.peers.together(lambda: [work()] if self.is_main else [])
         return result[0] if self.is_main else work()
 
-    def is_first_to(self, deed: str) -> bool:
-        """Return True on just one rank: the first that asks. Any rank, at any time, also when others are gone."""
+    def is_first_to(self, action: str) -> bool:
+        """Return True on only one rank: the first that asks. Any rank, at any time, even if others are gone."""
         if self.store is None:
             return self.is_main
         try:
-            return int(self.store.add(f"shardlaunch/{deed}", 1)) == 1
-        except RuntimeError:  # the store went with its host: then nobody else can speak either
+            return int(self.store.add(f"shardlaunch/{action}", 1)) == 1
+        except RuntimeError:  # the store is gone with its host: no other rank can print either
             return True
 
-    def await_others_at(self, deed: str, *, most_s: float) -> None:
-        """Wait, on rank 0, until all ranks have asked `is_first_to(deed)`, but at most `most_s` seconds.
+    def await_others_at(self, action: str, *, most_s: float) -> None:
+        """Wait on rank 0 until all ranks have called `is_first_to(action)`, for at most `most_s` seconds.
 
-        Without rank 0, its store and its sockets, one that is a little behind would lose contact before it comes there.
+        If rank 0 left with its store and sockets, ranks slightly behind would lose their connection first.
         """
         if self.store is None or not self.is_main:
             return
         end = time.monotonic() + most_s
-        with suppress(RuntimeError):  # the store went with its host, a launcher
-            while self.store.add(f"shardlaunch/{deed}", 0) < self.size and time.monotonic() < end:
+        with suppress(RuntimeError):  # the store is gone with its host, a launcher
+            while self.store.add(f"shardlaunch/{action}", 0) < self.size and time.monotonic() < end:
                 time.sleep(0.05)
 
 
-def connect(env: LaunchEnvironment) -> World:
-    """Join the ranks of this launch: gloo on CPU, NCCL beside gloo on GPUs. All ranks."""
+def connect(env: LaunchEnvironment, *, needs_group: bool = False) -> World:
+    """Join the ranks of this launch: gloo on CPU, NCCL beside gloo on GPUs. All ranks.
+
+    A process that was started by itself has a process group, of one, only if it `needs_group`. Raises UserError when
+    there are more ranks than GPUs, and when the ranks do not meet.
+    """
     use_cuda = torch.cuda.is_available() and not env.use_cpu
     if use_cuda:
         if env.local_world_size > torch.cuda.device_count():
             raise UserError(
                 f"{env.local_world_size} ranks were started on this machine, which has {torch.cuda.device_count()} "
-                f"GPUs. Start as many ranks as GPUs, or set ACCELERATE_USE_CPU=true."
+                f"GPUs. Start at most one rank per GPU, or set ACCELERATE_USE_CPU=true."
             )
         device = torch.device("cuda", env.local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if not env.is_distributed:
+    if not env.is_distributed and not needs_group:
         return World(device=device)
-    # A store of our own per attempt: a restarted worker group must not meet addresses of the one before.
-    store, rank, world_size = next(dist.rendezvous("env://", env.rank, env.world_size))
-    store = dist.PrefixStore(f"attempt{env.attempt}", store)
+    store, rank, world_size = meet(env), env.rank, env.world_size
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    owns_group = not dist.is_initialized()  # a script that calls `fit` may have a process group, which stays its own
+    if owns_group:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     return World(
         rank=rank,
         size=world_size,
@@ -118,24 +125,32 @@ def connect(env: LaunchEnvironment) -> World:
         device=device,
         host_group=dist.new_group(backend="gloo", timeout=TIMEOUT),
         store=store,
+        owns_group=owns_group,
     )
 
 
-def disconnect(world: World) -> None:
-    """Leave the ranks. All ranks."""
+def abandon(world: World) -> None:
+    """Leave the ranks after an error, without waiting for them."""
     if world.host_group is not None:
-        dist.barrier(group=world.host_group)  # no rank takes its sockets away while another still works
-        dist.destroy_process_group()
+        with suppress(RuntimeError):
+            dist.destroy_process_group(None if world.owns_group else world.host_group)
 
 
-def threads_per_rank(asked: int, env: LaunchEnvironment) -> int:
-    """Return how many CPU threads a rank computes with.
+def disconnect(world: World) -> None:
+    """Leave the process group. All ranks."""
+    if world.host_group is not None:
+        dist.barrier(group=world.host_group)  # no rank closes its sockets while another still works
+        dist.destroy_process_group(None if world.owns_group else world.host_group)
 
-    `asked` > 0 decides. Else OMP_NUM_THREADS, if above 1: launchers set 1 on their own, so that it says nothing.
-    Else the ranks of a machine share its cores evenly.
+
+def threads_per_rank(requested: int, env: LaunchEnvironment) -> int:
+    """Return the number of CPU threads per rank.
+
+    `requested`, if above 0; else OMP_NUM_THREADS, if above 1 (launchers set 1 by default, so 1 means nothing); else an
+    even division of the machine's cores among its ranks.
     """
-    if asked > 0:
-        return asked
+    if requested > 0:
+        return requested
     if env.threads is not None and env.threads > 1:
         return env.threads
     return max(1, available_cores() // env.local_world_size)

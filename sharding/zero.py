@@ -1,7 +1,7 @@
-"""ZeRO by DeepSpeed: optimizer state (stage 1), gradients (2) and parameters (3) divided among the ranks.
+"""ZeRO by DeepSpeed: optimizer state (stage 1), gradients (2) and parameters (3) sharded over the ranks.
 
-DeepSpeed holds the partitions, runs the collectives and updates; it runs in fp32 throughout. What decides the numbers
-is here: what is summed, when a step is over, the norm, clipping, loss scaling, learning rates, state.
+DeepSpeed holds the partitions and runs the collectives and updates, in fp32 throughout. Everything that decides the
+numbers is here: what is summed, when a step ends, the norm, clipping, loss scaling, learning rates, state.
 """
 
 import logging
@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
@@ -21,15 +22,15 @@ from shardlaunch.errors import UserError
 from shardlaunch.sharding.gradients import clip_factor
 from shardlaunch.sharding.lockstep import Lockstep
 from shardlaunch.sharding.named_state import check_optimizer
-from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
+from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, ONE_RANK, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
-from shardlaunch.sharding.zero_order import GradientOrder, fill_gradient, gather_together
+from shardlaunch.sharding.zero_order import GradientOrder, fill_gradient, gather_in_lockstep
 from shardlaunch.sharding.zero_partitions import Partitions
 
 BUCKET_ELEMENTS = 1 << 24  # 64 MiB of gradients are reduced at a time
 PERSISTENT_ELEMENTS = 100_000  # stage 3 keeps parameters of up to this size gathered between steps
-# An update of one element must depend on nothing but that element's own history: a partition has no other shape.
-# (Adagrad is elementwise too, but DeepSpeed builds it anew, without its parameter groups.)
+# Partitions are flat, so the update of an element may depend only on that element's own history.
+# (Adagrad is elementwise too, but DeepSpeed rebuilds it without its parameter groups.)
 ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
     torch.optim.SGD,
     torch.optim.Adam,
@@ -55,12 +56,12 @@ class Zero(Strategy):
         self.model = model
         self.replicas = [model]
         self.devices = [world.device]
-        # While all parameters have their true shapes: an optimizer's groups may depend on them.
+        # Built while all parameters have their true shapes: parameter groups may depend on them.
         self.optimizer = build_optimizer([(name, p) for name, p in model.named_parameters() if p.requires_grad])
         check_optimizer(model, self.optimizer)
         _check_elementwise(self.optimizer)
         if any(parameter.numel() == 0 for parameter in model.parameters()):
-            raise UserError("ZeRO cannot divide parameters without elements; use --strategy ddp")
+            raise UserError("ZeRO cannot shard parameters without elements; use --strategy ddp")
         config = _config(self.stage, world, settings)
         with _deepspeed(world) as deepspeed:
             if self.stage == 3:
@@ -69,30 +70,29 @@ class Zero(Strategy):
         self.partitions = Partitions(
             model, self._zero, self.optimizer, rank=world.rank, is_offloaded=settings.cpu_offload
         )
-        self._trained = [p for p in model.parameters() if id(p) in self.partitions.pieces]
+        self._trained = [p for p in model.parameters() if id(p) in self.partitions.ranges]
         self._lockstep = Lockstep(model, world=world) if self.stage == 3 else None
         if self._lockstep is not None:
-            gather_together(self._zero, self._lockstep)
+            gather_in_lockstep(self._zero, self._lockstep)
         self._order = GradientOrder(self._zero, self._trained, lockstep=self._lockstep) if self.stage > 1 else None
-        # DeepSpeed's stage 3 takes the mean over ranks, the others can be told to sum.
+        # DeepSpeed's stage 3 averages over the ranks; the other stages can be set to sum.
         self._mean_over = world.size if self.stage == 3 else 1
 
     @classmethod
     def check_available(cls) -> None:
         """Raise UserError when DeepSpeed is not installed."""
         if find_spec("deepspeed") is None:
-            raise UserError(
-                f'--strategy zero{cls.stage} needs DeepSpeed, which is missing: pip install "shardlaunch[deepspeed]"'
-            )
+            raise UserError(f'--strategy zero{cls.stage} needs DeepSpeed: pip install "shardlaunch[deepspeed]"')
 
     def describe(self) -> str:
-        """Say where the partitions are kept."""
-        return "slices in host memory" if self.partitions.is_offloaded else ""
+        """Return that one rank has everything, and where the partitions are kept, if in host memory."""
+        alone = [ONE_RANK] if self.world.size == 1 else []
+        return ", ".join(alone + ["shards in host memory"] * self.partitions.is_offloaded)
 
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
-        """Accumulate: stage 1 locally, reducing once at the last micro-batch; stages 2 and 3 reduce each micro-batch.
+        """Accumulate: stage 1 locally, with one reduction at the last micro-batch; stages 2 and 3 reduce each time.
 
-        DeepSpeed's engine is told when a step ends; its own count of micro-batches is not used.
+        DeepSpeed's engine is told when a step ends; its own micro-batch counter is not used.
         """
         self._zero.clear_backward_seen_flag()
         self._engine.set_gradient_accumulation_boundary(last)
@@ -111,7 +111,7 @@ class Zero(Strategy):
         self._zero.backward_epilogue()
 
     def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
-        """Sum the norms of the partitions over the ranks, unscale and clip in one multiplication."""
+        """Compute the norm over all partitions, then unscale and clip in one multiplication."""
         unscale *= self._mean_over
         gradients = self.partitions.gradients()
         squares = sum(torch.linalg.vector_norm(gradient).double() ** 2 for gradient in gradients)
@@ -142,28 +142,28 @@ class Zero(Strategy):
             self._zero.averaged_gradients = {}
 
     def state(self) -> Iterator[Fragment]:
-        """Yield this rank's pieces, as views of its partitions."""
+        """Yield this rank's shards, as views of its partitions."""
         return self.partitions.state()
 
     def restore(self, reader: StateReader) -> None:
-        """Read this rank's pieces into its partitions; stages 1 and 2 read all weights."""
+        """Read this rank's shards into its partitions; stages 1 and 2 read all weights."""
         self.partitions.restore(reader)
 
 
 class Zero1(Zero):
-    """Divide the optimizer state among the ranks."""
+    """Shard the optimizer state."""
 
     stage = 1
 
 
 class Zero2(Zero):
-    """Divide optimizer state and gradients among the ranks."""
+    """Shard optimizer state and gradients."""
 
     stage = 2
 
 
 class Zero3(Zero):
-    """Divide optimizer state, gradients and parameters among the ranks; a module is gathered while it runs."""
+    """Shard optimizer state, gradients and parameters; a module is gathered while it runs."""
 
     stage = 3
     starts_empty = True
@@ -172,15 +172,17 @@ class Zero3(Zero):
 def _check_elementwise(optimizer: torch.optim.Optimizer) -> None:
     if type(optimizer) not in ELEMENTWISE:
         raise UserError(
-            f"ZeRO flattens parameters, which {type(optimizer).__name__} may not bear; it is known to be right for "
+            f"{type(optimizer).__name__} is not supported with ZeRO, which flattens parameters; supported: "
             f"{', '.join(kind.__name__ for kind in ELEMENTWISE)}. Use one of these, or --strategy ddp or fsdp2"
         )
     if any(not group["params"] for group in optimizer.param_groups):
-        raise UserError("ZeRO does not take a parameter group without parameters; leave it out of optimizer()")
+        raise UserError(
+            "ZeRO does not support a parameter group without parameters; remove it from the recipe's optimizer()"
+        )
 
 
 def _config(stage: int, world: World, settings: Settings) -> dict[str, Any]:
-    """Return DeepSpeed's configuration: fp32, sums, no clipping or scaling of its own, sizes that are ours."""
+    """Return DeepSpeed's configuration: fp32, sums, no clipping or loss scaling by DeepSpeed, our bucket sizes."""
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": False,
@@ -190,8 +192,8 @@ def _config(stage: int, world: World, settings: Settings) -> dict[str, Any]:
         "round_robin_gradients": False,
         "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
         "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
-        # In elements: how near a module's next use must be for its parameters to stay gathered, and how many may be
-        # gathered for parameters to be fetched before their modules run.
+        # In elements: how close a module's next use must be for its parameters to stay gathered, and the maximum number
+        # of gathered elements up to which parameters are prefetched.
         "stage3_max_reuse_distance": 0 if settings.reshard_after_forward else 10**12,
         "stage3_max_live_parameters": 4 * BUCKET_ELEMENTS if settings.reshard_after_forward else 10**12,
     }
@@ -218,39 +220,51 @@ def _config(stage: int, world: World, settings: Settings) -> dict[str, Any]:
 
 @contextmanager
 def _deepspeed(world: World) -> Iterator[Any]:
-    """Import DeepSpeed, for the ranks' device, and keep it quiet while it is set up."""
+    """Import DeepSpeed for the ranks' device, without its log output during set-up."""
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", "0")
-    # torch's new names for two collectives, which DeepSpeed calls by the old ones at each step.
+    # DeepSpeed calls two collectives by names that torch has deprecated, in each step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
 
-        # A CPU collective that we do not use; it would be compiled now, for half a minute, with g++ and ninja.
+        # A CPU collective that is not used here; compiling it with g++ and ninja would take half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # Models are equal on all ranks already, and a parameter without dimensions would break its broadcast.
+        # The models are identical on all ranks already, and the broadcast fails for a parameter without dimensions.
         deepspeed.DeepSpeedEngine._broadcast_model = lambda engine: None
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        _forget_earlier_groups()
         yield deepspeed
 
 
-def _materialise(model: nn.Module, config: dict[str, Any]) -> None:
-    """Give the parameters memory, one at a time, each divided among the ranks at once. Values are arbitrary. All ranks.
+def _forget_earlier_groups() -> None:
+    """Let DeepSpeed drop the process groups of an earlier run in this process, which it keeps in module variables."""
+    from deepspeed.utils import groups
 
-    A parameter stays the object that it is, so that ties and the optimizer's groups hold.
+    if groups._WORLD_GROUP is not None:
+        try:
+            dist.get_rank(groups._WORLD_GROUP)
+        except ValueError:  # destroyed
+            groups._release_process_group_references(group=None)
+
+
+def _materialise(model: nn.Module, config: dict[str, Any]) -> None:
+    """Allocate the parameters one at a time and shard each immediately. Values are arbitrary. All ranks.
+
+    Parameters keep their identity, so that tied weights and the optimizer's groups stay valid.
     """
     from deepspeed.runtime.zero import Init, linear
 
     class EmptyInit(Init):
-        def _zero_init_param(self, parameter: Any) -> None:  # DeepSpeed's own would broadcast the values
+        def _zero_init_param(self, parameter: Any) -> None:  # DeepSpeed's version would broadcast the values
             self._convert_to_deepspeed_param(parameter)
             parameter.partition()
 
-    # DeepSpeed puts a linear layer of its own in the place of torch's, as torch's holds on to gathered weights. It adds
-    # the bias in a rounding of its own, which under autocast is seen; so let it call torch's for the forward pass.
+    # DeepSpeed replaces torch's linear function, which would keep gathered weights alive. Its version rounds the bias
+    # differently, which shows under autocast; so its forward pass is set to torch's.
     linear.LinearFunctionForZeroStage3.forward = staticmethod(_linear)
     init = EmptyInit(module=nn.Module(), config_dict_or_path=config, dtype=torch.float32)
     for parameter in model.parameters():

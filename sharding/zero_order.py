@@ -1,7 +1,7 @@
-"""Keep all ranks in step under ZeRO: gradients are reduced, and parameters gathered, in the same order everywhere.
+"""Keep all ranks in step under ZeRO: reduce gradients and gather parameters in the same order on all ranks.
 
-DeepSpeed reduces gradients in the order in which a backward pass reaches them and leaves out what it does not reach;
-ranks whose passes differ then sum unlike gradients, silently, or wait for each other for ever.
+DeepSpeed reduces gradients in the order in which a backward pass reaches them and skips those that it does not reach.
+Ranks whose passes differ would then silently sum unrelated gradients, or hang.
 """
 
 from collections.abc import Iterable
@@ -17,23 +17,23 @@ from shardlaunch.sharding.lockstep import Lockstep
 REDUCE = -2
 
 
-def gather_together(zero: Any, lockstep: Lockstep) -> None:
-    """Let stage 3 gather a module's parameters only when all ranks are about to gather the same."""
+def gather_in_lockstep(zero: Any, lockstep: Lockstep) -> None:
+    """Make stage 3 gather a module's parameters only when all ranks are about to gather the same ones."""
     coordinator = zero.parameter_offload.get_param_coordinator()
     fetch = coordinator.fetch_sub_module
 
-    def fetch_together(module: Any, forward: bool) -> None:
+    def fetch_in_lockstep(module: Any, forward: bool) -> None:
         lockstep.step(2 * module.ds_id + forward)
         fetch(module, forward)
 
-    coordinator.fetch_sub_module = fetch_together
+    coordinator.fetch_sub_module = fetch_in_lockstep
 
 
 class GradientOrder:
-    """Hand gradients to ZeRO from the last parameter to the first, each as soon as it is there and it is its turn.
+    """Pass gradients to ZeRO from the last parameter to the first, each as soon as it is available and due.
 
-    What a backward pass does not reach is handed over as zero. So each pass reduces all parameters, in buckets that are
-    a function of the model only.
+    Parameters that a backward pass does not reach get zero gradients. So each pass reduces all parameters, in buckets
+    that depend only on the model.
     """
 
     def __init__(self, zero: Any, parameters: Iterable[nn.Parameter], *, lockstep: Lockstep | None) -> None:
@@ -42,9 +42,9 @@ class GradientOrder:
         self._parameters = list(reversed(list(parameters)))
         self._index = {id(parameter): index for index, parameter in enumerate(self._parameters)}
         self._groups = {id(p): index for index, group in enumerate(_groups(zero)) for p in group}
-        self._ready: set[int] = set()  # positions of parameters whose gradients are there, or will not come
+        self._ready: set[int] = set()  # indices of parameters whose gradient is available, or will not come
         self._next = 0
-        # The hooks that DeepSpeed put on the parameters call this, with a parameter (and, in stage 2, its group).
+        # DeepSpeed's parameter hooks call this with a parameter (and, in stage 2, its group).
         self._reduce = zero.reduce_ready_partitions_and_remove_grads
         zero.reduce_ready_partitions_and_remove_grads = self._on_gradient
 
@@ -59,16 +59,16 @@ class GradientOrder:
             self._ready = {index for index, other in enumerate(self._parameters) if not _will_be_reached(other)}
         self._ready.add(index)
         while self._next in self._ready:
-            self._hand_over()
+            self._reduce_next()
 
     def finish(self) -> None:
-        """Hand over what is left, with zeros for what the backward pass did not reach."""
+        """Reduce the remaining parameters, with zeros for those that the backward pass did not reach."""
         while self._next < len(self._parameters):
-            self._hand_over()
+            self._reduce_next()
         self._ready.clear()
         self._next = 0
 
-    def _hand_over(self) -> None:
+    def _reduce_next(self) -> None:
         parameter: Any = self._parameters[self._next]
         self._next += 1
         fill_gradient(parameter)
@@ -82,7 +82,7 @@ class GradientOrder:
 
 
 def _will_be_reached(parameter: nn.Parameter) -> bool:
-    """Return whether the backward pass that is under way has this parameter in its graph."""
+    """Return whether the running backward pass has this parameter in its graph."""
     with torch.enable_grad():
         node = get_gradient_edge(parameter).node
     return bool(torch._C._will_engine_execute_node(node))
@@ -94,11 +94,11 @@ def _groups(zero: Any) -> list[list[nn.Parameter]]:
 
 
 def fill_gradient(parameter: Any) -> None:
-    """Give a parameter without a gradient a zero one, of its full shape also when it is partitioned."""
+    """Give a parameter without a gradient a zero gradient, in its full shape even if it is partitioned."""
     if parameter.grad is not None:
         return
     held = parameter.data
     zeros = torch.zeros(getattr(parameter, "ds_shape", held.shape), dtype=held.dtype, device=held.device)
-    parameter.data = zeros  # autograd takes a gradient of the parameter's present shape only
+    parameter.data = zeros  # autograd only accepts a gradient of the parameter's current shape
     parameter.grad = zeros
     parameter.data = held

@@ -1,4 +1,4 @@
-"""Settings and fixtures of all tests."""
+"""Settings and fixtures for all tests."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ TABLE = "resumes"
 
 @pytest.fixture(autouse=True)
 def _restored_environment() -> Iterator[None]:
-    """Give each test the environment and the number of threads that the one before found."""
+    """Restore the environment and the number of threads after each test."""
     environment = dict(os.environ)
     threads = torch.get_num_threads()
     yield
@@ -31,12 +31,12 @@ def data_dir() -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the table of resumes, of which each test gives a row."""
+    """Print the table of resumes; each test adds a row."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     properties = [entry for report in reports for entry in getattr(report, "user_properties", ())]
     rows = dict(value for name, value in properties if name == TABLE)
     if rows:
-        terminalreporter.section("largest difference of a loss: resumed under (row) what was saved under (column)")
+        terminalreporter.section("max loss difference: saved under (column), resumed under (row)")
         columns = list(next(iter(rows.values())))
         terminalreporter.line(" " * 10 + "".join(f"{column:>10}" for column in columns))
         for target, row in rows.items():
@@ -44,7 +44,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip tests that need a GPU if there is none."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

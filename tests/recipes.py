@@ -1,4 +1,4 @@
-"""Recipes for tests: small nets that have everything which could make a run depend on its ranks."""
+"""Recipes for tests: small nets with everything that could make a run depend on its ranks."""
 
 import contextlib
 import io
@@ -43,7 +43,7 @@ class NetOptions(Options):
 
 
 class Net(nn.Module):
-    """A net with batch norm, dropout, tied weights and a parameter that the loss reaches only now and then."""
+    """A net with batch norm, dropout, tied weights and a parameter that the loss reaches only sometimes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def _points(count: int, seed: int) -> TensorData:
 
 
 class LinearNet(NetRecipe):
-    """A linear classifier on data as it is: what a step does to it can be worked out by hand."""
+    """A linear classifier on plain data: its steps can be computed by hand."""
 
     def model(self) -> nn.Module:
         return nn.Linear(NUM_FEATURES, NUM_CLASSES)
@@ -111,7 +111,7 @@ class LinearNet(NetRecipe):
 
 
 class LabelSum(Metric):
-    """Sum the labels; what is kept is a scalar a batch."""
+    """Sum of the labels; its state is one scalar per batch."""
 
     full_state_update = False
     sums: list[torch.Tensor]
@@ -128,7 +128,7 @@ class LabelSum(Metric):
 
 
 class RankedNet(NetRecipe):
-    """The net judged by a metric that keeps all predictions, by one of scalars, one made of another, and all counts."""
+    """The net with a metric that keeps all predictions, one of scalars, a composed one, and counts."""
 
     best_metric = "auroc"
 
@@ -146,7 +146,7 @@ class UnseededNet(NetRecipe):
 
 
 class PickyNet(NetRecipe):
-    """A net that finds something to mend in its training data."""
+    """A net that reports an error in its training data."""
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
         if seeds is not None:
@@ -211,7 +211,7 @@ def save_small_t5(folder: Path) -> None:
 
 
 def run_quietly(recipe_type: type[Recipe], argv: list[str]) -> tuple[int, str]:
-    """Run a recipe in this process and return (exit status, what it printed)."""
+    """Run a recipe in this process and return (exit status, output)."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         status = main(recipe_type, argv)
@@ -219,7 +219,7 @@ def run_quietly(recipe_type: type[Recipe], argv: list[str]) -> tuple[int, str]:
 
 
 def run_well(recipe_type: type[Recipe], argv: list[str]) -> str:
-    """Run a recipe in this process, which must end well, and return what it printed."""
+    """Run a recipe in this process, check that it succeeds, and return its output."""
     status, output = run_quietly(recipe_type, argv)
     assert status == 0, output
     return output
@@ -251,7 +251,7 @@ def final_tensors(output_dir: Path) -> dict[str, torch.Tensor]:
 
 @dataclass(kw_only=True)
 class MaskedOptions(Options):
-    """Options of the small masked language model: M = 6 micro-batches, which 4 ranks cannot share evenly."""
+    """Options of the small masked language model: M = 6 micro-batches, which 4 ranks cannot divide evenly."""
 
     global_batch_size: int = 12
     micro_batch_size: int = 2

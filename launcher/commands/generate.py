@@ -1,4 +1,4 @@
-"""Text from a checkpoint of a language model."""
+"""`shardlaunch generate`: text from a language model checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from shardlaunch.launcher.toolkit.packing import document_frame
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Say how the next token is chosen. At temperature 0 it is the most probable one, or that of the best beam.
+    """How the next token is chosen: at temperature 0 greedily or by beam search, above 0 by sampling.
 
-    With 0 beams there are as many as the checkpoint says.
+    0 beams: as many as the checkpoint's generation config says.
     """
 
     temperature: float = 0.0
@@ -30,14 +30,14 @@ class Sampling:
         if self.top_k < 0:
             raise UserError(f"--top-k {self.top_k}: must be at least 1, or 0 for all tokens")
         if self.num_beams < 0:
-            raise UserError(f"--num-beams {self.num_beams}: must be at least 1, or 0 for what the checkpoint says")
+            raise UserError(f"--num-beams {self.num_beams}: must be at least 1, or 0 for the checkpoint's own")
         if self.top_k and not self.temperature:
-            raise UserError(f"--top-k {self.top_k} is for drawing at random: give a --temperature above 0")
+            raise UserError(f"--top-k {self.top_k} only affects sampling: set --temperature above 0")
         if self.num_beams > 1 and self.temperature:
-            raise UserError(f"--num-beams {self.num_beams} seeks the most probable text: leave out --temperature")
+            raise UserError(f"--num-beams {self.num_beams}: beam search does not sample: remove --temperature")
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments of a model's generate()."""
+        """Return the arguments for a model's generate()."""
         if not self.temperature:
             return {"do_sample": False, **({"num_beams": self.num_beams} if self.num_beams else {})}
         return {"do_sample": True, "num_beams": 1, "temperature": self.temperature, "top_k": self.top_k}
@@ -46,7 +46,7 @@ class Sampling:
 def generate_texts(
     path: Path, *, prompts: Sequence[str], file: Path | None, max_new_tokens: int, sampling: Sampling
 ) -> None:
-    """Print, for each prompt, its continuation, or what an encoder-decoder makes of it.
+    """Print each prompt's continuation, or the output of an encoder-decoder for it.
 
     A text does not depend on the prompts before it. Raises UserError when there is no prompt, or no valid checkpoint of
     a language model.
@@ -56,15 +56,15 @@ def generate_texts(
     prompts = all_texts(prompts, file, flag="--prompt")
     checkpoint, tokenizer = open_text_model(path, kind="language model")
     model = _language_model(checkpoint.step_dir)
-    write = _transform if model.config.is_encoder_decoder else _continue
+    generate = _transform if model.config.is_encoder_decoder else _continue
     for prompt in prompts:
         torch.manual_seed(sampling.seed)
         with torch.no_grad():
-            print(write(model, tokenizer, prompt, max_new_tokens, sampling.arguments()))
+            print(generate(model, tokenizer, prompt, max_new_tokens, sampling.arguments()))
 
 
 def _language_model(folder: Path) -> Any:
-    """Return the model of a checkpoint. Raises UserError when it is no language model."""
+    """Load the model of a checkpoint. Raises UserError when it is not a language model."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     try:
@@ -77,26 +77,26 @@ def _language_model(folder: Path) -> Any:
 
 
 def _transform(model: Any, tokenizer: Any, text: str, max_new_tokens: int, arguments: dict[str, Any]) -> str:
-    """Return what an encoder-decoder makes of a text."""
+    """Return the output of an encoder-decoder for a text."""
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     num_tokens = inputs["input_ids"].shape[1]
     longest = _num_positions(model, num_tokens + max_new_tokens)
     if num_tokens > longest:
-        raise UserError(f"the model reads at most {longest} tokens, not {num_tokens}: {text[:40]!r}...")
+        raise UserError(f"the model takes at most {longest} tokens, but the prompt has {num_tokens}: {text[:40]!r}...")
     tokens = model.generate(**inputs, max_new_tokens=min(max_new_tokens, longest - 1), **arguments)[0]
     return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def _continue(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, arguments: dict[str, Any]) -> str:
-    """Return the prompt and its continuation. Where the model's context is full, it goes on from the latter half."""
+    """Return the prompt and its continuation. When the context is full, continue from its second half."""
     start, end = document_frame(tokenizer)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    unknown = tokenizer.unk_token_id  # GPT-2's tokenizer, which knows all, has that of the end of text there
+    unknown = tokenizer.unk_token_id  # for GPT-2's tokenizer, which knows all text, it is the end-of-text token
     if unknown in ids and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        raise UserError(f"the model's tokenizer does not know all of this prompt: {prompt!r}")
+        raise UserError(f"the prompt has characters that the model's tokenizer does not know: {prompt!r}")
     tokens = [*start, *ids]
     if not tokens:
-        raise UserError("the prompt is empty, and the model knows no token that a text begins with: give it some text")
+        raise UserError("the prompt is empty, and the model has no token that starts a text: give a non-empty prompt")
     longest = _num_positions(model, len(tokens) + max_new_tokens)
     num_left = max_new_tokens
     while num_left:
@@ -112,5 +112,5 @@ def _continue(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, argu
 
 
 def _num_positions(model: Any, default: int) -> int:
-    """Return how many tokens the model can hold."""
+    """Return the model's maximum number of tokens, or `default` if it has no limit."""
     return getattr(model.config, "max_position_embeddings", None) or default

@@ -1,9 +1,8 @@
-"""`shardlaunch parity`: one recipe, a few steps under each strategy that this machine has, and what differs."""
+"""`shardlaunch parity`: run a few steps of a recipe under each available strategy and compare the results."""
 
 import math
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -19,17 +18,17 @@ from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint, open_checkpoint
 from shardlaunch.checkpoints.state import MODEL
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.commands.start import COMMAND
 from shardlaunch.launcher.reporting.tracking import read_metrics
 from shardlaunch.sharding.resolve import STRATEGIES, check_strategy_name
 
 EXIT_DIFFERENT = 1
 _NEVER = "1000000000"
-_COMMAND = (sys.executable, "-c", "from shardlaunch.launcher.commands.main import main; main()")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Say how a strategy's run went beside the reference: differences, or why there are none."""
+    """Differences between a strategy's run and the reference, or why it failed."""
 
     strategy: str
     ranks: int
@@ -37,7 +36,7 @@ class Outcome:
     loss_step: int = 0
     weight: float = 0.0
     weight_name: str = ""
-    seconds: float = 0.0
+    wall_s: float = 0.0
     problem: str = ""
 
 
@@ -50,15 +49,15 @@ def compare_strategies(
     strategies: Sequence[str],
     tolerance: float,
 ) -> int:
-    """Run a recipe for some steps on one rank, then under each strategy on `ranks`; print a table of differences.
+    """Run a recipe on one rank, then under each strategy on `ranks` ranks; print a table of differences.
 
-    Returns 1 when a run failed or a loss differs by more than `tolerance`, else 0. Raises UserError when the reference
-    itself fails.
+    Returns 1 when a run fails or a loss differs by more than `tolerance`, else 0. Raises UserError when the reference
+    run fails.
     """
     if ranks < 2 or steps < 1:
         raise UserError(f"--ranks {ranks} --steps {steps}: parity needs at least 2 ranks and 1 step")
     if any(word.split("=")[0] == "--folds" for word in recipe_argv):
-        raise UserError("--folds: parity compares single runs; drop the option")
+        raise UserError("--folds: parity compares single runs; remove it")
     console = Console(highlight=False, soft_wrap=True)
     for name in strategies:
         check_strategy_name(name, f"--strategies {name}")
@@ -68,38 +67,38 @@ def compare_strategies(
         if reason and strategies:
             raise UserError(f"--strategies {name}: {reason}")
         if reason:
-            console.print(escape(f"{name}: left out: {reason}"))
+            console.print(escape(f"{name}: skipped: {reason}"))
         else:
             names.append(name)
     with tempfile.TemporaryDirectory(prefix="shardlaunch-parity-") as folder:
         reference = Path(folder) / "single"
         outcome = _run(recipe, recipe_argv, reference, "single", 1, steps)
         if outcome.problem:
-            raise UserError(f"the run on one rank, to which others are to be compared, failed:\n{outcome.problem}")
+            raise UserError(f"the reference run on one rank failed:\n{outcome.problem}")
         steps = max(_losses(reference))
-        console.print(f"single, 1 rank: {steps} steps in {outcome.seconds:.1f} s")
+        console.print(f"single, 1 rank: {steps} steps in {outcome.wall_s:.1f} s")
         outcomes = []
         for name in names:
             outcome = _run(recipe, recipe_argv, Path(folder) / name, name, ranks, steps)
             if not outcome.problem:
                 outcome = _compare(outcome, reference, Path(folder) / name)
             shutil.rmtree(Path(folder) / name, ignore_errors=True)
-            said = outcome.problem or f"{steps} steps in {outcome.seconds:.1f} s"
-            console.print(escape(f"{name}, {ranks} ranks: {said}"))
+            result = outcome.problem or f"{steps} steps in {outcome.wall_s:.1f} s"
+            console.print(escape(f"{name}, {ranks} ranks: {result}"))
             outcomes.append(outcome)
     console.print(_table(outcomes, steps))
     different = [o.strategy for o in outcomes if o.problem or not o.loss <= tolerance]
     if different:
-        console.print(f"not the same run, or failed: {', '.join(different)} (--tolerance {tolerance:g})")
+        console.print(f"different or failed: {', '.join(different)} (--tolerance {tolerance:g})")
         return EXIT_DIFFERENT
     console.print(f"the same run under every strategy: no loss differs by more than {tolerance:g}")
     return 0
 
 
 def _why_unavailable(name: str, ranks: int) -> str:
-    """Return why a strategy cannot be compared here; empty: it can."""
+    """Return why a strategy is not available here, or an empty string."""
     if STRATEGIES[name].for_one_process:
-        return "it is for one process"
+        return "it runs in one process"
     if ranks < STRATEGIES[name].least_ranks:
         return f"it needs at least {STRATEGIES[name].least_ranks} ranks"
     try:
@@ -110,19 +109,19 @@ def _why_unavailable(name: str, ranks: int) -> str:
 
 
 def _run(recipe: Path, recipe_argv: Sequence[str], folder: Path, name: str, ranks: int, steps: int) -> Outcome:
-    """Run the recipe in a process of its own."""
+    """Run the recipe in a separate process."""
     argv = [*recipe_argv, "--stop-at-step", str(steps), "--output-dir", str(folder), "--tracker", "none"]
     argv += ["--eval-every", _NEVER, "--save-every", "0", "--log-every", "1"]
     if not any(word.startswith("--threads-per-rank") for word in argv):
-        argv += ["--threads-per-rank", "1"]  # the number of threads changes how sums are rounded
-    words = [*_COMMAND, "run", str(recipe), "--ranks", str(ranks), "--strategy", name, "--", *argv]
+        argv += ["--threads-per-rank", "1"]  # the number of threads affects rounding
+    words = [*COMMAND, "run", str(recipe), "--ranks", str(ranks), "--strategy", name, "--", *argv]
     begun = time.monotonic()
     ended = subprocess.run(words, capture_output=True, text=True)
     problem = ""
     if ended.returncode:
         lines = (ended.stderr.strip() or ended.stdout.strip()).splitlines()
-        problem = "\n".join(lines[-3:]) or f"ended with status {ended.returncode}"
-    return Outcome(strategy=name, ranks=ranks, seconds=time.monotonic() - begun, problem=problem)
+        problem = "\n".join(lines[-3:]) or f"exit status {ended.returncode}"
+    return Outcome(strategy=name, ranks=ranks, wall_s=time.monotonic() - begun, problem=problem)
 
 
 def _compare(outcome: Outcome, reference: Path, folder: Path) -> Outcome:
@@ -149,8 +148,8 @@ def _weight_differences(one: Checkpoint, other: Checkpoint) -> Iterator[tuple[fl
 
 
 def _table(outcomes: Sequence[Outcome], steps: int) -> Table:
-    table = Table(title=f"differences to one rank over {steps} steps", title_justify="left", title_style="bold")
-    for column in ("strategy", "ranks", "largest difference of a loss", "of a weight at the end"):
+    table = Table(title=f"differences from one rank over {steps} steps", title_justify="left", title_style="bold")
+    for column in ("strategy", "ranks", "max loss difference", "max weight difference at the end"):
         table.add_column(column)
     for outcome in outcomes:
         cells = ["failed", ""]

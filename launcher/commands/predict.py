@@ -1,4 +1,4 @@
-"""Prediction with a checkpoint of a text classifier."""
+"""`shardlaunch predict`: predictions of a text classification checkpoint."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +8,11 @@ import torch
 from shardlaunch.checkpoints.layout import RECIPE
 from shardlaunch.launcher.commands.text_models import all_texts, open_text_model, whole_model
 
-TEXTS_AT_ONCE = 32
+BATCH_SIZE = 32
 
 
 def predict_texts(path: Path, *, texts: Sequence[str], file: Path | None) -> None:
-    """Print, for each text, its label and all probabilities, or the number that a regression predicts.
+    """Print each text's label and all probabilities, or the predicted number of a regression.
 
     Raises UserError when there is no text, or no valid checkpoint of a text classifier.
     """
@@ -25,8 +25,8 @@ def predict_texts(path: Path, *, texts: Sequence[str], file: Path | None) -> Non
     max_length = checkpoint.read_json(RECIPE)["options"].get("max_length")
     is_regression = model.config.problem_type == "regression"
     labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    for first in range(0, len(texts), TEXTS_AT_ONCE):
-        chunk = texts[first : first + TEXTS_AT_ONCE]
+    for first in range(0, len(texts), BATCH_SIZE):
+        chunk = texts[first : first + BATCH_SIZE]
         inputs = tokenizer(chunk, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs).logits.float()
@@ -34,5 +34,5 @@ def predict_texts(path: Path, *, texts: Sequence[str], file: Path | None) -> Non
             if is_regression:
                 print(f"{row.item():.4f}\t{text}")
                 continue
-            shares = "  ".join(f"{label} {share:.4f}" for label, share in zip(labels, row.tolist(), strict=True))
-            print(f"{labels[int(row.argmax())]}\t{shares}\t{text}")
+            probabilities = "  ".join(f"{label} {value:.4f}" for label, value in zip(labels, row.tolist(), strict=True))
+            print(f"{labels[int(row.argmax())]}\t{probabilities}\t{text}")

@@ -1,17 +1,34 @@
-"""Start a recipe file on several processes of this machine, by torchrun's agent."""
+"""Start a recipe file on several processes of this machine: `shardlaunch run`, and `start` for notebooks."""
 
+import json
 import logging
 import os
 import shlex
-from collections.abc import Sequence
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from shardlaunch.errors import UserError
-from shardlaunch.sharding.environment import RANKS_VARIABLE, STRATEGY_VARIABLE, read_environment
+from shardlaunch.launcher.launch import EXIT_USER_ERROR
+from shardlaunch.launcher.runs.result import Result
+from shardlaunch.sharding.environment import (
+    RANKS_VARIABLE,
+    RESULT_VARIABLE,
+    STRATEGY_VARIABLE,
+    is_distributed_launch,
+    read_environment,
+)
 from shardlaunch.sharding.resolve import STRATEGIES, check_strategy_name
 from shardlaunch.sharding.world import available_cores
+
+COMMAND = (sys.executable, "-c", "from shardlaunch.launcher.commands.main import main; main()")
+MOST_QUOTED = 2000  # characters of what a failed run printed
 
 
 def run_recipe(recipe: Path, recipe_argv: Sequence[str], *, ranks: int, strategy: str) -> int:
@@ -62,3 +79,59 @@ def _run_agent(argv: list[str]) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
+
+
+def start(recipe: str | Path, *, ranks: int = 0, strategy: str = "auto", show: bool = False, **options: Any) -> Result:
+    """Train a recipe on several processes of this machine, as `shardlaunch run` does, and return the outcome.
+
+    `recipe` is a recipe file or the name of an installed recipe, `options` are those of its command line by their
+    Python names. For notebooks and scripts. With `show`, what the run prints is printed here as it comes. Raises
+    UserError for what a user can fix, RuntimeError for other failures; an interrupt ends the run and is raised.
+    """
+    if is_distributed_launch():
+        raise UserError("start() starts the ranks of a run; this process is one of several already: call fit() here")
+    with TemporaryDirectory() as folder:
+        result_path, error_path = Path(folder) / "result.json", Path(folder) / "stderr"
+        words = ["run", str(recipe), "--ranks", str(ranks), "--strategy", strategy, "--", *option_words(options)]
+        environment = {**os.environ, RESULT_VARIABLE: str(result_path)}
+        with open(error_path, "w") as error_file:
+            # A session of its own: an interrupt of a notebook comes here alone and is passed on once.
+            process = subprocess.Popen(
+                [*COMMAND, *words],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=error_file,
+                text=True,
+                start_new_session=True,
+            )
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    if show:
+                        print(line, end="", flush=True)
+                status = process.wait()
+            except BaseException:
+                process.send_signal(signal.SIGINT)
+                process.wait()
+                raise
+        said = error_path.read_text(errors="replace").strip()
+        if status == EXIT_USER_ERROR:
+            raise UserError(said.rpartition("error: ")[2] or f"{recipe}: refused")
+        if status:
+            raise RuntimeError(f"{recipe} ended with status {status}: {said[-MOST_QUOTED:] or 'it said nothing'}")
+        return Result.of_folder(Path(json.loads(result_path.read_text())["run_dir"]))
+
+
+def option_words(options: Mapping[str, Any]) -> list[str]:
+    """Return options, by their Python names, as command-line words; None means the default."""
+    words: list[str] = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list | tuple):
+            words += [flag, *map(str, value)]
+        elif value is not None:
+            words.append(f"{flag}={value}")
+    return words

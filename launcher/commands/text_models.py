@@ -1,4 +1,4 @@
-"""What the commands for text models share: opening a checkpoint, its tokenizer and model, and reading texts."""
+"""Shared code of the commands for text models: open a checkpoint, its tokenizer and model, and read texts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,20 +14,20 @@ from shardlaunch.launcher.reporting.display import Display
 
 
 def whole_model(folder: Path, auto_class: Any, *, kind: str) -> Any:
-    """Return the model of a checkpoint, of which no weight is missing or left over. Raises UserError."""
+    """Load the model of a checkpoint. Raises UserError for missing or unexpected weights, or another kind of model."""
     refusal = f"{folder}: not a checkpoint of a {kind}"
     try:
         model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{refusal} ({' '.join(str(error).split())[:300]})") from error
-    others = [*info["missing_keys"], *info["unexpected_keys"]]
-    if others:
-        raise UserError(f"{refusal}: it would lack, or have no use for, {some(others)}")
+    misfits = [*info["missing_keys"], *info["unexpected_keys"]]
+    if misfits:
+        raise UserError(f"{refusal}: missing or unexpected weights: {some(misfits)}")
     return model.eval()
 
 
 def all_texts(texts: Sequence[str], file: Path | None, *, flag: str) -> list[str]:
-    """Return the texts that were given, and those of a file with one a line. Raises UserError when there is none."""
+    """Return the given texts and those of a file, one per line. Raises UserError when there is none."""
     try:
         lines = file.read_text().split("\n") if file is not None else []
     except (OSError, UnicodeDecodeError) as error:
@@ -39,11 +39,11 @@ def all_texts(texts: Sequence[str], file: Path | None, *, flag: str) -> list[str
 
 
 def open_text_model(path: Path, *, kind: str) -> tuple[Checkpoint, Any]:
-    """Return the checkpoint that a path means and its tokenizer. Raises UserError when it has none."""
+    """Return the checkpoint at a path and its tokenizer. Raises UserError when it has none."""
     checkpoint = open_path(path, peers=Peers(), warn=Display(silent=False).warn)
     if not (checkpoint.step_dir / "tokenizer_config.json").exists():
         name = checkpoint.read_json(RECIPE)["recipe"]
-        raise UserError(f"{checkpoint.step_dir}: a checkpoint of {name}, which is no {kind}: it has no tokenizer")
+        raise UserError(f"{checkpoint.step_dir}: a checkpoint of {name}, which is not a {kind} (it has no tokenizer)")
     from transformers import AutoTokenizer
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""Which parameters a run trains: what is frozen by name, from the start or up to a step, and what a person is shown."""
+"""Which parameters a run trains: freezing by name, for the whole run or up to a step."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -24,16 +24,16 @@ class FreezingOptions:
             raise UserError(f"--unfreeze-at-step {self.unfreeze_at_step}: goes with --freeze; give both or neither")
 
     def is_frozen(self, name: str) -> bool:
-        """Return whether --freeze names a parameter."""
+        """Return whether a pattern of --freeze matches a parameter's name."""
         return any(fnmatchcase(name, pattern) for pattern in self.freeze)
 
 
 def freeze(model: nn.Module, options: FreezingOptions, *, step: int) -> None:
-    """Freeze what the options say is frozen at `step`. Raises UserError for idle patterns and when nothing is left."""
+    """Freeze what is frozen at `step`. Raises UserError for unused patterns and if nothing is left to train."""
     names = [name for name, _ in model.named_parameters()]
-    idle = [pattern for pattern in options.freeze if not any(fnmatchcase(name, pattern) for name in names)]
-    if idle:
-        raise UserError(f"--freeze: no parameter's name matches {some(idle)}; there are {some(names)}")
+    unused = [pattern for pattern in options.freeze if not any(fnmatchcase(name, pattern) for name in names)]
+    if unused:
+        raise UserError(f"--freeze: no parameter matches {some(unused)}; available: {some(names)}")
     if not options.unfreeze_at_step or step < options.unfreeze_at_step:
         for name, parameter in model.named_parameters():
             if options.is_frozen(name):
@@ -43,7 +43,7 @@ def freeze(model: nn.Module, options: FreezingOptions, *, step: int) -> None:
 
 
 def train_mode(model: nn.Module) -> None:
-    """Put a model into training mode, but for norms whose parameters are all frozen: their statistics stand still."""
+    """Set a model to training mode, except norms whose parameters are all frozen: they keep their statistics."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):

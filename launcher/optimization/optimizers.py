@@ -1,4 +1,4 @@
-"""Optimizers by name, their options, and parameter groups: who decays, who learns at another rate."""
+"""Optimizers by name, their options, and parameter groups with their own weight decay and learning rate."""
 
 import importlib
 import inspect
@@ -14,7 +14,7 @@ from torch import nn
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.option_fields import flag, option
 
-# By the names that they go by; any other class is given by its dotted path.
+# Short names; any other class is given by its dotted path.
 NAMES = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
@@ -22,7 +22,7 @@ NAMES = {
     "rmsprop": torch.optim.RMSprop,
     "adagrad": torch.optim.Adagrad,
 }
-# Those whose fused implementation works on CPU and CUDA, and on the slices of FSDP2, alike.
+# Optimizers whose fused implementation works on CPU, CUDA and the shards of FSDP2.
 _FUSED = (torch.optim.Adam, torch.optim.AdamW)
 L1 = "l1"
 
@@ -60,35 +60,35 @@ class OptimizerOptions:
 
 
 def check_optimizer_options(options: OptimizerOptions) -> None:
-    """Raise UserError for an unknown optimizer, for what it does not take, and for what is not as it must be."""
+    """Raise UserError for an unknown optimizer, and for arguments and factors that are invalid or not supported."""
     _optimizer_args(options)
     _lr_factors(options)
 
 
 OptionsT = TypeVar("OptionsT", bound=OptimizerOptions)
-# What the optimizers' own settings are where nothing is explicitly_set.
+# Values that leave a setting at the optimizer's own default.
 _UNSET: Mapping[str, Any] = {"momentum": None, "nesterov": False, "betas": None, "eps": None, "weight_decay": 0.0}
 
 
 def for_its_optimizer(options: OptionsT, default: OptionsT, *, explicitly_set: Collection[str]) -> OptionsT:
-    """Return the options without what a recipe's `default` sets for its own optimizer and another does not take.
+    """Return the options without the recipe's `default` settings that a different optimizer does not support.
 
-    `explicitly_set` are the names of the options that were given by hand: those stay, to be refused.
+    `explicitly_set` are the options that the user set: those stay, so that they raise an error later.
     """
     if options.optimizer == default.optimizer:
         return options
     taken = inspect.signature(optimizer_type(options.optimizer)).parameters
-    idle = {name for name in _UNSET if name not in taken and name not in explicitly_set}
-    return replace(options, **{name: _UNSET[name] for name in idle})
+    unused = {name for name in _UNSET if name not in taken and name not in explicitly_set}
+    return replace(options, **{name: _UNSET[name] for name in unused})
 
 
 def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]],
     options: OptimizerOptions,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that the options name over named parameters, in groups by rate and decay.
+    """Build the optimizer of the options for named parameters, grouped by learning rate and decay.
 
-    Raises UserError for arguments that the optimizer does not take.
+    Raises UserError for arguments that the optimizer does not accept.
     """
     kind = optimizer_type(options.optimizer)
     arguments: dict[str, Any] = _optimizer_args(options)
@@ -104,7 +104,7 @@ def build_optimizer(
 
 
 def optimizer_type(name: str) -> Any:
-    """Return the class that --optimizer names. Raises UserError when there is none, or none that a run can use."""
+    """Return the optimizer class for --optimizer. Raises UserError when it is unknown or not supported."""
     if name in NAMES:
         return NAMES[name]
     module, _, attribute = name.rpartition(".")
@@ -116,9 +116,9 @@ def optimizer_type(name: str) -> Any:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"--optimizer {name}: {error}; {known}") from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        raise UserError(f"--optimizer {name}: not an optimizer class of torch; {known}")
+        raise UserError(f"--optimizer {name}: not a torch.optim.Optimizer class; {known}")
     if found is torch.optim.SparseAdam:
-        raise UserError(f"--optimizer {name}: takes sparse gradients only, which a run does not have; use adam")
+        raise UserError(f"--optimizer {name}: needs sparse gradients, which are not supported; use adam")
     return found
 
 
@@ -126,7 +126,7 @@ def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]],
     options: OptimizerOptions,
 ) -> list[dict[str, Any]]:
-    """Split named parameters into groups with one rate and one decay each."""
+    """Group named parameters by learning rate and decay."""
     factors = _lr_factors(options)
     by_setting: dict[tuple[float, bool], list[nn.Parameter]] = {}
     has_decay = bool(options.weight_decay or options.l1)
@@ -147,26 +147,26 @@ def parameter_groups(
 
 
 def separate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Give some parameters groups of their own, like those that they are in.
+    """Move some parameters into their own groups, with the settings of their present groups.
 
-    For those that were frozen at first: their updates are fewer than others', and ZeRO counts those of a group.
+    Used for parameters that start frozen: they have fewer updates than others, and ZeRO counts updates per group.
     """
     chosen = {id(parameter) for parameter in parameters}
     for group in list(optimizer.param_groups):
-        parts = [[p for p in group["params"] if (id(p) in chosen) is is_chosen] for is_chosen in (False, True)]
-        if all(parts):
-            group["params"] = parts[0]
-            optimizer.param_groups.append({**group, "params": parts[1]})
+        halves = [[p for p in group["params"] if (id(p) in chosen) is is_chosen] for is_chosen in (False, True)]
+        if all(halves):
+            group["params"] = halves[0]
+            optimizer.param_groups.append({**group, "params": halves[1]})
 
 
 def check_lr_factors(names: Sequence[str], options: OptimizerOptions) -> None:
-    """Raise UserError when a pattern of --lr-factors is the first to match for none of the parameters to train."""
+    """Raise UserError when a pattern of --lr-factors is not the first match of any trained parameter."""
     factors = _lr_factors(options)
-    idle = [pattern for pattern in factors if not any(_factor_of(name, factors) == pattern for name in names)]
-    if idle:
+    unused = [pattern for pattern in factors if not any(_factor_of(name, factors) == pattern for name in names)]
+    if unused:
         raise UserError(
-            f"--lr-factors: of the parameters that are trained, none has a name that matches {some(idle)} and no "
-            f"pattern before; there are {some(names)}"
+            f"--lr-factors: no trained parameter matches {some(unused)} and no earlier pattern; "
+            f"available: {some(names)}"
         )
 
 
@@ -186,7 +186,7 @@ def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: f
 
 
 def _optimizer_args(options: OptimizerOptions) -> dict[str, Any]:
-    """Return the arguments for the optimizer's constructor. Raises UserError for those that it does not take."""
+    """Return the arguments for the optimizer's constructor. Raises UserError for unsupported ones."""
     given: dict[str, Any] = {
         "momentum": options.momentum,
         "nesterov": options.nesterov or None,
@@ -198,7 +198,9 @@ def _optimizer_args(options: OptimizerOptions) -> dict[str, Any]:
     for text in options.optimizer_args:
         name, is_pair, value = text.partition("=")
         if not is_pair or name in ("params", "lr", *given):
-            raise UserError(f"--optimizer-args {text}: must be NAME=VALUE; what has an option of its own goes there")
+            raise UserError(
+                f"--optimizer-args {text}: must be NAME=VALUE, for an argument without an option of its own"
+            )
         arguments[name] = _value(value)
     taken = inspect.signature(optimizer_type(options.optimizer)).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
@@ -206,13 +208,13 @@ def _optimizer_args(options: OptimizerOptions) -> dict[str, Any]:
         if name not in taken and not takes_any:
             asked = flag(name) if name in given else f"--optimizer-args {name}"
             names = ", ".join(name for name in taken if name != "params")
-            raise UserError(f"{asked}: --optimizer {options.optimizer} does not take it; it takes {names}")
-    arguments.pop("weight_decay", None)  # it goes with the groups
+            raise UserError(f"{asked}: not supported by --optimizer {options.optimizer}; supported: {names}")
+    arguments.pop("weight_decay", None)  # it is set per group
     return arguments
 
 
 def _value(text: str) -> Any:
-    """Return a number, truth value or text as YAML reads it; 1e-4 too is a number."""
+    """Parse a number, boolean or string as YAML does, but also numbers such as 1e-4."""
     try:
         return float(text) if not text.strip("+-").isdecimal() else int(text)
     except ValueError:
@@ -224,28 +226,28 @@ def _value(text: str) -> Any:
 
 
 def _lr_factors(options: OptimizerOptions) -> Mapping[str, float]:
-    """Return the factor on the learning rate by name pattern."""
+    """Return the learning-rate factors by name pattern. Raises UserError for invalid ones."""
     factors: dict[str, float] = {}
     for text in options.lr_factors:
         pattern, _, value = text.rpartition("=")
         if pattern in factors:
-            raise UserError(f"--lr-factors {text}: the pattern {pattern} has a factor already; drop one of the two")
+            raise UserError(f"--lr-factors {text}: the pattern {pattern} already has a factor; remove one of the two")
         try:
             factors[pattern] = float(value)
         except ValueError:
             factors[pattern] = 0.0
         if not pattern or not factors[pattern] > 0:
             raise UserError(
-                f"--lr-factors {text}: must be PATTERN=FACTOR, above 0; to leave parameters as they are: --freeze"
+                f"--lr-factors {text}: must be PATTERN=FACTOR with a factor above 0; to freeze parameters use --freeze"
             )
     return factors
 
 
 @torch.no_grad()
 def _shrink(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Apply the L1 penalty as a proximal step: soft thresholding by rate x strength (ISTA: Daubechies et al. 2004).
+    """Apply the L1 penalty as a proximal step: soft thresholding by lr * l1 (ISTA: Daubechies et al. 2004).
 
-    Each element by itself, so that it is the same under every strategy, whatever pieces the optimizer works on.
+    It is elementwise, and therefore the same for whole parameters and shards.
     """
     for group in optimizer.param_groups:
         threshold = group["lr"] * group[L1]

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: factors on the peak rate, functions of the step alone."""
+"""Learning-rate schedules: factors on the peak learning rate, as functions of the step only."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Literal
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.option_fields import option
 
-# Of one cycle: the share of steps that rise, and the first and the last rate as parts of the peak.
+# One cycle: fraction of the steps for the rise, and first and last learning rate as fractions of the peak.
 ONE_CYCLE_RISE, ONE_CYCLE_FIRST, ONE_CYCLE_LAST = 0.3, 1 / 25, 1 / 250_000
 
 
@@ -30,7 +30,7 @@ class ScheduleOptions:
 
 
 def scheduled(step: int, num_steps: int, options: ScheduleOptions) -> float:
-    """Return the factor on the learning rate of step `step` (from 0) out of `num_steps` that the options ask for."""
+    """Return the options' learning-rate factor for step `step` (from 0) of `num_steps`."""
     warmup_steps = options.warmup_steps or int(options.warmup_ratio * num_steps)
     if options.schedule == "one-cycle":
         return one_cycle(step, num_steps, rise_steps=warmup_steps or int(ONE_CYCLE_RISE * num_steps))
@@ -38,6 +38,25 @@ def scheduled(step: int, num_steps: int, options: ScheduleOptions) -> float:
         return constant(step, num_steps, warmup_steps=warmup_steps)
     shape = linear if options.schedule == "linear" else cosine
     return shape(step, num_steps, warmup_steps=warmup_steps, final=options.final_lr_ratio)
+
+
+def require_extendable(
+    options: ScheduleOptions, num_steps: int, extended_steps: int, *, has_own_schedule: bool
+) -> None:
+    """Raise UserError unless the schedule of `num_steps` steps says what the learning rate is up to `extended_steps`.
+
+    A constant rate goes on; linear and cosine schedules stay at the rate at which they end, if that is above 0.
+    """
+    where = f"--extend-to-steps {extended_steps}"
+    if extended_steps <= num_steps:
+        raise UserError(f"{where}: must be more than the run's {num_steps} steps")
+    if has_own_schedule:
+        raise UserError(f"{where}: the recipe has its own schedule(), of {num_steps} steps; start a new run instead")
+    if options.schedule == "one-cycle" or (options.schedule != "constant" and not options.final_lr_ratio):
+        raise UserError(
+            f"{where}: --schedule {options.schedule} ends at a learning rate of 0 after {num_steps} steps. "
+            f"Only constant, and linear or cosine with --final-lr-ratio above 0, say how to go on"
+        )
 
 
 def constant(step: int, num_steps: int, *, warmup_steps: int = 0) -> float:
@@ -61,7 +80,7 @@ def cosine(step: int, num_steps: int, *, warmup_steps: int = 0, final: float = 0
 
 
 def one_cycle(step: int, num_steps: int, *, rise_steps: int) -> float:
-    """Rise from 1/25 to 1 and fall to 1/250,000, each along half a cosine (Smith 2018). Momentum stays as it is."""
+    """Rise from 1/25 to 1 and fall to 1/250,000, each along half a cosine (Smith 2018). Momentum is constant."""
     if step < rise_steps:
         first, last, done = ONE_CYCLE_FIRST, 1.0, step / rise_steps
     else:

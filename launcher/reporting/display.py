@@ -1,7 +1,7 @@
-"""What a person sees: a summary at the start, one progress bar or plain lines, a table at the end. Rank 0."""
+"""Console output of a run: a summary at the start, a progress bar or plain lines, a table at the end. Rank 0."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -12,15 +12,16 @@ from rich.table import Table
 
 from shardlaunch.launcher.reporting.parameters import ParameterRow
 
-PLAIN_LINE_S = 10.0  # between two plain lines of progress
-WIDEST_MATRIX = 20  # what fits on a screen
-RATE_MEMORY = 0.9  # of the moving average of tokens per second
+PLAIN_LINE_S = 10.0  # interval between plain progress lines
+MAX_MATRIX_SIZE = 20  # rows and columns that fit on a screen
+RATE_DECAY = 0.9  # of the moving average of tokens per second
 
 
 class Display:
-    """Show a run to a person; silent on the other ranks."""
+    """Print a run's progress on rank 0; silent on the other ranks."""
 
-    def __init__(self, *, silent: bool) -> None:
+    def __init__(self, *, silent: bool, on_warning: Callable[[str], None] | None = None) -> None:
+        self._on_warning = on_warning
         self.console = Console(quiet=silent, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
@@ -28,11 +29,14 @@ class Display:
         self.console.print(escape(text))
 
     def warn(self, text: str) -> None:
-        """Print a warning."""
+        """Print a warning, or hand it to `on_warning`."""
+        if self._on_warning is not None:
+            self._on_warning(text)
+            return
         self.console.print(f"[yellow]warning:[/yellow] {escape(text)}")
 
     def summary(self, rows: Mapping[str, str]) -> None:
-        """Print names and values, aligned."""
+        """Print aligned names and values."""
         width = max(map(len, rows))
         for name, value in rows.items():
             self.console.print(f"[bold]{name:<{width}}[/bold]  {escape(value)}")
@@ -47,7 +51,7 @@ class Display:
         self.console.print(table)
 
     def columns(self, titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Print a table: names, then values."""
+        """Print a table with names in the first column and values in the others."""
         table = Table()
         for number, title in enumerate(titles):
             table.add_column(escape(title), justify="right" if number else "left")
@@ -56,9 +60,9 @@ class Display:
         self.console.print(table)
 
     def parameters(self, rows: Iterable[ParameterRow]) -> None:
-        """Print a table of how parameters are trained."""
+        """Print a table of learning rates and weight decay by parameter group."""
         self.columns(
-            ("parameters", "tensors", "elements", "rate", "decay"),
+            ("parameters", "tensors", "elements", "lr", "weight decay"),
             [
                 (row.names, f"{row.num_tensors:,}", f"{row.num_elements:,}")
                 + (("frozen", "") if row.lr is None else (f"{row.lr:g}", f"{row.weight_decay:g}"))
@@ -67,21 +71,21 @@ class Display:
         )
 
     def matrix(self, name: str, values: Sequence[Any]) -> None:
-        """Print a metric that is a matrix, or a list of numbers; of large ones just where they are."""
+        """Print a metric that is a matrix or a list of numbers; for large ones only where to find them."""
         rows = values if isinstance(values[0], list) else [values]
-        if max(len(rows), len(rows[0])) > WIDEST_MATRIX:
-            self.say(f"{name}: {len(rows)} x {len(rows[0])} numbers, in metrics.jsonl")
+        if max(len(rows), len(rows[0])) > MAX_MATRIX_SIZE:
+            self.say(f"{name}: {len(rows)} x {len(rows[0])} numbers, see metrics.jsonl")
             return
         lines = [[str(number), *(f"{value:g}" for value in row)] for number, row in enumerate(rows)]
         self.columns((name, *map(str, range(len(rows[0])))), lines)
 
     def progress(self, *, done: int, total: int) -> "ProgressView":
-        """Return the view of the steps to come, a context manager."""
+        """Return the progress view of the remaining steps, a context manager."""
         return ProgressView(self.console, done=done, total=total)
 
 
 class ProgressView:
-    """Show steps done, loss, learning rate, throughput and time left."""
+    """Progress of the training: steps done, loss, learning rate, throughput and time left."""
 
     def __init__(self, console: Console, *, done: int, total: int) -> None:
         self._console = console
@@ -114,11 +118,11 @@ class ProgressView:
             self._bar.stop()
 
     def step(self, step: int, *, loss: float, lr: float, tokens: int, samples: int, step_s: float) -> None:
-        """Show that a step is done."""
+        """Show a completed step."""
         if self._console.quiet:
             return
         rate = (tokens or samples) / max(step_s, 1e-9)
-        self._rate = rate if not self._rate else RATE_MEMORY * self._rate + (1 - RATE_MEMORY) * rate
+        self._rate = rate if not self._rate else RATE_DECAY * self._rate + (1 - RATE_DECAY) * rate
         now = time.monotonic()
         if self._bar is None and not (self._is_due() or step in (self._first + 1, self._total)):
             return
@@ -131,7 +135,7 @@ class ProgressView:
             self._console.print(f"step {step}/{self._total}  {status}  {_duration(left_s)} left")
 
     def evaluating(self, num_done: int, num_samples: int) -> None:
-        """Show how far an evaluation is."""
+        """Show the progress of an evaluation."""
         status = f"evaluating {num_done:,}/{num_samples:,}"
         if self._bar is not None:
             self._bar.update(self._task, status=status)

@@ -28,7 +28,7 @@ def parameter_rows(
     rows: dict[tuple[str, float | None, float], list[str]] = {}
     for name in numels:
         group = treated.get(name, {})
-        key = (_part(name), group.get("lr"), group.get("weight_decay", 0.0))
+        key = (part_of(name), group.get("lr"), group.get("weight_decay", 0.0))
         rows.setdefault(key, []).append(name)
     return [
         ParameterRow(
@@ -42,7 +42,7 @@ def parameter_rows(
     ]
 
 
-def _part(name: str) -> str:
+def part_of(name: str) -> str:
     """Return the part of a model that a parameter is in: a module or a module's module, a list of them as one."""
     modules = name.split(".")[:-1][:2]
     return ".".join(module for number, module in enumerate(modules) if not (number and module.isdecimal()))

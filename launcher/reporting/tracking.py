@@ -63,6 +63,17 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def last_evaluation(output_dir: Path) -> dict[str, Any]:
+    """Return the line of a run's last evaluation in metrics.jsonl, empty when there was none."""
+    evaluations = [line for line in read_metrics(output_dir) if f"{EVAL_PREFIX}loss" in line]
+    return evaluations[-1] if evaluations else {}
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the entries that are one number."""
+    return {name: value for name, value in values.items() if not isinstance(value, list)}
+
+
 class Trackers:
     """Pass metrics on to accelerate's trackers. Rank 0, once accelerate's state is set up.
 

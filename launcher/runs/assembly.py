@@ -12,6 +12,7 @@ from shardlaunch.launcher.optimization.freezing import freeze
 from shardlaunch.launcher.optimization.optimizers import check_lr_factors, separate
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.reporting.parameters import ParameterRow, parameter_rows
+from shardlaunch.launcher.runs.init_from import InitFrom
 from shardlaunch.launcher.runs.model import (
     build_empty_model,
     build_model,
@@ -27,12 +28,12 @@ from shardlaunch.sharding.world import World
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """Hold a model, spread, and what is to be known of it."""
+    """A model, spread over the ranks by a strategy, and facts about it."""
 
     model: nn.Module
     strategy: Strategy
-    fresh: list[str]
-    """Parameters that started from no pretrained weights."""
+    new: list[str]
+    """Parameters that were newly initialized."""
     aliases: dict[str, str]
     """Other names of tied parameters, each with the name under which it is saved."""
     non_persistent_buffers: str
@@ -53,6 +54,7 @@ def assemble(
     run_digest: int,
     step: int,
     is_resumed: bool,
+    init: InitFrom | None = None,
 ) -> Assembly:
     """Build the recipe's model, freeze what is frozen at `step`, and spread it, without a checkpoint's values yet.
 
@@ -60,7 +62,7 @@ def assemble(
     cannot be built or spread.
     """
     options = recipe.options
-    model, fresh, initial = _build(recipe, world, strategy_name, run_digest, is_resumed=is_resumed)
+    model, new, initial = _build(recipe, world, strategy_name, run_digest, is_resumed=is_resumed, init=init)
     buffers_digest = non_persistent_buffers_digest(model)
     convert_model(model, precision_name)
     if options.gradient_checkpointing:
@@ -89,7 +91,7 @@ def assemble(
     return Assembly(
         model=model,
         strategy=strategy,
-        fresh=fresh,
+        new=new,
         aliases=aliases,
         non_persistent_buffers=buffers_digest,
         rows=rows,
@@ -99,7 +101,7 @@ def assemble(
 
 
 def _build(
-    recipe: Recipe, world: World, strategy_name: str, run_digest: int, *, is_resumed: bool
+    recipe: Recipe, world: World, strategy_name: str, run_digest: int, *, is_resumed: bool, init: InitFrom | None
 ) -> tuple[nn.Module, list[str], InitialWeights | None]:
     """Build the model, whole, or empty for a strategy that starts so; then return what its weights begin with.
 
@@ -107,23 +109,23 @@ def _build(
     """
     seed = recipe.options.seed
     if not STRATEGIES[strategy_name].starts_empty:
-        model, fresh = build_model(recipe, seed, is_resumed=is_resumed)
+        model, new = build_model(recipe, seed, is_resumed=is_resumed, init=init)
         _check_ranks_agree(world, run_digest, model)
-        return model, fresh, None
+        return model, new, None
     empty = world.peers.together(lambda: build_empty_model(recipe, seed))
     if is_resumed:
         _check_ranks_agree(world, run_digest, None)
         return empty, [], None
 
     def build_whole() -> tuple[nn.Module, list[str]]:
-        whole, fresh = build_model(recipe, seed, is_resumed=False)
+        whole, new = build_model(recipe, seed, is_resumed=False, init=init)
         check_non_persistent_buffers(whole, empty)
-        return whole, fresh
+        return whole, new
 
     built = world.peers.together(lambda: build_whole() if world.is_local_main else None)
-    whole, fresh = built if built is not None else (None, [])
+    whole, new = built if built is not None else (None, [])
     _check_ranks_agree(world, run_digest, whole)
-    return empty, fresh, InitialWeights(empty, whole, world=world)
+    return empty, new, InitialWeights(empty, whole, world=world)
 
 
 def _check_ranks_agree(world: World, run_digest: int, whole: nn.Module | None) -> None:

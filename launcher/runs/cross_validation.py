@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 
 from shardlaunch.errors import UserError
-from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX
+from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, last_evaluation, numbers
 from shardlaunch.launcher.runs.folder import RUN, write_json
+from shardlaunch.launcher.runs.result import Result
 from shardlaunch.launcher.runs.run import Run
-from shardlaunch.launcher.training.evaluation import numbers
 
 FOLDS = "folds.json"
 
 
-def cross_validate(run_of_fold: Callable[[int], Run], num_folds: int) -> None:
-    """Run each fold in a folder of its own, then show mean and standard deviation over them. All ranks.
+def cross_validate(run_of_fold: Callable[[int], Run], num_folds: int) -> Result:
+    """Run each fold in a folder of its own, show mean and standard deviation over them, return the outcome. All ranks.
 
     A fold that is complete says so; the others resume. Raises UserError when the folder holds another kind of run.
     """
@@ -27,11 +27,11 @@ def cross_validate(run_of_fold: Callable[[int], Run], num_folds: int) -> None:
             raise UserError(f"--output-dir {root}: holds a run without --folds. Choose another folder.")
         run.run()
         if run.position.is_finished:
-            evaluations.append(run.last_evaluation())
+            evaluations.append(last_evaluation(run.output_dir))
     if len(evaluations) < num_folds:
         done = f"{len(evaluations)} of {num_folds} folds are complete"
         display.say(f"{done}; without --stop-at-step, the same command goes on")
-        return
+        return Result.of_folder(root)
     summary = summarise(evaluations)
     partial = sorted({name for evaluation in evaluations for name in _names(evaluation)} - summary.keys())
     if partial:
@@ -42,6 +42,7 @@ def cross_validate(run_of_fold: Callable[[int], Run], num_folds: int) -> None:
     rows = [(name, f"{found['mean']:.4f}", f"{found['std']:.4f}") for name, found in summary.items()]
     display.columns(("metric", f"mean of {num_folds} folds", "standard deviation"), rows)
     display.say(f"folds  {root / FOLDS}")
+    return Result.of_folder(root)
 
 
 def summarise(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -13,10 +13,26 @@ from shardlaunch.checkpoints.layout import CHECKPOINTS, RECIPE
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, newest_valid, open_path
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.reporting.display import Display
 
 RUN = "run.json"
 LOCK = ".lock"
+
+
+def run_folder(options: Options, recipe_name: str) -> Path:
+    """Return the output folder: --output-dir, else outputs/ and --run-name, else the recipe's name and the preset's."""
+    preset = f"-{options.preset}" if options.preset else ""
+    return Path(options.output_dir or f"outputs/{options.run_name or recipe_name + preset}").expanduser()
+
+
+def new_folder_hint(options: Options, output_dir: Path) -> str:
+    """Return the option that lets the same command start a new run, in a folder that is not there yet."""
+    name = output_dir.name if not options.folds else output_dir.parent.name
+    number = next(n for n in range(2, 1 << 30) if not (output_dir.parent / f"{name}-{n}").exists())
+    if options.output_dir:
+        return f"--output-dir {output_dir.parent / f'{name}-{number}'}"
+    return f"--run-name {name}-{number}"
 
 
 @contextmanager

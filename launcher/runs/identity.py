@@ -18,25 +18,30 @@ _PACKAGES = ("shardlaunch", "torch", "accelerate", "transformers", "datasets", "
 # Rows of a data set without a fingerprint of its own that are looked at, evenly spread.
 SAMPLED_ROWS = 4096
 FULL_DIGEST_BYTES = 1 << 30
+_INIT_DIGEST = "digest of the weights of --init-from"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Hold what a resume compares: `identity` fields must be equal, `warn` fields are only named when they differ."""
+    """What a resume compares: `identity` fields must be equal, `warn` fields are only named when they differ."""
 
     identity: Mapping[str, Any]
     warn: Mapping[str, Any]
 
-    def check(self, saved: Mapping[str, Any], where: str) -> list[str]:
+    def check(self, saved: Mapping[str, Any], where: str, *, hint: str) -> list[str]:
         """Compare with a checkpoint's record. Return the differences that only change rounding, as sentences.
 
-        Raises UserError that names each differing identity field and both values.
+        Raises UserError that names each differing identity field and both values, options first, and ends with `hint`,
+        how to start a new run.
         """
-        refused = _differences(saved["identity"], self.identity)
+        expected = dict(saved["identity"])
+        if _INIT_DIGEST not in self.identity:  # a resume need not name what the run started from
+            expected.pop(_INIT_DIGEST, None)
+        refused = _differences(expected, self.identity)
         if refused:
             raise UserError(
-                f"{where} is of another run: {'; '.join(refused)}. "
-                f"Give the checkpoint's values to resume it, or another --output-dir to start a new run."
+                f"cannot resume {where}: it holds another run ({', '.join(refused)}). "
+                f"To resume it, give its values. To start a new run: {hint}"
             )
         return _differences(saved["warn"], self.warn)
 
@@ -47,7 +52,7 @@ class Identity:
 
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return [
-        f"{name} was {saved.get(name)!r} and is {here.get(name)!r}"
+        f"{name}: {saved.get(name)!r} -> {here.get(name)!r}"
         for name in {**saved, **here}
         if saved.get(name) != here.get(name)
     ]
@@ -61,9 +66,10 @@ def run_identity(
     data: Mapping[str, str],
     plan_digest: str,
     fold: int | None,
-    in_force: Mapping[str, Any],
+    init_digest: str | None,
+    in_effect: Mapping[str, Any],
 ) -> Identity:
-    """Return the identity of a run. `in_force` gives resolved values of `warn` options (precision, threads, ...)."""
+    """Return the identity of a run. `in_effect` gives resolved values of `warn` options (precision, threads, ...)."""
     by_mark: dict[str, dict[str, Any]] = {"identity": {}, "warn": {}, "free": {}}
     for name, mark in marks(options).items():
         # When early stopping watches the evaluations, how often there is one and of what decides where the run ends.
@@ -77,10 +83,11 @@ def run_identity(
         **by_mark["identity"],
         "number of steps (--epochs, --max-steps)": num_steps,
         **({"fold": fold + 1} if fold is not None else {}),
+        **({_INIT_DIGEST: init_digest} if init_digest is not None else {}),
         **{f"fingerprint of the {name} data": digest for name, digest in data.items()},
         "digest of the batch plan": plan_digest,
     }
-    return Identity(identity=identity, warn={**by_mark["warn"], **in_force})
+    return Identity(identity=identity, warn={**by_mark["warn"], **in_effect})
 
 
 def run_record(identity: Identity, options: Options, ranks: int, strategy: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Weights at the start of a run, the same on every rank: pretrained ones by name, fresh ones by the seed."""
+"""Weights at the start of a run, the same on every rank: pretrained ones by name, new ones by the seed."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,24 +12,30 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.runs.init_from import InitFrom
 from shardlaunch.launcher.seeding import derive_seed
 from shardlaunch.sharding.buffers import non_persistent_buffers
 
 
-def build_model(recipe: Recipe, seed: int, *, is_resumed: bool) -> tuple[nn.Module, list[str]]:
-    """Return the recipe's model on the CPU in fp32, its weights set, and the names of the parameters that start fresh.
+def build_model(
+    recipe: Recipe, seed: int, *, is_resumed: bool, init: InitFrom | None = None
+) -> tuple[nn.Module, list[str]]:
+    """Return the recipe's model on the CPU in fp32, its weights set, and the names of newly initialized parameters.
 
-    The same on every rank. A resumed run gets its weights from the checkpoint, so that pretrained ones are not fetched.
-    Raises UserError when they do not fit the model.
+    The same on every rank. A resumed run gets its weights from the checkpoint, so that pretrained ones are not fetched;
+    nor are they where `init` has a value for every tensor. Raises UserError when weights do not fit the model.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, "model"))
         model = recipe.model().float()
-        weights = {} if is_resumed else recipe.weights()
-        fresh = [name for name, _ in model.named_parameters() if name not in weights]
-        initialise(model, fresh, seed)
+        given = init.find(model) if init is not None and not is_resumed else set()
+        weights = {} if is_resumed or given >= model.state_dict().keys() else recipe.weights()
+        new = [name for name, _ in model.named_parameters() if name not in weights and name not in given]
+        initialise(model, new, seed)
     load_weights(model, weights)
-    return model, fresh
+    if init is not None and given:
+        init.load(model)
+    return model, new
 
 
 def build_empty_model(recipe: Recipe, seed: int) -> nn.Module:
@@ -105,8 +111,8 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def initialise(model: nn.Module, fresh: list[str], seed: int) -> None:
-    """Initialise the modules of Hugging Face models that have fresh parameters, seeded by (seed, the module's name).
+def initialise(model: nn.Module, new: list[str], seed: int) -> None:
+    """Initialise the modules of Hugging Face models that have new parameters, seeded by (seed, the module's name).
 
     Children come first. What is outside such a model keeps what its constructor, called under the run's seed, gave it:
     an initialisation written there is the user's will.
@@ -114,7 +120,7 @@ def initialise(model: nn.Module, fresh: list[str], seed: int) -> None:
     modules = dict(model.named_modules())
     for name in sorted(modules, key=lambda name: (-name.count(".") if name else 1, name)):
         prefix = f"{name}." if name else ""
-        if any(parameter.startswith(prefix) for parameter in fresh):
+        if any(parameter.startswith(prefix) for parameter in new):
             reset = _initialiser(modules, name)
             if reset is not None:
                 torch.default_generator.manual_seed(derive_seed(seed, name))

@@ -1,33 +1,37 @@
-"""One launch of a run: from options and connected ranks to data, model, strategy, trainer, and its last line."""
+"""One launch of a run: from its data to its last line."""
 
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 
-from shardlaunch.checkpoints.layout import CHECKPOINTS, RECIPE, step_dir_name
+from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.reader import Checkpoint, open_checkpoint
-from shardlaunch.checkpoints.retention import prune, sweep
-from shardlaunch.checkpoints.writer import save
+from shardlaunch.checkpoints.retention import sweep
+from shardlaunch.checkpoints.weight_files import open_weights
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe, recipe_name
-from shardlaunch.launcher.reporting.display import Display, ProgressView
-from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, MetricsLog, Trackers, read_metrics, tracker_names
+from shardlaunch.launcher.reporting.display import Display
+from shardlaunch.launcher.reporting.recorder import Recorder
+from shardlaunch.launcher.reporting.summary import batch_text, say_end, say_init, say_start
+from shardlaunch.launcher.reporting.tracking import tracker_names
 from shardlaunch.launcher.runs.assembly import assemble
+from shardlaunch.launcher.runs.data import load_data
 from shardlaunch.launcher.runs.folder import (
     claim,
     find_checkpoint,
     identity_of_folder,
+    new_folder_hint,
+    run_folder,
     saved_identity,
     write_run,
 )
-from shardlaunch.launcher.runs.folds import checked_splits
 from shardlaunch.launcher.runs.identity import (
     Identity,
     data_fingerprint,
@@ -36,9 +40,11 @@ from shardlaunch.launcher.runs.identity import (
     run_record,
     versions,
 )
-from shardlaunch.launcher.training.batches import Batches, BatchPlan, EvaluationPlan
-from shardlaunch.launcher.training.evaluation import Evaluation, Evaluator, numbers
-from shardlaunch.launcher.training.trainer import Hooks, Position, StepReport, Trainer
+from shardlaunch.launcher.runs.init_from import InitFrom
+from shardlaunch.launcher.runs.result import Result
+from shardlaunch.launcher.runs.saver import Saver
+from shardlaunch.launcher.training.evaluation import Evaluator
+from shardlaunch.launcher.training.trainer import Hooks, Position, Trainer
 from shardlaunch.sharding.named_state import group_hyperparameters, restore_group_hyperparameters
 from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
@@ -57,6 +63,7 @@ class Run:
         precision_name: str,
         settings: Settings = DEFAULT_SETTINGS,
         fold: int | None = None,
+        display: Display | None = None,
     ) -> None:
         self.recipe = recipe
         self.options = options
@@ -64,66 +71,74 @@ class Run:
         self.strategy_name = strategy_name
         self.settings = settings
         self.precision = apply_precision(precision_name, world.device)
-        self.display = Display(silent=not world.is_main)
+        self.display = display or Display(silent=not world.is_main)
         self.name = recipe_name(type(recipe))
-        preset = f"-{options.preset}" if options.preset else ""
-        self.output_dir = Path(options.output_dir or f"outputs/{self.name}{preset}")
+        self.output_dir = run_folder(options, self.name)
         self.fold = fold
         if fold is not None:
             self.output_dir /= f"fold-{fold + 1}"
         self.trackers = tracker_names(options.tracker)
-        self.progress: ProgressView | None = None
-        self.last_saved: Path | None = None
 
     @property
     def checkpoints_dir(self) -> Path:
         return self.output_dir / CHECKPOINTS
 
-    def run(self) -> None:
+    def run(self) -> Result:
         """Do all of it. All ranks."""
         with ExitStack() as stack:
             self.world.peers.together(
                 lambda: stack.enter_context(claim(self.output_dir)) if self.world.is_main else None
             )
-            self._prepare()
+            self.prepare()
+            stop_at_step = self.options.stop_at_step
             if self.position.is_finished:
-                self.display.say(f"this run is complete: {self.position.step} of {self.num_steps} steps")
-            elif 0 < self.options.stop_at_step <= self.position.step:
-                self.display.say(f"this run is at step {self.position.step}, past --stop-at-step")
+                self.display.say(f"this run is complete: {self.position.step} of {self._steps_text()} steps")
+            elif 0 < stop_at_step <= self.position.step:
+                self.display.say(f"already at step {self.position.step} (--stop-at-step {stop_at_step}); nothing to do")
             else:
                 self._train(stack)
-            self._say_end()
+            return self._end()
 
-    def _prepare(self) -> None:
-        """Load the data and decide where to begin."""
-        options, world, recipe = self.options, self.world, self.recipe
-        self.splits = world.main_first(lambda: checked_splits(recipe, self.fold))
-        self.plan = BatchPlan(
-            num_samples=len(self.splits["train"]),
-            global_batch_size=options.global_batch_size,
-            micro_batch_size=options.micro_batch_size,
-            seed=options.seed,
-            lengths=recipe.lengths(self.splits["train"]),
-        )
-        self.num_steps = options.max_steps or options.epochs * self.plan.steps_per_epoch
-        if options.unfreeze_at_step >= self.num_steps:
-            raise UserError(f"--unfreeze-at-step {options.unfreeze_at_step}: the run has {self.num_steps} steps only")
-        if options.warmup_steps >= self.num_steps:
-            raise UserError(f"--warmup-steps {options.warmup_steps}: the run has {self.num_steps} steps only")
+    def prepare(self) -> None:
+        """Load the data, decide where to begin, and build model and trainer. All ranks."""
+        self.data = load_data(self.recipe, self.world, self.fold)
         self.identity = self._identity()
+        self.resumed = self._find_checkpoint()
+        self._assemble(self.resumed)
+        self._write_run()
+        self._say_start()
+        self.saver = Saver(
+            self.checkpoints_dir,
+            recipe=self.recipe,
+            identity=self.identity,
+            world=self.world,
+            before_save=lambda: self.recorder.sync(),
+            warn=self.display.warn,
+        )
+        self.recorder = Recorder(
+            self.display,
+            log_every=self.options.log_every,
+            track_every=self.options.track_every,
+            steps_per_epoch=self.data.plan.steps_per_epoch,
+            num_steps=self.data.last_step,
+        )
+        self._build_trainer()
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """Return the checkpoint to go on from. Raises UserError when it, or what the folder holds, is another run."""
+        options, world = self.options, self.world
         found = identity_of_folder(self.output_dir)
         if found is not None:
-            self.identity.check(found, str(self.output_dir))
+            self.identity.check(found, str(self.output_dir), hint=new_folder_hint(options, self.output_dir))
         if world.is_main:
             sweep(self.checkpoints_dir)
         checkpoint = find_checkpoint(options.resume, self.output_dir, peers=world.peers, display=self.display)
         if checkpoint is not None:
-            for difference in self.identity.check(saved_identity(checkpoint), str(checkpoint.step_dir)):
+            where = str(checkpoint.step_dir)
+            saved = saved_identity(checkpoint)
+            for difference in self.identity.check(saved, where, hint=new_folder_hint(options, self.output_dir)):
                 self.display.warn(f"this resume may round differently: {difference}")
-        self._assemble(checkpoint)
-        self._write_run()
-        self._say_start(checkpoint)
-        self._build_trainer()
+        return checkpoint
 
     def _assemble(self, checkpoint: Checkpoint | None) -> None:
         """Build and spread the model as it is at the step of a checkpoint (None: at the start), with its values."""
@@ -136,75 +151,71 @@ class Run:
             run_digest=_digest(self.identity.identity),
             step=checkpoint.step if checkpoint is not None else 0,
             is_resumed=checkpoint is not None,
+            init=self.init,
         )
         self.strategy = self.assembly.strategy
         self.position = self._restore(checkpoint)
 
     def _build_trainer(self) -> None:
-        options, world, recipe, splits = self.options, self.world, self.recipe, self.splits
+        options, world, recipe = self.options, self.world, self.recipe
         evaluator = None
-        if "eval" in splits:
-            plan = EvaluationPlan(
-                num_samples=len(splits["eval"]),
-                global_batch_size=options.global_batch_size,
-                micro_batch_size=options.micro_batch_size,
-                seed=options.seed,
-                lengths=recipe.lengths(splits["eval"]),
-            )
-            batches = self._batches(splits["eval"], plan, training=False)
-            evaluator = Evaluator(recipe, batches, world=world, precision=self.precision)
+        evaluation_batches = self.data.evaluation_batches(recipe, world)
+        if evaluation_batches is not None:
+            evaluator = Evaluator(recipe, evaluation_batches, world=world, precision=self.precision)
             assert evaluator.higher_is_better in (True, False)  # asked now, to raise before any training
             if not self.position.is_finished:
                 evaluator.rehearse(self.strategy.replicas[0])
-        elif options.early_stopping_patience or options.save_on_best:
+        elif options.early_stopping_patience or ("save_on_best" in options.explicitly_set and options.save_on_best):
             raise UserError(
-                "--early-stopping-patience and --save-on-best need evaluation data, which the recipe has not"
+                "--early-stopping-patience and --save-on-best need evaluation data; datasets() returns no 'eval'"
             )
         self.trainer = Trainer(
             recipe,
             options,
             self.strategy,
-            self._batches(splits["train"], self.plan, training=True),
+            self.data.training_batches(recipe, world),
             evaluator,
             world=world,
             precision=self.precision,
-            num_steps=self.num_steps,
+            num_steps=self.data.last_step,
+            schedule_steps=self.data.num_steps,
             hooks=Hooks(
-                on_step=self._on_step,
-                on_evaluating=self._on_evaluating,
-                on_evaluation=self._on_evaluation,
-                save=self._save,
+                on_step=self.recorder.on_step,
+                on_evaluating=self.recorder.on_evaluating,
+                on_evaluation=self.recorder.on_evaluation,
+                save=self.save,
             ),
         )
 
-    def _batches(self, dataset: Any, plan: BatchPlan, *, training: bool) -> Batches:
-        return Batches(
-            dataset,
-            plan,
-            collate=self.recipe.collate,
-            num_targets=self.recipe.num_targets,
-            num_tokens=self.recipe.num_tokens,
-            rank=self.world.rank,
-            num_ranks=self.world.size,
-            training=training,
-            num_workers=self.options.num_workers,
-        )
-
     def _identity(self) -> Identity:
+        self.init: InitFrom | None = None
+        init_digest = 0
+        if self.options.init_from:
+            self.init = self.world.peers.together(self._open_init)
+            # Read once, by rank 0: weights may be large, and that all ranks have the same is checked later.
+            mine = int(self.init.weights.digest(), 16) >> 65 if self.world.is_main else 0
+            init_digest = self.world.peers.gather([mine])[0][0]
         return run_identity(
             self.name,
             self.options,
-            num_steps=self.num_steps,
-            data={name: data_fingerprint(split) for name, split in self.splits.items()},
-            plan_digest=self.plan.digest(),
+            num_steps=self.data.num_steps,
+            data={name: data_fingerprint(split) for name, split in self.data.splits.items()},
+            plan_digest=self.data.plan.digest(),
             fold=self.fold,
-            in_force={
+            init_digest=f"{init_digest:016x}" if init_digest else None,
+            in_effect={
                 "--precision": self.precision.name,
                 "--threads-per-rank": torch.get_num_threads(),
                 "device": self.world.device.type,
                 "torch": versions()["torch"],
             },
         )
+
+    def _open_init(self) -> InitFrom:
+        try:
+            return InitFrom(weights=open_weights(Path(self.options.init_from), warn=self.display.warn))
+        except UserError as error:
+            raise UserError(f"--init-from {error}") from error
 
     def _restore(self, checkpoint: Checkpoint | None) -> Position:
         if checkpoint is None:
@@ -216,26 +227,30 @@ class Run:
         position = Position.from_json(checkpoint.trainer_state)
         if position.non_persistent_buffers != self.assembly.non_persistent_buffers:
             raise UserError(
-                f"{checkpoint.step_dir}: the model's buffers outside of its state are not those of the run: the "
-                f"constructor draws them at random, or has changed. Register them with persistent=True"
+                f"{checkpoint.step_dir}: the model's non-persistent buffers differ from the run's: the constructor "
+                f"draws them at random, or has changed. Register them with persistent=True"
             )
         self.strategy.restore(checkpoint)
         if position.step != self.options.unfreeze_at_step:  # there, the groups of parameters are others
             restore_group_hyperparameters(self.strategy.optimizer, position.group_hyperparameters)
+        # It may have ended by early stopping, at the end of the run before it was extended, or, in the folder of an
+        # extended run, further on than this command goes.
+        ended_early = position.is_finished and position.step < self.data.num_steps
+        position.is_finished = position.has_stopped_early or ended_early or position.step >= self.data.last_step
         return position
 
     def _write_run(self) -> None:
         record = run_record(self.identity, self.options, self.world.size, self.strategy_name)
+        if max(self.data.last_step, self.position.step) > self.data.num_steps:
+            record["extended_to_steps"] = max(self.data.last_step, self.position.step)
         least_bytes = 4 * self.assembly.num_elements
         self.world.peers.together(
             lambda: write_run(self.output_dir, record, least_bytes=least_bytes) if self.world.is_main else None
         )
 
     def _train(self, stack: ExitStack) -> None:
-        self.log: MetricsLog | None = None
-        self.world.peers.together(lambda: self._open_logs(stack) if self.world.is_main else None)
-        end = min(self.num_steps, self.options.stop_at_step or self.num_steps)
-        self.progress = stack.enter_context(self.display.progress(done=self.position.step, total=end))
+        end = min(self.data.last_step, self.options.stop_at_step or self.data.last_step)
+        self.world.peers.together(lambda: self._open_records(stack, end) if self.world.is_main else None)
         unfreeze_at = self.options.unfreeze_at_step
         if self.position.step < unfreeze_at < end:
             self._train_to(unfreeze_at)
@@ -244,157 +259,104 @@ class Run:
             self._unfreeze()
         self._train_to(end)
 
+    def _open_records(self, stack: ExitStack, end: int) -> None:
+        self.recorder.open(
+            stack,
+            self.output_dir,
+            trackers=self.trackers,
+            step=self.position.step,
+            end=end,
+            options=option_values(self.options),
+        )
+
     def _train_to(self, end: int) -> None:
         self.trainer.run(self.position, end=end)
-        if self.last_saved is None or self.last_saved.name != step_dir_name(self.position.step):
-            raise UserError(
-                f"the run ended at step {self.position.step}, but its last checkpoint could not be saved. "
-                f"Make room; then the same command resumes from {self.last_saved or 'where this start began'}."
-            )
+        self.saver.require_saved(self.position.step)
 
     def _unfreeze(self) -> None:
         """Go on with all parameters trained, as a resume from the checkpoint of this step would."""
-        assert self.last_saved is not None
-        checkpoint = open_checkpoint(self.last_saved, peers=self.world.peers)
+        assert self.saver.last_saved is not None
+        checkpoint = open_checkpoint(self.saver.last_saved, peers=self.world.peers)
         del self.trainer, self.strategy, self.assembly  # room for the next
         self._assemble(checkpoint)
-        self.display.say(f"step {self.position.step}: --freeze has ended")
+        self.display.say(f"step {self.position.step}: unfroze all parameters")
         self.display.parameters(self.assembly.rows)
         self._build_trainer()
 
-    def _open_logs(self, stack: ExitStack) -> None:
-        """Open metrics.jsonl and the trackers. Rank 0."""
-        step = self.position.step
-        self.log = MetricsLog(self.output_dir, resumed_step=step)
-        stack.callback(self.log.close)
-        self.tracker = Trackers(
-            self.trackers,
-            self.output_dir,
-            resumed_step=step,
-            options=option_values(self.options),
-            warn=self.display.warn,
-        )
-        stack.callback(self.tracker.close)
+    def save(self, position: Position) -> None:
+        """Save a checkpoint of the state as it is; a save that fails is dropped and said. All ranks."""
+        self.saver.save(position, self.assembly)
 
-    def _on_step(self, step: int, report: StepReport) -> None:
-        if self.log is None:
-            return
-        assert self.progress is not None
-        self.progress.step(
-            step,
-            loss=report.loss,
-            lr=report.lr,
-            tokens=report.tokens,
-            samples=report.samples,
-            step_s=report.step_s,
-        )
-        values = {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm}
-        if step % self.options.log_every == 0 or step == self.num_steps:
-            counts = {"samples": report.samples, "tokens": report.tokens, "step_s": report.step_s}
-            skipped = {"skipped": True} if report.is_skipped else {}
-            self.log.write({**self._where(step), **values, **counts, **skipped})
-        if step % self.options.track_every == 0 or step == self.num_steps:
-            self.tracker.log(values, step)
+    def _steps_text(self) -> str:
+        extended_to = max(self.data.last_step, self.position.step)
+        return f"{self.data.num_steps}" + (f", extended to {extended_to}" if extended_to > self.data.num_steps else "")
 
-    def _on_evaluating(self, num_done: int, num_samples: int) -> None:
-        assert self.progress is not None
-        self.progress.evaluating(num_done, num_samples)
-
-    def _on_evaluation(self, step: int, results: Evaluation) -> None:
-        if self.log is not None:
-            values = {f"{EVAL_PREFIX}{name}": value for name, value in results.items()}
-            self.log.write({**self._where(step), **values})
-            self.tracker.log(numbers(values), step)
-        shown = (f"{name} {value:.4f}" for name, value in numbers(results).items())
-        self.display.say(f"step {step}: " + "  ".join(shown))
-
-    def _where(self, step: int) -> dict[str, float]:
-        return {"step": step, "epoch": step / self.plan.steps_per_epoch}
-
-    def _save(self, position: Position) -> None:
-        """Save a checkpoint; a save that fails is dropped on all ranks, the run goes on. All ranks."""
-        position.group_hyperparameters = group_hyperparameters(self.strategy.optimizer)
-        try:
-            self.world.peers.together(lambda: self.log.sync() if self.log is not None else None)
-            self.last_saved = save(
-                self.checkpoints_dir,
-                step=position.step,
-                state=self.strategy.state(),
-                trainer_state=asdict(position),
-                export=self._export,
-                aliases=self.assembly.aliases,
-                peers=self.world.peers,
-            )
-        except UserError as error:
-            self.display.warn(str(error))
-            return
-        if self.world.is_main:
-            protected = [position.best_step] if self.options.save_on_best else []
-            try:
-                prune(self.checkpoints_dir, newest=position.step, keep=self.options.keep, protected=protected)
-            except OSError as error:
-                self.display.warn(f"an old checkpoint could not be deleted: {error}")
-
-    def _export(self, folder: Path) -> None:
-        self.recipe.export(folder, self.assembly.model)
-        record = {
-            "recipe": f"{self.name}.{type(self.recipe).__name__}",
-            "options": option_values(self.options),
-            "run": self.identity.to_json(),
-        }
-        (folder / RECIPE).write_text(json.dumps(record, indent=1))
-
-    def _say_start(self, checkpoint: Checkpoint | None) -> None:
-        options, world = self.options, self.world
-        replicas = world.size * len(self.strategy.replicas)
-        assembly = self.assembly
-        num_new = "" if checkpoint else f", {len(assembly.fresh)} of {assembly.num_tensors} tensors fresh"
-        begin = f"step {checkpoint.step} ({checkpoint.step_dir})" if checkpoint else "the beginning"
-        self.display.summary(
+    def _say_start(self) -> None:
+        options, world, assembly = self.options, self.world, self.assembly
+        checkpoint, plan = self.resumed, self.data.plan
+        num_new = "" if checkpoint else f", {len(assembly.new)} of {assembly.num_tensors} tensors newly initialized"
+        say_start(
+            self.display,
             {
                 "recipe": f"{self.name} ({type(self.recipe).__name__}), {type(assembly.model).__name__}",
                 "parameters": f"{assembly.num_elements:,}{num_new}",
-                "ranks": f"{world.size} x {_device_name(world)}, threads each: {torch.get_num_threads()}",
+                "ranks": f"{world.size} x {_device_name(world)}, threads per rank: {torch.get_num_threads()}",
                 "strategy": ": ".join(filter(None, (self.strategy_name, self.strategy.describe()))),
                 "precision": self.precision.name,
-                "global batch": f"{options.global_batch_size} = micro-batch {options.micro_batch_size} x "
-                f"accumulation {-(-options.micro_batches // replicas)} x {replicas} "
-                f"{'rank' if replicas == 1 else 'ranks' if world.size > 1 else 'replicas'}"
-                + (", the last round not full" if options.micro_batches % replicas else ""),
-                "steps": f"{self.num_steps} ({self.plan.steps_per_epoch} an epoch, {self.plan.num_samples:,} samples)",
+                "global batch": batch_text(
+                    global_batch=options.global_batch_size,
+                    micro_batch=options.micro_batch_size,
+                    ranks=world.size,
+                    replicas=world.size * len(self.strategy.replicas),
+                ),
+                "steps": f"{self._steps_text()} ({plan.steps_per_epoch} per epoch, {plan.num_samples:,} samples)",
                 **({"fold": f"{self.fold + 1} of {options.folds}"} if self.fold is not None else {}),
-                "begins at": begin,
+                "starts at": f"step {checkpoint.step} ({checkpoint.step_dir})" if checkpoint else "step 0",
                 "output": str(self.output_dir),
-            }
+            },
+            new=[] if checkpoint else assembly.new,
+            num_tensors=assembly.num_tensors,
         )
-        if checkpoint is None and 0 < len(assembly.fresh) < assembly.num_tensors:
-            self.display.say(f"fresh weights: {', '.join(assembly.fresh)}")
+        if self.init is not None and self.init.match is not None and checkpoint is None:
+            match = self.init.match
+            say_init(
+                self.display,
+                str(self.init.weights.source),
+                match.rows(),
+                other_shapes=match.other_shapes,
+                unused=match.unused,
+                renaming=match.renaming,
+            )
         if any(row.lr is None for row in assembly.rows) or options.lr_factors:
-            self.display.parameters(self.assembly.rows)
+            self.display.parameters(assembly.rows)
 
-    def last_evaluation(self) -> Evaluation:
-        """Return what the last evaluation gave, empty when there was none. All ranks; they read it from the log."""
-        evaluations = [line for line in read_metrics(self.output_dir) if f"{EVAL_PREFIX}loss" in line]
-        return evaluations[-1] if evaluations else {}
-
-    def _say_end(self) -> None:
-        last = self.last_evaluation()
-        if last:
-            results = {key: value for key, value in last.items() if key.startswith(EVAL_PREFIX)}
-            self.display.table(f"evaluation at step {last['step']}", numbers(results))
-            for name, value in results.items():
-                if isinstance(value, list):
-                    self.display.matrix(name, value)
-            for name, metric in self.recipe.metrics().items():
-                if hasattr(metric, "signature"):
-                    self.display.say(f"{name:<6} {metric.signature}")
-        checkpoint = self.checkpoints_dir / step_dir_name(self.position.step)
-        if self.position.best_value is not None:
-            best = f"{self.recipe.best_metric} {self.position.best_value:.4f} at step {self.position.best_step}"
-            self.display.say(f"best   {best}")
-        self.display.say(f"model  {checkpoint}")
-        if self.recipe.usage(checkpoint):
-            self.display.say(f"use    {self.recipe.usage(checkpoint)}")
+    def _end(self) -> Result:
+        """Print the last lines and return the outcome. All ranks."""
+        result = Result.of_folder(self.output_dir)
+        if self.saver.last_saved is None and self.resumed is not None:  # complete; its checkpoint may lie elsewhere
+            result = replace(
+                result,
+                step=self.position.step,
+                is_finished=self.position.is_finished,
+                last_checkpoint=self.resumed.step_dir,
+            )
+        if self.world.is_main:
+            metrics = self.recipe.metrics() if result.evaluations else {}
+            signatures = {name: metric.signature for name, metric in metrics.items() if hasattr(metric, "signature")}
+            best = ""
+            if result.best_value is not None:
+                kept = result.best_checkpoint or "its checkpoint is not kept in this folder"
+                best = f"{result.best_metric} {result.best_value:.4f} at step {self.position.best_step}: {kept}"
+            shown = result.best_checkpoint or result.last_checkpoint
+            say_end(
+                self.display,
+                evaluation=result.evaluations[-1] if result.evaluations else {},
+                signatures=signatures,
+                best=best,
+                last=result.last_checkpoint,
+                usage=self.recipe.usage(shown) if shown is not None else "",
+            )
+        return result
 
 
 def _digest(record: Mapping[str, Any]) -> int:

@@ -1,1 +1,1 @@
-"""What recipes take from: data sets, images, texts, metrics. The core never imports it."""
+"""Building blocks for recipes: data sets, images, texts, metrics. The core never imports them."""

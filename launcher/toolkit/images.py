@@ -1,4 +1,4 @@
-"""Images: read once into uint8 tensors, then moved at random and scaled to floats in operations on whole batches."""
+"""Images: decoded once into uint8 tensors, then augmented and normalized in operations on whole batches."""
 
 import io
 import os
@@ -20,8 +20,8 @@ from shardlaunch.launcher.toolkit.columns import class_names, select_columns
 from shardlaunch.launcher.toolkit.datasets import derived, load_splits
 
 _GRAY = 128
-_MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
-# Of ImageNet's training images, scaled to 0..1: what pretrained nets expect.
+_MODES = {1: "L", 3: "RGB"}  # Pillow's modes by number of channels
+# Of ImageNet's training images scaled to 0..1, as pretrained nets expect.
 _MEAN, _STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
 
 
@@ -46,19 +46,19 @@ class ImageOptions(Options):
 def load_images(options: ImageOptions, *, size: int, num_channels: int) -> tuple[dict[str, TensorData], list[str]]:
     """Return the data sets `train` and `eval` of --data (or the demo's digits), and the names of the classes.
 
-    Columns: `pixels`, uint8 of shape [size, size, num_channels] a row, and `labels`. Pixels are cached on disk. Raises
-    UserError for what is no image, and for images of another size or mode without --convert-images.
+    Columns: `pixels`, uint8 of shape [size, size, num_channels] per row, and `labels`. Pixels are cached on disk.
+    Raises UserError for invalid images, and for images of another size or mode without --convert-images.
     """
     source = options.data
     for name, value in (("--shift", options.shift), ("--cutout", options.cutout)):
         if value >= size:
             raise UserError(f"{name} {value}: must be less than the images' size, {size}")
     if source == demo_data.DEMO:
-        idle = [
+        unused = [
             flag(name) for name in ("image_column", "label_column", "convert_images") if name in options.explicitly_set
         ]
-        if idle:
-            raise UserError(f"{', '.join(idle)}: the demo's digits are as they must be; drop the option")
+        if unused:
+            raise UserError(f"{', '.join(unused)}: has no effect with --data demo; remove it")
         return demo_data.digits(size=size, num_channels=num_channels), [str(digit) for digit in range(10)]
     splits = load_splits(source, seed=options.seed)
     names = splits["train"].column_names
@@ -91,10 +91,10 @@ def _decoded(split: Any, *, size: int, num_channels: int, convert: bool, where: 
             try:
                 image: Any = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"])
                 image.load()
-            except Exception as error:  # Pillow's decoders raise errors of many families
-                raise UserError(f"{where}: {name} holds no image that can be read ({error})") from error
+            except Exception as error:  # Pillow's decoders raise many kinds of errors
+                raise UserError(f"{where}: {name} is not a readable image ({error})") from error
             if convert and image.mode.startswith(("I", "F")):
-                raise UserError(f"{where}: {name} is of mode {image.mode}; give images of 8 bits a channel")
+                raise UserError(f"{where}: {name} has mode {image.mode}; only 8 bits per channel are supported")
             if convert:
                 image = ImageOps.exif_transpose(image)
                 image = ImageOps.fit(image.convert(_MODES[num_channels]), (size, size))
@@ -122,7 +122,7 @@ def _decoded(split: Any, *, size: int, num_channels: int, convert: bool, where: 
         remove_columns=["image"],
         features=datasets.Features({"pixels": row_type, "label": datasets.Value("int64")}),
     )
-    # From the Arrow table itself: by rows, datasets would take 20 times the memory.
+    # Read from the Arrow table: row by row, datasets would need 20 times the memory.
     stored = decoded.data.column("pixels").chunks
     flat = torch.from_numpy(np.concatenate([chunk.flatten().to_numpy() for chunk in stored]))
     labels = torch.from_numpy(np.array(decoded.with_format("numpy")["label"][:]))
@@ -130,12 +130,12 @@ def _decoded(split: Any, *, size: int, num_channels: int, convert: bool, where: 
 
 
 def _state_of_files(split: Any) -> list[str]:
-    """Return a digest of times and sizes of the files that a data set names and does not hold, if there are any."""
+    """Return a digest of times and sizes of the image files that a data set refers to by path, if any."""
     digest = xxhash.xxh3_64()
     has_files = False
     for chunk in split.data.column("image").chunks:
         for path in chunk.field("path").filter(chunk.field("bytes").is_null()).to_pylist():
-            with suppress(OSError, TypeError):  # what is not there is explicitly_set when it is to be read
+            with suppress(OSError, TypeError):  # a missing file is reported when it is read
                 state = os.stat(path)
                 digest.update(f"{path} {state.st_mtime_ns} {state.st_size}".encode())
                 has_files = True
@@ -145,16 +145,16 @@ def _state_of_files(split: Any) -> list[str]:
 def select_classes(
     splits: Mapping[str, TensorData], names: Sequence[str], *, wanted: Sequence[str], samples_per_class: int, seed: int
 ) -> tuple[dict[str, TensorData], list[str]]:
-    """Return the rows of the `wanted` classes, renumbered in this order, and the names of these.
+    """Return the rows of the `wanted` classes, renumbered in this order, and the names of these classes.
 
-    `wanted` are names or numbers; none: all classes. Of each class, `samples_per_class` training rows are chosen by
-    `seed`; 0: all. Raises UserError for what is not there.
+    `wanted` has names or numbers (empty: all classes). `samples_per_class` training rows of each class are chosen by
+    `seed` (0: all). Raises UserError for unknown classes and for too few samples.
     """
     numbers = [_class_number(word, names) for word in wanted] or list(range(len(names)))
     if len(set(numbers)) < len(numbers):
-        raise UserError(f"--classes {' '.join(wanted)}: a class is named twice")
+        raise UserError(f"--classes {' '.join(wanted)}: a class is listed twice")
     if len(numbers) < 2:
-        raise UserError(f"--classes {' '.join(wanted)}: classes to tell apart must be two at least")
+        raise UserError(f"--classes {' '.join(wanted)}: at least two classes are required")
     selected = {}
     for name, split in splits.items():
         labels = split.columns["labels"]
@@ -163,7 +163,7 @@ def select_classes(
             least, scarcest = min(zip(map(len, rows), numbers, strict=True))
             if least < samples_per_class:
                 raise UserError(
-                    f"--samples-per-class {samples_per_class}: class {names[scarcest]} has {least} training images"
+                    f"--samples-per-class {samples_per_class}: class {names[scarcest]} has only {least} training images"
                 )
             rng = np.random.default_rng(derive_seed(seed, "samples per class"))
             rows = [found[rng.permutation(len(found))[:samples_per_class]] for found in rows]
@@ -180,13 +180,13 @@ def _class_number(word: str, names: Sequence[str]) -> int:
         return names.index(word)
     if word.isdecimal() and int(word) < len(names):
         return int(word)
-    raise UserError(f"--classes {word}: no such class; there are {some(names)}")
+    raise UserError(f"--classes {word}: no such class; available: {some(names)}")
 
 
 def augmented(pixels: torch.Tensor, seeds: np.ndarray | None, options: ImageOptions) -> torch.Tensor:
-    """Return images ([n, height, width, channels]) changed at random, each by its own seed alone; as they are without.
+    """Return images ([n, height, width, channels]) augmented at random, each by its own seed; unchanged without seeds.
 
-    What a shift brings in from beyond the border is the image's own mirror image.
+    Pixels that a shift brings in from beyond the border are reflected ones.
     """
     if seeds is None or not (options.flip or options.shift or options.cutout):
         return pixels
@@ -205,20 +205,20 @@ def augmented(pixels: torch.Tensor, seeds: np.ndarray | None, options: ImageOpti
 
 
 def _span(numbers: torch.Tensor, length: int, options: ImageOptions) -> torch.Tensor:
-    """Return, for each number, which positions up to `length` the square covers that it places."""
+    """Return, for each number, a mask of the positions up to `length` that the square placed by it covers."""
     before = torch.arange(length) - (numbers % (length - options.cutout + 1))[:, None]
     return (before >= 0) & (before < options.cutout)
 
 
 def _reflected(positions: torch.Tensor, length: int) -> torch.Tensor:
-    """Return positions of which those beyond either end are mirrored at it."""
+    """Return positions with those beyond either end reflected at it."""
     last = length - 1
     return last - (last - positions.abs()).abs()
 
 
 def normalized(pixels: torch.Tensor) -> torch.Tensor:
-    """Return RGB images (uint8, [n, height, width, 3]) as floats about 0, [n, 3, height, width].
+    """Return RGB images (uint8, [n, height, width, 3]) as normalized floats, [n, 3, height, width].
 
-    They keep their order in memory, channels last, in which convolutions on a CPU are faster by a fifth.
+    They stay in channels-last memory order, in which convolutions on CPU are 20 % faster.
     """
     return ((pixels.float() / 255 - _MEAN) / _STD).permute(0, 3, 1, 2)

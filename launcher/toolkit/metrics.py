@@ -1,4 +1,4 @@
-"""Metrics by name, on top of torchmetrics: exact across ranks, each with the direction that is better."""
+"""Metrics of torchmetrics by name: exact across ranks, each knows whether higher is better."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 from shardlaunch.errors import UserError
 
-Build = Callable[[int], Any]  # of a metric, given the number of classes
+Build = Callable[[int], Any]  # builds a metric, given the number of classes
 
 
 def _classification(kind: str, **options: Any) -> Build:
@@ -26,7 +26,7 @@ def _regression(kind: str) -> Build:
         base: Any = getattr(regression, kind)
 
         class InDouble(base):
-            # Squares of large numbers that lie close together would lose what tells them apart.
+            # In fp32, squares of large and nearly equal numbers would lose their differences.
             def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
                 super().update(predictions.double(), targets.double())
 
@@ -79,16 +79,14 @@ def named_metrics(
 ) -> dict[str, Any]:
     """Return torchmetrics metrics by name: accuracy, f1_macro, confusion_matrix, mse, r2, ... (`METRICS`).
 
-    They take what torchmetrics takes: logits or classes and labels; for regression predictions and targets. Sums are
-    computed in float64 or are counts. Raises UserError for an unknown name, and for fewer classes than two.
+    They are updated as in torchmetrics: with logits or classes and labels; for regression with predictions and targets.
+    Sums are counts or computed in float64. Raises UserError for an unknown name, and for fewer than two classes.
     """
     for name in names:
         if name not in among:
-            raise UserError(f"metric {name!r}: unknown; choose some of {', '.join(among)}")
+            raise UserError(f"unknown metric {name!r}; available: {', '.join(among)}")
         if name in CLASSIFICATION and num_classes < 2:
-            raise UserError(
-                f"metric {name!r}: num_classes is {num_classes}; classes to tell apart must be two at least"
-            )
+            raise UserError(f"metric {name!r}: num_classes is {num_classes}; at least two classes are required")
     return {name: among[name](num_classes) for name in names}
 
 
@@ -96,5 +94,5 @@ def text_metrics(*names: str) -> dict[str, Any]:
     """Return metrics of generated texts by name (`TEXT_METRICS`). Raises UserError for an unknown name."""
     for name in names:
         if name not in TEXT_METRICS:
-            raise UserError(f"metric {name!r}: unknown; choose some of {', '.join(TEXT_METRICS)}")
+            raise UserError(f"unknown metric {name!r}; available: {', '.join(TEXT_METRICS)}")
     return {name: TEXT_METRICS[name]() for name in names}

@@ -1,4 +1,4 @@
-"""Documents packed into blocks of equal length for causal language models, each document apart from its neighbours."""
+"""Documents packed into blocks of equal length for causal language models, without attention across documents."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -11,21 +11,20 @@ from shardlaunch.launcher.tensor_data import TensorData
 
 Unit = Literal["byte", "character"]
 Rows = Mapping[str, torch.Tensor]
-NO_TARGET = -100  # a label that cross_entropy leaves out
+NO_TARGET = -100  # the label that cross_entropy ignores
 
 
 def document_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the tokens that a document begins and ends with: beginning or else end of text; end of text; or none."""
+    """Return the tokens before and after a document: BOS (or else EOS), and EOS; empty if the tokenizer has none."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return (end if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]), end
 
 
 def tokenized(texts: Sequence[str], tokenizer: Any, *, unit: Unit, framed: bool) -> dict[str, list[np.ndarray]]:
-    """Return each text's tokens, and how many units of text each adds to those before it: int32.
+    """Return each text's tokens, and the number of units (bytes or characters) that each token covers: int32.
 
-    What comes after the last token counts as its own, so that a text's units are all there, whatever the tokenizer.
-    Documents that are `framed` have the tokens of `document_frame` around them. Text that reads like a special token is
-    text.
+    Text after the last token counts for that token, so that all units of a text are counted with any tokenizer. If
+    `framed`, documents get the tokens of `document_frame`. Text that looks like a special token is treated as text.
     """
     start, end = document_frame(tokenizer) if framed else ([], [])
     encoded = tokenizer(
@@ -42,11 +41,11 @@ def tokenized(texts: Sequence[str], tokenizer: Any, *, unit: Unit, framed: bool)
 
 
 def _units(text: str, unit: Unit) -> np.ndarray:
-    """Return 0, and for each character of a text 1, or the number of its bytes in UTF-8."""
+    """Return 0, then for each character of a text 1, or the number of its UTF-8 bytes."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     sizes = np.ones(len(points) + 1, dtype=np.int64)
     if unit == "byte":
-        for first in (0x80, 0x800, 0x10000):  # from these code points on, a byte more
+        for first in (0x80, 0x800, 0x10000):  # one more byte from these code points on
             sizes[1:] += points >= first
     sizes[0] = 0
     return sizes
@@ -55,9 +54,9 @@ def _units(text: str, unit: Unit) -> np.ndarray:
 def pack(documents: Any, *, block_length: int, window: int = 0) -> TensorData:
     """Return rows of input tokens, their labels (the next token) and document numbers: int32.
 
-    `documents` is a data set of tokenized documents. The last token of a document has no label and is no input. A row
-    begins every `block_length` inputs and is as long, or `window` inputs long if that is more: such rows overlap and
-    share their memory. The last row is filled up with inputs without labels. `units` holds the labels' units of text.
+    `documents` is a data set of tokenized documents. The last token of a document is not an input, since it has no
+    label. A row starts every `block_length` inputs and has max(`block_length`, `window`) inputs: longer rows overlap
+    and share memory. The last row is padded with inputs without labels. `units` holds the labels' units of text.
     """
     tokens, lengths = _flat(documents, "tokens")
     units, _ = _flat(documents, "units")
@@ -69,11 +68,11 @@ def pack(documents: Any, *, block_length: int, window: int = 0) -> TensorData:
     if not num_rows:
         raise UserError("no document in the data has a token to predict")
     window = max(window, block_length)
-    num_filled = (num_rows - 1) * block_length + window - len(inputs)
+    num_padding = (num_rows - 1) * block_length + window - len(inputs)
 
-    def rows(values: np.ndarray, filling: int) -> torch.Tensor:
-        filled = np.concatenate((values, np.full(num_filled, filling))).astype(np.int32)
-        return torch.from_numpy(filled).unfold(0, window, block_length)
+    def rows(values: np.ndarray, padding: int) -> torch.Tensor:
+        padded_values = np.concatenate((values, np.full(num_padding, padding))).astype(np.int32)
+        return torch.from_numpy(padded_values).unfold(0, window, block_length)
 
     return TensorData(
         inputs=rows(tokens[inputs], 0),
@@ -90,9 +89,9 @@ def _flat(dataset: Any, column: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cut_blocks(rows: Rows, seeds: np.ndarray | None, *, block_length: int) -> Rows:
-    """Return a block of each row of `pack`, from a place that the row's seed decides if the row is longer.
+    """Return one block per row of `pack`, at an offset given by the row's seed if the row is longer than a block.
 
-    Without seeds, blocks begin where the rows do.
+    Without seeds, blocks start at the beginning of the rows.
     """
     longest = rows["inputs"].shape[1]
     if seeds is None or longest == block_length:
@@ -102,7 +101,7 @@ def cut_blocks(rows: Rows, seeds: np.ndarray | None, *, block_length: int) -> Ro
 
 
 def positions(documents: torch.Tensor) -> torch.Tensor:
-    """Return each input's position within its document's part of the block, for document numbers (rows, length)."""
+    """Return each input's position counted from its document's start in the block; `documents`: [rows, length]."""
     places = torch.arange(documents.shape[1]).expand_as(documents)
     is_first = torch.ones_like(documents, dtype=torch.bool)
     is_first[:, 1:] = documents[:, 1:] != documents[:, :-1]
@@ -110,7 +109,7 @@ def positions(documents: torch.Tensor) -> torch.Tensor:
 
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids filled up at their ends with `value`, and the mask of what is none (int64: rows x longest)."""
+    """Return token ids right-padded with `value`, and their attention mask (both int64, [rows, longest])."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), value)
     mask = torch.zeros_like(ids)

@@ -14,14 +14,14 @@ from shardlaunch.errors import UserError
 
 
 def from_source(auto_class: Any, source: str | Path, *, flag: str = "--model", **options: Any) -> Any:
-    """Return `auto_class.from_pretrained(source)`. Raises UserError with what else to use when that fails.
+    """Return `auto_class.from_pretrained(source)`. Raises UserError when that fails.
 
-    `flag` is the option that names the source.
+    `flag` is the option that sets the source.
     """
     path = Path(source)
     needed = "tokenizer.json" if flag == "--tokenizer" else "config.json"
     if path.is_file() or (path.is_dir() and not (path / needed).exists()):
-        raise UserError(f"{flag} {source}: not a {flag.strip('-')} folder: there is no {needed} in it")
+        raise UserError(f"{flag} {source}: not a {flag.strip('-')} folder: it has no {needed}")
     try:
         return auto_class.from_pretrained(source, **options)
     except ImportError as error:
@@ -32,32 +32,32 @@ def from_source(auto_class: Any, source: str | Path, *, flag: str = "--model", *
         if path.is_dir():
             raise UserError(f"{flag} {source}: not a {flag.strip('-')} folder: {reason}") from error
         raise UserError(
-            f"{flag} {source}: neither a local folder nor to be had from the hub ({reason}). "
-            f"Give a local folder, or use --preset demo, which needs no hub."
+            f"{flag} {source}: not found locally or on the Hugging Face Hub ({reason}). "
+            f"Give a local folder or a hub id, or use --preset demo, which works offline."
         ) from error
 
 
 def from_config(auto_class: Any, config: Any, source: str | Path) -> Any:
-    """Return `auto_class.from_config(config)` in fp32. Raises UserError when it has no such model."""
+    """Return `auto_class.from_config(config)` in fp32. Raises UserError when there is no such model."""
     try:
         return auto_class.from_config(config, dtype=torch.float32)
     except ValueError as error:
         raise UserError(
-            f"--model {source}: a {config.model_type} does not do for this recipe: it is no "
-            f"{auto_class.__name__.removeprefix('AutoModelFor')} model"
+            f"--model {source}: model type {config.model_type!r} has no "
+            f"{auto_class.__name__.removeprefix('AutoModelFor')} head; choose another --model"
         ) from error
 
 
 def pretrained_weights(auto_class: Any, source: str | Path, **options: Any) -> Mapping[str, torch.Tensor]:
-    """Return the weights that `source` has for a model of `auto_class`, by the model's own parameter names, in fp32.
+    """Return the weights of `source` for a model of `auto_class`, by the model's own parameter names, in fp32.
 
-    Only safetensors files are read. What the source does not have (a new head) is left out.
+    Only safetensors files are read. Weights that the source does not have (a new head) are left out.
     """
     folder = Path(source)
     if (folder / "pytorch_model.bin").exists() and not list(folder.glob("model*.safetensors*")):
         raise UserError(
-            f"--model {source}: its weights are a pickle, which may run any code and is not read; write them as "
-            f"safetensors once, with the save_pretrained() of transformers"
+            f"--model {source}: its weights are a pickle file, which could run arbitrary code, so it is not loaded; "
+            f"convert it to safetensors with save_pretrained() of transformers"
         )
     model, info = from_source(
         auto_class,
@@ -73,23 +73,23 @@ def pretrained_weights(auto_class: Any, source: str | Path, **options: Any) -> M
 
 
 def require_room(tokenizer: Any, flag: str, num_tokens: int) -> None:
-    """Raise UserError when the limit that an option sets leaves no room for a text beside the tokens that frame it."""
+    """Raise UserError when a length limit has no room for text besides the tokenizer's special tokens."""
     least = tokenizer.num_special_tokens_to_add() + 1
     if num_tokens < least:
-        raise UserError(f"{flag} {num_tokens}: must be at least {least}, with the tokens that the tokenizer adds")
+        raise UserError(f"{flag} {num_tokens}: must be at least {least}, including the tokenizer's special tokens")
 
 
 def longest_input(model: nn.Module) -> int:
-    """Return how many tokens an encoder's table of positions has room for; 0: it has none, and takes any number."""
+    """Return the size of an encoder's position embeddings in tokens; 0: it has none, and no limit."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa and its relatives count positions from the one after the padding's.
+            # RoBERTa-like models count positions from padding_idx + 1.
             return module.num_embeddings - (module.padding_idx + 1 if module.padding_idx is not None else 0)
     return 0
 
 
-# Kinds of models whose attention keeps packed documents apart by positions that begin anew, each one tested. Others
-# take positions too and let a document see those before it (OPT, BLOOM), or carry a state across (Jamba).
+# Model types that separate packed documents by position ids that restart, each one tested. Others accept position ids
+# but attend to earlier documents (OPT, BLOOM), or carry a state across them (Jamba).
 PACKING_MODELS = (
     *("cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj"),
     *("granite", "llama", "ministral", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2"),
@@ -100,32 +100,32 @@ PACKING_MODELS = (
 def causal_config(source: str | Path, tokenizer: Any, *, context_length: int) -> Any:
     """Return the configuration of a causal language model.
 
-    Raises UserError when it is of another kind, the tokenizer has more tokens, or it cannot read as many at once.
+    Raises UserError for another model type, a tokenizer with more tokens than the model, or a too long context.
     """
     from transformers import AutoConfig
 
     config = from_source(AutoConfig, source)
     if config.model_type not in PACKING_MODELS:
         raise UserError(
-            f"--model {source}: a {config.model_type} is no causal language model, or none that is known to keep "
-            f"packed documents apart; take one of {', '.join(PACKING_MODELS)}"
+            f"--model {source}: model type {config.model_type!r} is not a causal language model that is known to "
+            f"separate packed documents; supported: {', '.join(PACKING_MODELS)}"
         )
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"--model {source}: it knows {config.vocab_size:,} tokens, the tokenizer has {len(tokenizer):,}. "
-            f"Leave out --tokenizer, or give that of the model"
+            f"--model {source}: it has {config.vocab_size:,} tokens, but the tokenizer has {len(tokenizer):,}. "
+            f"Remove --tokenizer, or use the model's own"
         )
     longest = getattr(config, "max_position_embeddings", context_length)
     if context_length > longest:
-        raise UserError(f"--context-length {context_length}: this model reads at most {longest} tokens")
+        raise UserError(f"--context-length {context_length}: this model takes at most {longest} tokens")
     return config
 
 
 def tokenizer_key(tokenizer: Any) -> str:
-    """Return a text that says all that a tokenizer's outcome depends on, for `derived`."""
+    """Return a string that identifies a tokenizer's behaviour, as part of a key for `derived`."""
     if tokenizer.is_fast:
         content = json.loads(tokenizer.backend_tokenizer.to_str())
-        # What the last call left there.
+        # Truncation and padding are left over from the last call.
         content = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
         return json.dumps([content, tokenizer.truncation_side])
     with TemporaryDirectory() as folder:

@@ -1,60 +1,38 @@
-"""Weights of models that are not Hugging Face's, from safetensors files, checkpoints, or the hub."""
+"""Weights of models other than Hugging Face's, from safetensors files, checkpoints or the hub."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from shardlaunch.checkpoints.layout import CHECKPOINTS, MANIFEST
-from shardlaunch.checkpoints.peers import Peers
-from shardlaunch.checkpoints.reader import open_path
+from shardlaunch.checkpoints.weight_files import open_weights
 from shardlaunch.errors import UserError
 
 
 def stored_weights(source: str, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors that safetensors files hold under the names of `expected`; other names in them are left.
+    """Return the tensors of safetensors files that have a name in `expected`; others are ignored.
 
-    `source`, the value of --weights: such a file, a folder with files model*.safetensors, a checkpoint of a run, a
-    run's folder (of which the newest valid checkpoint), or a hub id with a file model.safetensors. Raises UserError
-    when they are not to be had, and for a tensor that is absent or of another shape. Batch norm's count of batches may
-    be absent: files from before torch 0.4.1 do not have it.
+    `source`, the value of --weights: a safetensors file, a folder with model*.safetensors, a checkpoint, a run folder
+    (its newest valid checkpoint), or a hub id with a file model.safetensors. Raises UserError when it is not found, and
+    for a tensor that is missing or of another shape. Batch norm's `num_batches_tracked` may be missing, as in files
+    from before torch 0.4.1.
     """
-    from safetensors import SafetensorError, safe_open
-
-    tensors = {}
-    for file in _weight_files(source):
-        try:
-            with safe_open(file, framework="pt") as stored:
-                tensors.update({name: stored.get_tensor(name) for name in expected.keys() & set(stored.keys())})
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"--weights {file}: not a safetensors file that can be read ({error})") from error
+    path = Path(source).expanduser()
+    try:
+        weights = open_weights(path if path.exists() else _from_hub(source), warn=lambda text: None)
+    except UserError as error:
+        raise UserError(f"--weights {error}") from error
+    tensors = {name: weights.read(name) for name in expected.keys() & weights.shapes.keys()}
     for name, tensor in expected.items():
         if name not in tensors and name.endswith(".num_batches_tracked"):
             continue
-        wanted, found = list(tensor.shape), list(tensors[name].shape) if name in tensors else "absent"
+        wanted, found = list(tensor.shape), list(tensors[name].shape) if name in tensors else "missing"
         if wanted != found:
             raise UserError(
-                f"--weights {source}: not of this model: {name} is {found} and must be {wanted}; "
-                f"take other weights, or give the model's options the values that they were made with"
+                f"--weights {source}: does not fit this model: {name} is {found} and must be {wanted}; "
+                f"use other weights, or the model options that these weights were trained with"
             )
     return tensors
-
-
-def _weight_files(source: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        if (path / MANIFEST).exists() or (path / CHECKPOINTS).is_dir():
-            try:
-                path = open_path(path, peers=Peers(), warn=lambda text: None).step_dir
-            except UserError as error:
-                raise UserError(f"--weights {error}") from error
-        files = sorted(path.glob("model*.safetensors"))
-        if not files:
-            raise UserError(f"--weights {source}: there is no model*.safetensors in this folder")
-        return files
-    return [_from_hub(source)]
 
 
 def _from_hub(source: str) -> Path:
@@ -62,9 +40,9 @@ def _from_hub(source: str) -> Path:
 
     try:
         return Path(hf_hub_download(source, "model.safetensors"))
-    except Exception as error:  # the hub's client raises errors of many families
+    except Exception as error:  # the hub client raises many kinds of errors
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"--weights {source}: neither a local path nor to be had from the hub ({reason}). "
-            f"Give a safetensors file or a run's folder, or use --preset demo, which needs no hub."
+            f"{source}: not found locally or on the Hugging Face Hub ({reason}). "
+            f"Give a safetensors file, a run folder or a hub id, or use --preset demo, which works offline."
         ) from error

@@ -1,9 +1,9 @@
-"""Classes of text metrics: BLEU and chrF by sacrebleu, ROUGE by rouge-score, perplexity and bits per unit of text.
+"""Text metrics: BLEU and chrF by sacrebleu, ROUGE by rouge-score, perplexity, and bits per unit of text.
 
 Their base class takes longer to import than torch, so this module is imported where a metric is built.
 
-Generated texts go to a metric as two lists, `update(hypotheses, references)`; scores are on the scale from 0 to 100.
-Every text counts once, on any number of ranks.
+Metrics of generated texts take two lists, `update(hypotheses, references)`; scores are from 0 to 100. Every text counts
+once, on any number of ranks.
 """
 
 import math
@@ -18,11 +18,11 @@ from torchmetrics.utilities import dim_zero_cat
 
 from shardlaunch.errors import UserError
 
-_END = b"\xff"  # of a text: a byte that UTF-8 does not have
+_END = b"\xff"  # end of a text: a byte that does not occur in UTF-8
 
 
 class NatsPer(Metric):
-    """Compute the cross-entropy a target or a unit of text: sums in float64, divided once."""
+    """Cross-entropy in nats per target or per unit of text: sums in float64, divided once."""
 
     higher_is_better = False
     is_differentiable = False
@@ -36,18 +36,18 @@ class NatsPer(Metric):
         self.count: Any
 
     def update(self, nats: torch.Tensor, count: torch.Tensor) -> None:
-        """Add the sum of some targets' cross-entropy, and how many targets or units of text they are."""
+        """Add the summed cross-entropy of some targets, and their number of targets or units of text."""
         self.nats += nats
         self.count += count
 
     def compute(self) -> torch.Tensor:
-        """Return nats a target or unit."""
+        """Return the nats per target or unit (float64)."""
         nats: torch.Tensor = self.nats / self.count
         return nats
 
 
 class Perplexity(NatsPer):
-    """Compute e to the mean cross-entropy of a target."""
+    """Perplexity: exp of the mean cross-entropy per target."""
 
     def compute(self) -> torch.Tensor:
         """Return the perplexity."""
@@ -55,18 +55,18 @@ class Perplexity(NatsPer):
 
 
 class BitsPer(NatsPer):
-    """Compute the cross-entropy in bits a unit of text."""
+    """Cross-entropy in bits per unit of text."""
 
     def compute(self) -> torch.Tensor:
-        """Return the bits a unit."""
+        """Return the bits per unit (float64)."""
         return super().compute() / math.log(2)
 
 
 class CorpusScore(Metric):
-    """Score all texts together by one of sacrebleu's metrics, given by its name in `sacrebleu.metrics`.
+    """A corpus-level metric of sacrebleu, given by its class name in `sacrebleu.metrics`.
 
-    What is kept are the texts themselves, one after the other in one tensor a batch: ranks gather nothing but tensors,
-    and the score is sacrebleu's own on the whole corpus, which does not depend on the order.
+    The texts are kept, concatenated into one tensor per batch: ranks gather only tensors, and the score is sacrebleu's
+    own on the whole corpus, independent of the order.
     """
 
     higher_is_better = True
@@ -76,11 +76,11 @@ class CorpusScore(Metric):
     def __init__(self, name: str, **options: Any) -> None:
         super().__init__()
         self._scorer = getattr(_module("sacrebleu.metrics", "sacrebleu"), name)(**options)
-        self._scorer.corpus_score([""], [[""]])  # from now on it knows the number of references, for its signature
+        self._scorer.corpus_score([""], [[""]])  # sets the number of references, for the signature
         self.add_state("texts", [], dist_reduce_fx="cat")
 
     def update(self, hypotheses: Sequence[str], references: Sequence[str]) -> None:
-        """Take texts, each with its one reference."""
+        """Add texts, each with one reference."""
         pairs = zip(hypotheses, references, strict=True)
         content = b"".join(text.encode(errors="replace") + _END for pair in pairs for text in pair)
         self.texts.append(torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self.device))
@@ -94,14 +94,14 @@ class CorpusScore(Metric):
 
     @property
     def signature(self) -> str:
-        """Return sacrebleu's signature, which says what a reported score is."""
+        """Return sacrebleu's signature, to report with the score."""
         return str(self._scorer.get_signature())
 
 
 class RougeScore(Metric):
-    """Return the mean ROUGE F-measure over all texts, of rouge-score's type `name` (rouge1, rouge2, rougeL), stemmed.
+    """Mean ROUGE F-measure over all texts, of rouge-score's type `name` (rouge1, rouge2, rougeL), with stemming.
 
-    Each rank scores its own texts; the mean is of their exact sum, which does not depend on the order.
+    Each rank scores its own texts; the sum for the mean is exact, so it does not depend on the order.
     """
 
     higher_is_better = True
@@ -115,7 +115,7 @@ class RougeScore(Metric):
         self.add_state("scores", [], dist_reduce_fx="cat")
 
     def update(self, hypotheses: Sequence[str], references: Sequence[str]) -> None:
-        """Take texts, each with its one reference."""
+        """Add texts, each with one reference."""
         pairs = zip(hypotheses, references, strict=True)
         scores = [self._scorer.score(reference, text)[self._name].fmeasure for text, reference in pairs]
         self.scores.append(torch.tensor(scores, dtype=torch.float64, device=self.device))
@@ -127,7 +127,7 @@ class RougeScore(Metric):
 
     @property
     def signature(self) -> str:
-        """Return what a reported score is."""
+        """Return a description of the metric, to report with the score."""
         return f"{self._name}|measure:f1|stem:yes|version:rouge-score {version('rouge-score')}"
 
 
@@ -136,5 +136,5 @@ def _module(name: str, package: str) -> Any:
         return import_module(name)
     except ImportError as error:
         raise UserError(
-            f'metrics of generated texts need {package}, which is missing: pip install "shardlaunch[text]"'
+            f'metrics of generated texts need {package}, which is not installed: pip install "shardlaunch[text]"'
         ) from error

@@ -1,4 +1,4 @@
-"""Tokenizers trained on a run's own texts, the same in every process. They load back with AutoTokenizer."""
+"""Tokenizers trained on a run's own texts, identical in every process. AutoTokenizer can load them."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -21,12 +21,12 @@ def train_tokenizer(
     special_tokens: Sequence[str] = (),
     append_eos: bool = False,
 ) -> Any:
-    """Return a PreTrainedTokenizerFast whose tokens decode to the exact text.
+    """Train a tokenizer and return it as a PreTrainedTokenizerFast; its tokens decode to the exact text.
 
-    `bpe`: byte-level byte-pair encoding of at most `vocab_size` tokens, which has a token for every byte. `characters`:
-    a token for each character of the texts; others become `unk_token`, which it needs. Special tokens have the first
-    numbers, in the order pad, bos, eos, unk, `special_tokens`; one may stand for several. With `append_eos`, every
-    encoded text ends with `eos_token`. Raises UserError when `vocab_size` has no room for all bytes.
+    `bpe`: byte-level BPE of at most `vocab_size` tokens, including one per byte. `characters`: one token per character
+    of the texts; others become `unk_token`, which is required. Special tokens have the first ids, in the order pad,
+    bos, eos, unk, `special_tokens`; one token may have several roles. With `append_eos`, every encoded text ends with
+    `eos_token`. Raises UserError when `vocab_size` is too small for all bytes.
     """
     from tokenizers import AddedToken, decoders, processors
     from transformers import PreTrainedTokenizerFast
@@ -58,7 +58,7 @@ def _byte_level(texts: Iterable[str], vocab_size: int, specials: list[str]) -> A
     if vocab_size < NUM_BYTES + len(specials):
         raise UserError(
             f"--vocab-size {vocab_size}: must be at least {NUM_BYTES + len(specials)}, "
-            f"a token for every byte and {len(specials)} special ones"
+            f"for {NUM_BYTES} bytes and {len(specials)} special tokens"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

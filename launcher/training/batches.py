@@ -1,6 +1,6 @@
-"""Global batches as a function of (data, seed, epoch), cut into micro-batches, the micro-batches spread over ranks.
+"""Global batches as a function of (data, seed, epoch), divided into micro-batches that are spread over ranks.
 
-No rank and no loader owns a position: the run's position is the step t, how many global batches it has consumed.
+No rank or loader keeps a position: the run's position is the step t, the number of global batches consumed.
 """
 
 import signal
@@ -17,15 +17,15 @@ from torch.utils.data import DataLoader
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.seeding import derive_seed, sample_seeds
 
-# Samples of similar length are sought within so many global batches: enough to find them, few enough to stay shuffled.
+# Samples are bucketed by length within this many global batches: enough to match lengths, few enough to stay shuffled.
 MEGA_BATCHES = 50
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BatchPlan:
-    """Give each epoch's order of samples and each step's micro-batches.
+    """The order of samples in each epoch and the micro-batches of each step.
 
-    `lengths` holds one number a sample (int array), by which samples are bucketed, or is None. Memory: one integer a
+    `lengths` has one number per sample (int array) by which samples are bucketed, or is None. Memory: one integer per
     sample and epoch, no Python objects.
     """
 
@@ -40,12 +40,12 @@ class BatchPlan:
         return -(-self.num_samples // self.global_batch_size)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Return the epoch's samples in the order of their use: a permutation, int64.
+        """Return the order of the epoch's samples: a permutation, int64.
 
-        The samples are shuffled. Runs of 50 global batches are sorted by length and cut into micro-batches, these are
-        shuffled within their run and grouped into global batches, the global batches are shuffled over the epoch.
-        Within a global batch the micro-batches ascend in length, so that ranks which work side by side work alike.
-        What is left over is the last, smaller batch.
+        The samples are shuffled. Each block of 50 global batches is sorted by length and divided into micro-batches;
+        these are shuffled within their block and grouped into global batches; those are shuffled over the epoch.
+        Within a global batch the micro-batches are in ascending length, so that ranks process similar lengths at the
+        same time. The remaining samples form the last, smaller batch.
         """
         rng = np.random.default_rng(derive_seed(self.seed, "order", epoch))
         order = rng.permutation(self.num_samples)
@@ -64,27 +64,27 @@ class BatchPlan:
         return np.concatenate((full.reshape(-1), rest[np.argsort(self.lengths[rest], kind="stable")]))
 
     def micro_batches(self, step: int) -> list[np.ndarray]:
-        """Return the samples of step's micro-batches: M of them, fewer in the last batch of an epoch."""
+        """Return the samples of each of the step's micro-batches: M of them, fewer in the last batch of an epoch."""
         epoch, position = divmod(step, self.steps_per_epoch)
         first = position * self.global_batch_size
         batch = _cached_order(self, epoch)[first : first + self.global_batch_size]
         return [batch[i : i + self.micro_batch_size] for i in range(0, len(batch), self.micro_batch_size)]
 
     def digest(self) -> str:
-        """Return a digest of the plan: sizes, lengths, and the first epoch's order as this numpy makes it."""
+        """Return a digest of the plan: its sizes, and the first epoch's order as the installed numpy produces it."""
         digest = xxhash.xxh3_128(repr((self.num_samples, self.global_batch_size, self.micro_batch_size)).encode())
         digest.update(self.order(0).tobytes())
         return digest.hexdigest()
 
 
-@lru_cache(maxsize=3)  # the epoch that ends, the one that begins, the evaluation's
+@lru_cache(maxsize=3)  # the ending epoch, the beginning epoch, the evaluation
 def _cached_order(plan: BatchPlan, epoch: int) -> np.ndarray:
     return plan.order(epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """Give a rank one micro-batch to run. A weight of 0 marks a repetition that keeps the ranks in step."""
+    """One micro-batch for a rank to run. Weight 0 marks a repetition that only keeps the ranks in step."""
 
     step: int
     epoch: int
@@ -96,7 +96,7 @@ class Slot:
 def slots_of_rank(
     micro_batches: list[np.ndarray], *, step: int, epoch: int, rank: int, num_ranks: int
 ) -> Iterator[Slot]:
-    """Yield the slots of one rank: micro-batches j = i * num_ranks + rank, as many slots on every rank.
+    """Yield the slots of one rank: micro-batches j = i * num_ranks + rank, equally many slots on every rank.
 
     Past the last micro-batch, ranks repeat the first one with weight 0, so that all take part in the same collectives.
     """
@@ -109,7 +109,7 @@ def slots_of_rank(
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Hold a collated micro-batch and what collation knows of it."""
+    """A collated micro-batch, with the counts that are known at collation."""
 
     index: int
     weight: int
@@ -120,7 +120,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalBatch:
-    """Hold one step's share of this rank."""
+    """The micro-batches of one step that this rank runs."""
 
     step: int
     num_samples: int
@@ -131,8 +131,8 @@ class GlobalBatch:
 class Batches:
     """Load the micro-batches of one rank in the plan's order.
 
-    `collate(samples, seeds)` makes a batch of what the data set gives for the samples; the seeds (one a sample, from
-    (seed, epoch, sample)) are all the randomness that it may use. `seeds` is None when not `training`.
+    `collate(samples, seeds)` builds a batch from the data set's samples. The seeds, one per sample and derived from
+    (seed, epoch, sample), must be its only source of randomness; `seeds` is None when not `training`.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Batches:
             batch_size=None,
             num_workers=self._num_workers,
             worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # its own, or it would draw from the model's stream
+            generator=torch.Generator(),  # its own, so that it does not draw from the model's stream
         )
         return map(_raised, loader)
 
@@ -214,7 +214,7 @@ class Batches:
 
 
 class EvaluationPlan(BatchPlan):
-    """Give the samples in one fixed order, ascending in length: every sample once, the same micro-batches anywhere."""
+    """A plan with a fixed order, by ascending length: every sample once, the same micro-batches on any topology."""
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the samples, shortest first."""
@@ -225,14 +225,14 @@ class EvaluationPlan(BatchPlan):
 
 @dataclass(frozen=True)
 class _Loadable:
-    """Make a function look like a map-style data set whose keys are slots."""
+    """A loading function as a map-style data set whose keys are slots."""
 
     load: Callable[[Slot], MicroBatch]
 
     def __getitem__(self, slot: Slot) -> MicroBatch | UserError:
         try:
             return self.load(slot)
-        except UserError as error:  # as a value: raised here, it would arrive with the worker's traceback as its text
+        except UserError as error:  # returned: if raised, it would arrive with the worker's traceback as its message
             return error
 
 
@@ -251,6 +251,6 @@ class _Sampler:
 
 
 def _ignore_signals(_: int) -> None:
-    """Leave the answer to a signal to the rank: a worker that dies first takes the rank's chance to save."""
+    """Leave signals to the rank: if its workers died first, it could not save."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Evaluation: every sample once, sharded over the ranks, the same metrics on any number of them."""
+"""Evaluation: every sample once, spread over the ranks, with the same metrics on any number of ranks."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -33,27 +33,27 @@ class Evaluator:
 
     @property
     def higher_is_better(self) -> bool:
-        """Return which way the recipe's best metric goes. Raises UserError when there is no telling."""
+        """Return whether a higher best metric is better. Raises UserError when that is unknown."""
         name = self._recipe.best_metric
         if name == "loss":
             return False
         if name not in self._metrics:
-            raise UserError(f"the recipe's best_metric {name!r} is none of {', '.join(['loss', *self._metrics])}")
+            raise UserError(f"unknown best_metric {name!r}; available: {', '.join(['loss', *self._metrics])}")
         if self._metrics[name].higher_is_better is None:
             raise UserError(
-                f"the recipe's best_metric {name!r} does not say whether higher is better: "
-                f"give its class an attribute higher_is_better, or take another (of --metrics, the first is the best's)"
+                f"best_metric {name!r} does not say whether higher is better: set the attribute higher_is_better of "
+                f"its class, or choose another (with --metrics: the first one)"
             )
         return bool(self._metrics[name].higher_is_better)
 
     def rehearse(self, model: nn.Module) -> None:
-        """Evaluate one batch, so that what cannot work is known before any training. All ranks."""
+        """Evaluate one batch, to find errors before any training. All ranks."""
         self._evaluate(model, 1, lambda done, of: None)
 
     def evaluate(self, model: nn.Module, on_progress: Callable[[int, int], None]) -> Evaluation:
-        """Return the mean loss a target and the recipe's metrics: numbers, or lists of them (a matrix). All ranks.
+        """Return the mean loss per target and the recipe's metrics: numbers, or nested lists (a matrix). All ranks.
 
-        `on_progress` is told how many samples are done, of how many.
+        `on_progress` is called with the number of samples done and the total.
         """
         return self._evaluate(model, self._batches.plan.steps_per_epoch, on_progress)
 
@@ -82,7 +82,7 @@ class Evaluator:
                     _empty(self._metrics)
             num_done += batch.num_samples
             on_progress(num_done, plan.num_samples)
-        for name, buffer in start.items():  # an evaluation leaves no trace
+        for name, buffer in start.items():  # an evaluation does not change the model
             model.get_buffer(name).copy_(buffer)
         train_mode(model)
         _keep_rows(self._metrics)
@@ -92,48 +92,42 @@ class Evaluator:
             try:
                 value = metric.compute()
             except ValueError as error:
-                if num_steps < plan.steps_per_epoch:  # some need more samples than a rehearsal has
+                if num_steps < plan.steps_per_epoch:  # some metrics need more samples than a rehearsal has
                     continue
-                raise UserError(f"metric {name!r} cannot be computed on this evaluation data: {error}") from error
+                raise UserError(f"metric {name!r} cannot be computed on the evaluation data: {error}") from error
             if not isinstance(value, torch.Tensor) or (name == self._recipe.best_metric and value.numel() != 1):
                 what = "one number" if name == self._recipe.best_metric else "a tensor"
-                raise UserError(f"the recipe's metric {name!r} must compute {what}, not {value!r}")
+                raise UserError(f"the recipe's metric {name!r} must return {what}, not {value!r}")
             results[name] = value.item() if value.numel() == 1 else value.tolist()
         return results
 
 
-def numbers(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Return the entries that are one number."""
-    return {name: value for name, value in evaluation.items() if not isinstance(value, list)}
-
-
 def _empty(metrics: Mapping[str, Any]) -> None:
-    """Take back what a rank without samples of its own has fed to its metrics, but for its shapes and dtypes.
+    """Remove a repeated batch from the metrics of a rank without samples of its own, but keep shapes and dtypes.
 
-    torchmetrics gathers a metric's lists from all ranks, which fails when a rank has never updated.
+    torchmetrics gathers a metric's lists from all ranks, which fails if a rank has never updated the metric.
     """
-    for part in _parts(metrics):
-        for name, default in part._defaults.items():
-            value = getattr(part, name)
+    for metric in _with_nested(metrics):
+        for name, default in metric._defaults.items():
+            value = getattr(metric, name)
             is_list = isinstance(value, list)
-            setattr(part, name, [item[:0] for item in value] if is_list else default.clone().to(value.device))
+            setattr(metric, name, [item[:0] for item in value] if is_list else default.clone().to(value.device))
 
 
-def _parts(metrics: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield the metrics and those that they are made of, as a difference of metrics is."""
+def _with_nested(metrics: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the metrics and those nested in them (as in a sum of metrics)."""
     from torchmetrics import Metric
 
     for metric in metrics.values():
-        yield from (part for part in metric.modules() if isinstance(part, Metric))
+        yield from (module for module in metric.modules() if isinstance(module, Metric))
 
 
 def _keep_rows(metrics: Mapping[str, Any]) -> None:
-    """Make rows of the scalars that a metric keeps in lists.
+    """Turn scalars that a metric keeps in lists into rows.
 
-    torchmetrics gathers scalars and rows by different collectives: ranks with a scalar, several or none would wait for
-    each other for ever.
+    torchmetrics gathers scalars and rows by different collectives: ranks with one, several or no scalars would hang.
     """
-    for part in _parts(metrics):
-        for name in part._defaults:
-            if isinstance(getattr(part, name), list):
-                setattr(part, name, [torch.atleast_1d(item) for item in getattr(part, name)])
+    for metric in _with_nested(metrics):
+        for name in metric._defaults:
+            if isinstance(getattr(metric, name), list):
+                setattr(metric, name, [torch.atleast_1d(item) for item in getattr(metric, name)])

@@ -1,4 +1,4 @@
-"""One forward pass of a micro-batch, the same in training and evaluation."""
+"""The forward pass of a micro-batch, in training and evaluation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ def forward(
 ) -> tuple[Any, Any, torch.Tensor]:
     """Return the micro-batch on the device, the model's outputs, and the sum of the loss.
 
-    Raises UserError when the recipe's loss is no scalar, and when its forward() goes around a sliced model.
+    Raises UserError when the recipe's loss is not a scalar, or its forward() bypasses a sharded model.
     """
     inputs = to_device(micro_batch.inputs, device)
     with precision.forward_context():
@@ -27,13 +27,13 @@ def forward(
             if "mixed torch.Tensor and DTensor" not in str(error):
                 raise
             raise UserError(
-                "the recipe's forward() uses a part of the model, or a method of it, where its parameters are slices; "
-                "it must call the model itself (model(...)), or use --strategy ddp, zero1 or zero2"
+                "the recipe's forward() calls a submodule or method of a model whose parameters are sharded; it must "
+                "call the model itself (model(...)). Change it, or use --strategy ddp, zero1 or zero2"
             ) from error
         loss = recipe.loss(outputs, inputs)
     if not isinstance(loss, torch.Tensor) or loss.ndim:
         got = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise UserError(f"the recipe's loss() must return a scalar tensor, the sum over targets; it gave {got}")
+        raise UserError(f"the recipe's loss() must return a scalar tensor, the sum over targets; it returned {got}")
     return inputs, outputs, loss
 
 
@@ -43,7 +43,7 @@ def to_device(value: Any, device: torch.device) -> Any:
         return value
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
-    if hasattr(value, "to"):  # a tokenizer's BatchEncoding, for one
+    if hasattr(value, "to"):  # such as a tokenizer's BatchEncoding
         return value.to(device)
     if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}

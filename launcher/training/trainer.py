@@ -1,4 +1,4 @@
-"""The training loop. It knows steps and micro-batches; ranks and strategies are behind `World` and `Strategy`."""
+"""The training loop: steps and micro-batches. Ranks and strategies are hidden behind `World` and `Strategy`."""
 
 import math
 import time
@@ -13,6 +13,7 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.optimization.freezing import train_mode
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.reporting.recorder import StepReport
 from shardlaunch.launcher.seeding import seed_model_stream
 from shardlaunch.launcher.training.batches import Batches, GlobalBatch
 from shardlaunch.launcher.training.evaluation import Evaluation, Evaluator
@@ -25,7 +26,7 @@ from shardlaunch.sharding.world import World
 
 @dataclass(kw_only=True)
 class Position:
-    """Say where a run stands: all that a checkpoint keeps besides tensors."""
+    """The position of a run: everything that a checkpoint keeps besides tensors."""
 
     step: int = 0  # global batches consumed
     best_value: float | None = None
@@ -33,13 +34,14 @@ class Position:
     best_metric: str = ""
     evaluations_since_best: int = 0
     is_finished: bool = False
+    has_stopped_early: bool = False  # by --early-stopping-patience: an extension does not go on from there
     loss_scale: dict[str, Any] = field(default_factory=dict)
-    group_hyperparameters: list[dict[str, Any]] = field(default_factory=list)  # of the optimizer's parameter groups
-    non_persistent_buffers: str = ""  # digest of the model's buffers that are not part of its state
+    group_hyperparameters: list[dict[str, Any]] = field(default_factory=list)  # of the optimizer
+    non_persistent_buffers: str = ""  # digest of their values
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Position":
-        """Return the position that a checkpoint's trainer_state.json holds; release 0.1 had other names for two."""
+        """Return the position from a checkpoint's trainer_state.json; accepts the two old names of release 0.1."""
         return cls(**{_RENAMED.get(name, name): value for name, value in saved.items()})
 
 
@@ -47,21 +49,8 @@ _RENAMED = {"group_numbers": "group_hyperparameters", "constants": "non_persiste
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """Say how a step went. Loss a target, norm of the gradient before clipping, counts over all ranks, seconds."""
-
-    loss: float
-    lr: float
-    grad_norm: float
-    samples: int
-    tokens: int
-    step_s: float
-    is_skipped: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """What the trainer calls as the run goes on. `save` is called by all ranks, the others too but for their effect."""
+    """Functions that the trainer calls during a run, on all ranks."""
 
     on_step: Callable[[int, StepReport], None]
     on_evaluating: Callable[[int, int], None]
@@ -70,7 +59,10 @@ class Hooks:
 
 
 class Trainer:
-    """Run the steps of a recipe from a position to the end."""
+    """The training loop of a recipe, from a position to the end.
+
+    The learning rate follows a schedule over `schedule_steps`; a run that is extended has more steps than that.
+    """
 
     def __init__(
         self,
@@ -84,6 +76,7 @@ class Trainer:
         precision: Precision,
         num_steps: int,
         hooks: Hooks,
+        schedule_steps: int = 0,
     ) -> None:
         self.recipe = recipe
         self.options = options
@@ -93,14 +86,15 @@ class Trainer:
         self.world = world
         self.precision = precision
         self.num_steps = num_steps
+        self.schedule_steps = schedule_steps or num_steps
         self.hooks = hooks
         self.buffers = BufferMean(strategy.replicas, world=world)
         self.peak_lrs = [group["lr"] for group in strategy.optimizer.param_groups]
-        # What is shown is the run's own rate, not one that just some parameters have.
+        # Report the run's own learning rate, not that of a single parameter group.
         self.peak_lr = options.lr if options.lr in self.peak_lrs else float(max(self.peak_lrs))
 
     def run(self, position: Position, *, end: int) -> None:
-        """Train from `position` up to step `end`, and save there. All ranks."""
+        """Train from `position` to step `end` and save there. All ranks."""
         if self.precision.loss_scale is not None and position.loss_scale:
             self.precision.loss_scale.restore(position.loss_scale)
         for model in self.strategy.replicas:
@@ -108,12 +102,12 @@ class Trainer:
         begun = time.perf_counter()
         is_first = True
         batches = self.batches.steps(position.step, end)
-        ahead = self._counted(next(batches, None))
-        while ahead.batch is not None:
-            report, ahead = self.train_step(ahead, batches, begun)
+        upcoming = self._counted(next(batches, None))
+        while upcoming.batch is not None:
+            report, upcoming = self.train_step(upcoming, batches, begun)
             position.step += 1
             if is_first:
-                deque(self.strategy.state(), maxlen=0)  # an optimizer that cannot be saved is found out now
+                deque(self.strategy.state(), maxlen=0)  # fails now if the optimizer's state cannot be saved
                 is_first = False
             self.hooks.on_step(position.step, report)
             has_improved = self._is_evaluation_due(position.step) and self._evaluate(position)
@@ -125,10 +119,10 @@ class Trainer:
     def train_step(
         self, counted: "CountedBatch", batches: Iterator[GlobalBatch], begun: float
     ) -> tuple[StepReport, "CountedBatch"]:
-        """Consume one global batch and load the next. All ranks.
+        """Train on one global batch and load the next. All ranks.
 
-        The next batch's counts are summed over the ranks together with this batch's loss: one small collective a step.
-        Raises UserError on all ranks when loss or gradient is not finite.
+        The next batch's counts are summed over the ranks with this batch's loss: one small collective per step. Raises
+        UserError on all ranks when the loss or gradient is not finite.
         """
         batch, num_targets = counted.batch, max(1, counted.num_targets)
         assert batch is not None
@@ -150,7 +144,7 @@ class Trainer:
             self.strategy.backward(loss, factor=factor, last=slot == last)
             self.buffers.end_micro_batch(model, index=micro_batch.index, weight=micro_batch.weight)
         norm = self.strategy.finish_gradients(unscale=1.0 / scale, max_norm=self.options.max_grad_norm)
-        loss_sum, ahead = sums()
+        loss_sum, upcoming = sums()
         loss_value = loss_sum / num_targets
         is_skipped = self._is_skipped(batch.step, loss_value, norm)
         lr = self._set_lr(batch.step)
@@ -168,17 +162,17 @@ class Trainer:
             step_s=time.perf_counter() - begun,
             is_skipped=is_skipped,
         )
-        return report, ahead
+        return report, upcoming
 
     def _begin_sums(
         self, loss: torch.Tensor | None, following: GlobalBatch | None
     ) -> Callable[[], tuple[float, "CountedBatch"]]:
-        """Begin to sum this step's loss and the next batch's counts; return how to get the sums. All ranks."""
+        """Start to sum this step's loss and the next batch's counts; return a function to get them. All ranks."""
         counts = _counts(following)
         if self.world.size == 1:
             assert loss is not None
             return lambda: (loss.item(), CountedBatch(following, *counts))
-        # float64 holds the loss as it is, and whole numbers up to 2**53.
+        # float64 holds the loss and integers up to 2**53 exactly.
         sums = torch.tensor([0.0, *counts], dtype=torch.float64, device=self.world.device)
         if loss is not None:
             sums[0] = loss
@@ -198,11 +192,11 @@ class Trainer:
         return CountedBatch(batch, *counts.tolist())
 
     def _is_skipped(self, step: int, loss: float, norm: float) -> bool:
-        """Decide, from numbers that are the same on all ranks, whether the step's update is skipped."""
+        """Return whether to skip the step's update, decided from values that are equal on all ranks."""
         if not math.isfinite(loss) or (self.precision.loss_scale is None and not math.isfinite(norm)):
             raise UserError(
                 f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before the update. "
-                f"Try a smaller --lr, --max-grad-norm, or another --precision; the last checkpoint is untouched."
+                f"Try a smaller --lr, --max-grad-norm or another --precision; the last checkpoint is still valid."
             )
         if self.precision.loss_scale is None:
             return False
@@ -211,7 +205,7 @@ class Trainer:
         return overflow
 
     def _set_lr(self, step: int) -> float:
-        factor = self.recipe.schedule(step, self.num_steps)
+        factor = self.recipe.schedule(step, self.schedule_steps)
         for group, peak in zip(self.strategy.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak * factor
         return self.peak_lr * factor
@@ -221,11 +215,11 @@ class Trainer:
         return self.evaluator is not None and (step % every == 0 or step == self.num_steps)
 
     def _evaluate(self, position: Position) -> bool:
-        """Evaluate and keep track of the best value. Return whether it improved."""
+        """Evaluate, update the best value, and return whether it improved."""
         assert self.evaluator is not None
         results = self.evaluator.evaluate(self.strategy.replicas[0], self.hooks.on_evaluating)
         self.hooks.on_evaluation(position.step, results)
-        if position.best_metric != self.recipe.best_metric:  # another was watched up to here
+        if position.best_metric != self.recipe.best_metric:  # the best metric has changed
             position.best_value, position.evaluations_since_best = None, 0
             position.best_metric = self.recipe.best_metric
         value, best = results[self.recipe.best_metric], position.best_value
@@ -235,12 +229,12 @@ class Trainer:
             return True
         position.evaluations_since_best += 1
         patience = self.options.early_stopping_patience
-        position.is_finished = bool(patience) and position.evaluations_since_best >= patience
+        position.has_stopped_early = bool(patience) and position.evaluations_since_best >= patience
         return False
 
     def _save_if_due(self, position: Position, end: int, *, has_improved: bool) -> None:
         every = self.options.save_every
-        position.is_finished |= position.step == self.num_steps
+        position.is_finished = position.has_stopped_early or position.step == self.num_steps
         is_due = position.step == end or position.is_finished or (every and position.step % every == 0)
         if is_due or (has_improved and self.options.save_on_best):
             if self.precision.loss_scale is not None:
@@ -249,7 +243,7 @@ class Trainer:
 
 
 class CountedBatch(NamedTuple):
-    """Hold this rank's share of a batch (None: the run is over) and the batch's counts over all ranks."""
+    """This rank's micro-batches of a global batch (None: the run is over) and its counts over all ranks."""
 
     batch: GlobalBatch | None
     num_targets: int
@@ -257,7 +251,7 @@ class CountedBatch(NamedTuple):
 
 
 def _counts(batch: GlobalBatch | None) -> tuple[int, int]:
-    """Return this rank's numbers of (targets, tokens)."""
+    """Return this rank's (num_targets, num_tokens)."""
     micro_batches = batch.micro_batches if batch is not None else []
     return (
         sum(m.weight * m.num_targets for m in micro_batches),

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shardlaunch.errors import UserError
+    from shardlaunch.launcher.commands.start import start
     from shardlaunch.launcher.launch import launch
     from shardlaunch.launcher.options import Options, option
     from shardlaunch.launcher.recipe import Recipe
+    from shardlaunch.launcher.runs.fit import fit
     from shardlaunch.launcher.tensor_data import TensorData
 
-__all__ = ["Options", "Recipe", "TensorData", "UserError", "launch", "option"]
+__all__ = ["Options", "Recipe", "TensorData", "UserError", "fit", "launch", "option", "start"]
 
 # Imported when they are first asked for, so that `shardlaunch --help` need not wait for torch.
 _HOMES = {
@@ -21,8 +23,10 @@ _HOMES = {
     "Recipe": "launcher.recipe",
     "TensorData": "launcher.tensor_data",
     "UserError": "errors",
+    "fit": "launcher.runs.fit",
     "launch": "launcher.launch",
     "option": "launcher.options",
+    "start": "launcher.commands.start",
 }
 
 

@@ -1,4 +1,4 @@
-"""What the server loads from which ranks are forked."""
+"""Imports of the fork server from which ranks are forked."""
 
 import accelerate  # noqa: F401
 import datasets  # noqa: F401

@@ -52,11 +52,10 @@ FOR_PARITY_ONLY = [Topology("zero1", 4), Topology("zero3", 4)]
 class RunThatSavesFirst(Run):
     """A run that saves the state which it has just read, before it goes on."""
 
-    def _prepare(self) -> None:
-        super()._prepare()
+    def prepare(self) -> None:
+        super().prepare()
         if self.position.step:
-            self.log = None
-            self._save(self.position)
+            self.save(self.position)
 
 
 def _run_all(topology: Topology, sources: dict[str, Path | None], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pieces of tensors, spread over ranks in any way, become whole tensors in files, and slices are read back."""
+"""Tensors that are sharded over ranks in any way become whole tensors in files, and shards are read back."""
 
 import resource
 import signal
@@ -32,7 +32,7 @@ def _tensors() -> dict[str, torch.Tensor]:
 
 
 def _fragments(how: str, rank: int, num_ranks: int) -> list[Fragment]:
-    """Return a rank's pieces: whole ones, equal slices, random cuts, overlapping ones, or all on the last rank."""
+    """Return a rank's fragments: whole tensors, equal shards, random cuts, overlapping ones, or all on the last."""
     random = np.random.default_rng(1)
     fragments = []
     for name, tensor in _tensors().items():
@@ -41,7 +41,7 @@ def _fragments(how: str, rank: int, num_ranks: int) -> list[Fragment]:
         size = -(-n // num_ranks)
         start, end = {
             "whole": (0, n),
-            "slices": (min(n, rank * size), min(n, (rank + 1) * size)),
+            "shards": (min(n, rank * size), min(n, (rank + 1) * size)),
             "cuts": (cuts[rank], cuts[rank + 1]),
             "overlapping": (cuts[rank], n),
             "last": (0, n) if rank == num_ranks - 1 else (n, n),
@@ -62,14 +62,14 @@ def _save_and_read(folder: Path, hows: list[str]) -> None:
         checkpoint = open_checkpoint(folder / how / "step-00000001", peers=world.peers)
         tensors = _tensors()
         for fragment in _fragments("cuts", world.rank, world.size):
-            part = checkpoint.read(fragment.spec, fragment.flat_start, fragment.flat_end)
-            assert torch.equal(part, tensors[fragment.spec.name].reshape(-1)[fragment.flat_start : fragment.flat_end])
+            shard = checkpoint.read(fragment.spec, fragment.flat_start, fragment.flat_end)
+            assert torch.equal(shard, tensors[fragment.spec.name].reshape(-1)[fragment.flat_start : fragment.flat_end])
     disconnect(world)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
-def test_any_pieces_become_the_same_files(num_ranks: int, tmp_path: Path) -> None:
-    hows = ["whole", "slices", "cuts", "overlapping", "last"]
+def test_any_sharding_becomes_the_same_files(num_ranks: int, tmp_path: Path) -> None:
+    hows = ["whole", "shards", "cuts", "overlapping", "last"]
     run_on_ranks(num_ranks, _save_and_read, tmp_path, hows)
     manifests = {(tmp_path / how / "step-00000001" / "manifest.json").read_text() for how in hows}
     assert len(manifests) == 1, "the files' digests do not say who held what"
@@ -98,9 +98,9 @@ def test_no_message_is_larger_than_a_bucket(how: str) -> None:
 
 def _gather_with_a_gap(_: Path) -> str:
     world = connect(read_environment())
-    pieces = _fragments("slices", world.rank, world.size)
+    fragments = _fragments("shards", world.rank, world.size)
     try:
-        _save(Path("unused"), pieces if world.rank else pieces[:4] + _fragments("last", 0, 2)[4:], world.peers)
+        _save(Path("unused"), fragments if world.rank else fragments[:4] + _fragments("last", 0, 2)[4:], world.peers)
     except AssertionError as error:
         return str(error)
     return "saved"
@@ -118,7 +118,7 @@ def _save_with_a_full_rank(folder: Path) -> str:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
     try:
-        _save(folder, _fragments("slices", world.rank, world.size), world.peers)
+        _save(folder, _fragments("shards", world.rank, world.size), world.peers)
     except UserError as error:
         return str(error)
     return "saved"

@@ -1,4 +1,4 @@
-"""K-fold cross-validation: each fold a run, resumable, the same on any number of ranks."""
+"""K-fold cross-validation: each fold is a resumable run, the same on any number of ranks."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Freezing up to a step, rates by name, weight decay and L1 are the same under every strategy and through a resume."""
+"""Freezing up to a step, learning rates by name, weight decay and L1: the same on every strategy and after a resume."""
 
 from collections.abc import Iterable
 from functools import partial

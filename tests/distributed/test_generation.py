@@ -1,4 +1,4 @@
-"""What a model writes at evaluation: the same on any number of ranks, also where each has but slices of the model."""
+"""Generated texts in evaluation: the same on any number of ranks, even if each has only shards of the model."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ ARGV = [
 
 @pytest.fixture(scope="module")
 def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run that has its last step, and its evaluation, before it."""
+    """Return the folder of a run that is one step, and its evaluation, before its end."""
     output_dir = tmp_path_factory.mktemp("run") / "stopped"
     run_on_ranks(1, run_well, FewSentences, [*ARGV, "--output-dir", str(output_dir), "--stop-at-step", str(STEPS - 1)])
     return output_dir
@@ -40,7 +40,7 @@ def _finished(stopped_run: Path, num_ranks: int, strategy: str) -> dict[str, flo
 
 @pytest.mark.parametrize(("num_ranks", "strategy"), [(2, "ddp"), (3, "ddp"), (2, "fsdp2"), (2, "zero3")])
 def test_ranks_write_the_same(num_ranks: int, strategy: str, stopped_run: Path, evaluation: dict[str, float]) -> None:
-    """Texts end at different steps; a rank whose texts are done must go on while the other's are not."""
+    """Texts end at different steps; a rank whose texts are done must continue until all are done."""
     found = _finished(stopped_run, num_ranks, strategy)
     for name in ("eval/bleu", "eval/chrf", "eval/rougeL"):
         assert found[name] == evaluation[name] > 1

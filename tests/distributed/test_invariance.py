@@ -63,7 +63,7 @@ def test_bert_with_dropout(tmp_path: Path) -> None:
 
 
 def _run_with_own_seed(argv: list[str]) -> None:
-    """Run a rank as it must not be: it seeds its model by its rank."""
+    """Run a rank that is wrong: it seeds its model by its rank."""
     import os
 
     seed = trainer.seed_model_stream

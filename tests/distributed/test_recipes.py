@@ -1,4 +1,4 @@
-"""Every recipe on a tiny slice of its demo data: the same run on 1 and 2 ranks, exact resumes, open checkpoints."""
+"""Every recipe on a tiny sample of its demo data: the same run on 1 and 2 ranks, exact resumes, open checkpoints."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ SMALL_TRANSLATION = ("--num-beams", "2", "--max-target-length", "24", "--width",
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Say how a recipe is run for a few steps, and what reads its checkpoint from the outside.
+    """A recipe, options for a few steps, and a reader of its checkpoint in another library.
 
     `words` may hold {folder}, which `prepare` has filled.
     """
@@ -40,7 +40,7 @@ class Case:
 
 
 def save_features(folder: Path) -> None:
-    """Write weights of a narrow VGG-16 as torchvision names them."""
+    """Write weights of a narrow VGG-16 under torchvision's names."""
     from safetensors.torch import save_file
 
     from shardlaunch.recipes.vgg16_transfer import Vgg16
@@ -107,7 +107,7 @@ def few(recipe_type: type[Recipe]) -> type[Recipe]:
 
 
 def _run(recipe: str, argv: list[str]) -> str:
-    """Run a few samples of a recipe, without a hub. On each rank."""
+    """Run a recipe on a few samples, without a hub. On each rank."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     module = import_module(f"shardlaunch.recipes.{recipe}")
     (recipe_type,) = [

@@ -1,4 +1,4 @@
-"""A run that stops and resumes is the run that did not stop."""
+"""A run that stops and resumes is identical to an uninterrupted one."""
 
 import json
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_resume_on_other_numbers_of_ranks(tmp_path: Path) -> None:
 
 
 def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
-    """A run that dies after its last checkpoint has logged steps which the resumed run takes again."""
+    """A run that dies after its last checkpoint has logged steps that the resumed run repeats."""
     _run_in_parts(NetRecipe, NET, tmp_path, [(1, 9)])
     log = tmp_path / "metrics.jsonl"
     with open(log, "a") as file:

@@ -1,4 +1,4 @@
-"""What else a run promises: retention, best metric, early stopping, loss scale, workers, evaluation on odd sizes."""
+"""Other promises of a run: retention, best metric, early stopping, loss scale, workers, evaluation on odd sizes."""
 
 import json
 import time
@@ -176,7 +176,7 @@ def test_metrics_are_exact_across_ranks_also_where_one_has_no_evaluation_data(tm
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_a_step_is_that_of_the_whole_batch_at_once(num_ranks: int, tmp_path: Path) -> None:
-    """11 samples in micro-batches of 4, 4 and 3: a mean of their means would be another loss and another gradient."""
+    """11 samples in micro-batches of 4, 4 and 3: a mean of means would give another loss and gradient."""
     options = ("--num-train", "11", "--max-steps", "1", "--lr", "0.5", "--max-grad-norm", "0")
     argv = [*BASE, *options, "--optimizer", "sgd", "--momentum", "0.9", "--output-dir", str(tmp_path)]
     run_on_ranks(num_ranks, run_well, LinearNet, argv)

@@ -1,4 +1,4 @@
-"""What sharded strategies take besides the plain run: other precisions, odd models, and what they refuse."""
+"""Sharded strategies beyond the plain run: other precisions, unusual models, and unsupported ones."""
 
 from collections.abc import Iterable
 from datetime import timedelta
@@ -39,7 +39,7 @@ def _loss_difference(one: Path, other: Path) -> float:
 
 
 def _refusal(recipe_type: type[Recipe], argv: list[str], *, num_ranks: int = 2) -> str:
-    """Return what the ranks say together, one of them for all, when they refuse a run."""
+    """Return the output of all ranks of a refused run; only one of them prints the error."""
     answers = run_on_ranks(num_ranks, run_quietly, recipe_type, argv)
     assert [status for status, _ in answers] == [2] * num_ranks, answers
     return "".join(output for _, output in answers)
@@ -72,7 +72,7 @@ def test_fsdp2_runs_a_net_with_batch_norm_and_a_parameter_that_data_decides_upon
 
 
 def test_bf16_differs_under_fsdp2_no_more_than_under_ddp(tmp_path: Path) -> None:
-    """Order of sums is rounded to bf16 in either; a norm or an embedding gathered in bf16 would add 20 times that."""
+    """Sums are rounded to bf16 in both; a norm or embedding gathered in bf16 would differ 20 times as much."""
     one = _run(1, MaskedBert, tmp_path / "one", "--precision", "bf16")
     fp32 = _run(1, MaskedBert, tmp_path / "fp32")
     ddp = _run(2, MaskedBert, tmp_path / "ddp", "--precision", "bf16")
@@ -85,7 +85,7 @@ def test_bf16_differs_under_fsdp2_no_more_than_under_ddp(tmp_path: Path) -> None
     assert not torch.equal(weight.bfloat16().float(), weight), "a checkpoint holds the weights before any rounding"
 
 
-def test_pretrained_weights_reach_every_slice(tmp_path: Path) -> None:
+def test_pretrained_weights_reach_every_shard(tmp_path: Path) -> None:
     save_small_bert(tmp_path / "model")
     options = ("--preset", "demo", "--model", str(tmp_path / "model"), "--max-length", "16", "--tracker", "none")
     one = _run(1, FewReviews, tmp_path / "one", *options)
@@ -96,7 +96,7 @@ def test_pretrained_weights_reach_every_slice(tmp_path: Path) -> None:
 
 
 class ScaledNet(NetRecipe):
-    """A net with a parameter that has no dimension."""
+    """A net with a 0-dimensional parameter."""
 
     def model(self) -> nn.Module:
         model = super().model()
@@ -105,7 +105,7 @@ class ScaledNet(NetRecipe):
 
 
 class PeekingNet(NetRecipe):
-    """A net whose constructor looks at values of its parameters."""
+    """A net whose constructor reads values of its parameters."""
 
     def model(self) -> nn.Module:
         model = super().model()
@@ -114,7 +114,7 @@ class PeekingNet(NetRecipe):
 
 
 class CountingNet(NetRecipe):
-    """A net with a buffer that is made of a parameter's values."""
+    """A net with a buffer that is computed from a parameter."""
 
     def model(self) -> nn.Module:
         model = super().model()
@@ -123,7 +123,7 @@ class CountingNet(NetRecipe):
 
 
 class DroppedBert(MaskedBert):
-    """The masked model that skips blocks at random, each micro-batch others."""
+    """The masked model that skips blocks at random, different ones per micro-batch."""
 
     def model(self) -> nn.Module:
         model = super().model()
@@ -134,7 +134,7 @@ class DroppedBert(MaskedBert):
 
 
 class Skipping(nn.Module):
-    """A block that is left out now and then."""
+    """A block that is sometimes skipped."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Skipping(nn.Module):
 
 
 class RandomFeatures(NetRecipe):
-    """A net whose constructor draws a buffer that is not part of its state, and after parameters at that."""
+    """A net whose constructor draws a non-persistent buffer, after its parameters."""
 
     def model(self) -> nn.Module:
         model = super().model()
@@ -154,14 +154,14 @@ class RandomFeatures(NetRecipe):
 
 
 class SubmoduleNet(NetRecipe):
-    """A net whose forward goes around the model."""
+    """A recipe whose forward() bypasses the model."""
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         return model.last(model.tied(model.middle(model.norm(model.first(batch["inputs"])))))
 
 
 class EmptyParameterNet(NetRecipe):
-    """A net with a parameter of no elements."""
+    """A net with a parameter without elements."""
 
     def model(self) -> nn.Module:
         model = super().model()
@@ -170,14 +170,14 @@ class EmptyParameterNet(NetRecipe):
 
 
 class Factored(NetRecipe):
-    """A net trained by an optimizer that looks at whole matrices."""
+    """A net trained by an optimizer that needs full weight matrices."""
 
     def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         return torch.optim.Adafactor([parameter for _, parameter in parameters], lr=self.options.lr)
 
 
 class CountingInEvaluation(NetRecipe):
-    """A net that counts its forward passes, also those of an evaluation."""
+    """A net that counts its forward passes, including those of an evaluation."""
 
     def model(self) -> nn.Module:
         model = super().model()
@@ -206,7 +206,7 @@ def _scale(layer: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
     return layer.square((output.float() * layer.scale).unflatten(-1, (2, 10))).flatten(-2)
 
 
-def test_what_autocast_leaves_alone_is_left_alone_in_slices(tmp_path: Path) -> None:
+def test_what_autocast_leaves_alone_is_left_alone_in_shards(tmp_path: Path) -> None:
     one = _run(1, ScaledBlocks, tmp_path / "one", "--precision", "bf16")
     two = _run(2, ScaledBlocks, tmp_path / "two", "--precision", "bf16", "--strategy", "fsdp2")
     assert _loss_difference(one, two) <= 1e-4
@@ -229,7 +229,7 @@ class NarrowBert(MaskedBert):
 
 
 class WiderBert(MaskedBert):
-    """The masked model with more tokens than there are, and one tensor under another name."""
+    """The masked model with more tokens, and one tensor under another name."""
 
     def model(self) -> nn.Module:
         self.vocab_size = 103
@@ -240,11 +240,11 @@ class WiderBert(MaskedBert):
 
 
 class ShampooLike(torch.optim.SGD):
-    """An optimizer that nobody knows."""
+    """An unknown optimizer."""
 
 
 class OddlyOptimized(NetRecipe):
-    """A net trained by an optimizer that nobody knows."""
+    """A net trained by an unknown optimizer."""
 
     def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         return ShampooLike([parameter for _, parameter in parameters], lr=self.options.lr)
@@ -252,13 +252,13 @@ class OddlyOptimized(NetRecipe):
 
 REFUSED: list[tuple[type[Recipe], tuple[str, ...], tuple[str, ...]]] = [
     (NetRecipe, ("--strategy", "fsdp2", "--layer-classes", "Nope"), ("--layer-classes Nope", "Linear")),
-    (NetRecipe, ("--strategy", "ddp", "--cpu-offload"), ("ddp keeps nothing in slices",)),
+    (NetRecipe, ("--strategy", "ddp", "--cpu-offload"), ("ddp does not shard",)),
     (OddlyOptimized, ("--strategy", "zero2"), ("ShampooLike", "AdamW", "--strategy ddp or fsdp2")),
     (ScaledNet, ("--strategy", "fsdp2"), ("without dimensions: scale",)),
     (EmptyParameterNet, ("--strategy", "fsdp2"), ("without elements", "nothing")),
     (EmptyParameterNet, ("--strategy", "zero3"), ("without elements", "ddp")),
     (RandomFeatures, ("--strategy", "fsdp2"), ("draws them at random: features", "persistent=True")),
-    (Factored, ("--strategy", "fsdp2"), ("Adafactor needs matrices as wholes",)),
+    (Factored, ("--strategy", "fsdp2"), ("Adafactor needs full weight matrices",)),
     (SubmoduleNet, ("--strategy", "fsdp2"), ("must call the model itself",)),
     (NetRecipe, ("--strategy", "fsdp2", "--shard-ranks", "2"), ("use --strategy hsdp",)),
     (PeekingNet, ("--strategy", "fsdp2"), ("on the meta device, without values", "--strategy ddp")),
@@ -277,10 +277,10 @@ def test_what_cannot_be_is_refused_before_any_work(
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_copies_that_the_ranks_do_not_make_up_are_refused(tmp_path: Path) -> None:
+def test_replicas_that_the_ranks_do_not_make_up_are_refused(tmp_path: Path) -> None:
     argv = [*STEPS, "--strategy", "hsdp", "--shard-ranks", "3", "--output-dir", str(tmp_path)]
     said = _refusal(NetRecipe, argv, num_ranks=4)
-    assert "4 ranks cannot be several copies of the model in 3 slices each. Give --shard-ranks 2, or use" in said
+    assert "4 ranks cannot be divided into several replicas of 3 shards each. Give --shard-ranks 2, or use" in said
 
 
 def _run_with_little_patience(recipe_type: type[Recipe], argv: list[str]) -> tuple[int, str]:

@@ -28,7 +28,7 @@ def _corpus() -> tuple[list[str], list[str]]:
 
 
 def _scores(num_with_texts: int) -> dict[str, float]:
-    """Return the scores when the texts are dealt out to some of the ranks, a few at a time. All ranks."""
+    """Return the scores of texts that are divided among some of the ranks, in small batches. All ranks."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     metrics = text_metrics(*TEXT_METRICS)
@@ -64,11 +64,11 @@ def test_signatures_say_what_was_measured() -> None:
 
 
 def test_unknown_metric() -> None:
-    with pytest.raises(UserError, match=r"metric 'meteor': unknown.*bleu, chrf, rouge1"):
+    with pytest.raises(UserError, match=r"unknown metric 'meteor'.*bleu, chrf, rouge1"):
         text_metrics("bleu", "meteor")
 
 
 def test_library_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(UserError, match=r"rouge-score, which is missing.*shardlaunch\[text\]"):
+    with pytest.raises(UserError, match=r"rouge-score, which is not installed.*shardlaunch\[text\]"):
         text_metrics("rouge1")

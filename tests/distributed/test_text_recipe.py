@@ -1,4 +1,4 @@
-"""What the recipe for texts takes besides its demo: other encoders, columns, tasks, weights of classes."""
+"""The text recipe beyond its demo: other encoders, columns, tasks, class weights."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a CSV of reviews with three kinds of opinion and a mark."""
+    """Return a CSV of reviews with three classes of opinion and a mark."""
     kinds = ["good", "bad", "good", "fair", "good", "good", "bad", "good"]
     rows = [{"review": f"film {i} is {kind}", "opinion": kind, "mark": i / 10} for i, kind in enumerate(kinds * 5)]
     path = tmp_path_factory.mktemp("data") / "reviews.csv"
@@ -100,7 +100,7 @@ def test_regression(models: Path, reviews: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_a_classifier_from_a_regression(models: Path, reviews: Path, tmp_path: Path) -> None:
-    """What is exported says what the model is now. Its numbers were whole and large, and batches of one sample."""
+    """The exported config matches the new task. The regression had large integers and batches of one sample."""
     pd.DataFrame({"review": [f"film {i}" for i in range(20)], "opinion": [2**24 + 1 + i for i in range(20)]}).to_csv(
         tmp_path / "marks.csv"
     )
@@ -123,7 +123,7 @@ def test_another_metric_starts_the_search_for_the_best_anew(models: Path, review
 @pytest.mark.parametrize(
     ("labels", "complaint"),
     [
-        ({"train": [0] * 8, "test": [0] * 2}, "classes to tell apart must be two at least"),
+        ({"train": [0] * 8, "test": [0] * 2}, "at least two classes are required"),
         ({"train": [0, 1] * 4, "test": ["0", "one"]}, "the classes differ: column 'opinion' is"),
         ({"train": [True, False] * 4, "test": [True, False]}, ""),
     ],
@@ -154,13 +154,13 @@ def test_weights_of_classes() -> None:
     [
         (("--text-column", "text"), ("no column 'text'", "it has 'review', 'opinion', 'mark'", "--text-column NAME")),
         (("--label-column", "review"), ("--text-column and --label-column: must be different columns",)),
-        (("--task", "regression"), ("the train data has rows whose 'opinion' is no number",)),
+        (("--task", "regression"), ("the train data has rows whose 'opinion' is not a number",)),
         (("--class-weights", "1", "2"), ("--class-weights 1 2: must be balanced, or 3 numbers", "'bad', 'fair'")),
-        (("--metrics", "f3"), ("metric 'f3': unknown",)),
+        (("--metrics", "f3"), ("unknown metric 'f3'",)),
         (("--max-length", "2"), ("--max-length 2: must be at least 3",)),
         (("--warmup-steps", "3"), ("--warmup-steps 3: the run has 3 steps only",)),
-        (("--max-length", "17"), ("--max-length 17: this model reads at most 16 tokens",)),
-        (("--freeze", "encoder.*"), ("--freeze: no parameter's name matches encoder.*", "roberta.embeddings")),
+        (("--max-length", "17"), ("--max-length 17: this model takes at most 16 tokens",)),
+        (("--freeze", "encoder.*"), ("--freeze: no parameter matches encoder.*", "roberta.embeddings")),
         (("--optimizer", "sgdm"), ("--optimizer sgdm: unknown",)),
     ],
     ids=str,
@@ -179,7 +179,7 @@ def test_a_model_whose_weights_are_a_pickle(models: Path, reviews: Path, tmp_pat
     (tmp_path / "old" / "model.safetensors").rename(tmp_path / "old" / "pytorch_model.bin")
     status, output = run_quietly(BertImdb, _argv(tmp_path / "old", reviews, tmp_path / "run"))
     assert status == 2
-    assert "its weights are a pickle" in output
+    assert "its weights are a pickle file" in output
 
 
 def test_a_metric_that_cannot_say_which_is_best() -> None:

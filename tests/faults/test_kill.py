@@ -1,4 +1,4 @@
-"""kill -9 at any moment: the run resumes from its last checkpoint and ends as if nothing had happened."""
+"""kill -9 at any time: the run resumes from its last checkpoint and ends as if never killed."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def _run(topology: Topology, output_dir: Path) -> None:
 
 
 def _kill_at(step: int, topology: Topology, output_dir: Path) -> None:
-    """Start the run, kill one of its ranks when its log has reached `step`, and wait for the launcher to end."""
+    """Start the run, kill one of its ranks when the log reaches `step`, and wait for the launcher to end."""
     launcher = subprocess.Popen(_command(topology, output_dir), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     log = output_dir / "metrics.jsonl"
     begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""Run real command lines in processes of their own, as a person would."""
+"""Run real command lines in separate processes, as a user would."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ STUCK_S = 300  # no short run takes so long; one that does would hang for ever
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """Say how a command line ended."""
+    """Result of a command line."""
 
     status: int
     out: str
@@ -37,7 +37,7 @@ class Ended:
 
     @property
     def both(self) -> str:
-        """Return all that was printed, for messages of tests."""
+        """Return stdout and stderr, for test messages."""
         return f"exit status {self.status}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
 
     @property
@@ -57,6 +57,6 @@ def environment(hf_home: Path, extra: Mapping[str, str] | None = None) -> dict[s
 
 
 def end_of(words: Sequence[str], env: Mapping[str, str], *, stuck_s: float = STUCK_S) -> Ended:
-    """Run a command line to its end."""
+    """Run a command line until it ends."""
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=stuck_s, stdin=subprocess.DEVNULL)
     return Ended(status=done.returncode, out=done.stdout, err=done.stderr)

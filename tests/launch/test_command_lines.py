@@ -66,9 +66,9 @@ def test_every_launcher_starts_the_run_that_was_asked_for(name: str, hf_home: Pa
     # accelerate and torchrun say which of their defaults they use.
     assert "accelerate" in name or name == "torchrun" or ended.err == "", ended.both
     if strategy == "dp":
-        assert "on CPU there is just one" in ended.out
+        assert "on CPU there is only one" in ended.out
     if name.endswith("_offload.yaml"):
-        assert "slices in host memory" in ended.out
+        assert "shards in host memory" in ended.out
 
 
 def test_every_configuration_is_tested_and_has_a_twin_for_several_machines() -> None:
@@ -78,7 +78,7 @@ def test_every_configuration_is_tested_and_has_a_twin_for_several_machines() -> 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
 def test_two_machines(strategy: str, hf_home: Path, tmp_path: Path) -> None:
-    """Two launchers on one machine, with a rank each, stand in for two machines."""
+    """Two launchers on one machine, one rank each, stand in for two machines."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -133,8 +133,8 @@ def test_a_review_run_from_training_to_prediction(hf_home: Path, tmp_path: Path)
     assert predicted.status == 0, predicted.both
     rows = [line.split("\t") for line in predicted.out.splitlines()]
     assert [row[2] for row in rows] == ["a wonderful film", "a triumph", "an awful mess"]
-    for label, shares, _ in rows:
-        probabilities = dict(zip(shares.split()[::2], map(float, shares.split()[1::2]), strict=True))
+    for label, listed, _ in rows:
+        probabilities = dict(zip(listed.split()[::2], map(float, listed.split()[1::2]), strict=True))
         assert set(probabilities) == {"rotten", "fresh"}
         assert max(probabilities, key=lambda name: probabilities[name]) == label
         assert sum(probabilities.values()) == pytest.approx(1, abs=1e-3)

@@ -1,4 +1,4 @@
-"""Language models from text to text: what a run is given, what it leaves, what `generate` makes of it."""
+"""Language models from text to text: inputs of a run, its outputs, and `generate`."""
 
 import math
 import re
@@ -61,7 +61,7 @@ class Echo(Recipe):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of data and model folders, and of a run on characters: characters/."""
+    """Return a folder with data, model folders, and a run on characters: characters/."""
     folder = tmp_path_factory.mktemp("language")
     (folder / "long.txt").write_text(LINE * 40, newline="")
     (folder / "short.txt").write_text("To be")
@@ -100,7 +100,7 @@ def run_dir(folder: Path) -> Path:
 
 
 def test_text_files(folder: Path, tmp_path: Path) -> None:
-    """Nothing of a text is lost, and the last tenth is held out; of several texts each is a row."""
+    """No text is lost, and the last tenth is held out; of several texts, each is a row."""
     splits = load_splits(str(folder / "long.txt"), seed=0)
     (train,), (held_out,) = splits["train"]["text"], splits["eval"]["text"]
     text = (LINE * 40).replace("\r\n", "\n")
@@ -113,7 +113,7 @@ def test_text_files(folder: Path, tmp_path: Path) -> None:
 
 
 def test_metrics_are_those_of_the_whole_text(run_dir: Path, folder: Path) -> None:
-    """The figures of the run are those that the exported model has on the held-out text, computed apart."""
+    """The run's metrics equal those of the exported model on the held-out text, computed separately."""
     (line,) = [line for line in training_lines(run_dir) if "eval/loss" in line]
     checkpoint = run_dir / "checkpoints" / "step-00000002"
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
@@ -133,7 +133,7 @@ def test_metrics_are_those_of_the_whole_text(run_dir: Path, folder: Path) -> Non
 
 
 def test_documents_and_fine_tuning(folder: Path, tmp_path: Path) -> None:
-    """Documents of another column with a trained tokenizer; the result is fine-tuned further, by its folder."""
+    """Documents of another column with a trained tokenizer; the result is fine-tuned further from its folder."""
     data = ("--data", str(folder / "documents.jsonl"), "--text-column", "body")
     run_well(GptLm, [*data, "--vocab-size", "300", *SMALL, *STEPS, "--output-dir", str(tmp_path / "first")])
     model = tmp_path / "first" / "checkpoints" / "step-00000002"
@@ -151,16 +151,16 @@ def test_documents_and_fine_tuning(folder: Path, tmp_path: Path) -> None:
         ("--data {f}/empty.txt", "empty.txt: the file is empty"),
         ("--data {f}/blank.jsonl --tokenizer {f}/bert", "no document in the data has a token to predict"),
         ("--data {f}/short.txt", "--context-length 16: all the training data is shorter"),
-        ("--data {f}/documents.jsonl", "no column 'text'; it has 'body'. Say which to take: --text-column NAME"),
-        ("--data {f}/numbers.csv", "'text' is missing or no text"),
-        ("--data {f}/gaps.csv", "'text' is missing or no text"),
+        ("--data {f}/documents.jsonl", "no column 'text'; it has 'body'. Choose with --text-column NAME"),
+        ("--data {f}/numbers.csv", "'text' is missing or not text"),
+        ("--data {f}/gaps.csv", "'text' is missing or not text"),
         ("--data {f}/long.txt --vocab-size 100", "--vocab-size 100: must be at least 256"),
         ("--data {f}/long.txt --tokenizer {f}", "--tokenizer {f}: not a tokenizer folder"),
         ("--data {f}/long.txt --model {f}", "--model {f}: not a model folder"),
-        ("--data {f}/long.txt --model {f}/gpt --context-length 17", "--context-length 17: this model reads at most 16"),
-        ("--data {f}/long.txt --model {f}/few", "--model {f}/few: it knows 100 tokens, the tokenizer has 30,522"),
-        ("--data {f}/long.txt --model {f}/bert", "--model {f}/bert: a bert is no causal language model"),
-        ("--data {f}/long.txt --model {f}/t5", "--model {f}/t5: a t5 is no causal language model"),
+        ("--data {f}/long.txt --model {f}/gpt --context-length 17", "--context-length 17: this model takes at most 16"),
+        ("--data {f}/long.txt --model {f}/few", "--model {f}/few: it has 100 tokens, but the tokenizer has 30,522"),
+        ("--data {f}/long.txt --model {f}/bert", "--model {f}/bert: model type 'bert' is not a causal language model"),
+        ("--data {f}/long.txt --model {f}/t5", "--model {f}/t5: model type 't5' is not a causal language model"),
     ],
 )
 def test_bad_input(words: str, says: str, folder: Path, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_bad_options(options: dict[str, Any], says: str) -> None:
 
 def test_a_model_with_its_own_sizes() -> None:
     options = GptOptions(model="gpt2", layers=2, heads=4, width=128, preset="demo")
-    with pytest.raises(UserError, match=r"^--layers: for a model from scratch; --model gpt2 has its own"):
+    with pytest.raises(UserError, match=r"^--layers: only for a model from scratch, not with --model gpt2"):
         GptLm(options).datasets()
 
 
@@ -199,7 +199,7 @@ def _generated(path: Path, prompts: list[str], capsys: pytest.CaptureFixture[str
 
 
 def test_generate(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also past the context of 16 tokens; a prompt and a seed decide the text, whatever else is asked for."""
+    """Works past the context of 16 tokens; the text depends only on the prompt and the seed."""
     checkpoint = run_dir / "checkpoints" / "step-00000002"
     one, other = (_generated(checkpoint, [prompt], capsys) for prompt in ("dear ", "the "))
     assert one.startswith("dear ")
@@ -235,7 +235,7 @@ def test_generate_is_what_the_model_finds_most_probable(
 
 
 def test_generate_with_an_encoder_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The text is what it makes of the prompt, without the prompt."""
+    """The text is the model's output, without the prompt."""
     run_well(Echo, ["--lr", "0.02", *ONE, "--max-steps", "2", "--output-dir", str(tmp_path / "run")])
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
     model, tokenizer = MarianMTModel.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
@@ -245,7 +245,7 @@ def test_generate_with_an_encoder_decoder(tmp_path: Path, capsys: pytest.Capture
     generate_texts(tmp_path / "run", prompts=["ba"], file=None, max_new_tokens=5, sampling=Sampling())
     assert capsys.readouterr().out == tokenizer.decode(said, skip_special_tokens=True) + "\n"
     generate_texts(tmp_path / "run", prompts=["ba"], file=None, max_new_tokens=99, sampling=Sampling(num_beams=2))
-    with pytest.raises(UserError, match="the model reads at most"):
+    with pytest.raises(UserError, match="the model takes at most"):
         generate_texts(tmp_path / "run", prompts=["ab" * 9], file=None, max_new_tokens=9, sampling=Sampling())
 
 
@@ -258,10 +258,15 @@ def test_what_cannot_generate(folder: Path, run_dir: Path, tmp_path: Path) -> No
         (classifier, ["a"], {}, "not a checkpoint of a language model"),
         (run_dir, [], {}, 'no text: give --prompt "..." or --file PATH'),
         (run_dir, [""], {}, "the prompt is empty"),
-        (run_dir, ["\N{SNOWMAN}"], {}, "the model's tokenizer does not know all of this prompt: '\N{SNOWMAN}'"),
+        (
+            run_dir,
+            ["\N{SNOWMAN}"],
+            {},
+            "the prompt has characters that the model's tokenizer does not know: '\N{SNOWMAN}'",
+        ),
         (run_dir, ["a"], {"temperature": -1.0}, "--temperature -1.0: must be at least 0"),
-        (run_dir, ["a"], {"top_k": 5}, "--top-k 5 is for drawing at random"),
-        (run_dir, ["a"], {"temperature": 1.0, "num_beams": 2}, "--num-beams 2 seeks the most probable text"),
+        (run_dir, ["a"], {"top_k": 5}, "--top-k 5 only affects sampling"),
+        (run_dir, ["a"], {"temperature": 1.0, "num_beams": 2}, "--num-beams 2: beam search does not sample"),
     ):
         with pytest.raises(UserError, match=re.escape(says)):
             generate_texts(path, prompts=prompts, file=None, max_new_tokens=1, sampling=Sampling(**options))

@@ -1,4 +1,4 @@
-"""`shardlaunch parity`: what it shows of a recipe that keeps the promise, and of one that breaks it."""
+"""`shardlaunch parity` on a recipe that keeps the promise and on one that breaks it."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ launch(Tiny)
     ("factor", "status", "said"),
     [
         ("1.0", 0, "the same run under every strategy"),
-        ("float(os.environ['WORLD_SIZE'])", 1, "not the same run, or failed: fsdp2"),
+        ("float(os.environ['WORLD_SIZE'])", 1, "different or failed: fsdp2"),
     ],
     ids=["kept", "broken"],
 )

@@ -1,4 +1,4 @@
-"""The recipes on real data reach what the README says."""
+"""The recipes reach the README's results on real data."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def _last_evaluation(output_dir: Path) -> dict[str, Any]:
 
 
 def test_the_demo(hf_home: Path, tmp_path: Path) -> None:
-    """What `make demo` runs: films that the model has not seen, two ranks, and the same command again."""
+    """What `make demo` runs: held-out films, two ranks, and the same command again."""
     words = (*SHARDLAUNCH, "run", BERT, "--ranks", "2", "--", "--preset", "demo", "--output-dir", str(tmp_path))
     ended = end_of(words, environment(hf_home), stuck_s=1200)
     assert ended.status == 0, ended.both
@@ -64,7 +64,7 @@ def test_mnist(data_dir: Path, hf_home: Path, tmp_path: Path) -> None:
 def test_a_few_steps_on_full_data(
     recipe: str, data: str, options: tuple[str, ...], samples: str, data_dir: Path, hf_home: Path, tmp_path: Path
 ) -> None:
-    """The data is found, read, cut into batches and trained on."""
+    """The data is found, read, batched and trained on."""
     words = (*SHARDLAUNCH, "run", str(RECIPES / f"{recipe}.py"), "--ranks", "2", "--", *options)
     steps = ("--stop-at-step", "4", "--eval-every", "1000", "--data", str(data_dir / data))
     ended = end_of((*words, *steps, "--output-dir", str(tmp_path)), environment(hf_home), stuck_s=1200)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is read back bit by bit, and what is damaged is never read."""
+"""Checkpoints are read back bit by bit, and damaged ones are never loaded."""
 
 import json
 from collections.abc import Callable
@@ -152,14 +152,14 @@ def test_retention(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_owners_have_equal_shares_and_every_tensor_one_file() -> None:
+def test_owners_have_equal_bytes_and_every_tensor_one_file() -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(1, 1000, (60,), generator=generator).tolist()
     specs = [TensorSpec(name=f"t{i}", section=MODEL, shape=(n,), dtype=torch.float32) for i, n in enumerate(sizes)]
     files = plan_files(specs, 4)
     assert sorted(spec.name for file in files for spec in file.specs) == sorted(spec.name for spec in specs)
-    shares = [sum(spec.num_bytes for spec in file.specs) for file in files]
-    assert max(shares) - min(shares) < 4 * max(sizes)
+    num_bytes = [sum(spec.num_bytes for spec in file.specs) for file in files]
+    assert max(num_bytes) - min(num_bytes) < 4 * max(sizes)
     assert files[0].file_name == "model-00001-of-00004.safetensors"
     few = plan_files(specs[:2], 4)
     assert [file.file_name[-len("00002-of-00002.safetensors") :] for file in few][1] == "00002-of-00002.safetensors"

@@ -1,4 +1,4 @@
-"""What the recipes for images refuse: one message that says what, where and what to do, before any step."""
+"""Errors of the image recipes: one message that says what, where and what to do, before any step."""
 
 import io
 from pathlib import Path
@@ -32,7 +32,7 @@ def _write_images(path: Path, size: int, mode: str, labels: tuple[int, ...] = (0
         (CifarCnn, 28, "L", (), "must hold 32x32 RGB images: row 0 is 28x28 L"),
         (CifarCnn, 32, "RGBA", (), "row 2 is 32x32 RGBA; --convert-images"),
         (CifarCnn, 32, "RGB", ("--image-column", "photo"), "no column 'photo'"),
-        (CifarCnn, 32, "RGB", ("--label-column", "kind"), "Say which to take: --label-column NAME"),
+        (CifarCnn, 32, "RGB", ("--label-column", "kind"), "Choose with --label-column NAME"),
         (CifarCnn, 32, "RGB", ("--shift", "32"), "--shift 32: must be less than the images' size, 32"),
         (MnistMlp, 28, "L", ("--hidden", "8", "0"), "--hidden 8 0"),
         (Vgg16Transfer, 32, "RGB", ("--classes", "9", "--image-size", "32"), "--classes 9: no such class"),
@@ -63,10 +63,10 @@ def test_options_that_the_demo_leaves_idle(tmp_path: Path) -> None:
     argv = ["--data", "demo", "--max-steps", "1", "--output-dir", str(tmp_path)]
     status, output = run_quietly(Vgg16Transfer, [*argv, "--image-column", "photo"])
     assert status == 2
-    assert "--image-column: the demo's digits are as they must be" in output
+    assert "--image-column: has no effect with --data demo; remove it" in output
 
 
 def test_an_option_that_is_its_default_is_refused_as_any_other_is(tmp_path: Path) -> None:
     status, output = run_quietly(CifarCnn, ["--data", "demo", "--width", "32", "--output-dir", str(tmp_path)])
     assert status == 2
-    assert "--width: of the modern net" in output
+    assert "--width: only affects --net modern" in output

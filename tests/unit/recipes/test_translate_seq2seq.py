@@ -1,4 +1,4 @@
-"""The encoder-decoder recipe: what goes into a batch and a loss, and data and models that do not do."""
+"""The encoder-decoder recipe: contents of a batch and a loss, and unsuitable data and models."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ PAIRS = [{"de": f"Ein Hund, {number} Katzen.", "en": f"A dog, {number} cats."} f
 
 
 def _recipe(folder: Path, rows: list[dict[str, Any]] = PAIRS, **options: Any) -> TranslateSeq2Seq:
-    """Return the recipe on some rows to train on and good ones to evaluate on."""
+    """Return the recipe with the given rows as training data and valid evaluation data."""
     for name, its_rows in (("train", rows), ("test", PAIRS)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in its_rows))
     small = {} if "model" in options else {"vocab_size": 300, "layers": 1, "width": 16}
@@ -26,7 +26,7 @@ def _recipe(folder: Path, rows: list[dict[str, Any]] = PAIRS, **options: Any) ->
 
 
 def test_batch(tmp_path: Path) -> None:
-    """Both sides end with the end of text and are filled up; what the metrics compare with is the whole text."""
+    """Sources and targets end with the EOS token and are padded; metrics compare with the full text."""
     recipe = _recipe(tmp_path, max_target_length=4, source_prefix="übersetze: ")
     splits = recipe.datasets()
     batch = recipe.collate(splits["eval"].__getitems__([0, 7]), None)
@@ -103,12 +103,12 @@ def test_model_without_decoder(tmp_path: Path) -> None:
     save_small_bert(tmp_path / "bert")
     recipe = _recipe(tmp_path, model=str(tmp_path / "bert"))
     recipe.datasets()
-    with pytest.raises(UserError, match=r"a bert, which is no encoder-decoder"):
+    with pytest.raises(UserError, match=r"model type 'bert' is not an encoder-decoder"):
         recipe.model()
 
 
 def test_pretrained_model(tmp_path: Path) -> None:
-    """Its weights and its way to generate are taken over, but for beams and length."""
+    """Its weights and generation settings are used, except for beams and length."""
     save_small_t5(tmp_path / "t5")
     recipe = _recipe(tmp_path, model=str(tmp_path / "t5"), num_beams=3, max_target_length=9)
     recipe.datasets()
@@ -120,7 +120,7 @@ def test_pretrained_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_a_models_settings_that_the_search_does_not_have(num_beams: int, tmp_path: Path) -> None:
-    """They are dropped, or transformers refuses to save them with the first checkpoint."""
+    """They are removed; otherwise transformers refuses to save them with the first checkpoint."""
     save_small_t5(tmp_path / "t5")
     path = tmp_path / "t5" / "generation_config.json"
     settings = {"early_stopping": True, "do_sample": True, "top_k": 7, "temperature": 0.5, "min_length": 5}
@@ -134,12 +134,14 @@ def test_a_models_settings_that_the_search_does_not_have(num_beams: int, tmp_pat
     assert (saved["num_beams"], len(beams), saved["do_sample"]) == (num_beams, 2 if num_beams > 1 else 0, False)
     recipe = _recipe(tmp_path, model=str(tmp_path / "t5"), max_target_length=4)
     recipe.datasets()
-    with pytest.raises(UserError, match="--max-target-length 4: this model writes at least 5 tokens"):
+    with pytest.raises(UserError, match="--max-target-length 4: this model generates at least 5 tokens"):
         recipe.model()
 
 
 def test_limits_without_room_for_a_text(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--max-source-length 1: must be at least 2, with the tokens that"):
+    with pytest.raises(
+        UserError, match="--max-source-length 1: must be at least 2, including the tokenizer's special tokens"
+    ):
         _recipe(tmp_path, max_source_length=1).datasets()
 
 
@@ -168,19 +170,21 @@ def test_key_of_a_tokenizer_without_a_backend() -> None:
 
 def test_a_model_with_its_own_sizes() -> None:
     options = TranslateOptions(model="google-t5/t5-small", layers=5, width=128, preset="demo")
-    with pytest.raises(UserError, match=r"^--layers: for a model from scratch; --model google-t5/t5-small has its own"):
+    with pytest.raises(
+        UserError, match=r"^--layers: only for a model from scratch, not with --model google-t5/t5-small"
+    ):
         TranslateSeq2Seq(options).datasets()
 
 
 def test_a_split_that_the_demo_does_not_have() -> None:
-    with pytest.raises(UserError, match=r"^--eval-split test: --data demo has just one"):
+    with pytest.raises(UserError, match=r"^--eval-split test: has no effect with --data demo"):
         TranslateSeq2Seq(TranslateOptions(data="demo", eval_split="test")).datasets()
     with pytest.raises(UserError, match=r"^--eval-split test: --folds holds out training data"):
         TranslateOptions(eval_split="test", folds=3)
 
 
 def _save_marian(folder: Path) -> None:
-    """Write the folder of a small Marian with the slow tokenizer that Marian models of the hub have."""
+    """Write the folder of a small Marian with a slow tokenizer, as Marian models on the hub have."""
     import sentencepiece
     from transformers import MarianConfig, MarianMTModel
 

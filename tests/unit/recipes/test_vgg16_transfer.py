@@ -1,4 +1,4 @@
-"""Pretrained features for VGG-16: the names that torchvision and timm give them, and files that do not fit."""
+"""Pretrained features for VGG-16: under the names of torchvision and timm, and files that do not fit."""
 
 from pathlib import Path
 
@@ -66,7 +66,9 @@ def test_fresh_features_that_would_never_learn() -> None:
     assert VggOptions(weights="none") == VggOptions(weights="")
     recipe = Vgg16Transfer(VggOptions(weights="none", width=0.02, freeze=("features.1*",)))
     recipe.classes = ["cat", "ship"]
-    with pytest.raises(UserError, match=r"--freeze: without --weights, features\.10\.weight would stay"):
+    with pytest.raises(
+        UserError, match=r"--freeze: without --weights, features\.10\.weight would keep its random values"
+    ):
         recipe.model()
 
 
@@ -75,14 +77,14 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     save_file(_features(), path)
     with pytest.raises(UserError, match=r"features.0.weight is \[1, 3, 3, 3\] and must be \[3, 3, 3, 3\]"):
         _recipe(path, width=0.04).weights()
-    with pytest.raises(UserError, match=r"features.1.weight is absent and must be \[1\]"):
+    with pytest.raises(UserError, match=r"features.1.weight is missing and must be \[1\]"):
         _recipe(path, batch_norm=True).weights()
     save_file({"conv1.weight": torch.ones(2)}, path)
-    with pytest.raises(UserError, match=r"features.0.weight is absent"):
+    with pytest.raises(UserError, match=r"features.0.weight is missing"):
         _recipe(path).weights()
     path.write_bytes(b"no weights")
-    with pytest.raises(UserError, match="not a safetensors file"):
+    with pytest.raises(UserError, match="not a readable safetensors file"):
         _recipe(path).weights()
     path.unlink()
-    with pytest.raises(UserError, match=r"there is no model\*.safetensors in this folder"):
+    with pytest.raises(UserError, match=r"no model\*.safetensors in this folder"):
         _recipe(tmp_path).weights()

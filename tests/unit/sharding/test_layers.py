@@ -1,4 +1,4 @@
-"""Which modules are gathered as one."""
+"""Which modules are gathered as a unit."""
 
 import pytest
 import torch

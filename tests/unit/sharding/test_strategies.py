@@ -141,6 +141,7 @@ def test_precision_sources() -> None:
         ("auto", {}, "single"),
         ("auto", TORCHRUN, "ddp"),
         ("dp", {}, "dp"),
+        *((name, {}, name) for name in ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")),
         ("auto", {"SHARDLAUNCH_STRATEGY": "dp"}, "dp"),
         ("ddp", {**TORCHRUN, "SHARDLAUNCH_STRATEGY": "ddp"}, "ddp"),
     ],
@@ -153,13 +154,13 @@ def test_strategy(option: str, variables: dict[str, str], expected: str) -> None
     ("option", "variables", "complaint"),
     [
         ("nope", {}, "unknown strategy 'nope'"),
-        ("ddp", {}, "several ranks"),
         ("single", TORCHRUN, "one process"),
-        ("hsdp", TORCHRUN, "at least 4; started: 2"),
+        ("hsdp", TORCHRUN, "at least 4 ranks, or for one; started: 2"),
         ("dp", TORCHRUN, "one process"),
         ("ddp", {**TORCHRUN, "SHARDLAUNCH_STRATEGY": "single"}, "two strategies"),
         ("ddp", {**TORCHRUN, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "two strategies"),
         ("auto", {"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x'"),
+        ("auto", {"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2 contradict"),
         ("auto", {**TORCHRUN, "MASTER_PORT": "0"}, "--standalone"),
     ],
 )
@@ -176,11 +177,11 @@ def test_what_accelerates_configuration_says_of_a_strategy() -> None:
     plain = read_environment(FSDP)
     assert (plain.accelerate_strategy, plain.layer_classes, plain.cpu_offload) == ("fsdp2", (), False)
     assert plain.reshard_after_forward
-    copies = {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"}
+    replicas = {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"}
     full = read_environment(
         {
             **FSDP,
-            **copies,
+            **replicas,
             "WORLD_SIZE": "8",
             "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer,BertEmbeddings",
             "FSDP_RESHARD_AFTER_FORWARD": "false",
@@ -204,7 +205,7 @@ def test_what_accelerates_configuration_says_of_a_strategy() -> None:
         ({**FSDP, "PARALLELISM_CONFIG_TP_SIZE": "2"}, "parallelism_config_tp_size"),
         ({**FSDP, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "SIZE_BASED_WRAP"),
         ({**FSDP, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--compile"),
-        ({**FSDP, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}, "2 copies of the model in 1 slices on 2 ranks"),
+        ({**FSDP, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}, "2 replicas x 1 shards on 2 ranks"),
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "deepspeed_config_file"),
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "both or none"),
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "nvme"),
@@ -213,15 +214,17 @@ def test_what_accelerates_configuration_says_of_a_strategy() -> None:
     ],
     ids=str,
 )
-def test_what_accelerates_configuration_asks_for_in_vain(variables: dict[str, str], complaint: str) -> None:
-    with pytest.raises(UserError, match=f"accelerate's configuration asks for .*{complaint}"):
+def test_settings_of_accelerates_configuration_that_are_not_supported(
+    variables: dict[str, str], complaint: str
+) -> None:
+    with pytest.raises(UserError, match=f"not supported in accelerate's configuration: .*{complaint}"):
         read_environment(variables)
 
 
-def test_ranks_asked_for_are_compared_with_those_in_force() -> None:
+def test_requested_ranks_are_compared_with_those_in_effect() -> None:
     two = World(rank=1, size=2)
     check_ranks(read_environment({**TORCHRUN, "SHARDLAUNCH_RANKS": "2"}), two, 2)
-    with pytest.raises(UserError, match="3 ranks were asked for, 2"):
+    with pytest.raises(UserError, match="3 ranks were requested, but 2"):
         check_ranks(read_environment({**TORCHRUN, "SHARDLAUNCH_RANKS": "3"}), two, 2)
     with pytest.raises(UserError, match="accelerate 1"):
         check_ranks(read_environment(TORCHRUN), two, 1)

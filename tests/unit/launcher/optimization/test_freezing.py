@@ -1,4 +1,4 @@
-"""What is frozen when, and what a person is shown of it."""
+"""Which parameters are frozen when, and how it is shown."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_parts_of_a_model_are_modules_of_modules_but_not_of_lists() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(UserError, match=r"--freeze: no parameter's name matches body\.\*; there are features.0.weight"):
+    with pytest.raises(UserError, match=r"--freeze: no parameter matches body\.\*; available: features.0.weight"):
         freeze(_net(), Options(freeze=("features.*", "body.*")), step=0)
     with pytest.raises(UserError, match="no parameter is left to train"):
         freeze(_net(), Options(freeze=("*",)), step=0)

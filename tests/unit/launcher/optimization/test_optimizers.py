@@ -1,4 +1,4 @@
-"""Optimizers by name, their groups, L1, and what is refused."""
+"""Optimizers by name, parameter groups, L1, and invalid options."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from shardlaunch.launcher.optimization.optimizers import (
     check_optimizer_options,
     separate,
 )
-from shardlaunch.launcher.recipe import check_in_force
+from shardlaunch.launcher.recipe import check_in_effect
 
 
 def _net() -> nn.Module:
@@ -92,16 +92,16 @@ def test_l1_is_soft_thresholding_of_matrices() -> None:
         ({"optimizer": "adamx"}, "--optimizer adamx: unknown; choose one of sgd"),
         ({"optimizer": "torch.optim.Adamx"}, "torch.optim.Adamx"),
         ({"optimizer": "no_such_module.Adam"}, "no_such_module"),
-        ({"optimizer": "torch.nn.Linear"}, "not an optimizer"),
+        ({"optimizer": "torch.nn.Linear"}, "not a torch.optim.Optimizer"),
         ({"optimizer": "torch.optim.SparseAdam"}, "sparse gradients"),
-        ({"momentum": 0.9}, "--momentum: --optimizer adamw does not take it; it takes lr, betas"),
+        ({"momentum": 0.9}, "--momentum: not supported by --optimizer adamw; supported: lr, betas"),
         ({"optimizer": "sgd", "betas": (0.9, 0.9)}, "--betas"),
         ({"optimizer_args": ("gamma=1",)}, "--optimizer-args gamma"),
         ({"optimizer_args": ("amsgrad",)}, "NAME=VALUE"),
         ({"optimizer_args": ("lr=3",)}, "option of its own"),
         ({"lr_factors": ("0.*",)}, "PATTERN=FACTOR"),
         ({"lr_factors": ("0.*=0",)}, "--freeze"),
-        ({"lr_factors": ("0.*=2", "0.*=3")}, r"0\.\*=3: the pattern 0\.\* has a factor already"),
+        ({"lr_factors": ("0.*=2", "0.*=3")}, r"0\.\*=3: the pattern 0\.\* already has a factor"),
         ({"optimizer_args": ("foreach=[",)}, r"--optimizer-args \[: not readable"),
     ],
     ids=str,
@@ -134,9 +134,9 @@ def test_numbers_as_yaml_does_not_read_them_and_other_loops() -> None:
 def test_values_that_the_optimizer_refuses_and_patterns_that_match_nothing() -> None:
     with pytest.raises(UserError, match="--optimizer sgd: Nesterov momentum requires"):
         build_optimizer(_net().named_parameters(), Options(optimizer="sgd", nesterov=True))
-    with pytest.raises(UserError, match=r"--lr-factors: .* matches 9\.\* and no pattern before; there are 0.weight"):
+    with pytest.raises(UserError, match=r"--lr-factors: .* matches 9\.\* and no earlier pattern; available: 0.weight"):
         check_lr_factors(["0.weight"], Options(lr_factors=("0.*=2", "9.*=3")))
-    with pytest.raises(UserError, match=r"--lr-factors: .* matches 0\.\* and no pattern before"):
+    with pytest.raises(UserError, match=r"--lr-factors: .* matches 0\.\* and no earlier pattern"):
         check_lr_factors(["0.weight"], Options(lr_factors=("*=2", "0.*=3")))
 
 
@@ -153,6 +153,6 @@ class _Own(Recipe):
 
 
 def test_options_that_a_recipe_of_its_own_optimizer_leaves_idle_are_refused() -> None:
-    check_in_force(_Own(_OwnOptions(momentum=0.9, lr=3.0)))
+    check_in_effect(_Own(_OwnOptions(momentum=0.9, lr=3.0)))
     with pytest.raises(UserError, match=r"--weight-decay: this recipe has its own optimizer\(\)"):
-        check_in_force(_Own(_OwnOptions(weight_decay=0.1)))
+        check_in_effect(_Own(_OwnOptions(weight_decay=0.1)))

@@ -1,4 +1,4 @@
-"""Schedules beside torch's, and what is refused."""
+"""Schedules compared with torch's, and invalid options."""
 
 from typing import Any
 

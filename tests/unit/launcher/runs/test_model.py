@@ -55,7 +55,7 @@ def test_pretrained_weights_by_name() -> None:
 
 
 class _Tied(Recipe):
-    """A model with ties, buffers of both kinds, and weights made in its constructor."""
+    """A model with tied weights, both kinds of buffers, and weights set in its constructor."""
 
     def model(self) -> nn.Module:
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3))

@@ -1,4 +1,4 @@
-"""Data sets by path or hub id, and their classes."""
+"""Data sets from a path or hub id, and their classes."""
 
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,12 @@ def test_classes(train: list[Any], held_out: list[Any], names: list[str], number
     ("train", "held_out", "says"),
     [
         ([0, 1], [2], "labels out of range: 2 in the eval data"),
-        ([-1, 0, 1], [0], "labels out of range: -1 in the train data; labels are text or numbers from 0"),
+        ([-1, 0, 1], [0], "labels out of range: -1 in the train data; labels must be text or numbers from 0"),
         (["good", "bad"], ["fair"], "'fair' in the eval data.* those of the training data are 'bad', 'good'"),
         ([[0], [0, 1]], [[1]], "column 'kind' must hold class labels"),
         ([0.0, 1.0], [1.0], "column 'kind' must hold class labels"),
         ([0, None], [0], "the train data has rows without a 'kind'"),
-        ([1, 1], [1], "have the 'kind' 1; classes to tell apart must be two at least"),
+        ([1, 1], [1], "have the 'kind' 1; at least two classes are required"),
         ([0, 1], ["0"], "the classes differ: column 'kind'"),
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""Images: what is read and what is refused, augmentation by the sample's own seed, classes that are chosen."""
+"""Images: reading, invalid images, augmentation by the sample's own seed, selected classes."""
 
 import io
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def _stored(picture: Image.Image) -> dict[str, object]:
 
 
 def _options(folder: Path, rows: Sequence[dict[str, object] | None], **options: object) -> ImageOptions:
-    """Write the rows as training and test data, and return options that name them."""
+    """Write the rows as training and test data, and return options for them."""
     for name in ("train", "test"):
         table = {"image": list(rows), "label": [number % 2 for number in range(len(rows))]}
         pd.DataFrame(table).to_parquet(folder / f"{name}.parquet")
@@ -68,7 +68,7 @@ def test_images_of_another_size_or_mode_are_refused_or_converted(tmp_path: Path)
 @pytest.mark.parametrize("row", [None, {"bytes": b"no image", "path": None}, {"bytes": None, "path": "none.png"}])
 def test_what_is_no_image_is_refused(tmp_path: Path, row: dict[str, object] | None) -> None:
     options = _options(tmp_path, [_stored(_picture(0)), row])
-    with pytest.raises(UserError, match=r"column 'image' of the train data: row 1.* holds no image"):
+    with pytest.raises(UserError, match=r"column 'image' of the train data: row 1.* is not a readable image"):
         images.load_images(options, size=SIZE, num_channels=3)
 
 
@@ -99,22 +99,22 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
 def test_folders_with_other_classes_are_refused(tmp_path: Path) -> None:
     _folder(tmp_path / "train", "cat")
     _folder(tmp_path / "test", "cat", "dog")
-    with pytest.raises(UserError, match="classes differ: test/dog is there, train/dog is not"):
+    with pytest.raises(UserError, match="classes differ: test/dog exists, but train/dog does not"):
         images.load_images(ImageOptions(data=str(tmp_path)), size=SIZE, num_channels=3)
 
 
 def test_folders_that_would_lose_images_are_refused(tmp_path: Path) -> None:
     _folder(tmp_path / "train", "cat", "cat/black", "dog")
-    with pytest.raises(UserError, match=r"images go into cat/ itself, not deeper: .*cat/black"):
+    with pytest.raises(UserError, match=r"put images directly into cat/, not into a subfolder: .*cat/black"):
         images.load_images(ImageOptions(data=str(tmp_path)), size=SIZE, num_channels=3)
     _folder(tmp_path / "flat" / "train", "cat", "dog")
     (tmp_path / "flat" / "test").mkdir()
-    with pytest.raises(UserError, match="no folders of classes in test"):
+    with pytest.raises(UserError, match="no class folders in test"):
         images.load_images(ImageOptions(data=str(tmp_path / "flat")), size=SIZE, num_channels=3)
 
 
 def test_files_that_change_are_read_anew(tmp_path: Path) -> None:
-    """What is cached belongs to the files that a table names, not to their names."""
+    """The cache depends on the content of the files in a table, not on their names."""
     paths = [tmp_path / f"{number}.png" for number in range(4)]
     table = {"image": [{"bytes": None, "path": str(path)} for path in paths], "label": [0, 1, 0, 1]}
     for name in ("train", "test"):
@@ -211,9 +211,9 @@ def test_classes_are_chosen_and_renumbered() -> None:
     ("wanted", "samples", "says"),
     [
         (("cow",), 0, "no such class"),
-        (("cat", "0"), 0, "named twice"),
-        (("cat",), 0, "--classes cat: classes to tell apart must be two at least"),
-        ((), 5, "class cat has 4 training images"),
+        (("cat", "0"), 0, "listed twice"),
+        (("cat",), 0, "--classes cat: at least two classes are required"),
+        ((), 5, "class cat has only 4 training images"),
     ],
 )
 def test_classes_that_are_not_there(wanted: tuple[str, ...], samples: int, says: str) -> None:

@@ -1,4 +1,4 @@
-"""Documents in blocks: every token a target once, none seen by another document."""
+"""Documents in blocks: every token is a target once, and no document sees another."""
 
 from itertools import pairwise
 from typing import Any
@@ -63,7 +63,7 @@ def test_every_pair_of_neighbours_is_a_target_once() -> None:
 
 
 def test_shifted_blocks() -> None:
-    """A row and its seed decide the block, which lies within the text."""
+    """The block depends only on the row and its seed, and is within the text."""
     data = _data([list(range(41))], block_length=8, window=16)
     assert len(data) == 5
     rows = data.rows_at(np.array([0, 3, 4]))
@@ -78,7 +78,7 @@ def test_shifted_blocks() -> None:
 
 @pytest.mark.parametrize("unit", ["byte", "character"])
 def test_units_of_text(unit: Any) -> None:
-    """All of a text is there, whether its characters share tokens, are split, or are left out by the tokenizer."""
+    """All of a text is counted, whether its characters share tokens, are split, or are dropped by the tokenizer."""
     texts = ["a film", " Ünï 你好\n<|end|>  ", "", "\U0001f600!"]
     end = "<|end|>"
     for tokenizer in (
@@ -99,7 +99,7 @@ def test_units_of_text(unit: Any) -> None:
 @pytest.mark.parametrize("kind", PACKING_MODELS)
 @torch.no_grad()
 def test_a_document_does_not_see_its_neighbours(kind: str) -> None:
-    """Its logits are those that it has alone, whatever its neighbours."""
+    """Its logits are the same as without the other documents."""
     sizes = {**SMALL, **WIDTHS, **TOKENS, "n_positions": 12}
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes)).eval()
 

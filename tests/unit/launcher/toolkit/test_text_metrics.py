@@ -1,4 +1,4 @@
-"""Perplexity and bits a unit do not depend on how the targets come in batches."""
+"""Perplexity and bits per unit do not depend on how targets are batched."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Tokenizers: exact round trips, the same in every process, and as AutoTokenizer loads them."""
+"""Tokenizers: exact round trips, identical in every process and when loaded by AutoTokenizer."""
 
 import hashlib
 import os
@@ -64,7 +64,7 @@ def test_no_room_for_bytes() -> None:
 
 
 def test_the_same_in_every_process() -> None:
-    """Texts in which many pairs are equally frequent; processes that hash and share work differently."""
+    """Texts with many equally frequent pairs; processes with different hash seeds and thread counts."""
     code = (
         "import hashlib, random\n"
         "from shardlaunch.text import train_tokenizer\n"

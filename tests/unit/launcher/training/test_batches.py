@@ -1,4 +1,4 @@
-"""The plan of batches: every sample once, whatever the sizes; alike lengths together; ranks in step."""
+"""The batch plan: every sample once, for any sizes; similar lengths together; ranks in step."""
 
 import itertools
 from typing import Any

@@ -1,0 +1,193 @@
+"""Write the tables of the docs from benchmarks/results/*.json: python benchmarks/tables.py [--check].
+
+A page names a table between two comments, and this command fills in what lies between them:
+
+    <!-- table: KIND RESULT RESULT ... -->
+    <!-- end of table -->
+
+Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
+`memory` (peaks of host memory), `machine` (where the figures were measured). `--check` writes nothing and fails when a
+page differs from its results.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from record import RESULTS
+
+DOCS = RESULTS.parents[1] / "docs"
+WIDEST_LINE = 80  # of a command, so that it need not be scrolled
+Result = dict[str, Any]
+
+_TABLE = re.compile(r"(<!-- table: ([^>]*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_METRICS: dict[str, Callable[[float], str]] = {
+    "accuracy": lambda value: f"accuracy {100 * value:.1f} %",
+    "bits_per_byte": lambda value: f"{value:.2f} bits per byte",
+    "loss": lambda value: f"{value:.3f} nats per character",
+    "bleu": lambda value: f"BLEU {value:.1f}",
+    "chrf": lambda value: f"chrF {value:.1f}",
+}
+_ROWS = {  # what a page calls the rows of a benchmark
+    "raw": "raw write and fsync, or read, of the same bytes",
+    "ours": "shardlaunch, digests included",
+    "ours, written by": "shardlaunch, written by",
+    "accelerate": "accelerate `save_state`, `load_state` (several ranks: DDP, rank 0 writes)",
+    "torch.save": "`torch.save`, one file per rank",
+    "torch.distributed.checkpoint": "`torch.distributed.checkpoint`",
+    "raw loop, DDP, loss over all ranks": "raw loop, DDP, that logs the loss over all ranks",
+    "ours, hooks do nothing": "shardlaunch, nothing logged",
+    "ours, metrics.jsonl": "shardlaunch, metrics.jsonl",
+    "ours, metrics.jsonl and TensorBoard": "shardlaunch, metrics.jsonl and TensorBoard, the default",
+    "ours, hooks do nothing: over DDP": "difference to the raw DDP loop, nothing logged",
+    "ours, metrics.jsonl: over DDP": "difference to the raw DDP loop, metrics.jsonl",
+    "ours, metrics.jsonl and TensorBoard: over DDP": "difference to the raw DDP loop, the default",
+}
+
+
+def main() -> None:
+    """Fill in the tables of all pages, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a page differs")
+    is_check = parser.parse_args().check
+    stale = []
+    for page in sorted(DOCS.rglob("*.md")):
+        text = page.read_text()
+        filled = _TABLE.sub(_filled, text)
+        if filled != text:
+            stale.append(page)
+            if not is_check:
+                page.write_text(filled)
+    names = ", ".join(str(page.relative_to(DOCS.parent)) for page in stale)
+    if stale and is_check:
+        sys.exit(f"tables differ from benchmarks/results in {names}: run python benchmarks/tables.py")
+    print(f"written: {names}" if stale else "all tables are as benchmarks/results has them")
+
+
+def _filled(match: re.Match[str]) -> str:
+    kind, *names = match[2].split()
+    results = [json.loads((RESULTS / f"{name}.json").read_text()) for name in names]
+    return f"{match[1]}\n{_KINDS[kind](results)}\n\n{match[3]}"
+
+
+def _runs(results: Sequence[Result]) -> str:
+    rows = [
+        (
+            result["what"],
+            ", ".join(_METRICS[name](result["evaluations"][-1][f"eval/{name}"]) for name in result["headline"]),
+            f"{result['num_steps']:,}",
+            _seconds(result),
+            str(result["ranks"]),
+            result["precision"],
+        )
+        for result in results
+    ]
+    return _table(("what", "result", "steps", "seconds of steps", "ranks", "precision"), rows)
+
+
+def _seconds(result: Result) -> str:
+    seconds = f"{result['training_s']:.0f}"
+    if "after" not in result:
+        return seconds
+    before = json.loads((RESULTS / f"{result['after']}.json").read_text())
+    return f"{before['training_s']:.0f} + {seconds}"
+
+
+def _commands(results: Sequence[Result]) -> str:
+    blocks = [f"# {result['what']}\n{_wrapped(result['command'])}" for result in results]
+    return "\n".join(["```sh", "\n\n".join(blocks), "```"])
+
+
+def _wrapped(command: str) -> str:
+    """Return a shell command on lines that a page has room for, broken before options."""
+    first, *options = re.split(r" (?=-)", command)
+    lines = [first]
+    for option in options:
+        if len(lines[-1]) + len(option) < WIDEST_LINE:
+            lines[-1] += f" {option}"
+        else:
+            lines.append(f"    {option}")
+    return " \\\n".join(lines)
+
+
+def _benchmark(results: Sequence[Result]) -> str:
+    has_ratio = any("x_raw" in row for row in results[0]["rows"])
+    ranks = [f"{result['ranks']} rank{'s' * (result['ranks'] > 1)}" for result in results]
+    titles = [title for text in ranks for title in ((text, "x raw") if has_ratio else (text,))]
+    names = dict.fromkeys(row["name"] for result in results for row in result["rows"])
+    # A row that only some of the results have stands behind the one that it follows there.
+    longest = max(results, key=lambda result: len(result["rows"]))
+    order = [row["name"] for row in longest["rows"]]
+    rows = []
+    for name in sorted(names, key=lambda name: order.index(name) if name in order else len(order)):
+        cells = [_label(name)]
+        for result in results:
+            row = next((row for row in result["rows"] if row["name"] == name), None)
+            cells.append(_range(row) if row else "")
+            if has_ratio:
+                cells.append(_number(row["x_raw"]) if row else "")
+        rows.append(tuple(cells))
+    unit, rounds = results[0]["unit"], results[0]["rounds"]
+    return _table((f"{unit}, median [least, most] of {rounds} rounds", *titles), rows)
+
+
+def _label(name: str) -> str:
+    """Return what a page calls a row, whose name may begin with the work that is measured and end with a number."""
+    work, _, arm = name.partition(": ")
+    if work not in ("save", "load"):
+        return _ROWS.get(name, name)
+    written = re.fullmatch(r"(ours, written by) (.*)", arm)
+    return f"{work}: {f'{_ROWS[written[1]]} {written[2]}' if written else _ROWS.get(arm, arm)}"
+
+
+def _range(row: Result) -> str:
+    """Return median, least and most, which a narrow page may not break apart."""
+    text = f"{_number(row['median'])} [{_number(row['least'])}, {_number(row['most'])}]"
+    return text.replace(" ", "&nbsp;")
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _memory(results: Sequence[Result]) -> str:
+    keys = ("holds", "save", "load")
+    rows = [
+        (_ROWS.get(name, name), *(f"{figures[key] / 1e6:.0f}" if key in figures else "" for key in keys))
+        for result in results
+        for name, figures in result["memory_bytes"].items()
+    ]
+    return _table(("MB of host memory per rank", "held", "more in a save", "more in a load"), rows)
+
+
+def _machine(results: Sequence[Result]) -> str:
+    machines = {f"{result['machine']['cpu']}, Python {result['machine']['python']}" for result in results}
+    packages = ("torch", "accelerate", "transformers")
+    found = {
+        f"{package} {result['versions'][package]}"
+        for package in packages
+        for result in results
+        if package in result["versions"]
+    }
+    notes = [f"{result.get('what') or _title(result)}: {result['note']}" for result in results if result["note"]]
+    lines = [f"Machine: {'; '.join(sorted(machines))}; {', '.join(sorted(found))}."]
+    return "\n".join([*lines, *(["", *(f"- {note}" for note in notes)] if notes else [])])
+
+
+def _title(result: Result) -> str:
+    return f"{result['benchmark']} on {result['ranks']} rank{'s' * (result['ranks'] > 1)}"
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+_KINDS = {"runs": _runs, "commands": _commands, "benchmark": _benchmark, "memory": _memory, "machine": _machine}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Weights that a run starts from: safetensors files of a checkpoint, a run, or a folder that another tool wrote."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import xxhash
+
+from shardlaunch.checkpoints.layout import CHECKPOINTS, MANIFEST, index_file_name, is_plain_file_name
+from shardlaunch.checkpoints.peers import Peers
+from shardlaunch.checkpoints.reader import open_path
+from shardlaunch.checkpoints.state import MODEL
+from shardlaunch.checkpoints.tensorfile import digest_file
+from shardlaunch.errors import UserError
+
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """Tensors by name in safetensors files."""
+
+    source: Path
+    files: tuple[Path, ...]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    _file_of: dict[str, Path] = field(default_factory=dict)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor, on the CPU, in its stored dtype."""
+        from safetensors import safe_open
+
+        with safe_open(self._file_of[name], framework="pt") as stored:
+            tensor: torch.Tensor = stored.get_tensor(name)
+        return tensor
+
+    def digest(self) -> str:
+        """Return a digest of the files' contents, whatever their names."""
+        digest = xxhash.xxh3_128()
+        for file in self.files:
+            digest.update(digest_file(file).digest.encode())
+        return digest.hexdigest()
+
+
+def open_weights(path: Path, *, warn: Callable[[str], None]) -> WeightFiles:
+    """Return the weights that a path means: a safetensors file, a checkpoint, a run (its newest valid checkpoint), or
+    a folder with model*.safetensors files.
+
+    Of a checkpoint only the files that its manifest lists are read, of a folder with an index only those. Raises
+    UserError that begins with the path. One rank; a checkpoint's digests are verified.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = path.expanduser()
+    files = [path] if path.is_file() else _files_of_folder(path, warn=warn)
+    weights = WeightFiles(source=path, files=tuple(files))
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118 - not a mapping
+                    if name in weights._file_of:
+                        raise UserError(f"{path}: tensor {name} is in {weights._file_of[name].name} and in {file.name}")
+                    weights._file_of[name] = file
+                    weights.shapes[name] = tuple(stored.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: not a readable safetensors file ({error}){_hint(file)}") from error
+    return weights
+
+
+def _files_of_folder(path: Path, *, warn: Callable[[str], None]) -> list[Path]:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    if (path / MANIFEST).exists() or (path / CHECKPOINTS).is_dir():
+        checkpoint = open_path(path, peers=Peers(), warn=warn)
+        tensors = checkpoint.manifest.tensors
+        names = sorted({file for spec, file in tensors.items() if spec.section == MODEL})
+        return [checkpoint.step_dir / name for name in names]
+    index = path / index_file_name(MODEL)
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: not a readable index of weights ({error})") from error
+        outside = [name for name in names if not is_plain_file_name(str(name))]
+        if outside:
+            raise UserError(f"{index}: {outside[0]!r} is not a plain file name")
+        return [path / name for name in names]
+    files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
+    if not files:
+        pickles = [file.name for pattern in _PICKLES for file in path.glob(pattern)]
+        found = f"; {pickles[0]} is a pickle, which is not read{_hint(path / pickles[0])}" if pickles else ""
+        raise UserError(f"{path}: no model*.safetensors file in this folder{found}")
+    return files
+
+
+def _hint(file: Path) -> str:
+    """Return how to convert a pickle; empty for other files."""
+    if not any(file.match(pattern) for pattern in _PICKLES):
+        return ""
+    return ". Convert it where you trust it: load it, then write it with safetensors.torch.save_file or save_pretrained"

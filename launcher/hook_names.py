@@ -1,0 +1,106 @@
+"""Methods of a recipe that look like hooks and are none: nothing would call them, and the default would be taken."""
+
+import sys
+from collections.abc import Iterator
+from difflib import get_close_matches
+from types import CodeType, FunctionType
+from typing import Any
+
+from shardlaunch.errors import UserError
+
+RENAMED = {"update": "update_metrics", "given": "explicitly_set_flags"}
+"""Hooks of release 0.1, with the names that they have now."""
+KNOWN_ELSEWHERE = {
+    "train_dataset": "datasets",
+    "train_data": "datasets",
+    "train_dataloader": "datasets",
+    "get_datasets": "datasets",
+    "load_data": "datasets",
+    "get_model": "model",
+    "build_model": "model",
+    "configure_model": "model",
+    "pretrained_weights": "weights",
+    "data_collator": "collate",
+    "criterion": "loss",
+    "loss_function": "loss",
+    "compute_loss": "loss",
+    "training_step": "loss",
+    "compute_metrics": "metrics",
+    "configure_optimizers": "optimizer",
+    "create_optimizer": "optimizer",
+    "lr_lambda": "schedule",
+}
+"""Names of other trainers for what a hook does."""
+NEAR = 0.8  # of difflib's ratio: `lossfn` is as near to `loss`, `collate_fn` nearer to `collate`
+
+
+def check_hook_names(recipe_type: type, base: type) -> None:
+    """Raise UserError for a public method that is named almost as a hook of `base`, and that nothing refers to.
+
+    Methods are those of the classes between `recipe_type` and `base`. One is left alone if its class has that hook too,
+    or if a function of their modules has its name in it.
+    """
+    classes = [cls for cls in recipe_type.__mro__ if issubclass(cls, base) and cls is not base]
+    hooks = [name for name, value in vars(base).items() if isinstance(value, FunctionType) and name[0] != "_"]
+    referred: set[str] | None = None
+    for cls in classes:
+        for name, function in _public_methods(cls):
+            hook = RENAMED.get(name) or _nearest(name, hooks)
+            if hook is None or hook in vars(cls) or hasattr(base, name):
+                continue
+            if referred is None:
+                referred = set(_names_used(classes))
+            if name not in referred or (name == "update" and _takes_a_batch(function)):
+                why = f"is now {hook}()." if name in RENAMED else f"is called by nothing; did you mean {hook}()?"
+                raise UserError(
+                    f"{cls.__name__}.{name}() {why} Rename it. A method for a use of your own may have any name that "
+                    f"begins with `_`."
+                )
+
+
+def _nearest(name: str, hooks: list[str]) -> str | None:
+    return KNOWN_ELSEWHERE.get(name) or next(iter(get_close_matches(name, hooks, n=1, cutoff=NEAR)), None)
+
+
+def _takes_a_batch(function: FunctionType) -> bool:
+    """Return whether it takes (self, metrics, outputs, batch): other code's `metric.update(...)` is not a use of it."""
+    return function.__code__.co_argcount == 4
+
+
+def _public_methods(cls: type) -> Iterator[tuple[str, FunctionType]]:
+    for name, value in vars(cls).items():
+        function = getattr(value, "__func__", value)  # of static and class methods
+        if isinstance(function, FunctionType) and name[0] != "_" and function.__name__ == name:
+            yield name, function
+
+
+def _names_used(classes: list[type]) -> Iterator[str]:
+    """Yield the attributes, globals and texts that the functions of the classes and of their modules refer to."""
+    for cls in classes:
+        module = sys.modules.get(cls.__module__)
+        for value in [*vars(cls).values(), *(vars(module).values() if module else ())]:
+            for function in _functions(value, cls.__module__):
+                yield from _names_in(function.__code__)
+
+
+def _functions(value: Any, module: str) -> Iterator[FunctionType]:
+    if isinstance(value, type) and value.__module__ == module:
+        for member in vars(value).values():
+            if not isinstance(member, type):
+                yield from _functions(member, module)
+    elif isinstance(value, property):
+        yield from (f for f in (value.fget, value.fset) if isinstance(f, FunctionType))
+    else:
+        function = getattr(value, "__wrapped__", getattr(value, "__func__", value))
+        if isinstance(function, FunctionType) and function.__module__ == module:
+            yield function
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+        else:
+            texts = constant if isinstance(constant, tuple) else (constant,)
+            yield from (text for text in texts if isinstance(text, str))

@@ -1,0 +1,69 @@
+"""The first and the last lines of a run, as a person reads them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shardlaunch.errors import some
+from shardlaunch.launcher.reporting.display import Display
+from shardlaunch.launcher.reporting.tracking import numbers
+
+
+def batch_text(*, global_batch: int, micro_batch: int, ranks: int, replicas: int) -> str:
+    """Return how a global batch is spread over `replicas` models: one per rank, or one per GPU of a single process."""
+    num_micro_batches = global_batch // micro_batch
+    accumulation = -(-num_micro_batches // replicas)
+    holders = "rank" if replicas == 1 else "ranks" if ranks > 1 else "replicas"
+    uneven = ", the last round not full" if num_micro_batches % replicas else ""
+    return f"{global_batch} = micro-batch {micro_batch} x accumulation {accumulation} x {replicas} {holders}{uneven}"
+
+
+def say_start(display: Display, rows: Mapping[str, str], *, new: Sequence[str], num_tensors: int) -> None:
+    """Print the table of a run's start, and which tensors are newly initialized beside pretrained ones."""
+    display.summary(rows)
+    if 0 < len(new) < num_tensors:
+        display.say(f"newly initialized: {', '.join(new)}")
+
+
+def say_init(
+    display: Display,
+    source: str,
+    rows: Sequence[Sequence[str]],
+    *,
+    other_shapes: Mapping[str, str],
+    unused: Sequence[str],
+    renaming: str,
+) -> None:
+    """Print how the weights of --init-from matched the model: a row per part of it, and what was not taken."""
+    display.say(f"weights from {source}{f', names {renaming}' if renaming else ''}:")
+    display.columns(("part of the model", "tensors taken", "of another shape", "absent"), rows)
+    if other_shapes:
+        display.warn(f"not taken, of another shape: {some(f'{name} ({both})' for name, both in other_shapes.items())}")
+    if unused:
+        display.warn(f"not used, of no such name in the model: {some(unused)}")
+
+
+def say_end(
+    display: Display,
+    *,
+    evaluation: Mapping[str, Any],
+    signatures: Mapping[str, str],
+    best: str,
+    last: Path | None,
+    usage: str,
+) -> None:
+    """Print the last evaluation, the best and the last checkpoint, and how to use the model."""
+    if evaluation:
+        results = {name: value for name, value in evaluation.items() if name not in ("step", "epoch")}
+        display.table(f"evaluation at step {evaluation['step']}", numbers(results))
+        for name, value in results.items():
+            if isinstance(value, list):
+                display.matrix(name, value)
+        for name, signature in signatures.items():
+            display.say(f"{name:<6} {signature}")
+    if best:
+        display.say(f"best   {best}")
+    if last is not None:
+        display.say(f"last   {last}")
+    if usage:
+        display.say(f"use    {usage}")

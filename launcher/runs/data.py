@@ -1,0 +1,82 @@
+"""The data of a run, the plan of its batches, and how many steps that makes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardlaunch.errors import UserError
+from shardlaunch.launcher.optimization.schedules import require_extendable
+from shardlaunch.launcher.options import flag
+from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.runs.folds import checked_splits
+from shardlaunch.launcher.training.batches import Batches, BatchPlan, EvaluationPlan
+from shardlaunch.sharding.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """Data sets of a run and its plan of batches.
+
+    The schedule and the run's identity are those of `num_steps` steps; an extended run goes on to `last_step`.
+    """
+
+    splits: Mapping[str, Any]
+    plan: BatchPlan
+    num_steps: int
+    last_step: int
+
+    def training_batches(self, recipe: Recipe, world: World) -> Batches:
+        """Return this rank's batches of the training data."""
+        return _batches(recipe, world, self.splits["train"], self.plan, training=True)
+
+    def evaluation_batches(self, recipe: Recipe, world: World) -> Batches | None:
+        """Return this rank's batches of the evaluation data, None when there is none."""
+        if "eval" not in self.splits:
+            return None
+        split = self.splits["eval"]
+        plan = EvaluationPlan(
+            num_samples=len(split),
+            global_batch_size=recipe.options.global_batch_size,
+            micro_batch_size=recipe.options.micro_batch_size,
+            seed=recipe.options.seed,
+            lengths=recipe.lengths(split),
+        )
+        return _batches(recipe, world, split, plan, training=False)
+
+
+def load_data(recipe: Recipe, world: World, fold: int | None) -> RunData:
+    """Return the recipe's data, or a fold's, and the plan of the run. All ranks; rank 0 loads first.
+
+    Raises UserError for data that a run cannot be made of, and for options that do not fit the number of steps.
+    """
+    options = recipe.options
+    splits = world.main_first(lambda: checked_splits(recipe, fold))
+    plan = BatchPlan(
+        num_samples=len(splits["train"]),
+        global_batch_size=options.global_batch_size,
+        micro_batch_size=options.micro_batch_size,
+        seed=options.seed,
+        lengths=recipe.lengths(splits["train"]),
+    )
+    num_steps = options.max_steps or options.epochs * plan.steps_per_epoch
+    for name in ("unfreeze_at_step", "warmup_steps"):
+        if getattr(options, name) >= num_steps:
+            raise UserError(f"{flag(name)} {getattr(options, name)}: must be less than the run's {num_steps} steps")
+    if options.extend_to_steps:
+        has_own_schedule = type(recipe).schedule is not Recipe.schedule
+        require_extendable(options, num_steps, options.extend_to_steps, has_own_schedule=has_own_schedule)
+    return RunData(splits=splits, plan=plan, num_steps=num_steps, last_step=options.extend_to_steps or num_steps)
+
+
+def _batches(recipe: Recipe, world: World, dataset: Any, plan: BatchPlan, *, training: bool) -> Batches:
+    return Batches(
+        dataset,
+        plan,
+        collate=recipe.collate,
+        num_targets=recipe.num_targets,
+        num_tokens=recipe.num_tokens,
+        rank=world.rank,
+        num_ranks=world.size,
+        training=training,
+        num_workers=recipe.options.num_workers,
+    )

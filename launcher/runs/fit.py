@@ -1,0 +1,129 @@
+"""Run a recipe in this process: options and ranks, then data, model, training. What `launch` and notebooks call."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any, NamedTuple
+
+import torch
+
+from shardlaunch.launcher.launched import mark_launched
+from shardlaunch.launcher.options import Options
+from shardlaunch.launcher.parsing import options_from_keywords
+from shardlaunch.launcher.recipe import Recipe, check_in_effect, options_type_of
+from shardlaunch.launcher.reporting.display import Display
+from shardlaunch.launcher.runs.cross_validation import cross_validate
+from shardlaunch.launcher.runs.result import Result
+from shardlaunch.launcher.runs.run import Run
+from shardlaunch.launcher.runs.session import preserved_process, silent_libraries
+from shardlaunch.sharding.environment import LaunchEnvironment, read_environment
+from shardlaunch.sharding.precision import PRECISIONS, resolve_precision
+from shardlaunch.sharding.resolve import STRATEGIES, check_ranks, check_settings, resolve_strategy
+from shardlaunch.sharding.strategy import Settings
+from shardlaunch.sharding.world import World, abandon, connect, disconnect, threads_per_rank
+
+
+def fit(recipe: Recipe | type[Recipe], *, show: bool = False, **options: Any) -> Result:
+    """Train a recipe and return the outcome. All ranks, where this process is one of several.
+
+    `recipe` is a recipe class or an instance of one; `options` are those of its command line, by their Python names,
+    and win over the instance's, a preset's and a YAML file's. Runs on this process, or joins the ranks that torchrun or
+    `accelerate launch` has started. Nothing is printed unless `show`; warnings come as Python warnings. The process is
+    left as it was found: environment, threads, random generators. Call it as often as you like; a run whose folder is
+    there is resumed, or complete.
+
+    Raises UserError for what a user can fix, and never exits.
+    """
+    recipe_type, instance = (recipe, None) if isinstance(recipe, type) else (type(recipe), recipe)
+    mark_launched(recipe_type)
+    base = instance.options if instance is not None else None
+    with preserved_process(), silent_libraries():
+        given = options_from_keywords(options_type_of(recipe_type), recipe_type.presets, options, base=base)
+        env = read_environment()
+        choice = choose(given, env)
+        with joined_ranks(env, given, choice) as world:
+            try:
+                return run_recipe_on(recipe, given, env, world, choice, show=show)
+            except BaseException:
+                abandon(world)
+                raise
+
+
+class Choice(NamedTuple):
+    """Strategy and precision of a run, by their names."""
+
+    strategy: str
+    precision: str
+
+
+def choose(options: Options, env: LaunchEnvironment) -> Choice:
+    """Return strategy and precision as options and launch environment ask for them. Raises UserError."""
+    return Choice(
+        strategy=resolve_strategy(options.strategy, env),
+        precision=resolve_precision(options.precision, env.accelerate_precision),
+    )
+
+
+@contextmanager
+def joined_ranks(env: LaunchEnvironment, options: Options, choice: Choice) -> Iterator[World]:
+    """Join the ranks of this launch, with the threads that each may use; leave them at the end. All ranks."""
+    num_threads = threads_per_rank(options.threads_per_rank, env)
+    torch.set_num_threads(num_threads)
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # or accelerate sets a number of its own, with a warning
+    world = connect(env, needs_group=STRATEGIES[choice.strategy].is_sharded)
+    yield world
+    disconnect(world)
+
+
+def run_recipe_on(
+    recipe: Recipe | type[Recipe],
+    options: Options,
+    env: LaunchEnvironment,
+    world: World,
+    choice: Choice,
+    *,
+    show: bool,
+) -> Result:
+    """Run a recipe on connected ranks, or its folds, and return the outcome. All ranks. Raises UserError."""
+    recipe_type = recipe if isinstance(recipe, type) else type(recipe)
+    check_ranks(env, world, _accelerate_ranks(world))
+    settings = Settings(
+        compute_dtype=PRECISIONS[choice.precision],
+        layer_classes=options.layer_classes or env.layer_classes or recipe_type.layer_classes,
+        reshard_after_forward=options.reshard_after_forward and env.reshard_after_forward,
+        cpu_offload=options.cpu_offload or env.cpu_offload,
+        shard_ranks=options.shard_ranks or env.shard_ranks,
+    )
+    check_settings(choice.strategy, settings)
+
+    def new_recipe() -> Recipe:
+        """Return a recipe that knows nothing of other folds: recipes keep what they learn of their data."""
+        if isinstance(recipe, type):
+            return recipe(options)
+        fresh = copy(recipe)
+        fresh.options = options
+        return fresh
+
+    check_in_effect(new_recipe())
+
+    def run_of(fold: int | None = None) -> Run:
+        display = Display(silent=not (world.is_main and show), on_warning=None if show else _warn)
+        return Run(new_recipe(), options, world, *choice, settings, fold, display)
+
+    return cross_validate(run_of, options.folds) if options.folds else run_of().run()
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+def _accelerate_ranks(world: World) -> int:
+    """Return how many ranks accelerate counts; it takes over the process group that is there."""
+    from accelerate import PartialState
+
+    # DeepSpeed is for the strategy to start; started by accelerate it would look for another process group.
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+    return int(PartialState(cpu=world.device.type == "cpu").num_processes)

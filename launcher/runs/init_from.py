@@ -1,0 +1,113 @@
+"""`--init-from`: which of some stored weights fit the model of a new run, by name and shape."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from shardlaunch.checkpoints.weight_files import WeightFiles
+from shardlaunch.errors import UserError, some
+from shardlaunch.launcher.reporting.parameters import part_of
+
+# What wrappers and other trainers put before the names of a model's tensors.
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """Which tensors of a model have stored values, and which stored tensors are left over."""
+
+    stored_names: dict[str, str]
+    """By the model's name; of tied tensors each name that is stored."""
+    other_shapes: dict[str, str]
+    """Tensors of the model whose stored namesake has another shape, with both shapes."""
+    absent: list[str]
+    unused: list[str]
+    renaming: str = ""
+    """How stored names differ from the model's; empty: not at all."""
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Return a table: part of the model, tensors taken, tensors of another shape, tensors absent."""
+        counts: dict[str, list[int]] = {}
+        for column, names in enumerate((self.stored_names, self.other_shapes, self.absent)):
+            for name in names:
+                counts.setdefault(part_of(name) or name, [0, 0, 0])[column] += 1
+        return [(part, *(str(count) if count else "" for count in three)) for part, three in counts.items()]  # type: ignore[misc]
+
+
+@dataclass(kw_only=True)
+class InitFrom:
+    """Stored weights that a new run starts from, and how they matched its model."""
+
+    weights: WeightFiles
+    match: Match | None = field(default=None)
+
+    def find(self, model: nn.Module) -> set[str]:
+        """Return the names of the parameters and persistent buffers that will be set. Raises UserError when none is."""
+        self.match = match_weights(self.weights.shapes, model)
+        targets = model.state_dict(keep_vars=True)
+        if not self.match.stored_names:
+            raise UserError(
+                f"--init-from {self.weights.source}: no tensor fits the model by name and shape. It has "
+                f"{some(self.weights.shapes)}; the model has {some(targets)}"
+            )
+        # A tied tensor has several names; set under one, it is set under all.
+        held = {id(targets[name]) for name in self.match.stored_names}
+        return {name for name, tensor in targets.items() if id(tensor) in held}
+
+    @torch.no_grad()
+    def load(self, model: nn.Module) -> None:
+        """Copy what `find` has found into the model."""
+        assert self.match is not None
+        targets = model.state_dict(keep_vars=True)
+        for name, stored in self.match.stored_names.items():
+            targets[name].copy_(self.weights.read(stored))
+
+
+def match_weights(shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> Match:
+    """Match stored tensors with a model's by name and shape, under the one renaming that fits most of them."""
+    targets = model.state_dict(keep_vars=True)
+    best: Match | None = None
+    for renaming, rename in _renamings(model):
+        match = _match(shapes, targets, renaming, rename)
+        if best is None or len(match.stored_names) > len(best.stored_names):
+            best = match
+    assert best is not None
+    return best
+
+
+def _match(
+    shapes: Mapping[str, tuple[int, ...]],
+    targets: Mapping[str, torch.Tensor],
+    renaming: str,
+    rename: Callable[[str], str],
+) -> Match:
+    renamed = {rename(stored): stored for stored in shapes}
+    fitting = {
+        name: renamed[name] for name in targets if name in renamed and shapes[renamed[name]] == targets[name].shape
+    }
+    held = {id(targets[name]) for name in fitting}
+    others = [name for name in targets if name not in fitting and id(targets[name]) not in held]
+    return Match(
+        stored_names=fitting,
+        other_shapes={
+            name: f"stored {list(shapes[renamed[name]])}, here {list(targets[name].shape)}"
+            for name in others
+            if name in renamed
+        },
+        absent=[name for name in others if name not in renamed],
+        unused=[stored for name, stored in renamed.items() if name not in targets],
+        renaming=renaming,
+    )
+
+
+def _renamings(model: nn.Module) -> Iterator[tuple[str, Callable[[str], str]]]:
+    """Yield ways in which stored names become the model's, the names as they are first."""
+    yield "", lambda name: name
+    for wrapper in _WRAPPERS:
+        yield f"without {wrapper!r}", lambda name, wrapper=wrapper: name.removeprefix(wrapper)  # type: ignore[misc]
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix:
+        yield f"with {prefix + '.'!r} before them", lambda name: f"{prefix}.{name}"
+        yield f"without {prefix + '.'!r}", lambda name: name.removeprefix(f"{prefix}.")

@@ -1,0 +1,82 @@
+"""The outcome of a run, as its folder tells it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shardlaunch.checkpoints.layout import CHECKPOINTS, TRAINER_STATE, step_dir_name
+from shardlaunch.checkpoints.reader import checkpoint_steps
+from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, read_metrics
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Outcome of a run: its folder, where it stands, its evaluations and its checkpoints."""
+
+    run_dir: Path
+    step: int
+    is_finished: bool
+    evaluations: tuple[dict[str, Any], ...] = ()
+    """Each evaluation's `step`, `epoch`, `loss` and metrics, in order."""
+    last_checkpoint: Path | None = None
+    best_checkpoint: Path | None = None
+    """Checkpoint of the best evaluation, where it is kept."""
+    best_metric: str = ""
+    best_value: float | None = None
+    folds: tuple["Result", ...] = ()
+    """Of a cross-validation, each fold's result."""
+
+    @classmethod
+    def of_folder(cls, run_dir: Path) -> "Result":
+        """Return the result of the run in a folder, as far as it has got."""
+        folds = sorted(run_dir.glob("fold-*"), key=lambda folder: int(folder.name.removeprefix("fold-")))
+        if folds and not (run_dir / CHECKPOINTS).is_dir():
+            results = tuple(cls.of_folder(folder) for folder in folds)
+            return cls(
+                run_dir=run_dir,
+                step=sum(result.step for result in results),
+                is_finished=all(result.is_finished for result in results),
+                folds=results,
+            )
+        lines = read_metrics(run_dir)
+        evaluations = tuple(
+            {name.removeprefix(EVAL_PREFIX): value for name, value in line.items()}
+            for line in lines
+            if f"{EVAL_PREFIX}loss" in line
+        )
+        last, state = None, {}
+        for step in reversed(checkpoint_steps(run_dir / CHECKPOINTS)):
+            last = run_dir / CHECKPOINTS / step_dir_name(step)
+            state = json.loads((last / TRAINER_STATE).read_bytes())
+            break
+        best = run_dir / CHECKPOINTS / step_dir_name(state.get("best_step", 0))
+        has_best = state.get("best_value") is not None
+        return cls(
+            run_dir=run_dir,
+            step=state.get("step", 0),
+            is_finished=state.get("is_finished", False),
+            evaluations=evaluations,
+            last_checkpoint=last,
+            best_checkpoint=best if has_best and best.is_dir() else None,
+            best_metric=state.get("best_metric", "") if has_best else "",
+            best_value=state.get("best_value"),
+        )
+
+    def history(self) -> "pd.DataFrame":
+        """Return metrics.jsonl as a table: one row per step that was logged or evaluated, `eval/` before its metrics.
+
+        Of a cross-validation, all folds' rows, with a column `fold` (from 1).
+        """
+        import pandas as pd
+
+        if self.folds:
+            tables = [result.history().assign(fold=number) for number, result in enumerate(self.folds, start=1)]
+            return pd.concat(tables, ignore_index=True)
+        rows: dict[int, dict[str, Any]] = {}
+        for line in read_metrics(self.run_dir):
+            rows.setdefault(line["step"], {}).update(line)
+        return pd.DataFrame([rows[step] for step in sorted(rows)])

@@ -1,0 +1,71 @@
+"""A recipe file that launches nothing: said, with exit status 2; silence where it did, could, or failed otherwise."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.launch.command import ACCELERATE, PYTHON, SHARDLAUNCH, TORCHRUN, Ended, end_of, environment
+
+FILE = """
+import sys
+from shardlaunch import Recipe, launch
+from shardlaunch.launcher.launched import mark_launched
+from shardlaunch.recipes.mnist_mlp import MnistMlp
+
+class Mine(Recipe):
+    pass
+
+"""
+SAID = "error: own.py declares the recipe Mine and does not launch it: nothing was trained."
+
+
+def run_file(tmp_path: Path, last_lines: str, *command: str) -> Ended:
+    """Run a file with a recipe and some last lines."""
+    path = tmp_path / "own.py"
+    path.write_text(FILE + last_lines)
+    return end_of([*command, str(path)], environment(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [PYTHON, (*TORCHRUN, "--nproc-per-node", "2"), ACCELERATE, (*SHARDLAUNCH, "run", "--ranks", "2")],
+    ids=["python", "torchrun", "accelerate", "shardlaunch"],
+)
+def test_forgotten(command: tuple[str, ...], tmp_path: Path) -> None:
+    ended = run_file(tmp_path, "print('the end')", *command)
+    assert ended.status > 0, ended.both
+    assert ended.err.count(SAID) == 1, ended.both
+    assert "End the file with `launch(Mine)`" in ended.err
+    assert "the end" in ended.out
+    if command[0] != TORCHRUN[0] or command == PYTHON:
+        assert (ended.status, ended.err.count("\n")) == (2, 1), ended.both
+
+
+@pytest.mark.parametrize("last_lines", ["launch(MnistMlp)", "import threading\nthreading.Thread().start()"])
+def test_what_launches_nothing(last_lines: str, tmp_path: Path) -> None:
+    """`launch` leaves recipes alone that are imported; other things are started too."""
+    ended = run_file(tmp_path, last_lines, *PYTHON)
+    assert (ended.status, ended.err.count(SAID)) == (2, 1), ended.both
+
+
+@pytest.mark.parametrize(
+    ("last_lines", "status"),
+    [
+        ("if len(sys.argv) > 1:\n    launch(Mine)", 0),
+        ("import shardlaunch\nif len(sys.argv) > 1:\n    shardlaunch.launch(Mine)", 0),
+        ("mark_launched(Mine)", 0),
+        ("launch(Mine) if len(sys.argv) > 1 else sys.exit(3)", 3),
+        ("raise RuntimeError('something else')", 1),
+    ],
+)
+def test_not_forgotten(last_lines: str, status: int, tmp_path: Path) -> None:
+    ended = run_file(tmp_path, last_lines, *PYTHON)
+    assert ended.status == status, ended.both
+    assert "does not launch it" not in ended.err
+
+
+def test_a_module_that_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(FILE)
+    words = [*PYTHON, "-c", "import sys; sys.path.insert(0, sys.argv[1]); import own", str(tmp_path)]
+    ended = end_of(words, environment(tmp_path))
+    assert (ended.status, ended.err) == (0, ""), ended.both

@@ -1,0 +1,63 @@
+"""What the pages of docs/ quote is what the program says."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("recipes", "launcher", "sharding", "checkpoints")
+VARIES = "…"  # stands for what a message fills in
+
+
+def _texts_of_source() -> str:
+    """Return all string literals, one per line, with … for the values in f-strings."""
+    texts = []
+    for folder in SOURCES:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+                if all(isinstance(part, ast.Constant | ast.FormattedValue) for part in parts):
+                    texts.append("".join(str(p.value) if isinstance(p, ast.Constant) else VARIES for p in parts))
+    return "\n".join(texts)
+
+
+def test_messages_of_troubleshooting_are_those_of_the_source() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"```text\n(.*)\n```", page)
+    assert len(messages) > 20
+    source = _texts_of_source()
+    # A page may leave out a variable beginning or end.
+    missing = [message for message in messages if message.removeprefix("error: ").strip(f"{VARIES} ") not in source]
+    assert not missing, "\n".join(missing)
+
+
+def test_python_on_the_pages_is_python() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    blocks = [
+        (page, block) for page in pages for block in re.findall(r"```python.*?\n(.*?)```", page.read_text(), re.S)
+    ]
+    assert len(blocks) > 5
+    for page, block in blocks:
+        compile(block, str(page), "exec")
+
+
+def _check_tables(root: Path) -> subprocess.CompletedProcess[str]:
+    words = (sys.executable, str(root / "benchmarks" / "tables.py"), "--check")
+    return subprocess.run(words, capture_output=True, text=True)
+
+
+def test_tables_of_the_pages_are_made_from_the_results(tmp_path: Path) -> None:
+    ended = _check_tables(ROOT)
+    assert ended.returncode == 0, ended.stderr
+    for name in ("benchmarks", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    result = tmp_path / "benchmarks" / "results" / "mnist_mlp.json"
+    text = result.read_text()
+    assert '"training_s": 397.6' in text
+    result.write_text(text.replace('"training_s": 397.6', '"training_s": 297.6'))
+    ended = _check_tables(tmp_path)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "docs/results.md" in ended.stderr
