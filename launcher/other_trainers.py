@@ -54,7 +54,7 @@ _ADVICE = {
     "save_steps": _SAVE,
     "checkpointing_steps": _SAVE,
     "save_total_limit": "did you mean --keep?",
-    "load_best_model_at_end": "did you mean --save-on-best? It keeps the best checkpoint beside the newest",
+    "load_best_model_at_end": "no such option here; --save-on-best, the default, keeps the best checkpoint",
     "logging_steps": _LOG,
     "log_every_n_steps": _LOG,
     "logging_dir": "did you mean --output-dir? TensorBoard files are written below it",

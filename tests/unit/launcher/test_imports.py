@@ -22,8 +22,7 @@ def imported(code: str) -> set[str]:
 
 
 def test_the_public_names_need_no_heavy_library() -> None:
-    names = ("Options", "Recipe", "TensorData", "UserError", "launch", "option")
-    packages = imported(f"from shardlaunch import {', '.join(names)}")
+    packages = imported("from shardlaunch import *")
     assert not packages & HEAVY
     assert "torch" in packages
 
