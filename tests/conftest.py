@@ -61,6 +61,12 @@ def _is_server(process: psutil.Process) -> bool:
 
 
 @pytest.fixture(scope="session")
+def hf_home() -> Path:
+    """Return the cache of this session, for commands whose environment is not this one."""
+    return Path(os.environ["HF_HOME"])
+
+
+@pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Return the folder of full data sets, or skip."""
     if not os.environ.get(DATA_VARIABLE):

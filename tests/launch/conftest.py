@@ -1,18 +1,11 @@
 """Fixtures of the tests that run command lines."""
 
-import os
 from pathlib import Path
 
 import pytest
 
 from tests.launch.checks import DEMO
 from tests.launch.command import MNIST, PYTHON, environment, forked_end_of
-
-
-@pytest.fixture(scope="session")
-def hf_home() -> Path:
-    """Return the cache of this session."""
-    return Path(os.environ["HF_HOME"])
 
 
 @pytest.fixture(scope="session")
