@@ -155,7 +155,7 @@ def test_a_file_that_does_not_reach_the_disk_makes_no_checkpoint(
 
         def fsync_or_fail(descriptor: int, failing: int = failing) -> None:
             calls.append(None)
-            if len(calls) > failing:
+            if len(calls) == failing + 1:
                 raise OSError(errno.EIO, "Input/output error")
             fsync(descriptor)
 
