@@ -86,5 +86,5 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a readable safetensors file"):
         _recipe(path).weights()
     path.unlink()
-    with pytest.raises(UserError, match=r"no model\*.safetensors in this folder"):
+    with pytest.raises(UserError, match=r"no model\*.safetensors file in this folder"):
         _recipe(tmp_path).weights()
