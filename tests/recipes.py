@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,17 @@ def save_small_t5(folder: Path) -> None:
     model.generation_config.update(length_penalty=2.5, num_beams=2)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def recipe_class(name: str) -> type[Recipe]:
+    """Return the recipe of a file of recipes/."""
+    module = import_module(f"shardlaunch.recipes.{name}")
+    (recipe_type,) = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == module.__name__
+    ]
+    return recipe_type
 
 
 def run_quietly(recipe_type: type[Recipe], argv: list[str]) -> tuple[int, str]:

@@ -10,9 +10,9 @@ from typing import Any
 
 TIMEOUT_S = 300
 
-# Ranks are forked from a server that has loaded the libraries and run nothing: a rank starts in a tenth of a second.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.distributed.preloaded"])
+# Processes are forked from a server that has loaded the libraries and run nothing: one starts in a tenth of a second.
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["tests.distributed.preloaded"])
 
 
 def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -20,12 +20,10 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> li
 
     `function` stands at the top of a module. Raises AssertionError with the traceback of a rank that failed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(num_ranks)]
+    port = free_port()
+    pipes = [FORKING.Pipe(duplex=False) for _ in range(num_ranks)]
     processes = [
-        _CONTEXT.Process(target=_rank, args=(rank, num_ranks, port, sender, function, args))
+        FORKING.Process(target=_rank, args=(rank, num_ranks, port, sender, function, args))
         for rank, (_, sender) in enumerate(pipes)
     ]
     for process in processes:
@@ -43,6 +41,26 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> li
     return [result for result, _ in answers]
 
 
+def free_port() -> int:
+    """Return a port that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """Return what a launcher tells a rank."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
 def _answer(receiver: Connection) -> tuple[Any, str]:
     if not receiver.poll(TIMEOUT_S):
         return None, f"no answer within {TIMEOUT_S} s"
@@ -56,14 +74,7 @@ def _answer(receiver: Connection) -> tuple[Any, str]:
 def _rank(
     rank: int, num_ranks: int, port: int, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= rank_environment(rank, num_ranks, port)
     try:
         sender.send((function(*args), ""))
     except BaseException:

@@ -49,6 +49,15 @@ TOPOLOGIES = [
 FOR_PARITY_ONLY = [Topology("zero1", 4), Topology("zero3", 4)]
 
 
+def trained_on(target: Topology) -> list[Topology]:
+    """Return the sources that train on under a target: itself and two of other strategies, which vary by target.
+
+    With these distances in the list every topology is the source of three targets, and each is of another strategy.
+    """
+    position = TOPOLOGIES.index(target)
+    return [TOPOLOGIES[(position + distance) % len(TOPOLOGIES)] for distance in (0, 5, 8)]
+
+
 class RunThatSavesFirst(Run):
     """A run that saves the state which it has just read, before it goes on."""
 
@@ -58,13 +67,11 @@ class RunThatSavesFirst(Run):
             self.save(self.position)
 
 
-def _run_all(topology: Topology, sources: dict[str, Path | None], folder: Path) -> None:
-    """Run to the end once for each source (None: from the beginning; else a checkpoint to resume). All ranks."""
+def _run_all(topology: Topology, sources: dict[str, tuple[str, ...]], folder: Path) -> None:
+    """Run once for each source, with its further words. All ranks."""
     world = connect(read_environment())
-    for name, source in sources.items():
-        argv = [*ARGV, "--output-dir", str(folder / name)]
-        if source is not None:
-            argv += ["--resume", str(source)]
+    for name, words in sources.items():
+        argv = [*ARGV, "--output-dir", str(folder / name), *words]
         options = parse_options(MaskedOptions, {}, argv, program="test", description="")
         torch.set_num_threads(1)
         run = RunThatSavesFirst(MaskedBert(options), options, world, topology.strategy, "fp32", topology.settings)
@@ -80,7 +87,7 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     @cache
     def whole_run(topology: Topology) -> Path:
-        run_on_ranks(topology.num_ranks, _run_all, topology, {str(topology): None}, folder)
+        run_on_ranks(topology.num_ranks, _run_all, topology, {str(topology): ()}, folder)
         return folder / str(topology)
 
     return whole_run
@@ -104,6 +111,19 @@ def _have_same_bits(one: Path, other: Path, step: int) -> bool:
     return tensors.keys() == others.keys() and all(torch.equal(tensors[key], others[key]) for key in tensors)
 
 
+def _trainer_state(run: Path, step: int) -> dict[str, Any]:
+    return open_checkpoint(run / "checkpoints" / f"step-{step:08d}", peers=Peers()).trainer_state
+
+
+def test_sources_are_of_other_strategies() -> None:
+    for target in TOPOLOGIES:
+        itself, *others = trained_on(target)
+        assert itself == target
+        assert len({target.strategy, *(source.strategy for source in others)}) == 3
+    sources = [source for target in TOPOLOGIES for source in trained_on(target)]
+    assert {sources.count(topology) for topology in TOPOLOGIES} == {3}
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES[1:] + FOR_PARITY_ONLY, ids=str)
 def test_every_strategy_runs_the_same_run(topology: Topology, whole_runs: Any) -> None:
     assert _largest_difference(whole_runs(SINGLE), whole_runs(topology)) <= LOSS_BOUND
@@ -111,15 +131,21 @@ def test_every_strategy_runs_the_same_run(topology: Topology, whole_runs: Any) -
 
 @pytest.mark.parametrize("target", TOPOLOGIES, ids=str)
 def test_any_checkpoint_resumes_here(target: Topology, whole_runs: Any, tmp_path: Path, record_property: Any) -> None:
-    """All sources resume under one target, in one process group."""
-    sources = {str(source): whole_runs(source) / "checkpoints" / f"step-{SAVED:08d}" for source in TOPOLOGIES}
-    run_on_ranks(target.num_ranks, _run_all, target, sources, tmp_path)
+    """All sources are read and saved again bit for bit, some train on, under one target, in one process group."""
+    words = {}
+    for source in TOPOLOGIES:
+        resume = ("--resume", str(whole_runs(source) / "checkpoints" / f"step-{SAVED:08d}"))
+        words[str(source)] = resume if source in trained_on(target) else (*resume, "--stop-at-step", str(SAVED))
+    run_on_ranks(target.num_ranks, _run_all, target, words, tmp_path)
     differences = {}
     for source in TOPOLOGIES:
         resumed = tmp_path / str(source)
         assert _have_same_bits(whole_runs(source), resumed, SAVED), f"{source}: other bits than what was read"
-        differences[str(source)] = _largest_difference(whole_runs(SINGLE), resumed, after=SAVED)
-    record_property(TABLE, (str(target), {name: f"{value:.0e}" for name, value in differences.items()}))
+        assert _trainer_state(whole_runs(source), SAVED) == _trainer_state(resumed, SAVED), source
+        if source in trained_on(target):
+            differences[str(source)] = _largest_difference(whole_runs(SINGLE), resumed, after=SAVED)
+    shown = {str(source): "=" for source in TOPOLOGIES} | {name: f"{each:.0e}" for name, each in differences.items()}
+    record_property(TABLE, (str(target), shown))
     assert max(differences.values()) <= LOSS_BOUND
     assert training_lines(tmp_path / str(target)) == training_lines(whole_runs(target))[SAVED:]
     assert _have_same_bits(whole_runs(target), tmp_path / str(target), NUM_STEPS)

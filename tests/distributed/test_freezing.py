@@ -31,7 +31,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output_dir = tmp_path_factory.mktemp("freezing") / "single"
     output = _run(1, output_dir, "--save-every", "1", "--keep", "0")
     assert "frozen" in output
-    assert f"step {UNFREEZE}: --freeze has ended" in output
+    assert f"step {UNFREEZE}: unfroze all parameters" in output
     return output_dir
 
 

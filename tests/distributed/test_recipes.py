@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors import safe_open
 from shardlaunch import Recipe, TensorData
 from shardlaunch.checkpoints.layout import step_dir_name
 from tests.distributed.ranks import run_on_ranks
-from tests.recipes import final_tensors, losses, run_well, save_small_bert, save_small_t5
+from tests.recipes import final_tensors, losses, recipe_class, run_well, save_small_bert, save_small_t5
 
 STEPS, STOP = 4, 2
 NUM_TRAIN, NUM_EVAL = 40, 10  # samples that are left of the recipe's data
@@ -109,13 +108,7 @@ def few(recipe_type: type[Recipe]) -> type[Recipe]:
 def _run(recipe: str, argv: list[str]) -> str:
     """Run a recipe on a few samples, without a hub. On each rank."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    module = import_module(f"shardlaunch.recipes.{recipe}")
-    (recipe_type,) = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == module.__name__
-    ]
-    return run_well(few(recipe_type), argv)
+    return run_well(few(recipe_class(recipe)), argv)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -61,7 +61,7 @@ def test_early_stopping_ends_the_run_for_good(tmp_path: Path) -> None:
 
 
 def test_evaluation_counts_every_sample_once_on_any_number_of_ranks(tmp_path: Path) -> None:
-    for num_eval in (1, 3, 61):
+    for num_eval in (1, 3, 41):  # 41: the last batch has 3 micro-batches, so that some rank has none of its own
         found = []
         for num_ranks in (1, 2, 4):
             folder = tmp_path / f"{num_eval}-{num_ranks}"

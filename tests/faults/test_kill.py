@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,10 +12,9 @@ import psutil
 import pytest
 import torch
 
+from tests.launch.command import MNIST, PYTHON, SHARDLAUNCH, end_of, environment, forked_end_of
 from tests.recipes import final_tensors, training_lines
 
-ROOT = Path(__file__).parents[2]
-SHARDLAUNCH = Path(sys.executable).with_name("shardlaunch")
 TIMEOUT_S = 120
 
 
@@ -24,24 +22,27 @@ TIMEOUT_S = 120
 Topology = tuple[str, int]
 
 
-def _command(topology: Topology, output_dir: Path) -> list[str]:
-    strategy, num_ranks = topology
+def _words(output_dir: Path) -> list[str]:
     return [
-        *(str(SHARDLAUNCH), "run", str(ROOT / "recipes/mnist_mlp.py")),
-        *("--ranks", str(num_ranks), "--strategy", strategy, "--"),
         *("--preset", "demo", "--max-steps", "80", "--save-every", "11", "--momentum", "0.9", "--tracker", "none"),
         *("--threads-per-rank", "1", "--keep", "3", "--output-dir", str(output_dir)),
     ]
 
 
-def _run(topology: Topology, output_dir: Path) -> None:
-    done = subprocess.run(_command(topology, output_dir), capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert done.returncode == 0, done.stdout + done.stderr
+def _command(topology: Topology, output_dir: Path) -> list[str]:
+    strategy, num_ranks = topology
+    return [*SHARDLAUNCH, "run", MNIST, "--ranks", str(num_ranks), "--strategy", strategy, "--", *_words(output_dir)]
 
 
-def _kill_at(step: int, topology: Topology, output_dir: Path) -> None:
-    """Start the run, kill one of its ranks when the log reaches `step`, and wait for the launcher to end."""
-    launcher = subprocess.Popen(_command(topology, output_dir), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def _run(topology: Topology, output_dir: Path, hf_home: Path) -> None:
+    ended = end_of(_command(topology, output_dir), environment(hf_home))
+    assert ended.status == 0, ended.both
+
+
+def _kill_at(step: int, topology: Topology, output_dir: Path, hf_home: Path) -> None:
+    """Start the run, kill one of its ranks when its log has reached `step`, and wait for the launcher to end."""
+    words, env = _command(topology, output_dir), environment(hf_home)
+    launcher = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     log = output_dir / "metrics.jsonl"
     begun = time.monotonic()
     while not log.exists() or log.read_bytes().count(b"\n") < step:
@@ -56,18 +57,25 @@ def _kill_at(step: int, topology: Topology, output_dir: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=[("single", 1), ("ddp", 4), ("fsdp2", 2), ("zero3", 2)], ids=str)
-def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Topology, Path]:
+def uninterrupted(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, hf_home: Path
+) -> tuple[Topology, Path]:
+    strategy, num_ranks = request.param
     output_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    _run(request.param, output_dir)
+    words = [*PYTHON, MNIST, "--strategy", strategy, *_words(output_dir)]
+    ended = forked_end_of(words, environment(hf_home), num_ranks=num_ranks)
+    assert ended.status == 0, ended.both
     return request.param, output_dir
 
 
-def test_killed_and_resumed_is_bit_identical(uninterrupted: tuple[Topology, Path], tmp_path: Path) -> None:
+def test_killed_and_resumed_is_bit_identical(
+    uninterrupted: tuple[Topology, Path], hf_home: Path, tmp_path: Path
+) -> None:
     topology, expected = uninterrupted
     output_dir = tmp_path / "run"
     for step in (17, 41):
-        _kill_at(step, topology, output_dir)
-    _run(topology, output_dir)
+        _kill_at(step, topology, output_dir, hf_home)
+    _run(topology, output_dir, hf_home)
     assert training_lines(output_dir) == training_lines(expected)
     tensors, others = final_tensors(expected), final_tensors(output_dir)
     assert tensors.keys() == others.keys()
@@ -75,9 +83,9 @@ def test_killed_and_resumed_is_bit_identical(uninterrupted: tuple[Topology, Path
     assert not list((output_dir / "checkpoints").glob(".*")), "what the crash left must be swept away"
 
 
-def test_a_dead_run_leaves_no_lock(tmp_path: Path) -> None:
+def test_a_dead_run_leaves_no_lock(hf_home: Path, tmp_path: Path) -> None:
     output_dir = tmp_path / "run"
-    _kill_at(10, ("single", 1), output_dir)
-    _run(("single", 1), output_dir)
+    _kill_at(10, ("single", 1), output_dir, hf_home)
+    _run(("single", 1), output_dir, hf_home)
     assert json.loads((output_dir / "run.json").read_text())["ranks"] == 1
     assert os.listdir(output_dir / "checkpoints")[0].startswith("step-")

@@ -1,11 +1,15 @@
-"""Run real command lines in separate processes, as a user would."""
+"""Run command lines: in processes of their own, as a person would, or forked, where most of it would be importing."""
 
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.distributed.ranks import FORKING, free_port, rank_environment
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 MNIST, BERT = str(RECIPES / "mnist_mlp.py"), str(RECIPES / "bert_imdb.py")
@@ -60,3 +64,40 @@ def end_of(words: Sequence[str], env: Mapping[str, str], *, stuck_s: float = STU
     """Run a command line until it ends."""
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=stuck_s, stdin=subprocess.DEVNULL)
     return Ended(status=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def forked_end_of(words: Sequence[str], env: Mapping[str, str], *, num_ranks: int = 1) -> Ended:
+    """Run the command line of a Python script, in processes forked from one that has loaded the libraries.
+
+    All is as in `end_of` but for the start of the interpreter, the imports, and what libraries read as they are
+    imported: of the environment, where the session's caches are. Several ranks are what a launcher starts, without a
+    launcher; the status is the highest.
+    """
+    script = list(words[1:] if words[0] == sys.executable else words)
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        processes = []
+        for rank in range(num_ranks):
+            its_env = {**env, **(rank_environment(rank, num_ranks, port) if num_ranks > 1 else {})}
+            processes.append(FORKING.Process(target=_run_script, args=(script, its_env, out, err)))
+            processes[-1].start()
+        for process in processes:
+            process.join(STUCK_S)
+            process.kill()  # does nothing to one that has ended
+            process.join()
+        statuses = [process.exitcode for process in processes]
+        assert None not in statuses
+        return Ended(status=max(filter(None, statuses), key=abs, default=0), out=out.read_text(), err=err.read_text())
+
+
+def _run_script(script: list[str], env: Mapping[str, str], out: Path, err: Path) -> None:
+    """Run a script as `python script` would."""
+    for path, descriptor in ((out, 1), (err, 2)):
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), descriptor)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = script
+    sys.path.insert(0, str(Path(script[0]).parent))
+    runpy.run_path(script[0], run_name="__main__")

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import socket
 import subprocess
 import sys
 import zipfile
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.ranks import free_port
 from tests.launch.command import ACCELERATE, BERT, MNIST, PYTHON, SHARDLAUNCH, TORCHRUN, end_of, environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,11 +45,6 @@ LAUNCHERS = {
 }
 
 
-@pytest.fixture(scope="session")
-def hf_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("hf-home")
-
-
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_every_launcher_starts_the_run_that_was_asked_for(name: str, hf_home: Path, tmp_path: Path) -> None:
     words, num_ranks, strategy = LAUNCHERS[name]
@@ -78,10 +73,8 @@ def test_every_configuration_is_tested_and_has_a_twin_for_several_machines() -> 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
 def test_two_machines(strategy: str, hf_home: Path, tmp_path: Path) -> None:
-    """Two launchers on one machine, one rank each, stand in for two machines."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Two launchers on one machine, with a rank each, stand in for two machines."""
+    port = free_port()
     env = environment(hf_home, {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"})
     launchers = [
         subprocess.Popen(

@@ -41,11 +41,16 @@ def test_forgotten(command: tuple[str, ...], tmp_path: Path) -> None:
         assert (ended.status, ended.err.count("\n")) == (2, 1), ended.both
 
 
-@pytest.mark.parametrize("last_lines", ["launch(MnistMlp)", "import threading\nthreading.Thread().start()"])
-def test_what_launches_nothing(last_lines: str, tmp_path: Path) -> None:
-    """`launch` leaves recipes alone that are imported; other things are started too."""
-    ended = run_file(tmp_path, last_lines, *PYTHON)
+def test_what_launches_nothing(tmp_path: Path) -> None:
+    """Other things than recipes are started too."""
+    ended = run_file(tmp_path, "import threading\nthreading.Thread().start()", *PYTHON)
     assert (ended.status, ended.err.count(SAID)) == (2, 1), ended.both
+
+
+def test_a_recipe_that_is_imported_is_launched(tmp_path: Path) -> None:
+    ended = run_file(tmp_path, "sys.argv.append('--help')\nlaunch(MnistMlp)", *PYTHON)
+    assert ended.status == 0, ended.both
+    assert "--hidden" in ended.out
 
 
 @pytest.mark.parametrize(

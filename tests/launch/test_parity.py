@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.command import SHARDLAUNCH, end_of, environment
+from tests.launch.command import SHARDLAUNCH, end_of, environment, forked_end_of
 
 RECIPE = """
 import os
@@ -66,7 +66,7 @@ def test_parity(factor: str, status: int, said: str, tmp_path: Path) -> None:
 def test_what_cannot_be_compared(options: tuple[str, ...], complaint: str, tmp_path: Path) -> None:
     if options:
         (tmp_path / "tiny.py").write_text(RECIPE)
-    ended = end_of((*SHARDLAUNCH, "parity", str(tmp_path / "tiny.py"), *options), environment(tmp_path))
+    ended = forked_end_of((*SHARDLAUNCH, "parity", str(tmp_path / "tiny.py"), *options), environment(tmp_path))
     assert ended.status != 0
     assert complaint in ended.both
     assert "Traceback" not in ended.both

@@ -1,6 +1,8 @@
 """Checkpoints are read back bit by bit, and damaged ones are never loaded."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +138,33 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"step 4 was not saved.*No space left"):
         save(tmp_path, step=4, state=_state(), trainer_state={}, export=export, aliases={}, peers=ALONE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_does_not_reach_the_disk_makes_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every fsync of a save in turn fails, up to that of the folder that the checkpoint was moved into."""
+    fsync = os.fsync
+    calls = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append(fsync(descriptor)))
+    files = {path.name for path in _save(tmp_path / "good", 1).iterdir()}
+    num_calls = len(calls)
+    assert num_calls == len(files) + 2  # the folder, and the one that it was moved into
+    for failing in range(num_calls):
+        calls.clear()
+
+        def fsync_or_fail(descriptor: int, failing: int = failing) -> None:
+            calls.append(None)
+            if len(calls) == failing + 1:
+                raise OSError(errno.EIO, "Input/output error")
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync_or_fail)
+        folder = tmp_path / str(failing)
+        with pytest.raises(UserError, match=r"step 1 was not saved.*Input/output error"):
+            _save(folder, 1)
+        assert checkpoint_steps(folder) == ([1] if failing == num_calls - 1 else [])
+        assert not list(folder.glob(".*"))
 
 
 def test_retention(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from shardlaunch import Options, Recipe, UserError
-from shardlaunch.launcher.recipe import check_in_force
+from shardlaunch.launcher.recipe import check_in_effect
 from shardlaunch.recipes.bert_imdb import BertImdb
 from shardlaunch.recipes.cifar_cnn import CifarCnn
 from shardlaunch.recipes.gpt_lm import GptLm
@@ -29,7 +29,7 @@ def recipe_with(*names: str, base: type[Recipe] = Recipe) -> type[Recipe]:
 
 def check(recipe_type: type[Recipe]) -> None:
     """Check a recipe as the start of a run does."""
-    check_in_force(recipe_type(Options()))
+    check_in_effect(recipe_type(Options()))
 
 
 @pytest.mark.parametrize(
