@@ -164,7 +164,7 @@ def test_metrics_are_exact_across_ranks_also_where_one_has_no_evaluation_data(tm
     for num_ranks in (1, 2, 4):
         argv = [*BASE, "--num-eval", "6", "--output-dir", str(tmp_path / str(num_ranks))]
         (output, *_) = run_on_ranks(num_ranks, run_well, RankedNet, argv)
-        assert "eval/confusion_matrix" in output
+        assert "confusion_matrix" in output
         found.append(_evaluations(tmp_path / str(num_ranks)))
     for lines in found[1:]:
         for line, expected in zip(lines, found[0], strict=True):
@@ -219,7 +219,7 @@ def test_going_back_in_place_is_refused(tmp_path: Path) -> None:
     argv = [*BASE, "--resume", str(older), "--output-dir"]
     ((status, output),) = run_on_ranks(1, run_quietly, NetRecipe, [*argv, str(tmp_path / "run")])
     assert status == 2
-    assert "newer checkpoints (steps 8, 12)" in output
+    assert "newer checkpoints (steps 7, 8, 12)" in output
     run_on_ranks(1, run_well, NetRecipe, [*argv, str(tmp_path / "branch")])
     tensors, others = final_tensors(tmp_path / "run"), final_tensors(tmp_path / "branch")
     assert all(torch.equal(tensors[key], others[key]) for key in tensors)
@@ -231,7 +231,7 @@ def test_evaluations_decide_with_early_stopping(tmp_path: Path) -> None:
     argv = [*BASE, *patient, "--eval-every", "1", "--output-dir", str(tmp_path)]
     ((status, output),) = run_on_ranks(1, run_quietly, NetRecipe, argv)
     assert status == 2
-    assert "--eval-every was 3 and is 1" in output
+    assert "--eval-every: 3 -> 1" in output
 
 
 def test_gradient_checkpointing_is_the_same_run(tmp_path: Path) -> None:

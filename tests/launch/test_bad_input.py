@@ -155,7 +155,7 @@ CASES = (
     resumed(
         "resume of another run",
         *("--lr", "0.2", "--seed", "5"),
-        says=("{run}", "--lr was 0.1 and is 0.2", "--seed was 0 and is 5", "another --output-dir"),
+        says=("{run}", "--lr: 0.1 -> 0.2", "--seed: 0 -> 5", "--output-dir {run}-2"),
     ),
     # The console command
     Case(
