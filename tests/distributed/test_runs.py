@@ -109,6 +109,14 @@ def test_an_overflow_skips_the_update_and_the_step_goes_on(tmp_path: Path) -> No
     assert state["loss_scale"] == {"value": 65536.0 / 8, "good_steps": 9}
 
 
+def test_the_loss_scale_goes_on_at_a_resume(tmp_path: Path) -> None:
+    argv = [*BASE, "--precision", "fp16", "--output-dir", str(tmp_path)]
+    run_on_ranks(2, _run_with_overflows, [*argv, "--stop-at-step", "5"])
+    run_on_ranks(2, run_well, NetRecipe, argv)
+    state = open_checkpoint(tmp_path / "checkpoints" / "step-00000012", peers=Peers()).trainer_state
+    assert state["loss_scale"] == {"value": 65536.0 / 8, "good_steps": 9}
+
+
 def test_fp16_resumes_bit_identically(tmp_path: Path) -> None:
     _run(2, tmp_path / "whole", "--precision", "fp16")
     _run(2, tmp_path / "parts", "--precision", "fp16", "--stop-at-step", "5")
