@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -12,13 +12,11 @@ import torch
 from shardlaunch.launcher.options import Options, options_from_keywords
 from shardlaunch.launcher.recipe import Recipe, check_in_effect, options_type_of
 from shardlaunch.launcher.reporting.display import Display
-from shardlaunch.launcher.runs.cross_validation import cross_validate
+from shardlaunch.launcher.reporting.phases import phase, shown_by
 from shardlaunch.launcher.runs.result import Result
-from shardlaunch.launcher.runs.run import Run
 from shardlaunch.launcher.runs.session import preserved_process, silent_libraries
 from shardlaunch.sharding.environment import LaunchEnvironment, read_environment
 from shardlaunch.sharding.precision import PRECISIONS, resolve_precision
-from shardlaunch.sharding.resolve import check_ranks, check_settings, resolve_strategy
 from shardlaunch.sharding.strategy import Settings
 from shardlaunch.sharding.world import World, abandon, connect, disconnect, threads_per_rank
 
@@ -39,7 +37,7 @@ def fit(recipe: Recipe | type[Recipe], *, show: bool = False, **options: Any) ->
     with preserved_process(), silent_libraries():
         given = options_from_keywords(options_type_of(recipe_type), recipe_type.presets, options, base=base)
         env = read_environment()
-        with joined_ranks(env, given) as world:
+        with joined_ranks(env, given, show=show) as world:
             try:
                 return run_recipe_on(instance if instance is not None else recipe_type, given, env, world, show=show)
             except BaseException:
@@ -48,12 +46,14 @@ def fit(recipe: Recipe | type[Recipe], *, show: bool = False, **options: Any) ->
 
 
 @contextmanager
-def joined_ranks(env: LaunchEnvironment, options: Options) -> Iterator[World]:
+def joined_ranks(env: LaunchEnvironment, options: Options, *, show: bool = True) -> Iterator[World]:
     """Join the ranks of this launch, with the threads that each may use; leave them at the end. All ranks."""
+    display = Display(silent=not (show and env.rank == 0))
     num_threads = threads_per_rank(options.threads_per_rank, env)
     torch.set_num_threads(num_threads)
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # or accelerate sets a number of its own, with a warning
-    world = connect(env)
+    with display.phases.phase(f"connecting {env.world_size} ranks") if env.is_distributed else nullcontext():
+        world = connect(env)
     yield world
     disconnect(world)
 
@@ -62,6 +62,18 @@ def run_recipe_on(
     recipe: Recipe | type[Recipe], options: Options, env: LaunchEnvironment, world: World, *, show: bool
 ) -> Result:
     """Run a recipe on connected ranks, or its folds, and return the outcome. All ranks. Raises UserError."""
+    display = Display(silent=not (world.is_main and show), on_warning=None if show else _warn)
+    with shown_by(display.phases):
+        return _run_recipe(recipe, options, env, world, display)
+
+
+def _run_recipe(
+    recipe: Recipe | type[Recipe], options: Options, env: LaunchEnvironment, world: World, display: Display
+) -> Result:
+    with phase("loading libraries"):  # here, so that a person sees something before
+        from shardlaunch.launcher.runs.cross_validation import cross_validate
+        from shardlaunch.launcher.runs.run import Run
+        from shardlaunch.sharding.resolve import check_ranks, check_settings, resolve_strategy
     recipe_type = recipe if isinstance(recipe, type) else type(recipe)
     strategy_name = resolve_strategy(options.strategy, env)
     precision_name = resolve_precision(options.precision, env.accelerate_precision)
@@ -86,7 +98,6 @@ def run_recipe_on(
     check_in_effect(new_recipe())
 
     def run_of(fold: int | None = None) -> Run:
-        display = Display(silent=not (world.is_main and show), on_warning=None if show else _warn)
         return Run(new_recipe(), options, world, strategy_name, precision_name, settings, fold, display)
 
     return cross_validate(run_of, options.folds) if options.folds else run_of().run()
