@@ -28,7 +28,11 @@ class Display:
 
     def __init__(self, *, silent: bool, on_warning: Callable[[str], None] | None = None) -> None:
         self._on_warning = on_warning
-        self.console = Console(quiet=silent, highlight=False, soft_wrap=True)
+        # In a notebook: plain lines in one stream, as in a file, not a block of HTML for each.
+        is_terminal = False if Console().is_jupyter else None  # None: rich finds out
+        self.console = Console(
+            quiet=silent, highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=is_terminal
+        )
         self.phases = Phases(self.console)
 
     def say(self, text: str) -> None:

@@ -106,6 +106,7 @@ class Run:
         with phase("reading data"):
             self.data = load_data(self.recipe, self.world, self.fold)
             self.identity = self._identity()
+            self.world.peers.together(lambda: None)  # the other ranks read after rank 0, which shows this phase
         with phase("looking for a checkpoint"):
             self.resumed = self._find_checkpoint()
         self._assemble(self.resumed)
