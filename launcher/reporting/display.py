@@ -73,7 +73,7 @@ class Display:
     def parameters(self, rows: Iterable[ParameterRow]) -> None:
         """Print a table of how parameters are trained."""
         self.columns(
-            ("parameters", "tensors", "elements", "rate", "decay"),
+            ("parameters", "tensors", "elements", "learning rate", "weight decay"),
             [
                 (row.names, f"{row.num_tensors:,}", f"{row.num_elements:,}")
                 + (("frozen", "") if row.lr is None else (f"{row.lr:g}", f"{row.weight_decay:g}"))
@@ -177,7 +177,8 @@ class ProgressView:
         if kind is None and num_steps:
             rate = self._num_counted / max(self._steps_s, 1e-9)
             took = duration_text(time.monotonic() - self._begun)
-            self._console.print(f"trained {num_steps} steps in {took}, {rate:,.0f} {self._unit}/s within the steps")
+            speed = f"{rate:,.0f} {self._unit}/s"
+            self._console.print(f"trained {num_steps:,} steps in {took}; {speed} without evaluations and saves")
 
     def step(self, step: int, *, loss: float, lr: float, tokens: int, samples: int, step_s: float) -> None:
         """Show that a step is done."""

@@ -49,7 +49,7 @@ def test_the_end_of_training_leaves_one_line(is_terminal: bool) -> None:
         with display.phases.phase("saving"):
             pass
     last = _left(shown).splitlines()
-    assert re.fullmatch(r"trained 2 steps in \d+\.\d s, 32 samples/s within the steps", last[-1])
+    assert re.fullmatch(r"trained 2 steps in \d+\.\d s; 32 samples/s without evaluations and saves", last[-1])
     assert len(last) == (1 if is_terminal else 4)
     assert (ERASED in shown.getvalue()) == is_terminal
     if is_terminal:
