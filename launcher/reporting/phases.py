@@ -64,7 +64,7 @@ class Phases:
             live.start()
         for task in outer:
             live.update(task, visible=False)
-        task = live.add_task(name, total=num_rows or None, count="")
+        task = live.add_task(name, total=num_rows or None, count=f"0/{num_rows:,} rows" if num_rows else "")
         num_done = 0
 
         def advance(num_more: int) -> None:

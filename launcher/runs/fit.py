@@ -52,7 +52,7 @@ def joined_ranks(env: LaunchEnvironment, options: Options, *, show: bool = True)
     num_threads = threads_per_rank(options.threads_per_rank, env)
     torch.set_num_threads(num_threads)
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # or accelerate sets a number of its own, with a warning
-    with display.phases.phase(f"connecting {env.world_size} ranks") if env.is_distributed else nullcontext():
+    with display.phases.phase(f"connecting {env.world_size} ranks") if env.world_size > 1 else nullcontext():
         world = connect(env)
     yield world
     disconnect(world)
