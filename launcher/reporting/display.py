@@ -163,7 +163,7 @@ class ProgressView:
             self._bar.start()
             self._phases.on_begin = self._show_status
         else:
-            self._console.print(f"step {self._first + 1}/{self._total} ...")
+            self._console.print("first step ...")
             self._phases.on_begin = lambda name: None
         return self
 

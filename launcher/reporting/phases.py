@@ -84,7 +84,7 @@ class Phases:
 
     @contextmanager
     def _plain_lines(self, name: str, num_rows: int) -> Iterator[Advance]:
-        self._print(f"{name}{f' {num_rows:,} rows' if num_rows else ''} ...")
+        self._print(f"{name}{f': {num_rows:,} rows' if num_rows else ''} ...")
         num_done, shown = 0, time.monotonic()
 
         def advance(num_more: int) -> None:
@@ -92,7 +92,7 @@ class Phases:
             num_done += num_more
             if time.monotonic() - shown >= PLAIN_LINE_S:
                 shown = time.monotonic()
-                self._print(f"{name} {num_done:,}/{num_rows:,} rows ...")
+                self._print(f"{name}: {num_done:,}/{num_rows:,} rows ...")
 
         yield advance
 
