@@ -72,15 +72,18 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
     try:
         options = _options(recipe_type, argv)
         is_debug = options.debug
-        from shardlaunch.launcher.runs.fit import choose, joined_ranks, run_recipe_on
+        from shardlaunch.launcher.reporting.phases import shown_by
+        from shardlaunch.launcher.runs.fit import choose, joined_ranks, new_display, run_recipe_on
         from shardlaunch.launcher.runs.session import silent_libraries
 
         env = read_environment()
         with ExitStack() as stack:
             stack.enter_context(silent_libraries())
+            display = new_display(env, show=True)
+            stack.enter_context(shown_by(display.phases))
             choice = choose(options, env)
             world = stack.enter_context(joined_ranks(env, options, choice))
-            result = run_recipe_on(recipe_type, options, env, world, choice, show=True)
+            result = run_recipe_on(recipe_type, options, env, world, choice, display)
             if env.result_file and world.is_main:
                 with open(env.result_file, "w") as file:
                     json.dump({"run_dir": str(result.run_dir.absolute())}, file)

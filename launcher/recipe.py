@@ -1,7 +1,7 @@
 """The recipe: a class that says what to train. Everything else is the launcher's."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
@@ -32,6 +32,8 @@ class Recipe:
     """Named sets of option defaults, chosen by --preset."""
     best_metric: str = "loss"
     """The metric that says which checkpoint is best."""
+    class_names: Sequence[str] = ()
+    """Names of the classes by number, for tables such as the confusion matrix; `datasets` may set them."""
     layer_classes: ClassVar[tuple[str, ...]] = ()
     """Classes of the model's blocks, gathered one at a time under FSDP2. Hugging Face models declare theirs."""
 

@@ -98,12 +98,12 @@ class BertImdb(Recipe):
         splits = select_columns(splits, columns, source=options.data)
         require_texts(splits, source=options.data, called=options.text_column)
         if options.task == "regression":
-            self.classes, self.class_weights = ["value"], None
+            self.class_names, self.class_weights = ["value"], None
             splits = {name: _numbers(split, name, options) for name, split in splits.items()}
         else:
-            splits, self.classes = class_names(splits, source=options.data, called=options.label_column)
+            splits, self.class_names = class_names(splits, source=options.data, called=options.label_column)
             labels = np.asarray(splits["train"].with_format("numpy")["label"][:])
-            self.class_weights = class_weights(options.class_weights, labels, self.classes)
+            self.class_weights = class_weights(options.class_weights, labels, self.class_names)
         return {name: self._tokenized(split) for name, split in splits.items()}
 
     def _tokenized(self, split: Any) -> Any:
@@ -115,6 +115,7 @@ class BertImdb(Recipe):
             split,
             tokenize,
             key=("tokens", tokenizer_key(self.tokenizer), self.options.max_length),
+            doing="tokenizing",
             input_columns=["text"],
             remove_columns=["text"],
         )
@@ -122,7 +123,7 @@ class BertImdb(Recipe):
     def model(self) -> nn.Module:
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
-        names = dict(enumerate(self.classes))
+        names = dict(enumerate(self.class_names))
         config = from_source(
             AutoConfig, self.source, id2label=names, label2id={name: number for number, name in names.items()}
         )
@@ -138,7 +139,7 @@ class BertImdb(Recipe):
     def weights(self) -> Mapping[str, torch.Tensor]:
         from transformers import AutoModelForSequenceClassification
 
-        return pretrained_weights(AutoModelForSequenceClassification, self.source, num_labels=len(self.classes))
+        return pretrained_weights(AutoModelForSequenceClassification, self.source, num_labels=len(self.class_names))
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
         ids, mask = padded([sample["input_ids"] for sample in samples], self.tokenizer.pad_token_id)
@@ -161,7 +162,7 @@ class BertImdb(Recipe):
     def metrics(self) -> Mapping[str, Any]:
         names = self.options.metrics or DEFAULT_METRICS[self.options.task]
         self.best_metric = names[0]
-        return named_metrics(*names, num_classes=len(self.classes), among=METRICS_OF_TASK[self.options.task])
+        return named_metrics(*names, num_classes=len(self.class_names), among=METRICS_OF_TASK[self.options.task])
 
     def export(self, folder: Path, model: Any) -> None:
         model.config.save_pretrained(folder)

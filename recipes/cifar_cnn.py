@@ -65,13 +65,13 @@ class CifarCnn(Recipe):
     def datasets(self) -> Mapping[str, Any]:
         if self.options.net == "textbook" and self.explicitly_set_flags("width"):
             raise UserError("--width: only affects --net modern; remove it, or set --net modern")
-        splits, self.classes = images.load_images(self.options, size=IMAGE_SIZE, num_channels=3)
+        splits, self.class_names = images.load_images(self.options, size=IMAGE_SIZE, num_channels=3)
         return splits
 
     def model(self) -> nn.Module:
         if self.options.net == "textbook":
-            return textbook_net(len(self.classes))
-        return modern_net(len(self.classes), self.options.width)
+            return textbook_net(len(self.class_names))
+        return modern_net(len(self.class_names), self.options.width)
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
         pixels = images.augmented(samples["pixels"], seeds, self.options)
@@ -82,7 +82,7 @@ class CifarCnn(Recipe):
         return F.cross_entropy(outputs.float(), batch["labels"], reduction="sum", label_smoothing=smoothing)
 
     def metrics(self) -> Mapping[str, Any]:
-        return named_metrics("accuracy", num_classes=len(self.classes))
+        return named_metrics("accuracy", num_classes=len(self.class_names))
 
 
 def textbook_net(num_classes: int) -> nn.Module:

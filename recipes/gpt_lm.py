@@ -145,6 +145,7 @@ class GptLm(Recipe):
             split,
             lambda texts: tokenized(texts, tokenizer, unit=self.unit, framed=framed),
             key=("documents", tokenizer_key(tokenizer), *ends, self.unit),
+            doing="tokenizing",
             input_columns=["text"],
             remove_columns=["text"],
         )

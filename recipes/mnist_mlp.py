@@ -42,12 +42,12 @@ class MnistMlp(Recipe):
     best_metric = "accuracy"
 
     def datasets(self) -> Mapping[str, Any]:
-        splits, self.classes = images.load_images(self.options, size=IMAGE_SIZE, num_channels=1)
+        splits, self.class_names = images.load_images(self.options, size=IMAGE_SIZE, num_channels=1)
         return splits
 
     def model(self) -> nn.Module:
         layers: list[nn.Module] = []
-        for num_inputs, num_outputs in pairwise((IMAGE_SIZE * IMAGE_SIZE, *self.options.hidden, len(self.classes))):
+        for num_inputs, num_outputs in pairwise((IMAGE_SIZE * IMAGE_SIZE, *self.options.hidden, len(self.class_names))):
             layers += [nn.Linear(num_inputs, num_outputs), nn.ReLU()]
         return nn.Sequential(*layers[:-1])
 
@@ -59,7 +59,7 @@ class MnistMlp(Recipe):
         return F.cross_entropy(outputs.float(), batch["labels"], reduction="sum")
 
     def metrics(self) -> Mapping[str, Any]:
-        return named_metrics("accuracy", num_classes=len(self.classes))
+        return named_metrics("accuracy", num_classes=len(self.class_names))
 
 
 launch(MnistMlp)

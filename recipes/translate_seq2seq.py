@@ -168,6 +168,7 @@ class TranslateSeq2Seq(Recipe):
             split,
             tokenize,
             key=("pairs", key, options.source_prefix, options.max_source_length, options.max_target_length),
+            doing="tokenizing",
             with_indices=True,
             input_columns=["source", "target"],
             remove_columns=["source"],

@@ -86,14 +86,14 @@ class Vgg16Transfer(Recipe):
     def datasets(self) -> Mapping[str, Any]:
         options = self.options
         splits, names = images.load_images(options, size=options.image_size, num_channels=3)
-        splits, self.classes = images.select_classes(
+        splits, self.class_names = images.select_classes(
             splits, names, wanted=options.classes, samples_per_class=options.samples_per_class, seed=options.seed
         )
         return splits
 
     def model(self) -> nn.Module:
         options = self.options
-        model = Vgg16(len(self.classes), width=options.width, batch_norm=options.batch_norm)
+        model = Vgg16(len(self.class_names), width=options.width, batch_norm=options.batch_norm)
         untrained = [
             name for name, _ in model.named_parameters() if name.startswith(FEATURES) and options.is_frozen(name)
         ]
@@ -118,7 +118,7 @@ class Vgg16Transfer(Recipe):
         return F.cross_entropy(outputs.float(), batch["labels"], reduction="sum")
 
     def metrics(self) -> Mapping[str, Any]:
-        return named_metrics("accuracy", num_classes=len(self.classes))
+        return named_metrics("accuracy", num_classes=len(self.class_names))
 
 
 class Vgg16(nn.Module):

@@ -32,7 +32,7 @@ def parameter_rows(
         rows.setdefault(key, []).append(name)
     return [
         ParameterRow(
-            names=names[0] if len(names) == 1 else f"{part}.*",
+            names=names[0] if len(names) == 1 else f"{part}.*" if part else "(top level)",
             num_tensors=len(names),
             num_elements=sum(numels[name] for name in names),
             lr=lr,

@@ -1,6 +1,6 @@
 """The first and the last lines of a run, as a person reads them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +47,23 @@ def say_end(
     display: Display,
     *,
     evaluation: Mapping[str, Any],
+    class_names: Sequence[str],
+    confusions: Collection[str],
     signatures: Mapping[str, str],
     best: str,
     last: Path | None,
     usage: str,
 ) -> None:
-    """Print the last evaluation, the best and the last checkpoint, and how to use the model."""
+    """Print the last evaluation, the best and the last checkpoint, and how to use the model.
+
+    `confusions` are the metrics that are confusion matrices: a row per true class, a column per predicted one.
+    """
     if evaluation:
         results = {name: value for name, value in evaluation.items() if name not in ("step", "epoch")}
         display.table(f"evaluation at step {evaluation['step']}", numbers(results))
         for name, value in results.items():
             if isinstance(value, list):
-                display.matrix(name, value)
+                display.matrix(name, value, classes=class_names, is_confusion=name in confusions)
         for name, signature in signatures.items():
             display.say(f"{name:<6} {signature}")
     if best:

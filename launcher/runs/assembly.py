@@ -12,6 +12,7 @@ from shardlaunch.launcher.optimization.freezing import freeze
 from shardlaunch.launcher.optimization.optimizers import check_lr_factors, separate
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.reporting.parameters import ParameterRow, parameter_rows
+from shardlaunch.launcher.reporting.phases import phase
 from shardlaunch.launcher.runs.init_from import InitFrom
 from shardlaunch.launcher.runs.model import (
     build_empty_model,
@@ -62,7 +63,8 @@ def assemble(
     cannot be built or spread.
     """
     options = recipe.options
-    model, new, initial = _build(recipe, world, strategy_name, run_digest, is_resumed=is_resumed, init=init)
+    with phase("building the model"):
+        model, new, initial = _build(recipe, world, strategy_name, run_digest, is_resumed=is_resumed, init=init)
     buffers_digest = non_persistent_buffers_digest(model)
     convert_model(model, precision_name)
     if options.gradient_checkpointing:
@@ -82,9 +84,10 @@ def assemble(
         return optimizer
 
     aliases = _aliases(model)
-    strategy = STRATEGIES[strategy_name](model, build_optimizer, world=world, settings=settings)
-    if initial is not None:
-        strategy.restore(initial)
+    with phase("placing the model"):
+        strategy = STRATEGIES[strategy_name](model, build_optimizer, world=world, settings=settings)
+        if initial is not None:
+            strategy.restore(initial)
     if options.compile:
         for replica in strategy.replicas:
             replica.compile()

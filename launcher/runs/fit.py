@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -14,13 +14,11 @@ from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.parsing import options_from_keywords
 from shardlaunch.launcher.recipe import Recipe, check_in_effect, options_type_of
 from shardlaunch.launcher.reporting.display import Display
-from shardlaunch.launcher.runs.cross_validation import cross_validate
+from shardlaunch.launcher.reporting.phases import phase, shown_by
 from shardlaunch.launcher.runs.result import Result
-from shardlaunch.launcher.runs.run import Run
 from shardlaunch.launcher.runs.session import preserved_process, silent_libraries
 from shardlaunch.sharding.environment import LaunchEnvironment, read_environment
 from shardlaunch.sharding.precision import PRECISIONS, resolve_precision
-from shardlaunch.sharding.resolve import STRATEGIES, check_ranks, check_settings, resolve_strategy
 from shardlaunch.sharding.strategy import Settings
 from shardlaunch.sharding.world import World, abandon, connect, disconnect, threads_per_rank
 
@@ -42,13 +40,20 @@ def fit(recipe: Recipe | type[Recipe], *, show: bool = False, **options: Any) ->
     with preserved_process(), silent_libraries():
         given = options_from_keywords(options_type_of(recipe_type), recipe_type.presets, options, base=base)
         env = read_environment()
-        choice = choose(given, env)
-        with joined_ranks(env, given, choice) as world:
-            try:
-                return run_recipe_on(recipe, given, env, world, choice, show=show)
-            except BaseException:
-                abandon(world)
-                raise
+        display = new_display(env, show=show)
+        with shown_by(display.phases):
+            choice = choose(given, env)
+            with joined_ranks(env, given, choice) as world:
+                try:
+                    return run_recipe_on(recipe, given, env, world, choice, display)
+                except BaseException:
+                    abandon(world)
+                    raise
+
+
+def new_display(env: LaunchEnvironment, *, show: bool) -> Display:
+    """Return what a person sees of a run: with `show`, on rank 0, lines and bars; else Python warnings alone."""
+    return Display(silent=not (show and env.rank == 0), on_warning=None if show else _warn)
 
 
 class Choice(NamedTuple):
@@ -60,6 +65,9 @@ class Choice(NamedTuple):
 
 def choose(options: Options, env: LaunchEnvironment) -> Choice:
     """Return strategy and precision as options and launch environment ask for them. Raises UserError."""
+    with phase("loading libraries"):  # here, so that a person sees something before
+        from shardlaunch.launcher.runs import cross_validation  # noqa: F401 - and with it all that a run needs
+        from shardlaunch.sharding.resolve import resolve_strategy
     return Choice(
         strategy=resolve_strategy(options.strategy, env),
         precision=resolve_precision(options.precision, env.accelerate_precision),
@@ -69,10 +77,13 @@ def choose(options: Options, env: LaunchEnvironment) -> Choice:
 @contextmanager
 def joined_ranks(env: LaunchEnvironment, options: Options, choice: Choice) -> Iterator[World]:
     """Join the ranks of this launch, with the threads that each may use; leave them at the end. All ranks."""
+    from shardlaunch.sharding.resolve import STRATEGIES
+
     num_threads = threads_per_rank(options.threads_per_rank, env)
     torch.set_num_threads(num_threads)
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # or accelerate sets a number of its own, with a warning
-    world = connect(env, needs_group=STRATEGIES[choice.strategy].is_sharded)
+    with phase(f"connecting {env.world_size} ranks") if env.world_size > 1 else nullcontext():
+        world = connect(env, needs_group=STRATEGIES[choice.strategy].is_sharded)
     yield world
     disconnect(world)
 
@@ -83,10 +94,13 @@ def run_recipe_on(
     env: LaunchEnvironment,
     world: World,
     choice: Choice,
-    *,
-    show: bool,
+    display: Display,
 ) -> Result:
     """Run a recipe on connected ranks, or its folds, and return the outcome. All ranks. Raises UserError."""
+    from shardlaunch.launcher.runs.cross_validation import cross_validate
+    from shardlaunch.launcher.runs.run import Run
+    from shardlaunch.sharding.resolve import check_ranks, check_settings
+
     recipe_type = recipe if isinstance(recipe, type) else type(recipe)
     check_ranks(env, world, _accelerate_ranks(world))
     settings = Settings(
@@ -108,9 +122,8 @@ def run_recipe_on(
 
     check_in_effect(new_recipe())
 
-    def run_of(fold: int | None = None) -> Run:
-        display = Display(silent=not (world.is_main and show), on_warning=None if show else _warn)
-        return Run(new_recipe(), options, world, *choice, settings, fold, display)
+    def run_of(fold: int | None = None) -> "Run":
+        return Run(new_recipe(), options, world, choice.strategy, choice.precision, settings, fold, display)
 
     return cross_validate(run_of, options.folds) if options.folds else run_of().run()
 

@@ -18,6 +18,7 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe, recipe_name
 from shardlaunch.launcher.reporting.display import Display
+from shardlaunch.launcher.reporting.phases import phase
 from shardlaunch.launcher.reporting.recorder import Recorder
 from shardlaunch.launcher.reporting.summary import batch_text, say_end, say_init, say_start
 from shardlaunch.launcher.reporting.tracking import tracker_names
@@ -96,14 +97,18 @@ class Run:
             elif 0 < stop_at_step <= self.position.step:
                 self.display.say(f"already at step {self.position.step} (--stop-at-step {stop_at_step}); nothing to do")
             else:
-                self._train(stack)
+                with ExitStack() as records:
+                    self._train(records)
             return self._end()
 
     def prepare(self) -> None:
         """Load the data, decide where to begin, and build model and trainer. All ranks."""
-        self.data = load_data(self.recipe, self.world, self.fold)
-        self.identity = self._identity()
-        self.resumed = self._find_checkpoint()
+        with phase("reading data"):
+            self.data = load_data(self.recipe, self.world, self.fold)
+            self.identity = self._identity()
+            self.world.peers.together(lambda: None)  # the other ranks read after rank 0, which shows this phase
+        with phase("looking for a checkpoint"):
+            self.resumed = self._find_checkpoint()
         self._assemble(self.resumed)
         self._write_run()
         self._say_start()
@@ -164,7 +169,8 @@ class Run:
             evaluator = Evaluator(recipe, evaluation_batches, world=world, precision=self.precision)
             assert evaluator.higher_is_better in (True, False)  # asked now, to raise before any training
             if not self.position.is_finished:
-                evaluator.rehearse(self.strategy.replicas[0])
+                with phase("checking the evaluation on one batch"):
+                    evaluator.rehearse(self.strategy.replicas[0])
         elif options.early_stopping_patience or ("save_on_best" in options.explicitly_set and options.save_on_best):
             raise UserError(
                 "--early-stopping-patience and --save-on-best need evaluation data; datasets() returns no 'eval'"
@@ -191,10 +197,11 @@ class Run:
         self.init: InitFrom | None = None
         init_digest = 0
         if self.options.init_from:
-            self.init = self.world.peers.together(self._open_init)
-            # Read once, by rank 0: weights may be large, and that all ranks have the same is checked later.
-            mine = int(self.init.weights.digest(), 16) >> 65 if self.world.is_main else 0
-            init_digest = self.world.peers.gather([mine])[0][0]
+            with phase("reading the weights of --init-from"):
+                self.init = self.world.peers.together(self._open_init)
+                # Read once, by rank 0: weights may be large, and that all ranks have the same is checked later.
+                mine = int(self.init.weights.digest(), 16) >> 65 if self.world.is_main else 0
+                init_digest = self.world.peers.gather([mine])[0][0]
         return run_identity(
             self.name,
             self.options,
@@ -230,7 +237,8 @@ class Run:
                 f"{checkpoint.step_dir}: the model's non-persistent buffers differ from the run's: the constructor "
                 f"draws them at random, or has changed. Register them with persistent=True"
             )
-        self.strategy.restore(checkpoint)
+        with phase("loading the checkpoint"):
+            self.strategy.restore(checkpoint)
         if position.step != self.options.unfreeze_at_step:  # there, the groups of parameters are others
             restore_group_hyperparameters(self.strategy.optimizer, position.group_hyperparameters)
         # It may have ended by early stopping, at the end of the run before it was extended, or, in the folder of an
@@ -285,7 +293,8 @@ class Run:
 
     def save(self, position: Position) -> None:
         """Save a checkpoint of the state as it is; a save that fails is dropped and said. All ranks."""
-        self.saver.save(position, self.assembly)
+        with phase("saving"):
+            self.saver.save(position, self.assembly)
 
     def _steps_text(self) -> str:
         extended_to = max(self.data.last_step, self.position.step)
@@ -343,6 +352,7 @@ class Run:
         if self.world.is_main:
             metrics = self.recipe.metrics() if result.evaluations else {}
             signatures = {name: metric.signature for name, metric in metrics.items() if hasattr(metric, "signature")}
+            confusions = [name for name, metric in metrics.items() if "ConfusionMatrix" in type(metric).__name__]
             best = ""
             if result.best_value is not None:
                 kept = result.best_checkpoint or "its checkpoint is not kept in this folder"
@@ -351,6 +361,8 @@ class Run:
             say_end(
                 self.display,
                 evaluation=result.evaluations[-1] if result.evaluations else {},
+                class_names=self.recipe.class_names,
+                confusions=confusions,
                 signatures=signatures,
                 best=best,
                 last=result.last_checkpoint,

@@ -2,12 +2,14 @@
 
 import glob
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.reporting.phases import Advance, phase
 
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 # Prefixes of file and split names of held-out data; the first one found is used.
@@ -171,11 +173,33 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def derived(dataset: Any, function: Callable[..., dict[str, Any]], *, key: Sequence[object], **options: Any) -> Any:
+def derived(
+    dataset: Any,
+    function: Callable[..., dict[str, Any]],
+    *,
+    key: Sequence[object],
+    doing: str = "preparing",
+    **options: Any,
+) -> Any:
     """Map a data set in batches, cached on disk under `key` and the data set's own fingerprint.
+
+    A person is shown a bar, with the words `doing`. The function runs in this process: tokenizers use all its cores by
+    themselves, for less than it costs to pass rows to other processes and back.
 
     `key` must hold everything besides the data that the result depends on. By default datasets would hash the
     function's closure, which differs between processes for tokenizers.
     """
     fingerprint = xxhash.xxh3_64_hexdigest(repr((CACHE_VERSION, dataset._fingerprint, key)).encode())
-    return dataset.map(function, batched=True, new_fingerprint=fingerprint, **options)
+    with ExitStack() as stack:
+        advance: Advance | None = None
+
+        def shown(*columns: Any) -> dict[str, Any]:
+            nonlocal advance
+            if advance is None:  # not before there is something to do: the outcome may be cached
+                advance = stack.enter_context(phase(doing, num_rows=len(dataset)))
+            outcome = function(*columns)
+            first = columns[0]  # a column, or without input_columns all of them by name
+            advance(len(next(iter(first.values()))) if isinstance(first, Mapping) else len(first))
+            return outcome
+
+        return dataset.map(shown, batched=True, new_fingerprint=fingerprint, **options)

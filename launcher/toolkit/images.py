@@ -117,6 +117,7 @@ def _decoded(split: Any, *, size: int, num_channels: int, convert: bool, where: 
         split,
         pixels,
         key=("pixels", size, num_channels, convert, *_state_of_files(split)),
+        doing="decoding images",
         input_columns=["image"],
         with_indices=True,
         remove_columns=["image"],

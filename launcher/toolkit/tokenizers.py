@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.reporting.phases import phase
 
 Kind = Literal["bpe", "characters"]
 NUM_BYTES = 256
@@ -68,7 +69,8 @@ def _byte_level(texts: Iterable[str], vocab_size: int, specials: list[str]) -> A
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    with phase("training the tokenizer"):
+        tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 

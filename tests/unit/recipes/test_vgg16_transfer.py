@@ -16,7 +16,7 @@ TIMM_HEAD = ("pre_logits.fc1.weight", "pre_logits.fc2.bias", "head.fc.weight")
 
 def _recipe(source: Path, *, width: float = 0.02, batch_norm: bool = False) -> Vgg16Transfer:
     recipe = Vgg16Transfer(VggOptions(weights=str(source), width=width, batch_norm=batch_norm))
-    recipe.classes = ["cat", "ship"]
+    recipe.class_names = ["cat", "ship"]
     return recipe
 
 
@@ -65,7 +65,7 @@ def test_files_from_before_batch_norm_counted(tmp_path: Path) -> None:
 def test_fresh_features_that_would_never_learn() -> None:
     assert VggOptions(weights="none") == VggOptions(weights="")
     recipe = Vgg16Transfer(VggOptions(weights="none", width=0.02, freeze=("features.1*",)))
-    recipe.classes = ["cat", "ship"]
+    recipe.class_names = ["cat", "ship"]
     with pytest.raises(
         UserError, match=r"--freeze: without --weights, features\.10\.weight would keep its random values"
     ):

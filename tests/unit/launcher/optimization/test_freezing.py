@@ -51,6 +51,9 @@ def test_parts_of_a_model_are_modules_of_modules_but_not_of_lists() -> None:
     parameters = [(name, nn.Parameter(torch.ones(1))) for name in names]
     rows = parameter_rows(dict.fromkeys(names, 1), parameters, build_optimizer(parameters, Options()))
     assert [row.names for row in rows] == ["bert.encoder.*", "features.*", "scale"]
+    alone = [("scale", nn.Parameter(torch.ones(1))), ("shift", nn.Parameter(torch.ones(1)))]
+    rows = parameter_rows({"scale": 1, "shift": 1}, alone, build_optimizer(alone, Options()))
+    assert [row.names for row in rows] == ["(top level)"]
 
 
 def test_what_is_refused() -> None:

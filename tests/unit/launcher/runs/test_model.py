@@ -82,7 +82,7 @@ def test_an_empty_model_has_names_ties_and_buffers_but_no_values() -> None:
 def test_a_new_head_on_a_pretrained_encoder(tmp_path: Path) -> None:
     save_small_bert(tmp_path)
     recipe = BertImdb(BertOptions(model=str(tmp_path)))
-    recipe.source, recipe.classes = str(tmp_path), ["bad", "good", "mixed"]
+    recipe.source, recipe.class_names = str(tmp_path), ["bad", "good", "mixed"]
     state, fresh = _build(recipe, 1)
     assert fresh == ["classifier.weight", "classifier.bias"]
     other, _ = _build(recipe, 2)
