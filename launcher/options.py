@@ -72,6 +72,8 @@ class RunOptions:
     """Write training metrics to metrics.jsonl every so many steps."""
     tracker: str = option("tensorboard", mark="free")
     """accelerate trackers, separated by commas (tensorboard, wandb, mlflow, ...), or none."""
+    project: str = option("", mark="free")
+    """Project under which trackers file the run (W&B project, MLflow experiment, ...); default: the recipe's name."""
     track_every: int = option(10, mark="free")
     """Pass training metrics to the trackers every so many steps; evaluations always."""
     resume: str = option("auto", mark="free")
