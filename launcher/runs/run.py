@@ -114,6 +114,8 @@ class Run:
             recipe=self.recipe,
             identity=self.identity,
             world=self.world,
+            num_samples={name: len(split) for name, split in self.data.splits.items()},
+            newest_evaluation=lambda: self.recorder.last_evaluation,
             before_save=lambda: self.recorder.sync(),
             warn=self.display.warn,
         )
