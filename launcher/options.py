@@ -125,7 +125,9 @@ class ReportingOptions:
     log_every: int = option(1, mark="free", minimum=1)
     """Write training metrics to metrics.jsonl every N steps."""
     tracker: str = option("tensorboard", mark="free")
-    """Trackers of accelerate, separated by commas (tensorboard, wandb, mlflow, ...), or none."""
+    """Trackers, separated by commas (tensorboard, wandb, mlflow, trackio, ...), or none."""
+    project: str = option("", mark="free")
+    """Project of the run in its trackers: W&B or trackio project, MLflow experiment (default: the recipe's name)."""
     track_every: int = option(10, mark="free", minimum=1)
     """Send training metrics to the trackers every N steps; evaluations always."""
 

@@ -21,6 +21,7 @@ from shardlaunch.text import (
     padded,
     pretrained_weights,
     require_room,
+    save_config,
     tokenizer_key,
 )
 
@@ -165,7 +166,7 @@ class BertImdb(Recipe):
         return named_metrics(*names, num_classes=len(self.class_names), among=METRICS_OF_TASK[self.options.task])
 
     def export(self, folder: Path, model: Any) -> None:
-        model.config.save_pretrained(folder)
+        save_config(model, folder)
         self.tokenizer.save_pretrained(folder)
 
     def usage(self, checkpoint: Path) -> str:

@@ -20,6 +20,7 @@ from shardlaunch.text import (
     pack,
     positions,
     pretrained_weights,
+    save_config,
     tokenized,
     tokenizer_key,
     train_tokenizer,
@@ -213,8 +214,7 @@ class GptLm(Recipe):
         metrics[f"bits_per_{self.unit}"].update(nats, batch["num_units"])
 
     def export(self, folder: Path, model: Any) -> None:
-        model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
+        save_config(model, folder)
         self.tokenizer.save_pretrained(folder)
 
     def usage(self, checkpoint: Path) -> str:

@@ -23,6 +23,7 @@ from shardlaunch.text import (
     padded,
     pretrained_weights,
     require_room,
+    save_config,
     set_search,
     tokenizer_key,
     train_tokenizer,
@@ -271,8 +272,7 @@ class TranslateSeq2Seq(Recipe):
             metric.update(texts, batch["references"])
 
     def export(self, folder: Path, model: Any) -> None:
-        model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
+        save_config(model, folder)
         self.tokenizer.save_pretrained(folder)
 
     def usage(self, checkpoint: Path) -> str:

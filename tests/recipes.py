@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAUROC
 from torchmetrics.utilities import dim_zero_cat
 
-from shardlaunch import Options, Recipe, TensorData, UserError
+from shardlaunch import Options, Recipe, TensorData, UserError, option
 from shardlaunch.demo import toy_translations
 from shardlaunch.launcher.launch import main
 from shardlaunch.launcher.toolkit.demo_data import bert_dir
@@ -40,7 +40,7 @@ class NetOptions(Options):
     global_batch_size: int = 32
     micro_batch_size: int = 4
     max_grad_norm: float = 1.0
-    tracker: str = "none"
+    tracker: str = option("none", mark="free")
 
 
 class Net(nn.Module):
@@ -270,7 +270,7 @@ class MaskedOptions(Options):
     lr: float = 0.003
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
-    tracker: str = "none"
+    tracker: str = option("none", mark="free")
     eval_every: int = 1000
 
 

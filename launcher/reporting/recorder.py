@@ -1,13 +1,17 @@
 """The record of a run as it goes: metrics.jsonl, trackers, and the progress that a person sees."""
 
-from collections.abc import Mapping
+import resource
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import torch
+
 from shardlaunch.launcher.reporting.display import Display, ProgressView
-from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, MetricsLog, Trackers, numbers
+from shardlaunch.launcher.reporting.trackers import TrackedRun, Trackers
+from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, MetricsLog, last_evaluation, numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,24 +41,36 @@ class Recorder:
         self._log: MetricsLog | None = None
         self._trackers: Trackers | None = None
         self._progress: ProgressView | None = None
+        self._since_tracked: list[StepReport] = []
+        self.last_evaluation: Mapping[str, Any] = {}
+        """Line of the newest evaluation in metrics.jsonl, empty before the first."""
 
     def open(
         self,
         stack: ExitStack,
-        output_dir: Path,
+        run: TrackedRun,
         *,
-        trackers: list[str],
+        trackers: Sequence[str],
         step: int,
         end: int,
         options: Mapping[str, Any],
     ) -> None:
         """Open metrics.jsonl, cut back to `step`, the trackers, and the progress up to step `end`. Rank 0.
 
-        `stack` closes them. Raises OSError when a file cannot be written.
+        `stack` closes them. Raises OSError when metrics.jsonl cannot be written, UserError when a tracker cannot be
+        started.
         """
-        self._log = MetricsLog(output_dir, resumed_step=step)
+        self._log = MetricsLog(run.output_dir, resumed_step=step)
         stack.callback(self._log.close)
-        self._trackers = Trackers(trackers, output_dir, resumed_step=step, options=options, warn=self._display.warn)
+        self.last_evaluation = last_evaluation(run.output_dir)
+        self._trackers = Trackers(
+            trackers,
+            run,
+            resumed_step=step,
+            options=options,
+            warn=self._display.warn,
+            silent=self._display.console.quiet,
+        )
         stack.callback(self._trackers.close)
         self._progress = stack.enter_context(self._display.progress(done=step, total=end))
 
@@ -75,8 +91,10 @@ class Recorder:
             counts = {"samples": report.samples, "tokens": report.tokens, "step_s": report.step_s}
             skipped = {"skipped": True} if report.is_skipped else {}
             self._log.write({**self._where(step), **values, **counts, **skipped})
+        self._since_tracked.append(report)
         if step % self._track_every == 0 or step == self._num_steps:
-            self._trackers.log(values, step)
+            self._trackers.log({**values, **_speed(self._since_tracked), "memory_bytes": _peak_memory_bytes()}, step)
+            self._since_tracked.clear()
 
     def on_evaluating(self, num_done: int, num_samples: int) -> None:
         """Show how far an evaluation is."""
@@ -87,7 +105,8 @@ class Recorder:
         """Record the results of an evaluation: numbers, and lists of them."""
         if self._log is not None and self._trackers is not None:
             values = {f"{EVAL_PREFIX}{name}": value for name, value in results.items()}
-            self._log.write({**self._where(step), **values})
+            self.last_evaluation = {**self._where(step), **values}
+            self._log.write(self.last_evaluation)
             self._trackers.log(numbers(values), step)
         shown = (f"{name} {value:.4f}" for name, value in numbers(results).items())
         self._display.say(f"step {step}: " + "  ".join(shown))
@@ -99,3 +118,20 @@ class Recorder:
 
     def _where(self, step: int) -> dict[str, float]:
         return {"step": step, "epoch": step / self._steps_per_epoch}
+
+
+def _speed(reports: Sequence[StepReport]) -> dict[str, float]:
+    """Return the throughput over some steps, of all ranks together, and the mean time of a step."""
+    seconds = max(sum(report.step_s for report in reports), 1e-9)
+    num_tokens = sum(report.tokens for report in reports)
+    tokens = {"tokens_per_s": num_tokens / seconds} if num_tokens else {}
+    num_samples = sum(report.samples for report in reports)
+    return {"step_s": seconds / len(reports), "samples_per_s": num_samples / seconds, **tokens}
+
+
+def _peak_memory_bytes() -> int:
+    """Return the most memory that this rank has had in use: of its GPU's, or of the machine's where it has none."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -1,13 +1,11 @@
-"""Metrics on disk: metrics.jsonl, one JSON object a line, and accelerate's trackers beside it."""
+"""Metrics on disk: metrics.jsonl, one JSON object per line."""
 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from shardlaunch.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 EVAL_PREFIX = "eval/"
@@ -72,68 +70,3 @@ def last_evaluation(output_dir: Path) -> dict[str, Any]:
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """Return the entries that are one number."""
     return {name: value for name, value in values.items() if not isinstance(value, list)}
-
-
-class Trackers:
-    """Pass metrics on to accelerate's trackers. Rank 0, once accelerate's state is set up.
-
-    A tracker whose files cannot be written is dropped with a warning: it must not end the run.
-    """
-
-    def __init__(
-        self,
-        names: list[str],
-        output_dir: Path,
-        *,
-        resumed_step: int,
-        options: Mapping[str, Any],
-        warn: Callable[[str], None],
-    ) -> None:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-        self._warn = warn
-        self._trackers: list[Any] = []
-        for name in names:
-            tracker_class = LOGGER_TYPE_TO_CLASS[name]
-            if name == "tensorboard":
-                # It drops what an earlier process logged after the step resumed from. It is not given the options:
-                # its summary of them would show as a run of its own.
-                tracker = tracker_class("tensorboard", output_dir, purge_step=resumed_step + 1)
-            elif tracker_class.requires_logging_directory:
-                tracker = tracker_class(output_dir.name, output_dir)
-            else:
-                tracker = tracker_class(output_dir.name)
-            tracker.start()
-            if name != "tensorboard":
-                tracker.store_init_configuration(dict(options))
-            self._trackers.append(tracker)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Log scalars at a step."""
-        self._tell(lambda tracker: tracker.log(dict(values), step=step))
-
-    def close(self) -> None:
-        """Finish all trackers."""
-        self._tell(lambda tracker: tracker.finish())
-
-    def _tell(self, message: Callable[[Any], object]) -> None:
-        for tracker in list(self._trackers):
-            try:
-                message(tracker)
-            except OSError as error:
-                self._warn(f"tracker {tracker.name} is dropped: {error}")
-                self._trackers.remove(tracker)
-
-
-def tracker_names(option: str) -> list[str]:
-    """Return the trackers that --tracker names. Raises UserError for unknown or missing ones."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    names = [name.strip() for name in option.split(",") if name.strip() not in ("", "none")]
-    available = [str(name) for name in get_available_trackers()]
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise UserError(f"--tracker {name}: unknown; choose none or some of {', '.join(LOGGER_TYPE_TO_CLASS)}")
-        if name not in available:
-            raise UserError(f"--tracker {name}: its package is not installed; here are {', '.join(available)}")
-    return names

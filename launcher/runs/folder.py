@@ -3,9 +3,10 @@
 import fcntl
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, newest_
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.reporting.display import Display
+from shardlaunch.launcher.reporting.trackers import TrackedRun
+from shardlaunch.launcher.runs.identity import Identity
 
 RUN = "run.json"
+TRACKING_ID = "tracking_id"  # its name in run.json
 LOCK = ".lock"
 
 
@@ -72,6 +76,26 @@ def write_run(output_dir: Path, record: Mapping[str, Any], *, least_bytes: int) 
         write_json(output_dir / RUN, record)
     except OSError as error:
         raise UserError(f"--output-dir {output_dir}: not writable: {error.strerror}. Choose another folder.") from error
+
+
+def tracked_run(output_dir: Path, identity: Identity, *, project: str, name: str) -> TrackedRun:
+    """Return the names of a run in trackers, with the id that its folder has for it, or a new one. Rank 0.
+
+    The id is new where the folder holds no run, or one without a checkpoint that is another run.
+    """
+    saved: dict[str, Any] = {}
+    if (output_dir / RUN).exists():
+        with suppress(ValueError):  # then it is written anew
+            saved = json.loads((output_dir / RUN).read_text())
+    has_started = checkpoint_steps(output_dir / CHECKPOINTS) or saved.get("identity") == dict(identity.identity)
+    kept = saved.get(TRACKING_ID) if has_started else None
+    return TrackedRun(
+        project=project,
+        name=name,
+        tracking_id=kept or secrets.token_hex(8),
+        is_new=not kept,
+        output_dir=output_dir,
+    )
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

@@ -21,16 +21,18 @@ from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.reporting.phases import phase
 from shardlaunch.launcher.reporting.recorder import Recorder
 from shardlaunch.launcher.reporting.summary import batch_text, say_end, say_init, say_start
-from shardlaunch.launcher.reporting.tracking import tracker_names
+from shardlaunch.launcher.reporting.trackers import tracker_names
 from shardlaunch.launcher.runs.assembly import assemble
 from shardlaunch.launcher.runs.data import load_data
 from shardlaunch.launcher.runs.folder import (
+    TRACKING_ID,
     claim,
     find_checkpoint,
     identity_of_folder,
     new_folder_hint,
     run_folder,
     saved_identity,
+    tracked_run,
     write_run,
 )
 from shardlaunch.launcher.runs.identity import (
@@ -117,6 +119,8 @@ class Run:
             recipe=self.recipe,
             identity=self.identity,
             world=self.world,
+            num_samples={name: len(split) for name, split in self.data.splits.items()},
+            newest_evaluation=lambda: self.recorder.last_evaluation,
             before_save=lambda: self.recorder.sync(),
             warn=self.display.warn,
         )
@@ -251,10 +255,14 @@ class Run:
         record = run_record(self.identity, self.options, self.world.size, self.strategy_name)
         if max(self.data.last_step, self.position.step) > self.data.num_steps:
             record["extended_to_steps"] = max(self.data.last_step, self.position.step)
-        least_bytes = 4 * self.assembly.num_elements
-        self.world.peers.together(
-            lambda: write_run(self.output_dir, record, least_bytes=least_bytes) if self.world.is_main else None
-        )
+        self.world.peers.together(lambda: self._write_record(record) if self.world.is_main else None)
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        folder = self.output_dir
+        name = folder.name if self.fold is None else f"{folder.parent.name}/{folder.name}"
+        self.tracked = tracked_run(folder, self.identity, project=self.options.project or self.name, name=name)
+        record[TRACKING_ID] = self.tracked.tracking_id
+        write_run(folder, record, least_bytes=4 * self.assembly.num_elements)
 
     def _train(self, stack: ExitStack) -> None:
         end = min(self.data.last_step, self.options.stop_at_step or self.data.last_step)
@@ -270,7 +278,7 @@ class Run:
     def _open_records(self, stack: ExitStack, end: int) -> None:
         self.recorder.open(
             stack,
-            self.output_dir,
+            self.tracked,
             trackers=self.trackers,
             step=self.position.step,
             end=end,

@@ -1,9 +1,10 @@
 """Checkpoints of a run: when one is saved, which old ones are deleted, and what a failed save means."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from shardlaunch.checkpoints.layout import RECIPE, step_dir_name
 from shardlaunch.checkpoints.retention import prune
@@ -12,6 +13,7 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.recipe import Recipe, recipe_name
 from shardlaunch.launcher.runs.assembly import Assembly
 from shardlaunch.launcher.runs.identity import Identity, option_values
+from shardlaunch.launcher.runs.model_card import CARD, CardFacts, model_card
 from shardlaunch.launcher.training.trainer import Position
 from shardlaunch.sharding.named_state import group_hyperparameters
 from shardlaunch.sharding.world import World
@@ -27,6 +29,8 @@ class Saver:
         recipe: Recipe,
         identity: Identity,
         world: World,
+        num_samples: Mapping[str, int],
+        newest_evaluation: Callable[[], Mapping[str, Any]],
         before_save: Callable[[], None],
         warn: Callable[[str], None],
     ) -> None:
@@ -34,6 +38,8 @@ class Saver:
         self._recipe = recipe
         self._identity = identity
         self._world = world
+        self._num_samples = num_samples
+        self._newest_evaluation = newest_evaluation
         self._before_save = before_save
         self._warn = warn
         self.last_saved: Path | None = None
@@ -48,7 +54,7 @@ class Saver:
                 step=position.step,
                 state=assembly.strategy.state(),
                 trainer_state=asdict(position),
-                export=lambda folder: self._export(folder, assembly),
+                export=lambda folder: self._export(folder, position.step, assembly),
                 aliases=assembly.aliases,
                 peers=self._world.peers,
             )
@@ -74,8 +80,8 @@ class Saver:
         except OSError as error:
             self._warn(f"an old checkpoint could not be deleted: {error}")
 
-    def _export(self, folder: Path, assembly: Assembly) -> None:
-        """Write what makes a checkpoint a model folder, and the record of the recipe. Rank 0."""
+    def _export(self, folder: Path, step: int, assembly: Assembly) -> None:
+        """Write what makes a checkpoint a model folder, the record of the recipe and the model card. Rank 0."""
         recipe_type = type(self._recipe)
         self._recipe.export(folder, assembly.model)
         record = {
@@ -84,3 +90,11 @@ class Saver:
             "run": self._identity.to_json(),
         }
         (folder / RECIPE).write_text(json.dumps(record, indent=1))
+        if not (folder / CARD).exists():  # the recipe may have one of its own
+            facts = CardFacts(
+                step=step,
+                identity=self._identity,
+                num_samples=self._num_samples,
+                evaluation=self._newest_evaluation(),
+            )
+            (folder / CARD).write_text(model_card(self._recipe, folder, facts), encoding="utf-8")

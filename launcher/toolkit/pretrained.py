@@ -72,6 +72,21 @@ def pretrained_weights(auto_class: Any, source: str | Path, **options: Any) -> M
     return {name: tensor for name, tensor in model.state_dict().items() if name not in absent}
 
 
+def save_config(model: Any, folder: Path) -> None:
+    """Write the configuration files of a transformers model, with the class that it is an instance of.
+
+    config.json names that class as its `architectures`, whichever one the model's configuration came with.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    # FSDP2 gives a model a class of its own, derived from the model's.
+    model_class = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+    model.config.architectures = [model_class.__name__]
+    model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+
+
 def require_room(tokenizer: Any, flag: str, num_tokens: int) -> None:
     """Raise UserError when a length limit has no room for text besides the tokenizer's special tokens."""
     least = tokenizer.num_special_tokens_to_add() + 1

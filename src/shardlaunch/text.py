@@ -9,6 +9,7 @@ from shardlaunch.launcher.toolkit.pretrained import (
     longest_input,
     pretrained_weights,
     require_room,
+    save_config,
     tokenizer_key,
 )
 from shardlaunch.launcher.toolkit.tokenizers import train_tokenizer
@@ -25,6 +26,7 @@ __all__ = [
     "positions",
     "pretrained_weights",
     "require_room",
+    "save_config",
     "set_search",
     "tokenized",
     "tokenizer_key",

@@ -1,5 +1,6 @@
 """Every recipe on a tiny sample of its demo data: the same run on 1 and 2 ranks, exact resumes, open checkpoints."""
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -134,7 +135,8 @@ def test_recipe(case: Case, tmp_path: Path) -> None:
     tensors, others = final_tensors(Path(one)), final_tensors(Path(resumed))
     assert tensors.keys() == others.keys()
     assert all(torch.equal(tensors[key], others[key]) for key in tensors)
-    _assert_others_can_read(Path(one) / "checkpoints" / step_dir_name(STEPS), case.auto_class)
+    for output_dir in (one, two):
+        _assert_others_can_read(Path(output_dir) / "checkpoints" / step_dir_name(STEPS), case.auto_class)
 
 
 def _assert_others_can_read(step_dir: Path, auto_class: str) -> None:
@@ -147,6 +149,10 @@ def _assert_others_can_read(step_dir: Path, auto_class: str) -> None:
         import transformers
 
         model = getattr(transformers, auto_class).from_pretrained(step_dir)
+        (architecture,) = json.loads((step_dir / "config.json").read_text())["architectures"]
+        by_name, loading = getattr(transformers, architecture).from_pretrained(step_dir, output_loading_info=True)
+        assert type(by_name) is type(model)
+        assert not any(loading.values()), loading
         assert all(torch.equal(weights[name], value) for name, value in model.named_parameters() if name in weights)
         assert weights.keys() <= model.state_dict().keys()
 
