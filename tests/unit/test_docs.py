@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shardlaunch.launcher.option_fields import flag
+from shardlaunch.launcher.other_trainers import _ADVICE as ADVICE
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ("recipes", "launcher", "sharding", "checkpoints")
 VARIES = "…"  # stands for what a message fills in
@@ -32,6 +35,15 @@ def test_messages_of_troubleshooting_are_those_of_the_source() -> None:
     # A page may leave out a variable beginning or end.
     missing = [message for message in messages if message.removeprefix("error: ").strip(f"{VARIES} ") not in source]
     assert not missing, "\n".join(missing)
+
+
+def test_words_of_other_trainers_stand_on_their_page_with_ours() -> None:
+    rows = (ROOT / "docs" / "porting" / "words.md").read_text().splitlines()
+    for name, text in ADVICE.items():
+        of_name = [row for row in rows if row.startswith("|") and f"`{flag(name)}`" in row.split("|")[1]]
+        assert len(of_name) == 1, name
+        meant = re.findall(r"--[a-z0-9-]+", text.partition("?")[0])
+        assert "did you mean" not in text or all(f"`{one}`" in of_name[0].split("|")[2] for one in meant), name
 
 
 def test_python_on_the_pages_is_python() -> None:
