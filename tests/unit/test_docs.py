@@ -61,7 +61,7 @@ def _check_tables(root: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True)
 
 
-def test_tables_of_the_pages_are_made_from_the_results(tmp_path: Path) -> None:
+def test_tables_and_cells_of_the_pages_are_made_from_results_and_notebook(tmp_path: Path) -> None:
     ended = _check_tables(ROOT)
     assert ended.returncode == 0, ended.stderr
     for name in ("benchmarks", "docs"):
@@ -70,6 +70,10 @@ def test_tables_of_the_pages_are_made_from_the_results(tmp_path: Path) -> None:
     text = result.read_text()
     assert '"training_s": 397.6' in text
     result.write_text(text.replace('"training_s": 397.6', '"training_s": 297.6'))
+    notebook = tmp_path / "docs" / "notebook.ipynb"
+    text = notebook.read_text()
+    assert "width: int = 32" in text
+    notebook.write_text(text.replace("width: int = 32", "width: int = 64"))
     ended = _check_tables(tmp_path)
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert "docs/results.md" in ended.stderr
+    assert "in docs/python.md, docs/results.md:" in ended.stderr
