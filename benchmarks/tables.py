@@ -1,13 +1,14 @@
-"""Write the tables of the docs from benchmarks/results/*.json: python benchmarks/tables.py [--check].
+"""Fill the docs with tables of benchmarks/results/*.json and cells of notebooks: python benchmarks/tables.py [--check].
 
-A page names a table between two comments, and this command fills in what lies between them:
+A page says between two comments what stands there, and this command fills it in:
 
     <!-- table: KIND RESULT RESULT ... -->
     <!-- end of table -->
 
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
-`memory` (peaks of host memory), `machine` (where the figures were measured). `--check` writes nothing and fails when a
-page differs from its results.
+`memory` (peaks of host memory), `machine` (where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and
+`<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0. `--check` writes nothing and fails
+when a page differs from its sources.
 """
 
 import argparse
@@ -23,7 +24,7 @@ DOCS = RESULTS.parents[1] / "docs"
 WIDEST_LINE = 80  # of a command, so that it need not be scrolled
 Result = dict[str, Any]
 
-_TABLE = re.compile(r"(<!-- table: ([^>]*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_FILLED = re.compile(r"(<!-- (table|cell): ([^>]*?) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 _METRICS: dict[str, Callable[[float], str]] = {
     "accuracy": lambda value: f"accuracy {100 * value:.1f} %",
     "bits_per_byte": lambda value: f"{value:.2f} bits per byte",
@@ -56,21 +57,30 @@ def main() -> None:
     stale = []
     for page in sorted(DOCS.rglob("*.md")):
         text = page.read_text()
-        filled = _TABLE.sub(_filled, text)
+        filled = _FILLED.sub(_filled, text)
         if filled != text:
             stale.append(page)
             if not is_check:
                 page.write_text(filled)
     names = ", ".join(str(page.relative_to(DOCS.parent)) for page in stale)
     if stale and is_check:
-        sys.exit(f"tables differ from benchmarks/results in {names}: run python benchmarks/tables.py")
-    print(f"written: {names}" if stale else "all tables are as benchmarks/results has them")
+        sys.exit(f"tables or cells differ from their sources in {names}: run python benchmarks/tables.py")
+    print(f"written: {names}" if stale else "all tables and cells are as their sources have them")
 
 
 def _filled(match: re.Match[str]) -> str:
-    kind, *names = match[2].split()
-    results = [json.loads((RESULTS / f"{name}.json").read_text()) for name in names]
-    return f"{match[1]}\n{_KINDS[kind](results)}\n\n{match[3]}"
+    kind, *names = match[3].split()
+    if match[2] == "cell":
+        content = _cell(kind, *map(int, names))
+    else:
+        content = _KINDS[kind]([json.loads((RESULTS / f"{name}.json").read_text()) for name in names])
+    return f"{match[1]}\n{content}\n\n{match[4]}"
+
+
+def _cell(notebook: str, number: int) -> str:
+    cell = json.loads((DOCS / notebook).read_text())["cells"][number]
+    source = "".join(cell["source"])
+    return f"```python\n{source}\n```" if cell["cell_type"] == "code" else source
 
 
 def _runs(results: Sequence[Result]) -> str:

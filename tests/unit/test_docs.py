@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shardlaunch.launcher.option_fields import flag
+from shardlaunch.launcher.other_trainers import _ADVICE as ADVICE
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ("recipes", "launcher", "sharding", "checkpoints")
 VARIES = "…"  # stands for what a message fills in
@@ -34,6 +37,15 @@ def test_messages_of_troubleshooting_are_those_of_the_source() -> None:
     assert not missing, "\n".join(missing)
 
 
+def test_words_of_other_trainers_stand_on_their_page_with_ours() -> None:
+    rows = (ROOT / "docs" / "porting" / "words.md").read_text().splitlines()
+    for name, text in ADVICE.items():
+        of_name = [row for row in rows if row.startswith("|") and f"`{flag(name)}`" in row.split("|")[1]]
+        assert len(of_name) == 1, name
+        meant = re.findall(r"--[a-z0-9-]+", text.partition("?")[0])
+        assert "did you mean" not in text or all(f"`{one}`" in of_name[0].split("|")[2] for one in meant), name
+
+
 def test_python_on_the_pages_is_python() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     blocks = [
@@ -49,7 +61,7 @@ def _check_tables(root: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True)
 
 
-def test_tables_of_the_pages_are_made_from_the_results(tmp_path: Path) -> None:
+def test_tables_and_cells_of_the_pages_are_made_from_results_and_notebook(tmp_path: Path) -> None:
     ended = _check_tables(ROOT)
     assert ended.returncode == 0, ended.stderr
     for name in ("benchmarks", "docs"):
@@ -58,6 +70,10 @@ def test_tables_of_the_pages_are_made_from_the_results(tmp_path: Path) -> None:
     text = result.read_text()
     assert '"training_s": 397.6' in text
     result.write_text(text.replace('"training_s": 397.6', '"training_s": 297.6'))
+    notebook = tmp_path / "docs" / "notebook.ipynb"
+    text = notebook.read_text()
+    assert "width: int = 32" in text
+    notebook.write_text(text.replace("width: int = 32", "width: int = 64"))
     ended = _check_tables(tmp_path)
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert "docs/results.md" in ended.stderr
+    assert "in docs/python.md, docs/results.md:" in ended.stderr
