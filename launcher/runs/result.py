@@ -1,4 +1,4 @@
-"""The outcome of a run, as its folder tells it."""
+"""The outcome of a run, read from its output folder."""
 
 import json
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Outcome of a run: its folder, where it stands, its evaluations and its checkpoints."""
+    """Outcome of a run: output folder, step, evaluations and checkpoints."""
 
     run_dir: Path
     step: int
     is_finished: bool
     evaluations: tuple[dict[str, Any], ...] = ()
-    """Each evaluation's `step`, `epoch`, `loss` and metrics, in order."""
+    """Each evaluation's `step`, `epoch`, `loss` and metrics, by step."""
     last_checkpoint: Path | None = None
     best_checkpoint: Path | None = None
-    """Checkpoint of the best evaluation, where it is kept."""
+    """Checkpoint of the best evaluation, if it is kept in this folder."""
     best_metric: str = ""
     best_value: float | None = None
     folds: tuple["Result", ...] = ()
-    """Of a cross-validation, each fold's result."""
+    """Results of the folds of a cross-validation."""
 
     @classmethod
     def of_folder(cls, run_dir: Path) -> "Result":
@@ -67,9 +67,9 @@ class Result:
         )
 
     def history(self) -> "pd.DataFrame":
-        """Return metrics.jsonl as a table: one row per step that was logged or evaluated, `eval/` before its metrics.
+        """Return metrics.jsonl as a table, one row per logged or evaluated step; evaluation metrics begin with `eval/`.
 
-        Of a cross-validation, all folds' rows, with a column `fold` (from 1).
+        For a cross-validation, the rows of all folds, with a column `fold` (from 1).
         """
         import pandas as pd
 

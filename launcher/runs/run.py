@@ -1,4 +1,4 @@
-"""One launch of a run: from its data to its last line."""
+"""One launch of a run: load the data, build or restore the state, train, report."""
 
 import json
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ from shardlaunch.sharding.world import World
 
 
 class Run:
-    """One launch of a run, from its data to its last line."""
+    """One launch of a run, from loading the data to the final report."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Run:
         return self.output_dir / CHECKPOINTS
 
     def run(self) -> Result:
-        """Do all of it. All ranks."""
+        """Run from the newest checkpoint, or from the beginning, to the end, and return the outcome. All ranks."""
         with ExitStack() as stack:
             self.world.peers.together(
                 lambda: stack.enter_context(claim(self.output_dir)) if self.world.is_main else None
@@ -100,13 +100,13 @@ class Run:
             return self._end()
 
     def prepare(self) -> None:
-        """Load the data, decide where to begin, and build model and trainer. All ranks."""
+        """Load the data, find the checkpoint to resume from, and build model and trainer. All ranks."""
         self.data = load_data(self.recipe, self.world, self.fold)
         self.identity = self._identity()
         self.resumed = self._find_checkpoint()
         self._assemble(self.resumed)
         self._write_run()
-        self._say_start()
+        self._show_start()
         self.saver = Saver(
             self.checkpoints_dir,
             recipe=self.recipe,
@@ -125,7 +125,7 @@ class Run:
         self._build_trainer()
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        """Return the checkpoint to go on from. Raises UserError when it, or what the folder holds, is another run."""
+        """Return the checkpoint to resume from, if any. Raises UserError if it or the output folder has another run."""
         options, world = self.options, self.world
         found = identity_of_folder(self.output_dir)
         if found is not None:
@@ -141,7 +141,7 @@ class Run:
         return checkpoint
 
     def _assemble(self, checkpoint: Checkpoint | None) -> None:
-        """Build and spread the model as it is at the step of a checkpoint (None: at the start), with its values."""
+        """Build the model and its strategy, and restore a checkpoint (None: start with the initial weights)."""
         self.assembly = assemble(
             self.recipe,
             world=self.world,
@@ -162,7 +162,7 @@ class Run:
         evaluation_batches = self.data.evaluation_batches(recipe, world)
         if evaluation_batches is not None:
             evaluator = Evaluator(recipe, evaluation_batches, world=world, precision=self.precision)
-            assert evaluator.higher_is_better in (True, False)  # asked now, to raise before any training
+            assert evaluator.higher_is_better in (True, False)  # checked now, to raise before any training
             if not self.position.is_finished:
                 evaluator.rehearse(self.strategy.replicas[0])
         elif options.early_stopping_patience or ("save_on_best" in options.explicitly_set and options.save_on_best):
@@ -192,7 +192,7 @@ class Run:
         init_digest = 0
         if self.options.init_from:
             self.init = self.world.peers.together(self._open_init)
-            # Read once, by rank 0: weights may be large, and that all ranks have the same is checked later.
+            # Rank 0 only: weights may be large, and the built models are compared later.
             mine = int(self.init.weights.digest(), 16) >> 65 if self.world.is_main else 0
             init_digest = self.world.peers.gather([mine])[0][0]
         return run_identity(
@@ -219,7 +219,7 @@ class Run:
 
     def _restore(self, checkpoint: Checkpoint | None) -> Position:
         if checkpoint is None:
-            # Asked now, so that an optimizer whose groups cannot be saved is refused before any work.
+            # Read now, so that an optimizer whose groups cannot be saved is refused before any training.
             return Position(
                 group_hyperparameters=group_hyperparameters(self.strategy.optimizer),
                 non_persistent_buffers=self.assembly.non_persistent_buffers,
@@ -227,14 +227,14 @@ class Run:
         position = Position.from_json(checkpoint.trainer_state)
         if position.non_persistent_buffers != self.assembly.non_persistent_buffers:
             raise UserError(
-                f"{checkpoint.step_dir}: the model's non-persistent buffers differ from the run's: the constructor "
-                f"draws them at random, or has changed. Register them with persistent=True"
+                f"{checkpoint.step_dir}: the model's non-persistent buffers differ from the checkpoint's: its "
+                f"constructor has changed or draws them at random. Register them with persistent=True"
             )
         self.strategy.restore(checkpoint)
-        if position.step != self.options.unfreeze_at_step:  # there, the groups of parameters are others
+        if position.step != self.options.unfreeze_at_step:  # there, the parameter groups change
             restore_group_hyperparameters(self.strategy.optimizer, position.group_hyperparameters)
-        # It may have ended by early stopping, at the end of the run before it was extended, or, in the folder of an
-        # extended run, further on than this command goes.
+        # A run also ends by early stopping. A run that is extended is no longer finished at its original end, and an
+        # extended run may be further than the last step of this command.
         ended_early = position.is_finished and position.step < self.data.num_steps
         position.is_finished = position.has_stopped_early or ended_early or position.step >= self.data.last_step
         return position
@@ -274,24 +274,24 @@ class Run:
         self.saver.require_saved(self.position.step)
 
     def _unfreeze(self) -> None:
-        """Go on with all parameters trained, as a resume from the checkpoint of this step would."""
+        """Continue with all parameters trainable, exactly as a resume from this step's checkpoint would."""
         assert self.saver.last_saved is not None
         checkpoint = open_checkpoint(self.saver.last_saved, peers=self.world.peers)
-        del self.trainer, self.strategy, self.assembly  # room for the next
+        del self.trainer, self.strategy, self.assembly  # free memory for the next
         self._assemble(checkpoint)
         self.display.say(f"step {self.position.step}: unfroze all parameters")
         self.display.parameters(self.assembly.rows)
         self._build_trainer()
 
     def save(self, position: Position) -> None:
-        """Save a checkpoint of the state as it is; a save that fails is dropped and said. All ranks."""
+        """Save a checkpoint of the current state; a save that fails only causes a warning. All ranks."""
         self.saver.save(position, self.assembly)
 
     def _steps_text(self) -> str:
         extended_to = max(self.data.last_step, self.position.step)
         return f"{self.data.num_steps}" + (f", extended to {extended_to}" if extended_to > self.data.num_steps else "")
 
-    def _say_start(self) -> None:
+    def _show_start(self) -> None:
         options, world, assembly = self.options, self.world, self.assembly
         checkpoint, plan = self.resumed, self.data.plan
         num_new = "" if checkpoint else f", {len(assembly.new)} of {assembly.num_tensors} tensors newly initialized"
@@ -333,7 +333,9 @@ class Run:
     def _end(self) -> Result:
         """Print the last lines and return the outcome. All ranks."""
         result = Result.of_folder(self.output_dir)
-        if self.saver.last_saved is None and self.resumed is not None:  # complete; its checkpoint may lie elsewhere
+        if (
+            self.saver.last_saved is None and self.resumed is not None
+        ):  # complete; its checkpoint may be in another folder
             result = replace(
                 result,
                 step=self.position.step,

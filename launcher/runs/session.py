@@ -1,4 +1,4 @@
-"""What a run changes in its process, and how the process is left as it was found."""
+"""State of the process that a run changes, and how it is restored."""
 
 import os
 import random
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# A run's output is its own; whoever sets these variables gets the libraries' output too.
+# Libraries are silent during a run unless the user sets these variables.
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -23,14 +23,14 @@ _QUIET = {
 
 
 def set_quiet_variables() -> None:
-    """Tell libraries that are not imported yet to be silent, unless the environment says otherwise."""
+    """Silence libraries that are not imported yet, unless the environment says otherwise."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
 
 
 @contextmanager
 def silent_libraries() -> Iterator[None]:
-    """Silence bars and logs of libraries, those already imported too, unless the environment says otherwise."""
+    """Silence progress bars and logs of libraries, imported or not, unless the environment says otherwise."""
     with ExitStack() as stack:
         set_quiet_variables()
         if "transformers" in sys.modules:
@@ -52,7 +52,7 @@ def silent_libraries() -> Iterator[None]:
 
 @contextmanager
 def preserved_process() -> Iterator[None]:
-    """Restore what a run may change: environment, threads, random generators, grad mode, accelerate's shared state."""
+    """Restore afterwards: environment, threads, random generators, grad mode, accelerate's shared state."""
     environment = dict(os.environ)
     num_threads = torch.get_num_threads()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
