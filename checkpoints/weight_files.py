@@ -90,6 +90,8 @@ def _files_of_folder(path: Path, *, warn: Callable[[str], None]) -> list[Path]:
     if not files:
         pickles = [file.name for pattern in _PICKLES for file in path.glob(pattern)]
         found = f"; {pickles[0]} is a pickle, which is never loaded{_hint(path / pickles[0])}" if pickles else ""
+        folds = sorted(str(fold) for fold in path.glob("fold-*") if (fold / CHECKPOINTS).is_dir())
+        found = f"; it is a cross-validation: choose a fold, such as {folds[0]}" if folds else found
         raise UserError(f"{path}: no model*.safetensors file in this folder{found}")
     return files
 

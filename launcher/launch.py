@@ -100,7 +100,8 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         )
         return EXIT_INTERRUPTED
     except RuntimeError as error:
-        if not _LOST_CONTACT.search(str(error)):
+        is_alone = world is not None and world.size == 1
+        if is_alone or not _LOST_CONTACT.search(str(error)):
             raise
         message = (
             "error: lost contact with another rank, which failed (see its own message) or was killed. "

@@ -1,6 +1,7 @@
 """Options of a run: one dataclass per topic, and `Options`, which combines them."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from shardlaunch.errors import UserError
@@ -46,6 +47,8 @@ class RunOptions:
     """Show the traceback of errors."""
 
     def __post_init__(self) -> None:
+        if self.run_name and (Path(self.run_name).name != self.run_name or self.run_name == ".."):
+            raise UserError(f"--run-name {self.run_name}: must be a plain name; for a path use --output-dir")
         if self.folds == 1:
             raise UserError("--folds 1: must be at least 2, or 0 for no cross-validation")
         if self.folds and self.resume != "auto":

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -14,8 +15,7 @@ from typing import Any
 
 import torch
 
-from shardlaunch.errors import UserError
-from shardlaunch.launcher.launch import EXIT_USER_ERROR
+from shardlaunch.errors import EXIT_USER_ERROR, UserError
 from shardlaunch.launcher.runs.result import Result
 from shardlaunch.sharding.environment import (
     RANKS_VARIABLE,
@@ -122,7 +122,7 @@ def start(recipe: str | Path, *, ranks: int = 0, strategy: str = "auto", show: b
                 raise
         message = error_path.read_text(errors="replace").strip()
         if status == EXIT_USER_ERROR:
-            raise UserError(message.rpartition("error: ")[2] or f"{recipe}: refused")
+            raise UserError(re.split(r"^error: ", message, maxsplit=1, flags=re.M)[-1] or f"{recipe}: refused")
         if status:
             raise RuntimeError(f"{recipe} ended with status {status}: {message[-MOST_QUOTED:] or 'no message'}")
         return Result.of_folder(Path(json.loads(result_path.read_text())["run_dir"]))

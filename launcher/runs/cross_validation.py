@@ -8,10 +8,8 @@ import numpy as np
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, last_evaluation, numbers
 from shardlaunch.launcher.runs.folder import RUN, write_json
-from shardlaunch.launcher.runs.result import Result
+from shardlaunch.launcher.runs.result import FOLDS, Result
 from shardlaunch.launcher.runs.run import Run
-
-FOLDS = "folds.json"
 
 
 def cross_validate(run_of_fold: Callable[[int], Run], num_folds: int) -> Result:

@@ -6,10 +6,12 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from shardlaunch.checkpoints.layout import CHECKPOINTS, RECIPE
+from shardlaunch.checkpoints.manifest import DamagedCheckpoint
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, newest_valid, open_path
 from shardlaunch.errors import UserError
@@ -28,11 +30,12 @@ def run_folder(options: Options, recipe_name: str) -> Path:
 
 def new_folder_hint(options: Options, output_dir: Path) -> str:
     """Return an option that lets the same command start a new run, in a folder that does not exist yet."""
-    name = output_dir.name if not options.folds else output_dir.parent.name
-    number = next(n for n in range(2, 1 << 30) if not (output_dir.parent / f"{name}-{n}").exists())
-    if options.output_dir:
-        return f"--output-dir {output_dir.parent / f'{name}-{number}'}"
-    return f"--run-name {name}-{number}"
+    root = output_dir.parent if options.folds else output_dir
+    if root.name in ("", ".."):
+        root = root.resolve()
+    names = (root.parent / f"{root.name}-{number}" for number in count(2))
+    new = next(path for path in names if not path.exists())
+    return f"--output-dir {new}" if options.output_dir else f"--run-name {new.name}"
 
 
 @contextmanager
@@ -97,7 +100,12 @@ def find_checkpoint(resume: str, output_dir: Path, *, peers: Peers, display: Dis
             )
         return None
     if resume == "auto":
-        return newest_valid(checkpoints_dir, peers=peers, warn=display.warn)
+        try:
+            return newest_valid(checkpoints_dir, peers=peers, warn=display.warn)
+        except DamagedCheckpoint as error:
+            raise UserError(
+                f"{error}. To start from the beginning, delete them or choose another --output-dir."
+            ) from error
     try:
         checkpoint = open_path(Path(resume), peers=peers, warn=display.warn)
     except UserError as error:
@@ -125,6 +133,6 @@ def identity_of_folder(output_dir: Path) -> dict[str, Any] | None:
         return None
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not readable ({error}); choose another --output-dir") from error
-    return record
+        return {name: dict(record[name]) for name in ("identity", "warn")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a readable record of a run ({error!r}); choose another --output-dir") from error

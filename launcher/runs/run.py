@@ -92,7 +92,8 @@ class Run:
             self.prepare()
             stop_at_step = self.options.stop_at_step
             if self.position.is_finished:
-                self.display.say(f"this run is complete: {self.position.step} of {self._steps_text()} steps")
+                early = ", stopped early" if self.position.has_stopped_early else ""
+                self.display.say(f"this run is complete: {self.position.step} of {self._steps_text()} steps{early}")
             elif 0 < stop_at_step <= self.position.step:
                 self.display.say(f"already at step {self.position.step} (--stop-at-step {stop_at_step}); nothing to do")
             else:
@@ -127,7 +128,7 @@ class Run:
     def _find_checkpoint(self) -> Checkpoint | None:
         """Return the checkpoint to resume from, if any. Raises UserError if it or the output folder has another run."""
         options, world = self.options, self.world
-        found = identity_of_folder(self.output_dir)
+        found = world.peers.together(lambda: identity_of_folder(self.output_dir))
         if found is not None:
             self.identity.check(found, str(self.output_dir), hint=new_folder_hint(options, self.output_dir))
         if world.is_main:
@@ -191,10 +192,10 @@ class Run:
         self.init: InitFrom | None = None
         init_digest = 0
         if self.options.init_from:
-            self.init = self.world.peers.together(self._open_init)
+            init = self.init = self.world.peers.together(self._open_init)
             # Rank 0 only: weights may be large, and the built models are compared later.
-            mine = int(self.init.weights.digest(), 16) >> 65 if self.world.is_main else 0
-            init_digest = self.world.peers.gather([mine])[0][0]
+            digest = self.world.peers.together(lambda: init.weights.digest() if self.world.is_main else "0")
+            init_digest = self.world.peers.gather([int(digest, 16) >> 65])[0][0]
         return run_identity(
             self.name,
             self.options,
@@ -332,16 +333,10 @@ class Run:
 
     def _end(self) -> Result:
         """Print the last lines and return the outcome. All ranks."""
-        result = Result.of_folder(self.output_dir)
-        if (
-            self.saver.last_saved is None and self.resumed is not None
-        ):  # complete; its checkpoint may be in another folder
-            result = replace(
-                result,
-                step=self.position.step,
-                is_finished=self.position.is_finished,
-                last_checkpoint=self.resumed.step_dir,
-            )
+        last = self.saver.last_saved or (self.resumed.step_dir if self.resumed is not None else None)
+        # Rank 0 first: then it has deleted old checkpoints, and all ranks find the same ones.
+        result = self.world.main_first(lambda: Result.of_folder(self.output_dir, last=last))
+        result = replace(result, is_finished=self.position.is_finished)
         if self.world.is_main:
             metrics = self.recipe.metrics() if result.evaluations else {}
             signatures = {name: metric.signature for name, metric in metrics.items() if hasattr(metric, "signature")}

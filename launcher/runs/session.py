@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from shardlaunch.errors import UserError
+
+_IN_USE = threading.Lock()
 # Libraries are silent during a run unless the user sets these variables.
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -52,7 +56,23 @@ def silent_libraries() -> Iterator[None]:
 
 @contextmanager
 def preserved_process() -> Iterator[None]:
-    """Restore afterwards: environment, threads, random generators, grad mode, accelerate's shared state."""
+    """Restore afterwards: environment, threads, random generators, grad mode, accelerate's shared state.
+
+    Raises UserError within another such context of this process: two runs would change the same state.
+    """
+    if not _IN_USE.acquire(blocking=False):
+        raise UserError(
+            "another run is in progress in this process: call fit() again when it has ended, or use start()"
+        )
+    try:
+        with _restored():
+            yield
+    finally:
+        _IN_USE.release()
+
+
+@contextmanager
+def _restored() -> Iterator[None]:
     environment = dict(os.environ)
     num_threads = torch.get_num_threads()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()

@@ -183,3 +183,9 @@ def test_options_know_which_were_given(tmp_path: Path) -> None:
     words = ("--config", str(config), "--depth", "3", "--place=there", "--no-reshard-after-forward")
     assert _parse(*words).explicitly_set == {"config", "save_every", "depth", "place", "reshard_after_forward"}
     assert _parse().explicitly_set == frozenset()
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "/a", "a/"])
+def test_a_run_name_is_no_path(name: str) -> None:
+    with pytest.raises(UserError, match=f"^--run-name {name}: must be a plain name"):
+        Options(run_name=name)

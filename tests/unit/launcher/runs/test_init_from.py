@@ -113,9 +113,11 @@ def test_paths_without_usable_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
     save_file({"other": torch.ones(3)}, tmp_path / "other.safetensors")
     (tmp_path / "index").mkdir()
+    (tmp_path / "folds" / "fold-1" / "checkpoints").mkdir(parents=True)
     (tmp_path / "index" / "model.safetensors.index.json").write_text('{"weight_map": {"w": "../other.safetensors"}}')
     for name, says in {
         "nosuch": "no such file or folder",
+        "folds": "it is a cross-validation: choose a fold, such as .*/folds/fold-1",
         "empty": "no model\\*.safetensors file",
         "pickled": "pytorch_model.bin is a pickle, which is never loaded",
         "broken.safetensors": "not a readable safetensors file",
