@@ -178,8 +178,8 @@ class Run:
             evaluator,
             world=world,
             precision=self.precision,
-            num_steps=self.data.last_step,
-            schedule_steps=self.data.num_steps,
+            num_steps=self.data.num_steps,
+            last_step=self.data.last_step,
             hooks=Hooks(
                 on_step=self.recorder.on_step,
                 on_evaluating=self.recorder.on_evaluating,
