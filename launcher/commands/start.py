@@ -99,9 +99,10 @@ def start(recipe: str | Path, *, ranks: int = 0, strategy: str = "auto", show: b
         result_path, error_path = Path(folder) / "result.json", Path(folder) / "stderr"
         words = ["run", str(recipe), "--ranks", str(ranks), "--strategy", strategy, "--", *option_words(options)]
         environment = {**os.environ, RESULT_VARIABLE: str(result_path)}
-        with open(error_path, "w") as error_file:
+        with (
+            open(error_path, "w") as error_file,
             # A new session, so that an interrupt reaches only this process, which passes it on once.
-            process = subprocess.Popen(
+            subprocess.Popen(
                 [*COMMAND, *words],
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -109,7 +110,8 @@ def start(recipe: str | Path, *, ranks: int = 0, strategy: str = "auto", show: b
                 stderr=error_file,
                 text=True,
                 start_new_session=True,
-            )
+            ) as process,
+        ):
             assert process.stdout is not None
             try:
                 for line in process.stdout:
