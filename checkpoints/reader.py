@@ -104,6 +104,24 @@ def checkpoint_steps(checkpoints_dir: Path) -> list[int]:
     return sorted(step for step in steps if step is not None)
 
 
+def newest_complete(checkpoints_dir: Path) -> Path | None:
+    """Return the newest checkpoint folder that looks complete, None if there is none. No collectives.
+
+    Checks the manifest, the sizes of all files and the digest of trainer_state.json, but not the tensors' digests.
+    """
+    for step in reversed(checkpoint_steps(checkpoints_dir)):
+        step_dir = checkpoints_dir / step_dir_name(step)
+        try:
+            files = read_manifest(step_dir).files
+            if any((step_dir / name).lstat().st_size != record.num_bytes for name, record in files.items()):
+                continue
+            _verify_file(step_dir / TRAINER_STATE, files[TRAINER_STATE].num_bytes, files[TRAINER_STATE].digest)
+        except (UserError, OSError, KeyError):
+            continue
+        return step_dir
+    return None
+
+
 def latest_checkpoint(
     step_dirs: Iterable[Path], *, peers: Peers, on_damaged: Callable[[UserError], None]
 ) -> Checkpoint | None:
@@ -128,7 +146,10 @@ def open_path(path: Path, *, peers: Peers, warn: Callable[[str], None]) -> Check
             return open_checkpoint(path, peers=peers)
         except UserError as error:
             raise UserError(f"{path}: not a valid checkpoint: {error}") from error
-    checkpoint = newest_valid(path / CHECKPOINTS, peers=peers, warn=warn)
+    try:
+        checkpoint = newest_valid(path / CHECKPOINTS, peers=peers, warn=warn)
+    except DamagedCheckpoint as error:
+        raise UserError(f"{path}: {error}") from error
     if checkpoint is None:
         raise UserError(f"{path}: no checkpoint in this run folder")
     return checkpoint
@@ -137,7 +158,7 @@ def open_path(path: Path, *, peers: Peers, warn: Callable[[str], None]) -> Check
 def newest_valid(checkpoints_dir: Path, *, peers: Peers, warn: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest valid checkpoint, None if there is none; `warn` gets a line for each damaged one. All ranks.
 
-    Raises UserError when there are checkpoints but all are damaged.
+    Raises DamagedCheckpoint when there are checkpoints but all are damaged.
     """
     steps = checkpoint_steps(checkpoints_dir)
     damaged: list[str] = []
@@ -149,8 +170,5 @@ def newest_valid(checkpoints_dir: Path, *, peers: Peers, warn: Callable[[str], N
     step_dirs = [checkpoints_dir / step_dir_name(step) for step in reversed(steps)]
     checkpoint = latest_checkpoint(step_dirs, peers=peers, on_damaged=on_damaged)
     if checkpoint is None and damaged:
-        raise UserError(
-            f"no valid checkpoint in {checkpoints_dir} ({damaged[0]}). "
-            f"To start from the beginning, delete them or choose another --output-dir."
-        )
+        raise DamagedCheckpoint(f"no valid checkpoint in {checkpoints_dir} ({damaged[0]})")
     return checkpoint

@@ -1,4 +1,4 @@
-"""Weights that a run starts from: safetensors files of a checkpoint, a run, or a folder that another tool wrote."""
+"""Weights in safetensors files: of a checkpoint, a run, or another tool's folder."""
 
 import json
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class WeightFiles:
         return tensor
 
     def digest(self) -> str:
-        """Return a digest of the files' contents, whatever their names."""
+        """Return a digest of the files' contents, independent of their names."""
         digest = xxhash.xxh3_128()
         for file in self.files:
             digest.update(digest_file(file).digest.encode())
@@ -44,11 +44,11 @@ class WeightFiles:
 
 
 def open_weights(path: Path, *, warn: Callable[[str], None]) -> WeightFiles:
-    """Return the weights that a path means: a safetensors file, a checkpoint, a run (its newest valid checkpoint), or
-    a folder with model*.safetensors files.
+    """Return the weights at a path: a safetensors file, a checkpoint, a run (its newest valid checkpoint), or a folder
+    with model*.safetensors files.
 
-    Of a checkpoint only the files that its manifest lists are read, of a folder with an index only those. Raises
-    UserError that begins with the path. One rank; a checkpoint's digests are verified.
+    Only files that the manifest of a checkpoint or the index of a folder lists are read; a checkpoint's digests are
+    verified. No collectives. Raises UserError that begins with the path.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -89,7 +89,9 @@ def _files_of_folder(path: Path, *, warn: Callable[[str], None]) -> list[Path]:
     files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
     if not files:
         pickles = [file.name for pattern in _PICKLES for file in path.glob(pattern)]
-        found = f"; {pickles[0]} is a pickle, which is not read{_hint(path / pickles[0])}" if pickles else ""
+        found = f"; {pickles[0]} is a pickle, which is never loaded{_hint(path / pickles[0])}" if pickles else ""
+        folds = sorted(str(fold) for fold in path.glob("fold-*") if (fold / CHECKPOINTS).is_dir())
+        found = f"; it is a cross-validation: choose a fold, such as {folds[0]}" if folds else found
         raise UserError(f"{path}: no model*.safetensors file in this folder{found}")
     return files
 
@@ -98,4 +100,4 @@ def _hint(file: Path) -> str:
     """Return how to convert a pickle; empty for other files."""
     if not any(file.match(pattern) for pattern in _PICKLES):
         return ""
-    return ". Convert it where you trust it: load it, then write it with safetensors.torch.save_file or save_pretrained"
+    return ". If you trust it, convert it: load it and write it with safetensors.torch.save_file or save_pretrained"

@@ -1,4 +1,4 @@
-"""A recipe's default collate(), forward() and num_targets(): for rows of (inputs, labels), and for dictionaries."""
+"""Default collate(), forward() and num_targets() of recipes, for rows that are (inputs, labels) or dictionaries."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ from torch.utils.data import default_collate
 from shardlaunch.errors import UserError, some
 
 IGNORED = -100
-"""The label that torch's losses leave out (`ignore_index` of cross_entropy)."""
+"""The label that torch's losses ignore (`ignore_index` of cross_entropy)."""
 NOT_FOR_THE_MODEL = ("labels", "label", "length")
-"""Columns of a batch that are for the loss, and for batching samples of alike length."""
+"""Columns of a batch that are used for the loss, or for batching samples of similar length."""
 _WHAT_A_BATCH_IS = (
-    "A batch is what collate(samples, seeds) returns: tensors by name. The default makes one of rows that are "
-    "(inputs, labels) or dictionaries, whose values are numbers, arrays or tensors of one shape"
+    "collate(samples, seeds) returns a batch: tensors by name. The default collate() supports rows that are "
+    "(inputs, labels) or dictionaries, with numbers, arrays or tensors of equal shape as values"
 )
 
 
@@ -35,40 +35,40 @@ class InputsLabels(NamedTuple):
 
 
 def collated(rows: Sequence[Any]) -> Any:
-    """Return a batch of rows: `InputsLabels` of pairs, a dictionary of dictionaries, otherwise as torch does.
+    """Return a batch of rows: `InputsLabels` for pairs, a dictionary for dictionaries, else as `default_collate`.
 
-    Raises UserError for rows that no batch can be made of.
+    Raises UserError for rows that cannot be collated.
     """
     first = rows[0]
     is_plain = isinstance(first, tuple | list) and not hasattr(first, "_fields")
     if is_plain and len(first) != 2:
         values = f"{len(first)} value{'s' * (len(first) != 1)}, {_kinds(first)}"
         raise UserError(
-            f"the rows of the data set have {values}, and which are inputs and labels is not known. "
-            f"{_WHAT_A_BATCH_IS}; define collate() for others: `return default_collate(samples)` (of torch.utils.data) "
-            f"gives a list, for a forward(), loss() and num_targets() of the recipe's own"
+            f"the rows of the data set have {values}; it is unclear which are inputs and labels. "
+            f"{_WHAT_A_BATCH_IS}; for others define collate(): `return default_collate(samples)` (of torch.utils.data) "
+            f"returns a list, which your own forward(), loss() and num_targets() can take"
         )
     try:
         batch = default_collate(list(rows))
     except (TypeError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(
-            f"rows of the data set do not make a batch ({type(error).__name__}: {_first_line(error)}); the first is "
-            f"{_kinds(first)}. {_WHAT_A_BATCH_IS}; turn images into tensors and text into token ids, pad what differs "
-            f"in length, or define collate()"
+            f"the rows of the data set cannot be collated ({type(error).__name__}: {_first_line(error)}); the first is "
+            f"{_kinds(first)}. {_WHAT_A_BATCH_IS}; turn images into tensors and text into token ids, pad rows of "
+            f"different lengths, or define collate()"
         ) from error
     if is_plain and len(batch) == 2:
         batch = InputsLabels(*batch)
         for name, column in zip(InputsLabels._fields, batch, strict=True):
             if _is_text(column):
-                raise UserError(f"the {name} of the data set's rows are text. {_WHAT_A_BATCH_IS}; define collate()")
+                raise UserError(f"the {name} in the data set's rows are text. {_WHAT_A_BATCH_IS}; define collate()")
     return batch
 
 
 def model_outputs(model: nn.Module, batch: Any) -> Any:
-    """Call the model with the batch's `inputs` or, without them, with its columns by name, as transformers' models do.
+    """Call the model with the batch's `inputs` or, without them, its columns by name, as transformers' models expect.
 
-    Labels are not passed: the loss is the recipe's. Raises UserError for a column that the model does not take, and for
-    a batch without any.
+    Labels are not passed: the recipe computes the loss. Raises UserError for columns that the model does not accept,
+    and for a batch without columns.
     """
     if has_column(batch, "inputs"):
         if _is_text(batch["inputs"]):
@@ -83,33 +83,33 @@ def model_outputs(model: nn.Module, batch: Any) -> Any:
         what = f"and {type(model).__name__}.forward() has no {some(map(repr, unknown or columns))}" if columns else ""
         raise UserError(
             f"the batch has no 'inputs' ({_columns(batch)}) {what}".rstrip()
-            + ": name the columns as the model's arguments, drop others in collate(), or define forward()"
+            + ": name the columns like the model's arguments, remove others in collate(), or define forward()"
         )
     return model(**{name: batch[name] for name in columns})
 
 
 def count_targets(batch: Any) -> int:
-    """Return how many targets the batch's `labels` are.
+    """Return the number of targets in the batch's `labels`.
 
-    Whole numbers: as many as are not -100, which torch's losses leave out. Others: one per row, of one number each.
-    Raises UserError where labels are missing, text, or several numbers per row.
+    Integer labels: all that are not -100, which torch's losses ignore. Other labels: one per row, each a single number.
+    Raises UserError if labels are missing, text, or several non-integer numbers per row.
     """
     if not has_column(batch, "labels"):
         raise UserError(
-            f"the batch has no 'labels' to count ({_columns(batch)}): name them so in the data set or in collate(), or "
+            f"the batch has no 'labels' to count ({_columns(batch)}): rename them in the data set or in collate(), or "
             f"define num_targets() and loss()"
         )
     labels = batch["labels"]
     if not isinstance(labels, torch.Tensor):
         if _is_text(labels):
-            raise UserError(f"the batch's labels are text. {_WHAT_A_BATCH_IS}; make numbers of them in collate()")
+            raise UserError(f"the batch's labels are text. {_WHAT_A_BATCH_IS}; convert them to numbers in collate()")
         return len(labels)
     if not labels.dtype.is_floating_point and not labels.dtype.is_complex and labels.dtype != torch.bool:
         return int((labels != IGNORED).sum())
     if labels.numel() != len(labels):
         raise UserError(
             f"labels of shape {list(labels.shape)} and {labels.dtype} may be counted per row or per number: define "
-            f'num_targets(), which returns what the mean loss is a mean over, as `len(batch["labels"])` or '
+            f'num_targets() to return the number that the loss is divided by, such as `len(batch["labels"])` or '
             f'`batch["labels"].numel()`'
         )
     return len(labels)

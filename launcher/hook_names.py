@@ -1,4 +1,4 @@
-"""Methods of a recipe that look like hooks and are none: nothing would call them, and the default would be taken."""
+"""Find recipe methods that are misnamed hooks: nothing would call them, and the default hook would run instead."""
 
 import sys
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 from shardlaunch.errors import UserError
 
 RENAMED = {"update": "update_metrics", "given": "explicitly_set_flags"}
-"""Hooks of release 0.1, with the names that they have now."""
+"""Hooks of release 0.1 and their present names."""
 KNOWN_ELSEWHERE = {
     "train_dataset": "datasets",
     "train_data": "datasets",
@@ -30,31 +30,30 @@ KNOWN_ELSEWHERE = {
     "create_optimizer": "optimizer",
     "lr_lambda": "schedule",
 }
-"""Names of other trainers for what a hook does."""
-NEAR = 0.8  # of difflib's ratio: `lossfn` is as near to `loss`, `collate_fn` nearer to `collate`
+"""Names in other trainers, and the hook that does the same here."""
+NEAR = 0.8  # difflib ratio: 0.8 for `lossfn` and `loss`, more for `collate_fn` and `collate`
 
 
 def check_hook_names(recipe_type: type, base: type) -> None:
-    """Raise UserError for a public method that is named almost as a hook of `base`, and that nothing refers to.
+    """Raise UserError for an unused public method whose name is close to that of a hook of `base`.
 
-    Methods are those of the classes between `recipe_type` and `base`. One is left alone if its class has that hook too,
-    or if a function of their modules has its name in it.
+    Checks the methods of the classes between `recipe_type` and `base`. A method is accepted if its class also defines
+    the hook, or if any function in their modules refers to the method's name.
     """
     classes = [cls for cls in recipe_type.__mro__ if issubclass(cls, base) and cls is not base]
     hooks = [name for name, value in vars(base).items() if isinstance(value, FunctionType) and name[0] != "_"]
-    referred: set[str] | None = None
+    used: set[str] | None = None
     for cls in classes:
         for name, function in _public_methods(cls):
             hook = RENAMED.get(name) or _nearest(name, hooks)
             if hook is None or hook in vars(cls) or hasattr(base, name):
                 continue
-            if referred is None:
-                referred = set(_names_used(classes))
-            if name not in referred or (name == "update" and _takes_a_batch(function)):
-                why = f"is now {hook}()." if name in RENAMED else f"is called by nothing; did you mean {hook}()?"
+            if used is None:
+                used = set(_names_used(classes))
+            if name not in used or (name == "update" and _takes_a_batch(function)):
+                why = f"is now {hook}()." if name in RENAMED else f"is never called; did you mean {hook}()?"
                 raise UserError(
-                    f"{cls.__name__}.{name}() {why} Rename it. A method for a use of your own may have any name that "
-                    f"begins with `_`."
+                    f"{cls.__name__}.{name}() {why} Rename it; a helper method may have any name that begins with `_`."
                 )
 
 
@@ -63,19 +62,19 @@ def _nearest(name: str, hooks: list[str]) -> str | None:
 
 
 def _takes_a_batch(function: FunctionType) -> bool:
-    """Return whether it takes (self, metrics, outputs, batch): other code's `metric.update(...)` is not a use of it."""
+    """Return whether it takes (self, metrics, outputs, batch): calls like `metric.update(...)` do not use it then."""
     return function.__code__.co_argcount == 4
 
 
 def _public_methods(cls: type) -> Iterator[tuple[str, FunctionType]]:
     for name, value in vars(cls).items():
-        function = getattr(value, "__func__", value)  # of static and class methods
+        function = getattr(value, "__func__", value)  # static and class methods
         if isinstance(function, FunctionType) and name[0] != "_" and function.__name__ == name:
             yield name, function
 
 
 def _names_used(classes: list[type]) -> Iterator[str]:
-    """Yield the attributes, globals and texts that the functions of the classes and of their modules refer to."""
+    """Yield the attribute names, global names and strings in the functions of the classes and their modules."""
     for cls in classes:
         module = sys.modules.get(cls.__module__)
         for value in [*vars(cls).values(), *(vars(module).values() if module else ())]:

@@ -1,4 +1,4 @@
-"""The entry of every recipe file: the command line, and what a person is told when something ends a run."""
+"""The entry point of recipe files: the command line, exit statuses, and messages when a run ends early."""
 
 import json
 import os
@@ -20,42 +20,41 @@ from shardlaunch.sharding.environment import is_main_process, read_environment
 if TYPE_CHECKING:
     from shardlaunch.sharding.world import World
 
-# Before the ranks are connected, rank 0 prints for all. A rank that ended first would have the launcher end rank 0 too,
-# so the others wait to be ended.
-LAST_WORD_S = 60
-# A rank's mistake is mostly every rank's, if a little later; but some may be waiting for just this one to end.
+# Before the ranks are connected, rank 0 prints for all. If another rank exited first, the launcher would end rank 0
+# too, so the others wait to be ended.
+EXIT_DELAY_S = 60
+# Other ranks mostly fail with the same error a little later, but some may be waiting for this one to end.
 LINGER_S = 5.0
-# What gloo, NCCL and the store say when the other side is gone.
+# Errors of gloo, NCCL and the store when the other side is gone.
 _LOST_CONTACT = re.compile(r"connection (was )?(closed|reset|refused)|reset by peer|broken pipe|remote process", re.I)
 
 
 def launch(recipe_type: type[Recipe]) -> None:
-    """Run the recipe as the command line says, then end the process. The last line of every recipe file.
+    """Run the recipe with the options on the command line, then exit. The last line of every recipe file.
 
-    Does nothing when the file is imported by another. Raises UserError in a notebook or an interactive session, which
-    it would end: `fit` is for those.
+    Does nothing when the file is imported. Raises UserError in notebooks and interactive sessions, which would be
+    ended: use `fit` there.
     """
     if sys._getframe(1).f_globals.get("__name__") != "__main__":  # the file, not the class: that may be imported
         return
     mark_launched(recipe_type)
     if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
         raise UserError(
-            f"launch({recipe_type.__name__}) reads a command line and ends its process; in a notebook or an "
-            f"interactive session call shardlaunch.fit({recipe_type.__name__}, lr=..., ...) instead"
+            f"launch({recipe_type.__name__}) reads a command line and exits; in a notebook or an interactive session "
+            f"call shardlaunch.fit({recipe_type.__name__}, lr=..., ...) instead"
         )
     try:
         status = main(recipe_type, sys.argv[1:])
-    except SystemExit as exit_:  # after --help, or by the recipe's own code
+    except SystemExit as exit_:  # from --help or the recipe's own code
         if not isinstance(exit_.code, int | None):
             print(exit_.code, file=sys.stderr)
         status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
     except BaseException:
         traceback.print_exc()
         status = EXIT_OTHER_ERROR
-    # Threads of gloo may outlive the process group: the interpreter, taking itself down around them, now and then
-    # aborts ("terminate called without an active exception") and makes a failure of a run that went well. And it would
-    # wait for loading processes, which leave signals to the rank. All that is to be kept is closed by now. Taking torch
-    # down takes a third as long as importing it, too.
+    # os._exit, because threads of gloo may outlive the process group: a normal exit then sometimes aborts ("terminate
+    # called without an active exception"), and a successful run fails. It would also wait for data-loading processes,
+    # which ignore signals, and tearing torch down takes a third as long as importing it. All files are closed by now.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -64,8 +63,8 @@ def launch(recipe_type: type[Recipe]) -> None:
 def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
     """Run a recipe with the given command-line words and return the exit status. All ranks.
 
-    0: done; 1: another rank is gone; 2: something for the user to fix, said in one message; 130: interrupted. Other
-    errors are raised.
+    0: success; 1: lost contact with another rank; 2: UserError, printed as one message; 130: interrupted. Other errors
+    are raised.
     """
     world: World | None = None
     is_debug = "--debug" in argv
@@ -87,9 +86,9 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
             if env.result_file and world.is_main:
                 with open(env.result_file, "w") as file:
                     json.dump({"run_dir": str(result.run_dir.absolute())}, file)
-    except SystemExit as exit_:  # the command line's own message or help
+    except SystemExit as exit_:  # from --help
         if exit_.code and not is_main_process():
-            time.sleep(LAST_WORD_S)
+            time.sleep(EXIT_DELAY_S)
         raise
     except UserError as error:
         _report(world, f"error: {error}", with_traceback=is_debug)
@@ -104,10 +103,11 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         )
         return EXIT_INTERRUPTED
     except RuntimeError as error:
-        if not _LOST_CONTACT.search(str(error)):
+        is_alone = world is not None and world.size == 1
+        if is_alone or not _LOST_CONTACT.search(str(error)):
             raise
         message = (
-            "error: lost contact with another rank, which failed (then its own message says why) or was killed. "
+            "error: lost contact with another rank, which failed (see its own message) or was killed. "
             "The same command resumes from the last checkpoint."
         )
         _report(world, message, with_traceback=is_debug)
@@ -127,11 +127,11 @@ def _options(recipe_type: type[Recipe], argv: Sequence[str]) -> Options:
 
 
 def _report(world: "World | None", message: str, *, with_traceback: bool) -> None:
-    """Print a message once, from the first rank that has one; each rank's traceback where asked for."""
+    """Print a message once, from the first rank that has one, and optionally each rank's traceback."""
     if with_traceback:
         traceback.print_exc()
     if world.is_first_to("report") if world is not None else is_main_process():
         print(message, file=sys.stderr, flush=True)
     elif world is None:
-        time.sleep(LAST_WORD_S)
-        print(message, file=sys.stderr, flush=True)  # still here: rank 0 has nothing to say
+        time.sleep(EXIT_DELAY_S)
+        print(message, file=sys.stderr, flush=True)  # rank 0 has not failed

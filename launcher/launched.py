@@ -1,4 +1,4 @@
-"""A recipe file that ends without a launch: nothing was trained, and that is said."""
+"""Detect recipe files that end without launching their recipe, and report it."""
 
 import ast
 import atexit
@@ -12,17 +12,17 @@ from shardlaunch.sharding.environment import is_main_process
 
 MAIN = "__main__"
 EXIT_STATUS = 2
-LINGER_S = 5.0  # for rank 0 to say it first: a launcher ends it soon after another rank has failed
+LINGER_S = 5.0  # rank 0 prints the message; the launcher would end it soon after another rank has failed
 _PACKAGE = __name__.partition(".")[0]
 _LAUNCHES = ("launch", "fit", "start")
-_declared: dict[str, int] = {}  # recipes of the file that is run, each with the process that declared it
+_declared: dict[str, int] = {}  # recipes declared in the main file, each with the process that declared it
 _launched: set[type] = set()
 
 
 def watch(recipe_type: type) -> None:
-    """Note that a recipe is declared; if it is so by the file that is run, see at its end that something was launched.
+    """Record that a recipe is declared. If the main file declares it, check at exit that something was launched.
 
-    Notebooks, interactive sessions and modules that are imported are not watched.
+    Notebooks, interactive sessions and imported modules are not checked.
     """
     file = getattr(sys.modules.get(MAIN), "__file__", None)
     if recipe_type.__module__ == MAIN and file and not hasattr(sys, "ps1") and not sys.flags.interactive:
@@ -32,20 +32,20 @@ def watch(recipe_type: type) -> None:
 
 
 def mark_launched(recipe_type: type) -> None:
-    """Note that a recipe is run. Called by all that run one."""
+    """Record that a recipe is run."""
     _launched.add(recipe_type)
 
 
 def _check(file: Path) -> None:
-    """End with a message and exit status 2 if recipes were declared and none was launched, where no error ended it."""
+    """Exit with a message and status 2 if recipes were declared but none was launched. Does nothing after an error."""
     names = [name for name, process in _declared.items() if process == os.getpid()]
     is_failed = getattr(sys, "last_value", None) is not None or getattr(sys, "last_exc", None) is not None
-    if not names or _launched or is_failed or _has_launch(file):  # one is enough: others of the file may be its bases
+    if not names or _launched or is_failed or _has_launch(file):  # one launch is enough: the others may be base classes
         return
     name = names[-1]
     sys.stdout.flush()
     if is_main_process():
-        message = f"error: {file.name} declares the recipe {name} and does not launch it: nothing was trained. "
+        message = f"error: {file.name} declares the recipe {name} but does not launch it, so nothing was trained. "
         print(f"{message}End the file with `launch({name})`.", file=sys.stderr, flush=True)
     else:
         time.sleep(LINGER_S)
@@ -53,7 +53,7 @@ def _check(file: Path) -> None:
 
 
 def _has_launch(file: Path) -> bool:
-    """Return whether the file that was run has a call, which this start did not reach, that would launch its recipe."""
+    """Return whether the main file contains a call that launches a recipe, even if it was not reached this time."""
     try:
         tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):
@@ -62,17 +62,19 @@ def _has_launch(file: Path) -> bool:
 
 
 def _launches(call: ast.Call, names: dict[str, Any]) -> bool:
-    """Return whether it is a call of ours that runs a recipe; `names` are those of the file."""
+    """Return whether a call runs a recipe of the main file; `names` are the file's global names."""
     function = call.func
     if isinstance(function, ast.Attribute):
         called, owner = function.attr, function.value
         module = getattr(names.get(owner.id), "__name__", "") if isinstance(owner, ast.Name) else ""
     else:
         called = function.id if isinstance(function, ast.Name) else ""
-        module = getattr(names.get(called), "__module__", _PACKAGE)  # unknown here: imported where it is called
+        module = getattr(
+            names.get(called), "__module__", _PACKAGE
+        )  # not a global name: imported inside the function that calls it
     if called not in _LAUNCHES or module.partition(".")[0] != _PACKAGE:
         return False
     argument = call.args[0] if call.args else None
-    given = names.get(argument.id) if isinstance(argument, ast.Name) else None
-    # `launch` leaves recipes of other modules alone.
-    return called != "launch" or getattr(given, "__module__", MAIN) == MAIN
+    recipe_type = names.get(argument.id) if isinstance(argument, ast.Name) else None
+    # `launch` ignores recipes of other modules.
+    return called != "launch" or getattr(recipe_type, "__module__", MAIN) == MAIN

@@ -1,4 +1,4 @@
-"""Fields of the option dataclasses: how an option is declared, which values it takes, and the one check of them all."""
+"""Fields of the option dataclasses: how options are declared, and the check of their types and ranges."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -30,30 +30,30 @@ def option(
     maximum: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """Declare an option: its default, what it means at a resume, and its range (a dataclass field).
+    """Declare an option: its default, what a changed value means for a resume (`mark`), and its range.
 
-    `identity` changes the run: a resume with another value is refused. `warn` changes rounding. `free` changes nothing.
-    An option declared without this function is `identity`; one that is declared again without it, for another default,
-    stays as it was. `minimum` and `maximum` are allowed values themselves,
-    `above` and `below` are not; of a tuple, each value must lie in the range. `group` is a heading of `--help`; without
-    it, an option of a recipe stands with the recipe's own.
+    `mark` is `identity` (changes the run: a resume with another value is refused), `warn` (changes rounding only) or
+    `free` (changes nothing). Options declared without this function are `identity`. A subclass that redeclares an
+    option without this function, to change its default, keeps mark, group and range. `minimum` and `maximum` are
+    inclusive, `above` and `below` exclusive; for a tuple, every value is checked. `group` is the heading in `--help`
+    (default: the recipe's own options). Returns a dataclass field.
     """
-    given = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    bounds = MappingProxyType({name: bound for name, bound in given.items() if bound is not None})
+    limits = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
+    bounds = MappingProxyType({name: bound for name, bound in limits.items() if bound is not None})
     return field(default=default, metadata={"mark": mark, "group": group, "bounds": bounds})
 
 
 def flag(name: str) -> str:
-    """Return an option's name as it stands on the command line."""
+    """Return an option's name on the command line."""
     return f"--{name.replace('_', '-')}"
 
 
 def option_types(options_type: type) -> Mapping[str, Any]:
-    """Return the type of each option, None left out of it.
+    """Return the type of each option, without `None`.
 
-    A class that declares an option again as plain text, for a default of its own, keeps the choices of its base.
+    A class that redeclares an option as plain `str` or `int`, to change its default, keeps the choices of its base.
     """
-    key: Any = options_type  # a class, which mypy takes to be as little hashable as its instances
+    key: Any = options_type  # a class; mypy considers it as unhashable as its instances
     return _types(key)
 
 
@@ -69,7 +69,7 @@ def _narrowest(hints: Sequence[Any]) -> Any:
 
 
 def inherited(options_type: type, name: str, key: str, default: Any) -> Any:
-    """Return what option() said of an option where it was last declared with it: its `mark`, `group` or `bounds`."""
+    """Return an option's `mark`, `group` or `bounds` from its most derived declaration with option()."""
     for owner in options_type.__mro__:
         found = owner.__dict__.get("__dataclass_fields__", {}).get(name)
         if found is not None and found.metadata.get(key):
@@ -83,22 +83,22 @@ def is_list(hint: Any) -> bool:
 
 
 def expected(hint: Any) -> str:
-    """Return what an option of this type must be, for a message."""
+    """Describe the values of an option of this type, for error messages."""
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if is_list(hint):
         inner = get_args(hint)
         count = "" if Ellipsis in inner else f"{len(inner)} "
         if get_origin(inner[0]) is Literal:
-            return f"values out of {', '.join(map(str, get_args(inner[0])))}"
+            return f"values from {', '.join(map(str, get_args(inner[0])))}"
         return f"{count}{_PLURAL.get(inner[0], 'values')}"
     return _SINGULAR.get(hint) or f"a {getattr(hint, '__name__', hint)}"
 
 
 def check_values(options: Any) -> None:
-    """Raise UserError for the first option whose value is of another type or out of its range.
+    """Raise UserError for the first option with a value of the wrong type or out of range.
 
-    Lists become tuples, paths become texts, and whole numbers become floats, where the option's type says so.
+    Lists are converted to tuples, paths to strings, and integers to floats, where the option's type requires it.
     """
     hints = option_types(type(options))
     for f in fields(options):
@@ -134,7 +134,7 @@ def _converted(value: Any, hint: Any) -> Any:
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Return whether a value is of an option's type; of types that only a recipe knows, all are."""
+    """Return whether a value has an option's type. Types other than the basic ones are not checked."""
     if get_origin(hint) is Literal:
         return any(value == one and type(value) is type(one) for one in get_args(hint))
     if is_list(hint):
@@ -149,7 +149,7 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 def _check_bounds(bounds: Mapping[str, float], value: Any, text: str) -> None:
     values = value if isinstance(value, tuple) else (value,)
-    # Asked in the positive, so that NaN is refused too.
+    # `not all(in range)` rather than `any(out of range)`, so that NaN is refused too.
     if not all(_BOUNDS[name][0](one, bound) for name, bound in bounds.items() for one in values):
         limits = " and ".join(f"{_BOUNDS[name][1]} {bound}" for name, bound in bounds.items())
         raise UserError(f"{text}: {'each value ' if isinstance(value, tuple) else ''}must be {limits}")

@@ -1,4 +1,4 @@
-"""`--help` of a recipe: its options under headings, with the texts that stand below their fields."""
+"""`--help` of a recipe: its options under headings, described by the docstrings of their fields."""
 
 import ast
 import inspect
@@ -15,7 +15,7 @@ from shardlaunch.launcher.options import GROUPS, Options
 
 
 def show_help(default: Options, *, program: str, description: str) -> None:
-    """Print the options of `default`'s class and the values that they have there, the recipe's own first."""
+    """Print the options of `default`'s class with its values as defaults, the recipe's own options first."""
     options_type = type(default)
     hints, texts = get_type_hints(options_type), help_texts(options_type)
     groups = []
@@ -37,14 +37,14 @@ def show_help(default: Options, *, program: str, description: str) -> None:
 
 
 def grouped(options_type: type[Options], *, own: str) -> Mapping[str, list[str]]:
-    """Return the names of the options by heading: `own` for the recipe's, then its other groups, then the launcher's.
+    """Return option names by heading: first `own` (the recipe's), then the recipe's other groups, then the launcher's.
 
-    An option that a recipe declares again, with a default of its own, keeps its place.
+    An option that a recipe redeclares, to change its default, keeps its heading.
     """
     places = {f.name: group for group, owner in GROUPS.items() for f in fields(owner)}
     chosen = {f.name: inherited(options_type, f.name, "group", "") for f in fields(options_type)}
     groups: dict[str, list[str]] = {own: []}
-    # What has been given another heading comes after those whose place it is.
+    # Options moved to another heading come after those that belong there.
     for name in sorted(chosen, key=lambda name: name not in places or bool(chosen[name])):
         groups.setdefault(chosen[name] or places.get(name, own), []).append(name)
     order = [own, *(group for group in groups if group not in GROUPS and group != own), *GROUPS]
@@ -52,12 +52,12 @@ def grouped(options_type: type[Options], *, own: str) -> Mapping[str, list[str]]
 
 
 def help_texts(options_type: type) -> Mapping[str, str]:
-    """Return the docstring below each field, of the most derived class that has one."""
+    """Return the docstring of each field, from the most derived class that has one."""
     texts: dict[str, str] = {}
     for owner in reversed(options_type.__mro__):
         try:
             source = textwrap.dedent(inspect.getsource(owner))
-        except (OSError, TypeError):  # built in, or typed into an interpreter
+        except (OSError, TypeError):  # a built-in class, or one typed into an interpreter
             continue
         body = ast.parse(source).body[0]
         statements = body.body if isinstance(body, ast.ClassDef) else []
@@ -74,6 +74,6 @@ def help_texts(options_type: type) -> Mapping[str, str]:
 
 
 def _described(hint: Any, text: str, default: Any) -> Any:
-    """Return an option's type with its help text; a default that says nothing is not shown."""
+    """Return an option's type with its help text. Empty defaults are not shown."""
     hides_default = default in ("", (), None)
     return Annotated[hint, tyro.conf.arg(help=text, help_behavior_hint="" if hides_default else None)]

@@ -1,6 +1,7 @@
-"""A run's options: one dataclass per topic, and `Options`, which has them all."""
+"""Options of a run: one dataclass per topic, and `Options`, which combines them."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from shardlaunch.errors import UserError
@@ -21,9 +22,9 @@ class RunOptions:
     output_dir: str = option("", mark="free")
     """Output folder of the run (default: outputs/RECIPE, or outputs/RECIPE-PRESET)."""
     run_name: str = option("", mark="free")
-    """Name of the run, whose output folder is then outputs/NAME unless --output-dir is given."""
+    """Name of the run; its output folder is then outputs/NAME, unless --output-dir is given."""
     init_from: str = option("", mark="free")  # free, because a digest of the weights is compared instead
-    """Weights that a new run starts from: a run, a checkpoint, a folder or file of safetensors."""
+    """Initial weights of a new run: a run or checkpoint folder, or a safetensors file or folder."""
     epochs: int = option(1, minimum=1)
     """Number of passes over the training data."""
     max_steps: int = option(0, minimum=0)
@@ -31,7 +32,7 @@ class RunOptions:
     stop_at_step: int = option(0, mark="free", minimum=0)
     """Save and stop after this step; the run can be resumed (0: run to the end)."""
     extend_to_steps: int = option(0, mark="free", minimum=0)
-    """Train on to this step after the end of the run, where the schedule says how (0: stop at the end)."""
+    """Continue past the run's end to this step; needs a schedule that does not end at a learning rate of 0 (0: off)."""
     resume: str = option("auto", mark="free")
     """auto (newest valid checkpoint in the output folder), never, or a checkpoint or run folder."""
     max_grad_norm: float = option(0.0, group="optimization", minimum=0)
@@ -46,10 +47,12 @@ class RunOptions:
     """Show the traceback of errors."""
 
     def __post_init__(self) -> None:
+        if self.run_name and (Path(self.run_name).name != self.run_name or self.run_name == ".."):
+            raise UserError(f"--run-name {self.run_name}: must be a plain name; for a path use --output-dir")
         if self.folds == 1:
             raise UserError("--folds 1: must be at least 2, or 0 for no cross-validation")
         if self.folds and self.resume != "auto":
-            raise UserError(f"--resume {self.resume}: with --folds, each fold resumes by itself; remove the option")
+            raise UserError(f"--resume {self.resume}: with --folds, each fold resumes by itself; remove --resume")
 
 
 @dataclass(kw_only=True)
@@ -80,22 +83,22 @@ class DataOptions:
 
 @dataclass(kw_only=True)
 class StrategyOptions:
-    """Options of how the model is spread over ranks, and of what it computes in."""
+    """Options of the distribution strategy, precision and memory use."""
 
     strategy: Literal["auto", "single", "dp", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"] = option(
         "auto", mark="free"
     )
-    """How the model is spread over ranks (auto: as launched, else ddp on several ranks, single on one)."""
+    """Distribution strategy (auto: from the launcher, else ddp on several ranks and single on one)."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = option("auto", mark="warn")
-    """Precision of the computation (auto: as in accelerate's configuration, else fp32); weights stay fp32."""
+    """Precision of the computation (auto: from accelerate's configuration, else fp32); weights stay in fp32."""
     layer_classes: tuple[str, ...] = option((), mark="free")
-    """Module classes that fsdp2 and hsdp gather as one unit (default: as the recipe or model declares)."""
+    """Module classes that fsdp2 and hsdp gather as one unit (default: those that the recipe or model declares)."""
     reshard_after_forward: bool = option(True, mark="free")
     """Free gathered parameters after the forward pass (fsdp2, hsdp, zero3): less memory, more communication."""
     cpu_offload: bool = option(False, mark="free")
     """Keep parameter and optimizer shards in host memory (fsdp2, hsdp, zero1, zero2, zero3)."""
     shard_ranks: int = option(0, mark="free", minimum=0)
-    """Ranks that share one copy of the model under hsdp (0: those of one machine; on one machine, half of them)."""
+    """Ranks that share one copy of the model under hsdp (0: all ranks of a machine; on one machine, half of them)."""
     threads_per_rank: int = option(0, mark="warn", minimum=0)
     """CPU threads per rank (0: the machine's cores divided evenly)."""
     compile: bool = option(False, mark="warn")
@@ -146,7 +149,7 @@ class Options(
     """Options of every recipe."""
 
     explicitly_set = frozenset[str]()
-    """Names of those that the command line, a YAML file or keyword arguments gave; no option itself."""
+    """Names of the options set on the command line, in a YAML file or by keyword. Not an option itself."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -154,7 +157,7 @@ class Options(
             owner.__post_init__(self)
 
 
-# The headings of --help, in this order, and whose options stand under each.
+# The headings of --help, in this order, each with the class of its options.
 GROUPS = {
     "run": RunOptions,
     "data": DataOptions,

@@ -1,4 +1,4 @@
-"""What other trainers call it: options of theirs, and how the same is said here."""
+"""Option names of other trainers, and the corresponding options here."""
 
 import re
 from collections.abc import Collection
@@ -6,28 +6,31 @@ from difflib import get_close_matches
 
 from shardlaunch.launcher.option_fields import flag
 
-_GLOBAL = "did you mean --global-batch-size? It counts the samples of one step over all ranks, with accumulation"
+_GLOBAL = (
+    "did you mean --global-batch-size? It is the number of samples per optimizer step, over all ranks and "
+    "accumulation steps"
+)
 _MICRO = (
-    "did you mean --micro-batch-size? --global-batch-size counts the samples of one step over all ranks, and "
-    "accumulation follows from the two"
+    "did you mean --micro-batch-size? --global-batch-size is the number of samples per optimizer step over all ranks; "
+    "the two determine gradient accumulation"
 )
 _ACCUMULATION = (
-    "no such option here; accumulation follows from --global-batch-size, --micro-batch-size and the number of ranks"
+    "not an option here; gradient accumulation follows from --global-batch-size, --micro-batch-size and the number "
+    "of ranks"
 )
 _NUMBER_OF_RANKS = (
-    "the number of ranks is the launcher's: `shardlaunch run RECIPE --ranks N`, torchrun or accelerate launch"
+    "not an option of recipes; set the number of ranks with `shardlaunch run RECIPE --ranks N`, torchrun or "
+    "accelerate launch"
 )
-_SEVERAL_MACHINES = "several machines are the launcher's: torchrun --nnodes N, or accelerate launch"
-_ALWAYS = "no such option here; a run trains, and evaluates where there is evaluation data"
-_EVALUATE = "did you mean --eval-every N (steps)? Without it, each epoch ends with an evaluation"
-_SAVE = "did you mean --save-every N (steps)? The end of the run is always saved"
+_SEVERAL_MACHINES = "not an option of recipes; for several machines use torchrun --nnodes N or accelerate launch"
+_ALWAYS = "not an option here; a run always trains, and evaluates if there is evaluation data"
+_EVALUATE = "did you mean --eval-every N (steps)? By default, every epoch ends with an evaluation"
+_SAVE = "did you mean --save-every N (steps)? A run always saves at its end"
 _LOG = "did you mean --log-every (metrics.jsonl) or --track-every (trackers)?"
 _WARM_UP = "did you mean --warmup-steps or --warmup-ratio (a fraction of all steps)?"
 _CLIP = "did you mean --max-grad-norm?"
 _BETAS = "did you mean --betas BETA1 BETA2?"
-_RESUME = (
-    "did you mean --resume? By default (auto), the same command resumes from the newest checkpoint of its --output-dir"
-)
+_RESUME = "did you mean --resume? By default, the same command resumes from the newest checkpoint in its --output-dir"
 
 _ADVICE = {
     "learning_rate": "did you mean --lr?",
@@ -36,8 +39,8 @@ _ADVICE = {
     "per_device_train_batch_size": _MICRO,
     "per_gpu_train_batch_size": _MICRO,
     "train_micro_batch_size_per_gpu": _MICRO,
-    "per_device_eval_batch_size": "no such option here; an evaluation uses --micro-batch-size",
-    "eval_batch_size": "no such option here; an evaluation uses --micro-batch-size",
+    "per_device_eval_batch_size": "not an option here; evaluation uses --micro-batch-size",
+    "eval_batch_size": "not an option here; evaluation uses --micro-batch-size",
     "gradient_accumulation_steps": _ACCUMULATION,
     "accumulate_grad_batches": _ACCUMULATION,
     "num_train_epochs": "did you mean --epochs?",
@@ -75,7 +78,7 @@ _ADVICE = {
     "dataloader_num_workers": "did you mean --num-workers?",
     "dataset": "did you mean --data?",
     "dataset_name": "did you mean --data?",
-    "train_file": "did you mean --data? A folder may hold train and test files",
+    "train_file": "did you mean --data? It may be a folder with train and test files",
     "model_name": "did you mean --model?",
     "model_name_or_path": "did you mean --model?",
     "max_seq_length": "did you mean --max-length?",
@@ -85,7 +88,7 @@ _ADVICE = {
     "deepspeed": "did you mean --strategy zero1, zero2 or zero3?",
     "resume_from_checkpoint": _RESUME,
     "ckpt_path": _RESUME,
-    "overwrite_output_dir": "no such option here; a new run needs another --output-dir, and the same one is resumed",
+    "overwrite_output_dir": "not an option here; a run in an existing --output-dir is resumed, a new run needs another",
     "do_train": _ALWAYS,
     "do_eval": _ALWAYS,
     "devices": _NUMBER_OF_RANKS,
@@ -96,12 +99,12 @@ _ADVICE = {
     "num_nodes": _SEVERAL_MACHINES,
     "num_machines": _SEVERAL_MACHINES,
     "nnodes": _SEVERAL_MACHINES,
-    "local_rank": "no such option here; the launcher tells each rank its number by environment variables",
+    "local_rank": "not an option here; the launcher sets each rank's number in environment variables",
 }
 
 
 def advice(name: str, known: Collection[str]) -> str:
-    """Return what to say of an unknown option `name` (with underscores), given the names that a recipe knows."""
+    """Return advice on an unknown option `name` (with underscores); `known` are the recipe's option names."""
     text = _ADVICE.get(name, "")
     if text and ("did you mean" not in text or _flags(text)[0].replace("-", "_") in known):
         return text

@@ -1,4 +1,4 @@
-"""From words to options: command line, YAML file, preset and keyword arguments, all by the same rules."""
+"""Parse options from the command line, YAML files, presets and keyword arguments, all by the same rules."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -27,18 +27,18 @@ def parse_options(
     description: str,
     show: bool = True,
 ) -> OptionsT:
-    """Return the options: the class's defaults, then the preset's, then the YAML file's, then the command line's.
+    """Return the options: class defaults, overridden by the preset, the YAML file and the command line, in this order.
 
-    `show` is False on the ranks that print nothing. Raises UserError for what cannot be understood, and SystemExit
-    after --help, which shows the defaults with those of the preset.
+    `show` is False on ranks that print nothing. Raises UserError for unknown options and invalid values, and SystemExit
+    after --help, which shows the preset's defaults.
     """
-    given = _typed_words(options_type, [word for word in argv if word not in _HELP])
+    keywords = _typed_words(options_type, [word for word in argv if word not in _HELP])
     if not any(word in _HELP for word in argv):
-        return options_from_keywords(options_type, presets, given)
+        return options_from_keywords(options_type, presets, keywords)
     if show:
         from shardlaunch.launcher.option_help import show_help
 
-        preset = given.get("preset") or _config(options_type, given).get("preset", "")
+        preset = keywords.get("preset") or _config(options_type, keywords).get("preset", "")
         default = _defaults(options_type, presets, preset)
         if presets:
             description = f"{description}\n\nPresets (--preset): {', '.join(presets)}"
@@ -53,9 +53,9 @@ def options_from_keywords(
     *,
     base: OptionsT | None = None,
 ) -> OptionsT:
-    """Return the options: those of `base`, or the class's defaults, the preset's and the YAML file's; then `keywords`.
+    """Return the options of `base`, or of class, preset and YAML file if there is no base, overridden by `keywords`.
 
-    Raises UserError for unknown names and for values that an option cannot have.
+    Raises UserError for unknown options and invalid values.
     """
     known = option_types(options_type)
     _refuse([f"{name}: {advice(name, known)}" for name in keywords if name not in known])
@@ -66,7 +66,7 @@ def options_from_keywords(
         default = _defaults(options_type, presets, keywords.get("preset") or config.get("preset", ""))
         explicitly_set |= frozenset(config)
     elif "preset" in keywords or "config" in keywords:
-        raise UserError("preset and config go with a recipe class, not with an instance, whose options are set")
+        raise UserError("preset and config need a recipe class; a recipe instance already has its options")
     else:
         default = base
         explicitly_set |= base.explicitly_set
@@ -77,11 +77,11 @@ def options_from_keywords(
 
 
 def _defaults(options_type: type[OptionsT], presets: Mapping[str, Mapping[str, Any]], preset: str) -> OptionsT:
-    """Return the options of a class and a preset (none: empty)."""
+    """Return the default options of a class, with those of a preset unless `preset` is empty."""
     try:
         default = options_type()
     except TypeError as error:
-        raise UserError(f"every option of a recipe needs a default: {error}") from error
+        raise UserError(f"{options_type.__name__}: every option needs a default value ({error})") from error
     if not preset:
         return default
     if preset not in presets:
@@ -93,9 +93,10 @@ def _defaults(options_type: type[OptionsT], presets: Mapping[str, Mapping[str, A
 
 
 def _typed_words(options_type: type[Options], words: Sequence[str]) -> dict[str, Any]:
-    """Return the values on a command line: `--name value`, `--name=value`, `--name`, `--no-name`; the last one counts.
+    """Return the values on a command line (`--name value`, `--name=value`, `--name`, `--no-name`) by option name.
 
-    Hyphens and underscores are the same. An option takes all words up to the next that begins with two hyphens.
+    Hyphens and underscores are equivalent. An option takes all words up to the next that begins with two hyphens; of a
+    repeated option, the last occurrence counts.
     """
     hints = option_types(options_type)
     found: dict[str, tuple[bool, list[str]]] = {}
@@ -120,18 +121,20 @@ def _typed_words(options_type: type[Options], words: Sequence[str]) -> dict[str,
     for name, (is_on, texts) in found.items():
         if hints[name] is bool:
             if texts:
-                raise UserError(f"{flag(name)} {' '.join(texts)}: takes no value; to turn it off: {flag(f'no_{name}')}")
+                raise UserError(
+                    f"{flag(name)} {' '.join(texts)}: takes no value; turn it off with {flag(f'no_{name}')}"
+                )
             typed[name] = is_on
         else:
             typed[name] = _value(options_type, name, texts)
     return typed
 
 
-def _config(options_type: type[Options], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values in the YAML file that --config names, read by the rules of the command line."""
-    if not given.get("config"):
+def _config(options_type: type[Options], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values in the YAML file of --config (empty if there is none), checked as on the command line."""
+    if not keywords.get("config"):
         return {}
-    path = Path(given["config"])
+    path = Path(keywords["config"])
     where = f"--config {path}"
     try:
         with open(path) as file:
@@ -152,7 +155,7 @@ def _config(options_type: type[Options], given: Mapping[str, Any]) -> dict[str, 
         name = named[str(key)]
         hint = hints[name]
         if name == "config":
-            raise UserError(f"{where}: a file of options cannot name another one; remove {key!r}")
+            raise UserError(f"{where}: an options file cannot include another; remove {key!r}")
         if value is None:
             continue
         if isinstance(value, dict) or isinstance(value, list) != is_list(hint):
@@ -166,7 +169,7 @@ def _config(options_type: type[Options], given: Mapping[str, Any]) -> dict[str, 
 
 
 def _value(options_type: type[Options], name: str, texts: Sequence[str], *, where: str = "") -> Any:
-    """Return an option's value, read from its words by tyro's rule for its type."""
+    """Return an option's value, parsed from its words by tyro's rule for its type."""
     key: Any = options_type
     spec = _rule(key, name)
     counts = (spec.nargs,) if isinstance(spec.nargs, int) else spec.nargs
@@ -186,7 +189,7 @@ def _value(options_type: type[Options], name: str, texts: Sequence[str], *, wher
 
 @cache
 def _rule(options_type: Any, name: str) -> Any:
-    # Imported here, because a run that keeps all defaults has no word to read.
+    # Imported here, because a run without command-line options does not need it.
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
     hint = get_type_hints(options_type)[name]
@@ -197,7 +200,7 @@ def _rule(options_type: Any, name: str) -> Any:
 
 
 def _refuse(problems: Iterable[str]) -> None:
-    """Raise UserError for unknown names, a line per name."""
+    """Raise UserError if there are problems, with one line per problem."""
     text = "\n".join(problems)
     if text:
         raise UserError(text)

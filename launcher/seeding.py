@@ -1,4 +1,4 @@
-"""The two random streams: seeds derived from where the run stands, so that there is no generator state to keep."""
+"""The two random streams: seeds derived from the run's position, so that no generator state must be saved."""
 
 from functools import lru_cache
 
@@ -9,7 +9,7 @@ import xxhash
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
-# The same for arrays, made once: building numpy scalars would take longer than the arithmetic on a micro-batch.
+# The same constants for arrays, built once: building numpy scalars takes longer than a micro-batch's arithmetic.
 _ARRAY_GOLDEN = np.uint64(_GOLDEN)
 _ARRAY_ROUNDS = (
     (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
@@ -19,7 +19,7 @@ _ARRAY_LAST_SHIFT, _ARRAY_ONE = np.uint64(31), np.uint64(1)
 
 
 def _mix(x: int) -> int:
-    """Scatter 64 bits (the finaliser of splitmix64: Steele, Lea, Flood 2014)."""
+    """Scatter 64 bits (the finalizer of splitmix64: Steele, Lea, Flood 2014)."""
     x = (x + _GOLDEN) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -47,7 +47,7 @@ def seed_model_stream(seed: int, step: int, micro_batch: int, device: torch.devi
 
 
 def sample_seeds(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
-    """Return one 63-bit seed a sample for random preprocessing: int64, the shape of `samples` (their indices)."""
+    """Return one 63-bit seed per sample for random preprocessing: int64, shaped like `samples` (their indices)."""
     x = samples.astype(np.uint64)
     x *= _ARRAY_GOLDEN
     x += _sample_base(seed, epoch)

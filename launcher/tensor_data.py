@@ -1,4 +1,4 @@
-"""A data set of tensors, column by column: batches are cut out of it, not gathered row by row."""
+"""A data set of tensors, column by column: a batch is indexed as a whole, not row by row."""
 
 import numpy as np
 import torch
@@ -8,13 +8,13 @@ from shardlaunch.errors import UserError
 
 
 class TensorData:
-    """Hold columns of equal length as tensors: a data set whose batches are cut out, not gathered row by row."""
+    """A data set of tensor columns of equal length, whose batches are indexed as a whole, not row by row."""
 
     def __init__(self, **columns: torch.Tensor) -> None:
         self.columns = columns
         lengths = {len(column) for column in columns.values()}
         if len(lengths) != 1:
-            raise UserError(f"columns of different lengths: { ({k: len(v) for k, v in columns.items()}) }")
+            raise UserError(f"columns have different lengths: { ({k: len(v) for k, v in columns.items()}) }")
         (self._length,) = lengths
 
     def __len__(self) -> int:
@@ -33,7 +33,7 @@ class TensorData:
         return {name: column.index_select(0, rows) for name, column in self.columns.items()}
 
     def fingerprint(self) -> str:
-        """Return a digest of names and content."""
+        """Return a digest of column names and contents."""
         digest = xxhash.xxh3_128()
         for name, column in sorted(self.columns.items()):
             digest.update(f"{name} {column.dtype} {tuple(column.shape)}".encode())

@@ -61,7 +61,9 @@ class BertOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.metrics and self.metrics[0] == "confusion_matrix":
-            raise UserError("--metrics confusion_matrix: no single number says which is best; name another one first")
+            raise UserError(
+                "--metrics confusion_matrix: is not a single number to choose the best by; put another metric first"
+            )
         if self.class_weights and self.task == "regression":
             raise UserError("--class-weights: a regression has no classes; remove the option")
 

@@ -71,9 +71,13 @@ class GptOptions(Options):
         if self.width % self.heads:
             raise UserError(f"--width {self.width} is not a multiple of --heads {self.heads}. Change one of the two.")
         if self.model and self.tokenizer in TRAINED:
-            raise UserError(f"--tokenizer {self.tokenizer}: --model {self.model} has a vocabulary of its own")
+            raise UserError(
+                f"--tokenizer {self.tokenizer}: --model {self.model} already has a vocabulary; remove --tokenizer"
+            )
         if self.folds and self.shift_blocks:
-            raise UserError("--shift-blocks: blocks would reach into those that --folds holds out; drop one of the two")
+            raise UserError(
+                "--shift-blocks: shifted blocks would overlap those that --folds holds out; remove one of the two"
+            )
 
 
 class GptLm(Recipe):

@@ -83,11 +83,15 @@ class TranslateOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.width % (2 * self.heads):
-            raise UserError(f"--width {self.width} is not a multiple of twice --heads {self.heads}")
+            raise UserError(
+                f"--width {self.width} is not a multiple of twice --heads {self.heads}. Change one of the two."
+            )
         if self.folds and self.eval_split:
-            raise UserError(f"--eval-split {self.eval_split}: --folds holds out training data; drop one of the two")
+            raise UserError(
+                f"--eval-split {self.eval_split}: --folds evaluates on training data; remove one of the two"
+            )
         if not self.metrics:
-            raise UserError(f"--metrics: name at least one of {', '.join(TEXT_METRICS)}")
+            raise UserError(f"--metrics: set at least one of {', '.join(TEXT_METRICS)}")
 
 
 class TranslateSeq2Seq(Recipe):

@@ -1,1 +1,1 @@
-"""The console command `shardlaunch` and what its subcommands do."""
+"""The console command `shardlaunch` and its subcommands."""

@@ -1,4 +1,4 @@
-"""The recipes that come with the package: found by name, and listed with what they do."""
+"""The recipes that come with the package: find one by name, and list them."""
 
 import inspect
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ from shardlaunch.errors import UserError
 
 
 def find_recipe(recipe: str) -> Path:
-    """Return the file of a recipe: the path of a Python file, or else the name of an installed recipe.
+    """Return the file of a recipe, given as the path of a Python file or the name of an installed recipe.
 
-    Raises UserError with the nearest names when it is neither.
+    Raises UserError with similar names if there is no such recipe.
     """
     path = Path(recipe)
     if path.is_file() and path.suffix == ".py":
@@ -23,7 +23,7 @@ def find_recipe(recipe: str) -> Path:
     if name in installed:
         return installed[name]
     near = get_close_matches(path.stem.replace("-", "_"), installed, n=2)
-    advice = f"did you mean {' or '.join(near)}?" if near else "`shardlaunch recipes` lists those that are installed"
+    advice = f"did you mean {' or '.join(near)}?" if near else "`shardlaunch recipes` lists the installed ones"
     if path.suffix == ".py" or len(path.parts) > 1:
         raise UserError(
             f"{recipe}: no such recipe file (a Python file whose last line is `launch(YourRecipe)`); {advice}"
@@ -32,7 +32,7 @@ def find_recipe(recipe: str) -> Path:
 
 
 def list_recipes() -> None:
-    """Print the installed recipes, each with what it does and its presets."""
+    """Print the installed recipes with a description and their presets."""
     from shardlaunch.launcher.recipe import Recipe
 
     files = _files()
@@ -41,8 +41,8 @@ def list_recipes() -> None:
         module = import_module(f"shardlaunch.recipes.{name}")
         classes = [member for _, member in inspect.getmembers(module, inspect.isclass)]
         (recipe_type,) = [one for one in classes if issubclass(one, Recipe) and one.__module__ == module.__name__]
-        does = (recipe_type.__doc__ or "").strip().splitlines()[0]
-        print(f"{name:<{width}}  {does}\n{'':<{width}}  presets: {', '.join(recipe_type.presets) or 'none'}")
+        description = (recipe_type.__doc__ or "").strip().splitlines()[0]
+        print(f"{name:<{width}}  {description}\n{'':<{width}}  presets: {', '.join(recipe_type.presets) or 'none'}")
     print("\nTo train one: shardlaunch run NAME -- --preset PRESET")
     print("Its options: shardlaunch run NAME -- --help")
 

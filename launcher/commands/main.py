@@ -23,9 +23,9 @@ _Recipe = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
 
 
 def main() -> None:
-    """Run the command that the command line names and exit.
+    """Run the command on the command line and exit.
 
-    What a command needs is imported by the command, so that help and refusals come at once.
+    Each command imports what it needs, so that --help and refusals are fast.
     """
     argv = sys.argv[1:]
     recipe_argv: list[str] = []
@@ -37,7 +37,7 @@ def main() -> None:
         return
 
     def run(recipe: _Recipe, ranks: int = 0, strategy: str = "auto") -> int:
-        """Run a recipe; what follows ` -- ` goes to the recipe.
+        """Run a recipe; words after ` -- ` are its options.
 
         Args:
             recipe: A recipe file, or the name of an installed recipe (see `shardlaunch recipes`).
@@ -62,15 +62,15 @@ def main() -> None:
         strategies: tuple[str, ...] = (),
         tolerance: float = 1e-4,
     ) -> int:
-        """Run a recipe for some steps under each strategy and compare losses and weights with those of one rank.
+        """Run a few steps of a recipe under each strategy and compare losses and weights with one rank's.
 
-        What follows ` -- ` goes to the recipe. The exit status is 1 when a strategy failed or differs.
+        Words after ` -- ` are options of the recipe. The exit status is 1 when a strategy failed or differs.
 
         Args:
             recipe: A recipe file, or the name of an installed recipe (see `shardlaunch recipes`).
             ranks: Number of processes per strategy; the reference runs on one.
             steps: Number of steps.
-            strategies: Strategies to compare (default: all for several ranks).
+            strategies: Strategies to compare (default: all that run on several ranks).
             tolerance: Largest difference of a step's loss that counts as the same run.
         """
         path = find_recipe(recipe)
@@ -85,7 +85,7 @@ def main() -> None:
         text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = (),
         file: Path | None = None,
     ) -> int:
-        """Print the label and the probabilities of texts, by a text classifier.
+        """Classify texts: print the label and all probabilities, or the number that a regression predicts.
 
         Args:
             checkpoint: A checkpoint folder, or a run's output folder (its newest checkpoint).
@@ -129,7 +129,7 @@ def main() -> None:
 
     def refuse_recipe_words(command: str) -> None:
         if recipe_argv:
-            raise UserError(f"{command} takes nothing after ` -- `")
+            raise UserError(f"{command}: takes no words after ` -- `; remove them")
 
     try:
         sys.exit(

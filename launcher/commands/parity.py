@@ -55,7 +55,7 @@ def compare_strategies(
     run fails.
     """
     if ranks < 2 or steps < 1:
-        raise UserError(f"--ranks {ranks} --steps {steps}: parity needs at least 2 ranks and 1 step")
+        raise UserError(f"--ranks {ranks} --steps {steps}: must be at least 2 ranks and 1 step")
     if any(word.split("=")[0] == "--folds" for word in recipe_argv):
         raise UserError("--folds: parity compares single runs; remove it")
     console = Console(highlight=False, soft_wrap=True)
@@ -115,13 +115,13 @@ def _run(recipe: Path, recipe_argv: Sequence[str], folder: Path, name: str, rank
     if not any(word.startswith("--threads-per-rank") for word in argv):
         argv += ["--threads-per-rank", "1"]  # the number of threads affects rounding
     words = [*COMMAND, "run", str(recipe), "--ranks", str(ranks), "--strategy", name, "--", *argv]
-    begun = time.monotonic()
+    started = time.monotonic()
     ended = subprocess.run(words, capture_output=True, text=True)
     problem = ""
     if ended.returncode:
         lines = (ended.stderr.strip() or ended.stdout.strip()).splitlines()
         problem = "\n".join(lines[-3:]) or f"exit status {ended.returncode}"
-    return Outcome(strategy=name, ranks=ranks, wall_s=time.monotonic() - begun, problem=problem)
+    return Outcome(strategy=name, ranks=ranks, wall_s=time.monotonic() - started, problem=problem)
 
 
 def _compare(outcome: Outcome, reference: Path, folder: Path) -> Outcome:

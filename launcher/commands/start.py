@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -14,8 +15,7 @@ from typing import Any
 
 import torch
 
-from shardlaunch.errors import UserError
-from shardlaunch.launcher.launch import EXIT_USER_ERROR
+from shardlaunch.errors import EXIT_USER_ERROR, UserError
 from shardlaunch.launcher.runs.result import Result
 from shardlaunch.sharding.environment import (
     RANKS_VARIABLE,
@@ -34,8 +34,8 @@ MOST_QUOTED = 2000  # characters of what a failed run printed
 def run_recipe(recipe: Path, recipe_argv: Sequence[str], *, ranks: int, strategy: str) -> int:
     """Start a recipe on `ranks` processes of this machine, print the command, and return its exit status.
 
-    On machines without a GPU the ranks are told to use the CPU and share its cores. Raises UserError for an
-    unknown strategy, and for more ranks than the strategy or the machine has room for.
+    Without a GPU, the ranks use the CPU and divide its cores. Raises UserError for an unknown strategy, and for more
+    ranks than the strategy or the machine supports.
     """
     if ranks < 0:
         raise UserError(f"--ranks {ranks}: must be at least 1, or 0 for one per GPU")
@@ -47,14 +47,17 @@ def run_recipe(recipe: Path, recipe_argv: Sequence[str], *, ranks: int, strategy
         raise UserError(f"--strategy {strategy} is for one process, not --ranks {ranks}")
     ranks = ranks or (1 if for_one_process else max(1, num_gpus))
     if num_gpus and ranks > num_gpus:
-        raise UserError(f"--ranks {ranks}: this machine has {num_gpus} GPUs. Start as many ranks, or hide the GPUs.")
+        raise UserError(
+            f"--ranks {ranks}: this machine has {num_gpus} GPUs. Start at most one rank per GPU, "
+            f"or set ACCELERATE_USE_CPU=true."
+        )
     environment = {RANKS_VARIABLE: str(ranks)}
     if strategy != "auto":
         environment[STRATEGY_VARIABLE] = strategy
     if not num_gpus:
         environment["ACCELERATE_USE_CPU"] = "true"
         environment["OMP_NUM_THREADS"] = str(max(1, available_cores() // ranks))
-    # A port of its own, so that several runs fit on a machine; by number, so that its name need not be known to it.
+    # --standalone chooses a free port, so that several runs can share a machine; a numeric address needs no host name.
     agent_argv = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
     worker_argv = [str(recipe), *recipe_argv]
     settings = [f"{name}={value}" for name, value in environment.items()]
@@ -64,17 +67,17 @@ def run_recipe(recipe: Path, recipe_argv: Sequence[str], *, ranks: int, strategy
 
 
 def _run_agent(argv: list[str]) -> int:
-    """Do what the torchrun command does, but leave the last word to the ranks' own message."""
+    """Do what the torchrun command does, without its own error report: the ranks print theirs."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.disable(logging.CRITICAL)  # in this process only: the ranks speak for themselves
+    logging.disable(logging.CRITICAL)  # in this process only, not in the ranks
     try:
         run.run(run.parse_args(argv))
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
-        # A rank that the agent ended (a negative code) says nothing of the cause when another has a status of its own.
+        # Negative codes are of ranks that a signal ended, mostly the agent's: a rank's own exit status tells more.
         return next((code for code in codes if code > 0), None) or 128 + abs(codes[0])
     except SignalException as error:
         return 128 + int(error.sigval)
@@ -84,19 +87,22 @@ def _run_agent(argv: list[str]) -> int:
 def start(recipe: str | Path, *, ranks: int = 0, strategy: str = "auto", show: bool = False, **options: Any) -> Result:
     """Train a recipe on several processes of this machine, as `shardlaunch run` does, and return the outcome.
 
-    `recipe` is a recipe file or the name of an installed recipe, `options` are those of its command line by their
-    Python names. For notebooks and scripts. With `show`, what the run prints is printed here as it comes. Raises
-    UserError for what a user can fix, RuntimeError for other failures; an interrupt ends the run and is raised.
+    For notebooks and scripts. `recipe` is a recipe file or the name of an installed recipe; `options` are its
+    command-line options by their Python names. With `show`, prints the run's output as it comes. Raises UserError for
+    errors that the user can fix and RuntimeError for other failures; an interrupt ends the run and is raised again.
     """
     if is_distributed_launch():
-        raise UserError("start() starts the ranks of a run; this process is one of several already: call fit() here")
+        raise UserError(
+            "start() starts several processes, but this process is already one of several: call fit() instead"
+        )
     with TemporaryDirectory() as folder:
         result_path, error_path = Path(folder) / "result.json", Path(folder) / "stderr"
         words = ["run", str(recipe), "--ranks", str(ranks), "--strategy", strategy, "--", *option_words(options)]
         environment = {**os.environ, RESULT_VARIABLE: str(result_path)}
-        with open(error_path, "w") as error_file:
-            # A session of its own: an interrupt of a notebook comes here alone and is passed on once.
-            process = subprocess.Popen(
+        with (
+            open(error_path, "w") as error_file,
+            # A new session, so that an interrupt reaches only this process, which passes it on once.
+            subprocess.Popen(
                 [*COMMAND, *words],
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -104,7 +110,8 @@ def start(recipe: str | Path, *, ranks: int = 0, strategy: str = "auto", show: b
                 stderr=error_file,
                 text=True,
                 start_new_session=True,
-            )
+            ) as process,
+        ):
             assert process.stdout is not None
             try:
                 for line in process.stdout:
@@ -115,11 +122,11 @@ def start(recipe: str | Path, *, ranks: int = 0, strategy: str = "auto", show: b
                 process.send_signal(signal.SIGINT)
                 process.wait()
                 raise
-        said = error_path.read_text(errors="replace").strip()
+        message = error_path.read_text(errors="replace").strip()
         if status == EXIT_USER_ERROR:
-            raise UserError(said.rpartition("error: ")[2] or f"{recipe}: refused")
+            raise UserError(re.split(r"^error: ", message, maxsplit=1, flags=re.M)[-1] or f"{recipe}: refused")
         if status:
-            raise RuntimeError(f"{recipe} ended with status {status}: {said[-MOST_QUOTED:] or 'it said nothing'}")
+            raise RuntimeError(f"{recipe} ended with status {status}: {message[-MOST_QUOTED:] or 'no message'}")
         return Result.of_folder(Path(json.loads(result_path.read_text())["run_dir"]))
 
 

@@ -1,1 +1,1 @@
-"""Optimizers, schedules, and which parameters are trained."""
+"""Optimizers, learning-rate schedules, and freezing of parameters."""

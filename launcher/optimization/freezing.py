@@ -1,4 +1,4 @@
-"""Which parameters a run trains: freezing by name, for the whole run or up to a step."""
+"""Freeze parameters by name, for the whole run or up to a step."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,7 +11,7 @@ from shardlaunch.launcher.option_fields import option
 
 @dataclass(kw_only=True)
 class FreezingOptions:
-    """Options of which parameters are trained."""
+    """Options of frozen parameters."""
 
     freeze: tuple[str, ...] = ()
     """Parameters not to train, as name patterns such as 'features.*'. Frozen normalization layers also keep their
@@ -21,7 +21,9 @@ class FreezingOptions:
 
     def __post_init__(self) -> None:
         if self.unfreeze_at_step and not self.freeze:
-            raise UserError(f"--unfreeze-at-step {self.unfreeze_at_step}: goes with --freeze; give both or neither")
+            raise UserError(
+                f"--unfreeze-at-step {self.unfreeze_at_step}: has no effect without --freeze; set --freeze or remove it"
+            )
 
     def is_frozen(self, name: str) -> bool:
         """Return whether a pattern of --freeze matches a parameter's name."""

@@ -56,7 +56,7 @@ class OptimizerOptions:
 
     def __post_init__(self) -> None:
         if self.decay_all and not (self.weight_decay or self.l1):
-            raise UserError("--decay-all: goes with --weight-decay or --l1; give one of them, or remove the option")
+            raise UserError("--decay-all: has no effect without --weight-decay or --l1; set one of them or remove it")
 
 
 def check_optimizer_options(options: OptimizerOptions) -> None:
@@ -198,9 +198,7 @@ def _optimizer_args(options: OptimizerOptions) -> dict[str, Any]:
     for text in options.optimizer_args:
         name, is_pair, value = text.partition("=")
         if not is_pair or name in ("params", "lr", *given):
-            raise UserError(
-                f"--optimizer-args {text}: must be NAME=VALUE, for an argument without an option of its own"
-            )
+            raise UserError(f"--optimizer-args {text}: must be NAME=VALUE, for an argument that has no option")
         arguments[name] = _value(value)
     taken = inspect.signature(optimizer_type(options.optimizer)).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())

@@ -26,7 +26,9 @@ class ScheduleOptions:
 
     def __post_init__(self) -> None:
         if self.final_lr_ratio and self.schedule not in ("linear", "cosine"):
-            raise UserError(f"--final-lr-ratio: --schedule {self.schedule} does not take it; linear and cosine do")
+            raise UserError(
+                f"--final-lr-ratio: has no effect with --schedule {self.schedule}; remove it, or use linear or cosine"
+            )
 
 
 def scheduled(step: int, num_steps: int, options: ScheduleOptions) -> float:
@@ -43,19 +45,19 @@ def scheduled(step: int, num_steps: int, options: ScheduleOptions) -> float:
 def require_extendable(
     options: ScheduleOptions, num_steps: int, extended_steps: int, *, has_own_schedule: bool
 ) -> None:
-    """Raise UserError unless the schedule of `num_steps` steps says what the learning rate is up to `extended_steps`.
+    """Raise UserError unless the schedule defines a learning rate above 0 for the steps past `num_steps`.
 
-    A constant rate goes on; linear and cosine schedules stay at the rate at which they end, if that is above 0.
+    A constant schedule continues; linear and cosine schedules keep their final learning rate.
     """
     where = f"--extend-to-steps {extended_steps}"
     if extended_steps <= num_steps:
         raise UserError(f"{where}: must be more than the run's {num_steps} steps")
     if has_own_schedule:
-        raise UserError(f"{where}: the recipe has its own schedule(), of {num_steps} steps; start a new run instead")
+        raise UserError(f"{where}: the recipe has its own schedule() over {num_steps} steps; start a new run instead")
     if options.schedule == "one-cycle" or (options.schedule != "constant" and not options.final_lr_ratio):
         raise UserError(
             f"{where}: --schedule {options.schedule} ends at a learning rate of 0 after {num_steps} steps. "
-            f"Only constant, and linear or cosine with --final-lr-ratio above 0, say how to go on"
+            f"Only constant, and linear or cosine with --final-lr-ratio above 0, can be extended; start a new run"
         )
 
 

@@ -1,4 +1,4 @@
-"""How the parameters of a model are trained, as rows of a table."""
+"""A table of how the parameters of a model are trained."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterRow:
-    """Hold one line of the table of parameters: those of one part of the model that are treated alike."""
+    """One row of the table: the parameters of one part of the model with the same settings."""
 
     names: str
     num_tensors: int
@@ -22,12 +22,12 @@ class ParameterRow:
 def parameter_rows(
     numels: Mapping[str, int], trained: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
 ) -> list[ParameterRow]:
-    """Return how a model's parameters (elements by name) are trained, a row for those of one part that are alike."""
+    """Return one row per part of the model and settings. `numels` has the number of elements of each parameter."""
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    treated = {name: groups[id(parameter)] for name, parameter in trained}
+    settings = {name: groups[id(parameter)] for name, parameter in trained}
     rows: dict[tuple[str, float | None, float], list[str]] = {}
     for name in numels:
-        group = treated.get(name, {})
+        group = settings.get(name, {})
         key = (part_of(name), group.get("lr"), group.get("weight_decay", 0.0))
         rows.setdefault(key, []).append(name)
     return [
@@ -43,6 +43,6 @@ def parameter_rows(
 
 
 def part_of(name: str) -> str:
-    """Return the part of a model that a parameter is in: a module or a module's module, a list of them as one."""
+    """Return a parameter's part of the model: its first two module names, without the number of a list item."""
     modules = name.split(".")[:-1][:2]
     return ".".join(module for number, module in enumerate(modules) if not (number and module.isdecimal()))

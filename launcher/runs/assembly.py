@@ -1,4 +1,4 @@
-"""A run's model and the strategy that spreads it, with the weights that they start from. Made anew in each phase."""
+"""A run's model, its strategy, and its initial weights. Built again when parameters are unfrozen."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,18 +29,18 @@ from shardlaunch.sharding.world import World
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """A model, spread over the ranks by a strategy, and facts about it."""
+    """A model, the strategy that distributes it, and facts about it."""
 
     model: nn.Module
     strategy: Strategy
     new: list[str]
-    """Parameters that were newly initialized."""
+    """Newly initialized parameters."""
     aliases: dict[str, str]
-    """Other names of tied parameters, each with the name under which it is saved."""
+    """Other names of tied parameters, each with the name that it is saved under."""
     non_persistent_buffers: str
-    """Digest of the buffers that are not part of the state."""
+    """Digest of the non-persistent buffers."""
     rows: list[ParameterRow]
-    """How the parameters are trained."""
+    """Learning rate and weight decay of the parameters, by part of the model."""
     num_tensors: int
     num_elements: int
 
@@ -106,7 +106,7 @@ def assemble(
 def _build(
     recipe: Recipe, world: World, strategy_name: str, run_digest: int, *, is_resumed: bool, init: InitFrom | None
 ) -> tuple[nn.Module, list[str], InitialWeights | None]:
-    """Build the model, whole, or empty for a strategy that starts so; then return what its weights begin with.
+    """Build the model, whole or (if the strategy requires it) empty, and return its new parameters and initial weights.
 
     All ranks.
     """
@@ -132,7 +132,7 @@ def _build(
 
 
 def _check_ranks_agree(world: World, run_digest: int, whole: nn.Module | None) -> None:
-    """Check that all ranks have the same run before them, and the same model where they hold one. All ranks."""
+    """Check that all ranks have the same run, and the same weights if they have built the model. All ranks."""
     weights_here = _weights_digest(whole) if whole is not None else -1
     everyone = world.peers.gather([run_digest, weights_here])
     for rank, (run, weights) in enumerate(everyone):
@@ -163,7 +163,7 @@ def _aliases(model: nn.Module) -> dict[str, str]:
 def _enable_gradient_checkpointing(model: nn.Module) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is None:
-        raise UserError(f"--gradient-checkpointing: {type(model).__name__} does not offer it; drop the option")
+        raise UserError(f"--gradient-checkpointing: not supported by {type(model).__name__}; remove it")
     try:
         enable(activation_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""K-fold cross-validation: a run for each fold, one after the other, and what their evaluations say together."""
+"""K-fold cross-validation: one run per fold, one after the other, and a summary of their evaluations."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,16 +8,14 @@ import numpy as np
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, last_evaluation, numbers
 from shardlaunch.launcher.runs.folder import RUN, write_json
-from shardlaunch.launcher.runs.result import Result
+from shardlaunch.launcher.runs.result import FOLDS, Result
 from shardlaunch.launcher.runs.run import Run
-
-FOLDS = "folds.json"
 
 
 def cross_validate(run_of_fold: Callable[[int], Run], num_folds: int) -> Result:
-    """Run each fold in a folder of its own, show mean and standard deviation over them, return the outcome. All ranks.
+    """Run each fold in its own folder, show mean and standard deviation over the folds, return the outcome. All ranks.
 
-    A fold that is complete says so; the others resume. Raises UserError when the folder holds another kind of run.
+    Complete folds are not run again, the others resume. Raises UserError if the folder holds a run without folds.
     """
     evaluations = []
     for fold in range(num_folds):
@@ -30,12 +28,12 @@ def cross_validate(run_of_fold: Callable[[int], Run], num_folds: int) -> Result:
             evaluations.append(last_evaluation(run.output_dir))
     if len(evaluations) < num_folds:
         done = f"{len(evaluations)} of {num_folds} folds are complete"
-        display.say(f"{done}; without --stop-at-step, the same command goes on")
+        display.say(f"{done}; the same command without --stop-at-step runs the rest")
         return Result.of_folder(root)
-    summary = summarise(evaluations)
+    summary = summarize(evaluations)
     partial = sorted({name for evaluation in evaluations for name in _names(evaluation)} - summary.keys())
     if partial:
-        display.warn(f"not all folds were evaluated by the same metrics; left out: {', '.join(partial)}")
+        display.warn(f"not all folds have the same metrics; omitted: {', '.join(partial)}")
     world.peers.together(
         lambda: write_json(root / FOLDS, {"folds": evaluations, "summary": summary}) if world.is_main else None
     )
@@ -45,14 +43,14 @@ def cross_validate(run_of_fold: Callable[[int], Run], num_folds: int) -> Result:
     return Result.of_folder(root)
 
 
-def summarise(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return mean and standard deviation (of a sample: over n - 1) of each number that all folds have at the end.
+def summarize(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return mean and sample standard deviation (n - 1) of each metric that all folds have, from their last evaluation.
 
-    Both are NaN where one of the numbers is.
+    Both are NaN if a fold's value is.
     """
     names = [name for name in _names(evaluations[0]) if all(name in _names(other) for other in evaluations)]
     columns = {name: np.array([evaluation[name] for evaluation in evaluations]) for name in names}
-    with np.errstate(invalid="ignore"):  # of an infinite perplexity there is no standard deviation
+    with np.errstate(invalid="ignore"):  # an infinite perplexity has no standard deviation
         return {name: {"mean": float(c.mean()), "std": float(c.std(ddof=1))} for name, c in columns.items()}
 
 

@@ -1,4 +1,4 @@
-"""The data of a run, the plan of its batches, and how many steps that makes."""
+"""The data of a run, the plan of its batches, and the number of steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from shardlaunch.sharding.world import World
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """Data sets of a run and its plan of batches.
+    """Data sets of a run and the plan of its batches.
 
-    The schedule and the run's identity are those of `num_steps` steps; an extended run goes on to `last_step`.
+    Schedule and identity of the run depend on `num_steps`; a run that is extended continues to `last_step`.
     """
 
     splits: Mapping[str, Any]
@@ -30,7 +30,7 @@ class RunData:
         return _batches(recipe, world, self.splits["train"], self.plan, training=True)
 
     def evaluation_batches(self, recipe: Recipe, world: World) -> Batches | None:
-        """Return this rank's batches of the evaluation data, None when there is none."""
+        """Return this rank's batches of the evaluation data, None if there is none."""
         if "eval" not in self.splits:
             return None
         split = self.splits["eval"]
@@ -45,9 +45,9 @@ class RunData:
 
 
 def load_data(recipe: Recipe, world: World, fold: int | None) -> RunData:
-    """Return the recipe's data, or a fold's, and the plan of the run. All ranks; rank 0 loads first.
+    """Return the data of the recipe or fold, and the plan of the run. All ranks; rank 0 loads first.
 
-    Raises UserError for data that a run cannot be made of, and for options that do not fit the number of steps.
+    Raises UserError for unsuitable data, and for options that do not fit the number of steps.
     """
     options = recipe.options
     splits = world.main_first(lambda: checked_splits(recipe, fold))

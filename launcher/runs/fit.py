@@ -1,4 +1,4 @@
-"""Run a recipe in this process: options and ranks, then data, model, training. What `launch` and notebooks call."""
+"""Run a recipe in this process: resolve options and strategy, join the ranks, train. Used by `launch` and notebooks."""
 
 import os
 import warnings
@@ -24,28 +24,28 @@ from shardlaunch.sharding.world import World, abandon, connect, disconnect, thre
 
 
 def fit(recipe: Recipe | type[Recipe], *, show: bool = False, **options: Any) -> Result:
-    """Train a recipe and return the outcome. All ranks, where this process is one of several.
+    """Train a recipe and return the outcome. All ranks.
 
-    `recipe` is a recipe class or an instance of one; `options` are those of its command line, by their Python names,
-    and win over the instance's, a preset's and a YAML file's. Runs on this process, or joins the ranks that torchrun or
-    `accelerate launch` has started. Nothing is printed unless `show`; warnings come as Python warnings. The process is
-    left as it was found: environment, threads, random generators. Call it as often as you like; a run whose folder is
-    there is resumed, or complete.
+    `recipe` is a recipe class or instance; `options` are its command-line options by their Python names, which override
+    those of the instance, a preset and a YAML file. Runs in this process, and joins the other ranks if torchrun or
+    `accelerate launch` started several. Prints nothing unless `show`; warnings are Python warnings. Leaves environment,
+    threads and random generators of the process as they were. May be called repeatedly; if the output folder already
+    holds this run, it is resumed.
 
-    Raises UserError for what a user can fix, and never exits.
+    Raises UserError for errors that the user can fix, and never exits.
     """
     recipe_type, instance = (recipe, None) if isinstance(recipe, type) else (type(recipe), recipe)
     mark_launched(recipe_type)
     base = instance.options if instance is not None else None
     with preserved_process(), silent_libraries():
-        given = options_from_keywords(options_type_of(recipe_type), recipe_type.presets, options, base=base)
+        parsed = options_from_keywords(options_type_of(recipe_type), recipe_type.presets, options, base=base)
         env = read_environment()
         display = new_display(env, show=show)
         with shown_by(display.phases):
-            choice = choose(given, env)
-            with joined_ranks(env, given, choice) as world:
+            choice = choose(parsed, env)
+            with joined_ranks(env, parsed, choice) as world:
                 try:
-                    return run_recipe_on(recipe, given, env, world, choice, display)
+                    return run_recipe_on(recipe, parsed, env, world, choice, display)
                 except BaseException:
                     abandon(world)
                     raise
@@ -57,14 +57,14 @@ def new_display(env: LaunchEnvironment, *, show: bool) -> Display:
 
 
 class Choice(NamedTuple):
-    """Strategy and precision of a run, by their names."""
+    """Strategy and precision of a run, by name."""
 
     strategy: str
     precision: str
 
 
 def choose(options: Options, env: LaunchEnvironment) -> Choice:
-    """Return strategy and precision as options and launch environment ask for them. Raises UserError."""
+    """Return strategy and precision from options and launch environment. Raises UserError if these contradict."""
     with phase("loading libraries"):  # here, so that a person sees something before
         from shardlaunch.launcher.runs import cross_validation  # noqa: F401 - and with it all that a run needs
         from shardlaunch.sharding.resolve import resolve_strategy
@@ -76,12 +76,12 @@ def choose(options: Options, env: LaunchEnvironment) -> Choice:
 
 @contextmanager
 def joined_ranks(env: LaunchEnvironment, options: Options, choice: Choice) -> Iterator[World]:
-    """Join the ranks of this launch, with the threads that each may use; leave them at the end. All ranks."""
+    """Set this rank's number of threads and join the ranks of this launch; leave them at the end. All ranks."""
     from shardlaunch.sharding.resolve import STRATEGIES
 
     num_threads = threads_per_rank(options.threads_per_rank, env)
     torch.set_num_threads(num_threads)
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # or accelerate sets a number of its own, with a warning
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # otherwise accelerate sets its own number, with a warning
     with phase(f"connecting {env.world_size} ranks") if env.world_size > 1 else nullcontext():
         world = connect(env, needs_group=STRATEGIES[choice.strategy].is_sharded)
     yield world
@@ -96,7 +96,7 @@ def run_recipe_on(
     choice: Choice,
     display: Display,
 ) -> Result:
-    """Run a recipe on connected ranks, or its folds, and return the outcome. All ranks. Raises UserError."""
+    """Run a recipe, or each of its folds, on connected ranks, and return the outcome. All ranks. Raises UserError."""
     from shardlaunch.launcher.runs.cross_validation import cross_validate
     from shardlaunch.launcher.runs.run import Run
     from shardlaunch.sharding.resolve import check_ranks, check_settings
@@ -113,12 +113,12 @@ def run_recipe_on(
     check_settings(choice.strategy, settings)
 
     def new_recipe() -> Recipe:
-        """Return a recipe that knows nothing of other folds: recipes keep what they learn of their data."""
+        """Return a recipe without the state of other folds: recipes store facts about their data."""
         if isinstance(recipe, type):
             return recipe(options)
-        fresh = copy(recipe)
-        fresh.options = options
-        return fresh
+        copied = copy(recipe)
+        copied.options = options
+        return copied
 
     check_in_effect(new_recipe())
 
@@ -133,10 +133,10 @@ def _warn(text: str) -> None:
 
 
 def _accelerate_ranks(world: World) -> int:
-    """Return how many ranks accelerate counts; it takes over the process group that is there."""
+    """Return accelerate's number of ranks; it uses the existing process group."""
     from accelerate import PartialState
 
-    # DeepSpeed is for the strategy to start; started by accelerate it would look for another process group.
+    # The strategy initializes DeepSpeed; accelerate would initialize it with another process group.
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
     return int(PartialState(cpu=world.device.type == "cpu").num_processes)

@@ -1,4 +1,4 @@
-"""The output folder of a run: who may use it, what it holds, and which checkpoint to resume from."""
+"""The output folder of a run: its lock, its records, and the checkpoint to resume from."""
 
 import fcntl
 import json
@@ -7,10 +7,12 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from shardlaunch.checkpoints.layout import CHECKPOINTS, RECIPE
+from shardlaunch.checkpoints.manifest import DamagedCheckpoint
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, newest_valid, open_path
 from shardlaunch.errors import UserError
@@ -31,19 +33,20 @@ def run_folder(options: Options, recipe_name: str) -> Path:
 
 
 def new_folder_hint(options: Options, output_dir: Path) -> str:
-    """Return the option that lets the same command start a new run, in a folder that is not there yet."""
-    name = output_dir.name if not options.folds else output_dir.parent.name
-    number = next(n for n in range(2, 1 << 30) if not (output_dir.parent / f"{name}-{n}").exists())
-    if options.output_dir:
-        return f"--output-dir {output_dir.parent / f'{name}-{number}'}"
-    return f"--run-name {name}-{number}"
+    """Return an option that lets the same command start a new run, in a folder that does not exist yet."""
+    root = output_dir.parent if options.folds else output_dir
+    if root.name in ("", ".."):
+        root = root.resolve()
+    names = (root.parent / f"{root.name}-{number}" for number in count(2))
+    new = next(path for path in names if not path.exists())
+    return f"--output-dir {new}" if options.output_dir else f"--run-name {new.name}"
 
 
 @contextmanager
 def claim(output_dir: Path) -> Iterator[None]:
-    """Create the folder and keep other runs out of it. Rank 0. Raises UserError when it is not to be written or taken.
+    """Create the folder and lock it. Rank 0. Raises UserError if it cannot be created or another run has locked it.
 
-    The lock is the system's: it ends with the process, however that ends, and is not passed on to its children.
+    The lock is a POSIX record lock: it ends with the process, however that ends, and child processes do not inherit it.
     """
     try:
         (output_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
@@ -65,7 +68,7 @@ def claim(output_dir: Path) -> Iterator[None]:
 
 
 def write_run(output_dir: Path, record: Mapping[str, Any], *, least_bytes: int) -> None:
-    """Write run.json, at once or not at all. Raises UserError when the folder is not writable or too full for a run."""
+    """Write run.json atomically. Raises UserError if the folder is not writable or has no room for a checkpoint."""
     try:
         free_bytes = shutil.disk_usage(output_dir).free
         if free_bytes < least_bytes:
@@ -99,7 +102,7 @@ def tracked_run(output_dir: Path, identity: Identity, *, project: str, name: str
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON file, at once or not at all."""
+    """Write a JSON file atomically."""
     staged = path.with_name(f".{path.name}.staged")
     with open(staged, "w") as file:
         json.dump(record, file, indent=1)
@@ -109,47 +112,51 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def find_checkpoint(resume: str, output_dir: Path, *, peers: Peers, display: Display) -> Checkpoint | None:
-    """Return the checkpoint that --resume means, None to start at the beginning. All ranks.
+    """Return the checkpoint selected by --resume, None to start from the beginning. All ranks.
 
-    Raises UserError when there is something to resume from and nothing of it is valid, and when `never` would mix two
-    runs in one folder.
+    Raises UserError if there are checkpoints but none is valid, and if `never` would mix two runs in one folder.
     """
     checkpoints_dir = output_dir / CHECKPOINTS
     if resume == "never":
         if checkpoint_steps(checkpoints_dir):
             raise UserError(
-                f"--resume never: {output_dir} holds checkpoints of a run. Choose another --output-dir, or remove it."
+                f"--resume never: {output_dir} holds checkpoints of a run. Choose another --output-dir, or delete it."
             )
         return None
     if resume == "auto":
-        return newest_valid(checkpoints_dir, peers=peers, warn=display.warn)
+        try:
+            return newest_valid(checkpoints_dir, peers=peers, warn=display.warn)
+        except DamagedCheckpoint as error:
+            raise UserError(
+                f"{error}. To start from the beginning, delete them or choose another --output-dir."
+            ) from error
     try:
         checkpoint = open_path(Path(resume), peers=peers, warn=display.warn)
     except UserError as error:
         raise UserError(f"--resume {error}") from error
     newer = [step for step in checkpoint_steps(checkpoints_dir) if step > checkpoint.step]
     if newer and checkpoint.step_dir.resolve().parent == checkpoints_dir.resolve():
-        # Going back in place would cut the metrics of steps that the newer checkpoints vouch for.
+        # Going back in place would delete the metrics of steps that the newer checkpoints contain.
         raise UserError(
             f"--resume {resume}: {output_dir} holds newer checkpoints (steps {', '.join(map(str, newer))}). "
-            f"Give another --output-dir, or remove them."
+            f"Choose another --output-dir, or delete them."
         )
     return checkpoint
 
 
 def saved_identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the identity record of the run that a checkpoint is of."""
+    """Return the identity record of a checkpoint's run."""
     record: dict[str, Any] = checkpoint.read_json(RECIPE)["run"]
     return record
 
 
 def identity_of_folder(output_dir: Path) -> dict[str, Any] | None:
-    """Return the identity record of the run that an output folder holds checkpoints of, None if it holds none."""
+    """Return the identity record of the run in an output folder, None if it has no checkpoints."""
     path = output_dir / RUN
     if not path.exists() or not checkpoint_steps(output_dir / CHECKPOINTS):
         return None
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not readable ({error}); choose another --output-dir") from error
-    return record
+        return {name: dict(record[name]) for name in ("identity", "warn")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a readable record of a run ({error!r}); choose another --output-dir") from error

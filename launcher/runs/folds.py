@@ -1,4 +1,4 @@
-"""The data sets of a run, a recipe's or a fold's, and which samples each fold of a cross-validation holds out."""
+"""The data sets of a run or fold, and which samples each fold of a cross-validation holds out."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ from shardlaunch.launcher.seeding import derive_seed
 
 
 def checked_splits(recipe: Recipe, fold: int | None) -> dict[str, Any]:
-    """Return the recipe's data sets, or a fold's. Raises UserError for what a run cannot be made of."""
+    """Return the data sets of the recipe or fold. Raises UserError if they cannot be used for a run."""
     splits = dict(recipe.datasets())
     if "train" not in splits:
         raise UserError(f"the recipe's datasets() must have 'train'; it has {', '.join(splits)}")
     for name, split in splits.items():
         if not hasattr(split, "__len__") or not hasattr(split, "__getitem__"):
             raise UserError(
-                f"the {name} data is a {type(split).__name__}, which is read in its own order only; a run needs a "
-                f"map-style data set, with a length and rows by number"
+                f"the {name} data is a {type(split).__name__}, which can only be read in order; a run needs a "
+                f"map-style data set, with __len__ and __getitem__"
             )
     if fold is not None:
         options, train = recipe.options, splits["train"]
@@ -33,13 +33,13 @@ def checked_splits(recipe: Recipe, fold: int | None) -> dict[str, Any]:
 
 
 def fold_of_samples(num_samples: int, num_folds: int, *, seed: int, classes: np.ndarray | None) -> np.ndarray:
-    """Return each sample's fold (0 to num_folds - 1), an int array: a function of the seed, of equal sizes but for one.
+    """Return each sample's fold (int64 array, from 0), a function of the seed. Fold sizes differ by at most 1.
 
-    With `classes` (a whole number a sample) each fold has its share of each class, to within one sample. Raises
-    UserError when there are fewer samples than folds.
+    With `classes` (one integer per sample) the folds are stratified: counts of each class differ by at most 1. Raises
+    UserError if there are fewer samples than folds.
     """
     if num_samples < num_folds:
-        raise UserError(f"--folds {num_folds}: the training data has only {num_samples} samples, fewer than folds")
+        raise UserError(f"--folds {num_folds}: the training data has only {num_samples} samples; use fewer folds")
     shuffled = np.random.default_rng(derive_seed(seed, "folds")).permutation(num_samples)
     if classes is not None:
         shuffled = shuffled[np.argsort(classes[shuffled], kind="stable")]
@@ -49,7 +49,7 @@ def fold_of_samples(num_samples: int, num_folds: int, *, seed: int, classes: np.
 
 
 def fold_splits(dataset: Any, folds: np.ndarray, fold: int) -> dict[str, Any]:
-    """Return the data sets `train` and `eval` of one fold, which `eval` is."""
+    """Return the data sets of one fold: `eval` has its samples, `train` all others."""
     held_out = folds == fold
     return {
         "train": _chosen(dataset, np.flatnonzero(~held_out)),

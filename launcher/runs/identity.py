@@ -1,4 +1,4 @@
-"""What makes two runs the same run, and the comparison at a resume."""
+"""The identity of a run, and its comparison on resume."""
 
 import json
 import platform
@@ -15,7 +15,7 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options, flag, marks
 
 _PACKAGES = ("shardlaunch", "torch", "accelerate", "transformers", "datasets", "numpy", "safetensors")
-# Rows of a data set without a fingerprint of its own that are looked at, evenly spread.
+# Number of rows to digest, evenly spaced, of a data set without a fingerprint() method.
 SAMPLED_ROWS = 4096
 FULL_DIGEST_BYTES = 1 << 30
 _INIT_DIGEST = "digest of the weights of --init-from"
@@ -23,30 +23,30 @@ _INIT_DIGEST = "digest of the weights of --init-from"
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a resume compares: `identity` fields must be equal, `warn` fields are only named when they differ."""
+    """Fields compared on resume: `identity` fields must be equal, differing `warn` fields only cause a warning."""
 
     identity: Mapping[str, Any]
     warn: Mapping[str, Any]
 
     def check(self, saved: Mapping[str, Any], where: str, *, hint: str) -> list[str]:
-        """Compare with a checkpoint's record. Return the differences that only change rounding, as sentences.
+        """Compare with a checkpoint's record and return descriptions of the differences that only affect rounding.
 
-        Raises UserError that names each differing identity field and both values, options first, and ends with `hint`,
-        how to start a new run.
+        Raises UserError if identity fields differ, with both values of each, options first. The message ends with
+        `hint`, an option that starts a new run.
         """
         expected = dict(saved["identity"])
-        if _INIT_DIGEST not in self.identity:  # a resume need not name what the run started from
+        if _INIT_DIGEST not in self.identity:  # a resumed run does not need --init-from
             expected.pop(_INIT_DIGEST, None)
         refused = _differences(expected, self.identity)
         if refused:
             raise UserError(
                 f"cannot resume {where}: it holds another run ({', '.join(refused)}). "
-                f"To resume it, give its values. To start a new run: {hint}"
+                f"To resume it, use its values. To start a new run: {hint}"
             )
         return _differences(saved["warn"], self.warn)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record that checkpoints and run.json keep."""
+        """Return the record stored in checkpoints and run.json."""
         return {"identity": dict(self.identity), "warn": dict(self.warn)}
 
 
@@ -72,10 +72,10 @@ def run_identity(
     """Return the identity of a run. `in_effect` gives resolved values of `warn` options (precision, threads, ...)."""
     by_mark: dict[str, dict[str, Any]] = {"identity": {}, "warn": {}, "free": {}}
     for name, mark in marks(options).items():
-        # When early stopping watches the evaluations, how often there is one and of what decides where the run ends.
+        # With early stopping, the interval and metrics of the evaluations decide where the run ends.
         decides = name in ("eval_every", "metrics") and options.early_stopping_patience
         by_mark["identity" if decides else mark][flag(name)] = as_json(getattr(options, name))
-    # The number of steps stands for both ways of giving it.
+    # The number of steps is compared instead of the two options that set it.
     for name in ("--epochs", "--max-steps"):
         del by_mark["identity"][name]
     identity = {
@@ -105,18 +105,18 @@ def run_record(identity: Identity, options: Options, ranks: int, strategy: str) 
 
 
 def option_values(options: Options) -> dict[str, Any]:
-    """Return the options as JSON holds them."""
+    """Return the options as JSON values."""
     values: dict[str, Any] = as_json(asdict(options))
     return values
 
 
 def as_json(value: Any) -> Any:
-    """Return a value as it comes back from JSON: tuples as lists, paths and the like as text."""
+    """Return a value as JSON stores it: tuples as lists, paths and other objects as strings."""
     return json.loads(json.dumps(value, default=str))
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that decide a run's numbers."""
+    """Return the versions of the packages that affect a run's numbers."""
     found = {}
     for package in _PACKAGES:
         try:
@@ -127,10 +127,10 @@ def versions() -> dict[str, str]:
 
 
 def data_fingerprint(dataset: Any) -> str:
-    """Return a digest of a data set's content, wherever it lies.
+    """Return a digest of a data set's content, whatever its path.
 
-    All rows of Hugging Face data sets up to 1 GiB and of data sets with a `fingerprint()` method; of others the number
-    of rows and 4,096 rows, evenly spread.
+    Calls the data set's `fingerprint()` if it has one. Digests all rows of Hugging Face data sets up to 1 GiB, and of
+    others the number of rows and 4,096 evenly spaced rows.
     """
     if hasattr(dataset, "fingerprint"):
         return str(dataset.fingerprint())
@@ -177,5 +177,5 @@ def _digest_value(digest: xxhash.xxh3_128, value: Any) -> None:
             _digest_value(digest, item)
     elif isinstance(value, bytes | str | int | float | bool | None):
         digest.update(value if isinstance(value, bytes) else repr(value).encode())
-    else:  # an object's text may hold its address
+    else:  # an object's repr may contain its address
         digest.update(type(value).__qualname__.encode())

@@ -1,4 +1,4 @@
-"""`--init-from`: which of some stored weights fit the model of a new run, by name and shape."""
+"""`--init-from`: match stored weights with the model of a new run, by name and shape."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,25 +10,25 @@ from shardlaunch.checkpoints.weight_files import WeightFiles
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.reporting.parameters import part_of
 
-# What wrappers and other trainers put before the names of a model's tensors.
+# Prefixes that wrappers and other trainers add to tensor names.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """Which tensors of a model have stored values, and which stored tensors are left over."""
+    """Tensors of a model that have stored values, and stored tensors that are unused."""
 
     stored_names: dict[str, str]
-    """By the model's name; of tied tensors each name that is stored."""
+    """Stored name by the model's name; for tied tensors, each name that is stored."""
     other_shapes: dict[str, str]
-    """Tensors of the model whose stored namesake has another shape, with both shapes."""
+    """Tensors of the model that are stored with another shape, with both shapes."""
     absent: list[str]
     unused: list[str]
     renaming: str = ""
-    """How stored names differ from the model's; empty: not at all."""
+    """How stored names differ from the model's (empty: they are the same)."""
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """Return a table: part of the model, tensors taken, tensors of another shape, tensors absent."""
+        """Return table rows: part of the model, numbers of loaded, differently shaped and absent tensors."""
         counts: dict[str, list[int]] = {}
         for column, names in enumerate((self.stored_names, self.other_shapes, self.absent)):
             for name in names:
@@ -38,27 +38,27 @@ class Match:
 
 @dataclass(kw_only=True)
 class InitFrom:
-    """Stored weights that a new run starts from, and how they matched its model."""
+    """Stored weights that a new run starts from, and their match with its model."""
 
     weights: WeightFiles
     match: Match | None = field(default=None)
 
     def find(self, model: nn.Module) -> set[str]:
-        """Return the names of the parameters and persistent buffers that will be set. Raises UserError when none is."""
+        """Match the weights with a model and return the names to load. Raises UserError if there are none."""
         self.match = match_weights(self.weights.shapes, model)
         targets = model.state_dict(keep_vars=True)
         if not self.match.stored_names:
             raise UserError(
-                f"--init-from {self.weights.source}: no tensor fits the model by name and shape. It has "
-                f"{some(self.weights.shapes)}; the model has {some(targets)}"
+                f"--init-from {self.weights.source}: no tensor matches the model by name and shape. Stored: "
+                f"{some(self.weights.shapes)}. Model: {some(targets)}"
             )
-        # A tied tensor has several names; set under one, it is set under all.
+        # A tied tensor has several names; loading it under one sets all.
         held = {id(targets[name]) for name in self.match.stored_names}
         return {name for name, tensor in targets.items() if id(tensor) in held}
 
     @torch.no_grad()
     def load(self, model: nn.Module) -> None:
-        """Copy what `find` has found into the model."""
+        """Copy the matched weights into the model. Call `find` first."""
         assert self.match is not None
         targets = model.state_dict(keep_vars=True)
         for name, stored in self.match.stored_names.items():
@@ -66,7 +66,7 @@ class InitFrom:
 
 
 def match_weights(shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> Match:
-    """Match stored tensors with a model's by name and shape, under the one renaming that fits most of them."""
+    """Match stored tensors with a model's by name and shape, with the renaming that matches most of them."""
     targets = model.state_dict(keep_vars=True)
     best: Match | None = None
     for renaming, rename in _renamings(model):
@@ -103,7 +103,7 @@ def _match(
 
 
 def _renamings(model: nn.Module) -> Iterator[tuple[str, Callable[[str], str]]]:
-    """Yield ways in which stored names become the model's, the names as they are first."""
+    """Yield descriptions and functions that map stored names to the model's; first the unchanged names."""
     yield "", lambda name: name
     for wrapper in _WRAPPERS:
         yield f"without {wrapper!r}", lambda name, wrapper=wrapper: name.removeprefix(wrapper)  # type: ignore[misc]

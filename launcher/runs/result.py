@@ -1,45 +1,53 @@
-"""The outcome of a run, as its folder tells it."""
+"""The outcome of a run, read from its output folder."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardlaunch.checkpoints.layout import CHECKPOINTS, TRAINER_STATE, step_dir_name
-from shardlaunch.checkpoints.reader import checkpoint_steps
+from shardlaunch.checkpoints.reader import newest_complete
 from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, read_metrics
 
 if TYPE_CHECKING:
     import pandas as pd
 
+FOLDS = "folds.json"
+"""Summary of a cross-validation, written when all folds are finished."""
+_FOLD_DIR = re.compile(r"fold-(\d+)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Outcome of a run: its folder, where it stands, its evaluations and its checkpoints."""
+    """Outcome of a run: output folder, step, evaluations and checkpoints."""
 
     run_dir: Path
     step: int
     is_finished: bool
     evaluations: tuple[dict[str, Any], ...] = ()
-    """Each evaluation's `step`, `epoch`, `loss` and metrics, in order."""
+    """Each evaluation's `step`, `epoch`, `loss` and metrics, by step."""
     last_checkpoint: Path | None = None
     best_checkpoint: Path | None = None
-    """Checkpoint of the best evaluation, where it is kept."""
+    """Checkpoint of the best evaluation, if it is kept in this folder."""
     best_metric: str = ""
     best_value: float | None = None
     folds: tuple["Result", ...] = ()
-    """Of a cross-validation, each fold's result."""
+    """Results of the folds of a cross-validation."""
 
     @classmethod
-    def of_folder(cls, run_dir: Path) -> "Result":
-        """Return the result of the run in a folder, as far as it has got."""
-        folds = sorted(run_dir.glob("fold-*"), key=lambda folder: int(folder.name.removeprefix("fold-")))
+    def of_folder(cls, run_dir: Path, *, last: Path | None = None) -> "Result":
+        """Return the result of the run in a folder, finished or not.
+
+        `last` is the checkpoint that the run is at (default: the newest complete one in the folder).
+        """
+        folds = _fold_dirs(run_dir)
         if folds and not (run_dir / CHECKPOINTS).is_dir():
             results = tuple(cls.of_folder(folder) for folder in folds)
             return cls(
                 run_dir=run_dir,
                 step=sum(result.step for result in results),
-                is_finished=all(result.is_finished for result in results),
+                is_finished=(run_dir / FOLDS).exists() and all(result.is_finished for result in results),
                 folds=results,
             )
         lines = read_metrics(run_dir)
@@ -48,11 +56,8 @@ class Result:
             for line in lines
             if f"{EVAL_PREFIX}loss" in line
         )
-        last, state = None, {}
-        for step in reversed(checkpoint_steps(run_dir / CHECKPOINTS)):
-            last = run_dir / CHECKPOINTS / step_dir_name(step)
-            state = json.loads((last / TRAINER_STATE).read_bytes())
-            break
+        last = last or newest_complete(run_dir / CHECKPOINTS)
+        state: dict[str, Any] = json.loads((last / TRAINER_STATE).read_bytes()) if last is not None else {}
         best = run_dir / CHECKPOINTS / step_dir_name(state.get("best_step", 0))
         has_best = state.get("best_value") is not None
         return cls(
@@ -67,9 +72,9 @@ class Result:
         )
 
     def history(self) -> "pd.DataFrame":
-        """Return metrics.jsonl as a table: one row per step that was logged or evaluated, `eval/` before its metrics.
+        """Return metrics.jsonl as a table, one row per logged or evaluated step; evaluation metrics begin with `eval/`.
 
-        Of a cross-validation, all folds' rows, with a column `fold` (from 1).
+        For a cross-validation, the rows of all folds, with a column `fold` (from 1).
         """
         import pandas as pd
 
@@ -80,3 +85,9 @@ class Result:
         for line in read_metrics(self.run_dir):
             rows.setdefault(line["step"], {}).update(line)
         return pd.DataFrame([rows[step] for step in sorted(rows)])
+
+
+def _fold_dirs(run_dir: Path) -> list[Path]:
+    """Return the folders of the folds of a cross-validation, by number."""
+    numbers = {int(match[1]): path for path in run_dir.glob("fold-*") if (match := _FOLD_DIR.fullmatch(path.name))}
+    return [numbers[number] for number in sorted(numbers)]

@@ -1,4 +1,4 @@
-"""One launch of a run: from its data to its last line."""
+"""One launch of a run: load the data, build or restore the state, train, report."""
 
 import json
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ from shardlaunch.sharding.world import World
 
 
 class Run:
-    """One launch of a run, from its data to its last line."""
+    """One launch of a run, from loading the data to the final report."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Run:
         return self.output_dir / CHECKPOINTS
 
     def run(self) -> Result:
-        """Do all of it. All ranks."""
+        """Run from the newest checkpoint, or from the beginning, to the end, and return the outcome. All ranks."""
         with ExitStack() as stack:
             self.world.peers.together(
                 lambda: stack.enter_context(claim(self.output_dir)) if self.world.is_main else None
@@ -95,7 +95,8 @@ class Run:
             self.prepare()
             stop_at_step = self.options.stop_at_step
             if self.position.is_finished:
-                self.display.say(f"this run is complete: {self.position.step} of {self._steps_text()} steps")
+                early = ", stopped early" if self.position.has_stopped_early else ""
+                self.display.say(f"this run is complete: {self.position.step} of {self._steps_text()} steps{early}")
             elif 0 < stop_at_step <= self.position.step:
                 self.display.say(f"already at step {self.position.step} (--stop-at-step {stop_at_step}); nothing to do")
             else:
@@ -104,7 +105,7 @@ class Run:
             return self._end()
 
     def prepare(self) -> None:
-        """Load the data, decide where to begin, and build model and trainer. All ranks."""
+        """Load the data, find the checkpoint to resume from, and build model and trainer. All ranks."""
         with phase("reading data"):
             self.data = load_data(self.recipe, self.world, self.fold)
             self.identity = self._identity()
@@ -113,7 +114,7 @@ class Run:
             self.resumed = self._find_checkpoint()
         self._assemble(self.resumed)
         self._write_run()
-        self._say_start()
+        self._show_start()
         self.saver = Saver(
             self.checkpoints_dir,
             recipe=self.recipe,
@@ -134,9 +135,9 @@ class Run:
         self._build_trainer()
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        """Return the checkpoint to go on from. Raises UserError when it, or what the folder holds, is another run."""
+        """Return the checkpoint to resume from, if any. Raises UserError if it or the output folder has another run."""
         options, world = self.options, self.world
-        found = identity_of_folder(self.output_dir)
+        found = world.peers.together(lambda: identity_of_folder(self.output_dir))
         if found is not None:
             self.identity.check(found, str(self.output_dir), hint=new_folder_hint(options, self.output_dir))
         if world.is_main:
@@ -150,7 +151,7 @@ class Run:
         return checkpoint
 
     def _assemble(self, checkpoint: Checkpoint | None) -> None:
-        """Build and spread the model as it is at the step of a checkpoint (None: at the start), with its values."""
+        """Build the model and its strategy, and restore a checkpoint (None: start with the initial weights)."""
         self.assembly = assemble(
             self.recipe,
             world=self.world,
@@ -171,7 +172,7 @@ class Run:
         evaluation_batches = self.data.evaluation_batches(recipe, world)
         if evaluation_batches is not None:
             evaluator = Evaluator(recipe, evaluation_batches, world=world, precision=self.precision)
-            assert evaluator.higher_is_better in (True, False)  # asked now, to raise before any training
+            assert evaluator.higher_is_better in (True, False)  # checked now, to raise before any training
             if not self.position.is_finished:
                 with phase("checking the evaluation on one batch"):
                     evaluator.rehearse(self.strategy.replicas[0])
@@ -187,8 +188,8 @@ class Run:
             evaluator,
             world=world,
             precision=self.precision,
-            num_steps=self.data.last_step,
-            schedule_steps=self.data.num_steps,
+            num_steps=self.data.num_steps,
+            last_step=self.data.last_step,
             hooks=Hooks(
                 on_step=self.recorder.on_step,
                 on_evaluating=self.recorder.on_evaluating,
@@ -202,10 +203,10 @@ class Run:
         init_digest = 0
         if self.options.init_from:
             with phase("reading the weights of --init-from"):
-                self.init = self.world.peers.together(self._open_init)
-                # Read once, by rank 0: weights may be large, and that all ranks have the same is checked later.
-                mine = int(self.init.weights.digest(), 16) >> 65 if self.world.is_main else 0
-                init_digest = self.world.peers.gather([mine])[0][0]
+                init = self.init = self.world.peers.together(self._open_init)
+                # Rank 0 only: weights may be large, and the built models are compared later.
+                digest = self.world.peers.together(lambda: init.weights.digest() if self.world.is_main else "0")
+                init_digest = self.world.peers.gather([int(digest, 16) >> 65])[0][0]
         return run_identity(
             self.name,
             self.options,
@@ -230,7 +231,7 @@ class Run:
 
     def _restore(self, checkpoint: Checkpoint | None) -> Position:
         if checkpoint is None:
-            # Asked now, so that an optimizer whose groups cannot be saved is refused before any work.
+            # Read now, so that an optimizer whose groups cannot be saved is refused before any training.
             return Position(
                 group_hyperparameters=group_hyperparameters(self.strategy.optimizer),
                 non_persistent_buffers=self.assembly.non_persistent_buffers,
@@ -238,15 +239,15 @@ class Run:
         position = Position.from_json(checkpoint.trainer_state)
         if position.non_persistent_buffers != self.assembly.non_persistent_buffers:
             raise UserError(
-                f"{checkpoint.step_dir}: the model's non-persistent buffers differ from the run's: the constructor "
-                f"draws them at random, or has changed. Register them with persistent=True"
+                f"{checkpoint.step_dir}: the model's non-persistent buffers differ from the checkpoint's: its "
+                f"constructor has changed or draws them at random. Register them with persistent=True"
             )
         with phase("loading the checkpoint"):
             self.strategy.restore(checkpoint)
-        if position.step != self.options.unfreeze_at_step:  # there, the groups of parameters are others
+        if position.step != self.options.unfreeze_at_step:  # there, the parameter groups change
             restore_group_hyperparameters(self.strategy.optimizer, position.group_hyperparameters)
-        # It may have ended by early stopping, at the end of the run before it was extended, or, in the folder of an
-        # extended run, further on than this command goes.
+        # A run also ends by early stopping. A run that is extended is no longer finished at its original end, and an
+        # extended run may be further than the last step of this command.
         ended_early = position.is_finished and position.step < self.data.num_steps
         position.is_finished = position.has_stopped_early or ended_early or position.step >= self.data.last_step
         return position
@@ -290,17 +291,17 @@ class Run:
         self.saver.require_saved(self.position.step)
 
     def _unfreeze(self) -> None:
-        """Go on with all parameters trained, as a resume from the checkpoint of this step would."""
+        """Continue with all parameters trainable, exactly as a resume from this step's checkpoint would."""
         assert self.saver.last_saved is not None
         checkpoint = open_checkpoint(self.saver.last_saved, peers=self.world.peers)
-        del self.trainer, self.strategy, self.assembly  # room for the next
+        del self.trainer, self.strategy, self.assembly  # free memory for the next
         self._assemble(checkpoint)
         self.display.say(f"step {self.position.step}: unfroze all parameters")
         self.display.parameters(self.assembly.rows)
         self._build_trainer()
 
     def save(self, position: Position) -> None:
-        """Save a checkpoint of the state as it is; a save that fails is dropped and said. All ranks."""
+        """Save a checkpoint of the current state; a save that fails only causes a warning. All ranks."""
         with phase("saving"):
             self.saver.save(position, self.assembly)
 
@@ -308,7 +309,7 @@ class Run:
         extended_to = max(self.data.last_step, self.position.step)
         return f"{self.data.num_steps}" + (f", extended to {extended_to}" if extended_to > self.data.num_steps else "")
 
-    def _say_start(self) -> None:
+    def _show_start(self) -> None:
         options, world, assembly = self.options, self.world, self.assembly
         checkpoint, plan = self.resumed, self.data.plan
         num_new = "" if checkpoint else f", {len(assembly.new)} of {assembly.num_tensors} tensors newly initialized"
@@ -349,14 +350,10 @@ class Run:
 
     def _end(self) -> Result:
         """Print the last lines and return the outcome. All ranks."""
-        result = Result.of_folder(self.output_dir)
-        if self.saver.last_saved is None and self.resumed is not None:  # complete; its checkpoint may lie elsewhere
-            result = replace(
-                result,
-                step=self.position.step,
-                is_finished=self.position.is_finished,
-                last_checkpoint=self.resumed.step_dir,
-            )
+        last = self.saver.last_saved or (self.resumed.step_dir if self.resumed is not None else None)
+        # Rank 0 first: then it has deleted old checkpoints, and all ranks find the same ones.
+        result = self.world.main_first(lambda: Result.of_folder(self.output_dir, last=last))
+        result = replace(result, is_finished=self.position.is_finished)
         if self.world.is_main:
             metrics = self.recipe.metrics() if result.evaluations else {}
             signatures = {name: metric.signature for name, metric in metrics.items() if hasattr(metric, "signature")}

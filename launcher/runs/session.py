@@ -1,8 +1,9 @@
-"""What a run changes in its process, and how the process is left as it was found."""
+"""State of the process that a run changes, and how it is restored."""
 
 import os
 import random
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-# A run's output is its own; whoever sets these variables gets the libraries' output too.
+from shardlaunch.errors import UserError
+
+_IN_USE = threading.Lock()
+# Libraries are silent during a run unless the user sets these variables.
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -23,14 +27,14 @@ _QUIET = {
 
 
 def set_quiet_variables() -> None:
-    """Tell libraries that are not imported yet to be silent, unless the environment says otherwise."""
+    """Silence libraries that are not imported yet, unless the environment says otherwise."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
 
 
 @contextmanager
 def silent_libraries() -> Iterator[None]:
-    """Silence bars and logs of libraries, those already imported too, unless the environment says otherwise."""
+    """Silence progress bars and logs of libraries, imported or not, unless the environment says otherwise."""
     with ExitStack() as stack:
         set_quiet_variables()
         if "transformers" in sys.modules:
@@ -52,7 +56,23 @@ def silent_libraries() -> Iterator[None]:
 
 @contextmanager
 def preserved_process() -> Iterator[None]:
-    """Restore what a run may change: environment, threads, random generators, grad mode, accelerate's shared state."""
+    """Restore afterwards: environment, threads, random generators, grad mode, accelerate's shared state.
+
+    Raises UserError within another such context of this process: two runs would change the same state.
+    """
+    if not _IN_USE.acquire(blocking=False):
+        raise UserError(
+            "another run is in progress in this process: call fit() again when it has ended, or use start()"
+        )
+    try:
+        with _restored():
+            yield
+    finally:
+        _IN_USE.release()
+
+
+@contextmanager
+def _restored() -> Iterator[None]:
     environment = dict(os.environ)
     num_threads = torch.get_num_threads()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()

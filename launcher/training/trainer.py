@@ -61,7 +61,7 @@ class Hooks:
 class Trainer:
     """The training loop of a recipe, from a position to the end.
 
-    The learning rate follows a schedule over `schedule_steps`; a run that is extended has more steps than that.
+    The learning rate follows a schedule over `num_steps`; a run that is extended ends at the later step `last_step`.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Trainer:
         precision: Precision,
         num_steps: int,
         hooks: Hooks,
-        schedule_steps: int = 0,
+        last_step: int = 0,
     ) -> None:
         self.recipe = recipe
         self.options = options
@@ -86,7 +86,7 @@ class Trainer:
         self.world = world
         self.precision = precision
         self.num_steps = num_steps
-        self.schedule_steps = schedule_steps or num_steps
+        self.last_step = last_step or num_steps
         self.hooks = hooks
         self.buffers = BufferMean(strategy.replicas, world=world)
         self.peak_lrs = [group["lr"] for group in strategy.optimizer.param_groups]
@@ -205,14 +205,14 @@ class Trainer:
         return overflow
 
     def _set_lr(self, step: int) -> float:
-        factor = self.recipe.schedule(step, self.schedule_steps)
+        factor = self.recipe.schedule(step, self.num_steps)
         for group, peak in zip(self.strategy.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak * factor
         return self.peak_lr * factor
 
     def _is_evaluation_due(self, step: int) -> bool:
         every = self.options.eval_every or self.batches.plan.steps_per_epoch
-        return self.evaluator is not None and (step % every == 0 or step == self.num_steps)
+        return self.evaluator is not None and (step % every == 0 or step == self.last_step)
 
     def _evaluate(self, position: Position) -> bool:
         """Evaluate, update the best value, and return whether it improved."""
@@ -234,7 +234,7 @@ class Trainer:
 
     def _save_if_due(self, position: Position, end: int, *, has_improved: bool) -> None:
         every = self.options.save_every
-        position.is_finished = position.has_stopped_early or position.step == self.num_steps
+        position.is_finished = position.has_stopped_early or position.step == self.last_step
         is_due = position.step == end or position.is_finished or (every and position.step % every == 0)
         if is_due or (has_improved and self.options.save_on_best):
             if self.precision.loss_scale is not None:

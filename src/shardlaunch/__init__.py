@@ -1,6 +1,6 @@
-"""One run, any shards: train PyTorch models so that ranks, strategy, crash and resume do not change the run.
+"""One run, any shards: train PyTorch models so that ranks, strategy, crashes and resumes do not change the results.
 
-Topic modules hold what recipes use besides: `shardlaunch.data`, `.images`, `.text`, `.metrics`, `.demo`.
+Topic modules have what recipes also use: `shardlaunch.data`, `.images`, `.text`, `.metrics`, `.demo`.
 """
 
 from importlib import import_module
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "Recipe", "TensorData", "UserError", "fit", "launch", "option", "start"]
 
-# Imported when they are first asked for, so that `shardlaunch --help` need not wait for torch.
+# Imported on first use, so that `shardlaunch --help` does not wait for torch.
 _HOMES = {
     "Options": "launcher.options",
     "Recipe": "launcher.recipe",

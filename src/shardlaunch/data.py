@@ -1,4 +1,4 @@
-"""Data sets from the hub or from files, their columns and classes; stored weights."""
+"""Data sets from the Hub or from files, their columns and classes; stored weights."""
 
 from shardlaunch.launcher.toolkit.columns import class_names, class_weights, require_texts, select_columns
 from shardlaunch.launcher.toolkit.datasets import derived, load_splits

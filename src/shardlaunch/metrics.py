@@ -1,4 +1,4 @@
-"""Metrics that are exact on any number of ranks: classification, regression, language models, generated texts."""
+"""Metrics for classification, regression, language models and generated texts, exact on any number of ranks."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the classes when they are asked for: torchmetrics takes longer to import than torch."""
+    """Import the classes on first use: torchmetrics takes longer to import than torch."""
     if name not in ("BitsPer", "Perplexity"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from shardlaunch.launcher.toolkit import text_metrics as classes

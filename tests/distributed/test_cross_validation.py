@@ -31,7 +31,7 @@ def test_folds_resume_and_are_the_same_on_two_ranks(tmp_path: Path) -> None:
     records = [json.loads((tmp_path / "one" / f"fold-{number}" / "run.json").read_text()) for number in (1, 2, 3)]
     assert len({record["identity"]["fingerprint of the eval data"] for record in records}) == 3
 
-    assert "0 of 3 folds are complete; without --stop-at-step, the same" in _run(
+    assert "0 of 3 folds are complete; the same command without --stop-at-step" in _run(
         2, tmp_path / "two", "--stop-at-step", "2"
     )
     assert not (tmp_path / "two" / "folds.json").exists()

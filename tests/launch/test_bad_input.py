@@ -227,7 +227,7 @@ def test_one_message(case: Case, inputs: Path, finished: Path, hf_home: Path, tm
 
 @pytest.mark.parametrize("case", HUB_CASES, ids=[case.name for case in HUB_CASES])
 def test_hub_not_reachable(case: Case, inputs: Path, hf_home: Path, tmp_path: Path) -> None:
-    """The last word is one message; the hub's client says before it how often it tries."""
+    """The output ends with one message; the Hub's client prints its retries before it."""
     places = {"inputs": str(inputs), "out": str(tmp_path / "out")}
     ended = end_of([word.format(**places) for word in case.words], environment(hf_home))
     if ended.status == 0:

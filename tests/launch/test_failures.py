@@ -30,7 +30,7 @@ from tests.launch.command import (
     forked_end_of,
 )
 
-LOOK_EVERY_S = 0.1  # between two looks at a file that another process writes
+POLL_INTERVAL_S = 0.1  # for a file that another process writes
 
 # A user's own recipe, with what the tests need to go wrong in the place of #HERE.
 OWN_RECIPE = """
@@ -280,7 +280,7 @@ def wait_for(happened: Callable[[], object], process: subprocess.Popen[bytes]) -
     """Wait until something has happened, while a process runs."""
     while not happened():
         assert process.poll() is None, "it ended before"
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(POLL_INTERVAL_S)
 
 
 def test_two_runs_in_one_folder(tmp_path: Path, hf_home: Path) -> None:

@@ -16,7 +16,7 @@ class Mine(Recipe):
     pass
 
 """
-SAID = "error: own.py declares the recipe Mine and does not launch it: nothing was trained."
+MESSAGE = "error: own.py declares the recipe Mine but does not launch it, so nothing was trained."
 
 
 def run_file(tmp_path: Path, last_lines: str, *command: str) -> Ended:
@@ -34,7 +34,7 @@ def run_file(tmp_path: Path, last_lines: str, *command: str) -> Ended:
 def test_forgotten(command: tuple[str, ...], tmp_path: Path) -> None:
     ended = run_file(tmp_path, "print('the end')", *command)
     assert ended.status > 0, ended.both
-    assert ended.err.count(SAID) == 1, ended.both
+    assert ended.err.count(MESSAGE) == 1, ended.both
     assert "End the file with `launch(Mine)`" in ended.err
     assert "the end" in ended.out
     if command[0] != TORCHRUN[0] or command == PYTHON:
@@ -44,7 +44,7 @@ def test_forgotten(command: tuple[str, ...], tmp_path: Path) -> None:
 def test_what_launches_nothing(tmp_path: Path) -> None:
     """Other things than recipes are started too."""
     ended = run_file(tmp_path, "import threading\nthreading.Thread().start()", *PYTHON)
-    assert (ended.status, ended.err.count(SAID)) == (2, 1), ended.both
+    assert (ended.status, ended.err.count(MESSAGE)) == (2, 1), ended.both
 
 
 def test_a_recipe_that_is_imported_is_launched(tmp_path: Path) -> None:

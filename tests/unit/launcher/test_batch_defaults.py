@@ -43,7 +43,7 @@ def test_pairs_are_inputs_and_labels(row: Any) -> None:
 
 
 class Point(NamedTuple):
-    """A row with names of its own."""
+    """A row with named values."""
 
     x: int
     y: int
@@ -64,18 +64,21 @@ def test_rows_with_names_keep_them() -> None:
         ([(1, 2, 3)], r"have 3 values, \(int, int, int\).*define collate\(\)"),
         ([(torch.ones(2),)], r"have 1 value, \(Tensor \[2\]\).*define collate\(\)"),
         pytest.param([(Image.new("L", (2, 2)), 1)], r"the first is \(Image, int\).*images into tensors", id="image"),
-        ([("good", 1), ("bad", 0)], "inputs of the data set's rows are text"),
-        ([(1, "good"), (1, "bad")], "labels of the data set's rows are text"),
-        ([(torch.ones(2), 1), (torch.ones(3), 1)], r"the first is \(Tensor \[2\], int\).*pad what differs in length"),
+        ([("good", 1), ("bad", 0)], "inputs in the data set's rows are text"),
+        ([(1, "good"), (1, "bad")], "labels in the data set's rows are text"),
+        (
+            [(torch.ones(2), 1), (torch.ones(3), 1)],
+            r"the first is \(Tensor \[2\], int\).*pad rows of different lengths",
+        ),
         ([{"inputs": None}], r"\{'inputs': NoneType\}"),
-        ([{"inputs": 1}, {"x": 1}], "do not make a batch"),
+        ([{"inputs": 1}, {"x": 1}], "cannot be collated"),
     ],
     ids=str,
 )
-def test_rows_that_make_no_batch(rows: list[Any], says: str) -> None:
+def test_rows_that_cannot_be_collated_are_refused(rows: list[Any], says: str) -> None:
     with pytest.raises(UserError, match=says) as raised:
         collated(rows)
-    assert "A batch is what collate(samples, seeds) returns" in str(raised.value)
+    assert "collate(samples, seeds) returns a batch: tensors by name" in str(raised.value)
 
 
 @pytest.mark.parametrize(

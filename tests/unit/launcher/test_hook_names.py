@@ -47,7 +47,7 @@ def check(recipe_type: type[Recipe]) -> None:
     ],
 )
 def test_names_near_a_hooks(name: str, hook: str) -> None:
-    with pytest.raises(UserError, match=rf"Own\.{name}\(\) is called by nothing; did you mean {hook}\(\)\?"):
+    with pytest.raises(UserError, match=rf"Own\.{name}\(\) is never called; did you mean {hook}\(\)\?"):
         check(recipe_with(name))
     check(recipe_with(name, hook))
 

@@ -70,7 +70,7 @@ def test_words_are_read_the_same_in_every_spelling() -> None:
         (("--epochs",), "--epochs: its value is missing; it must be a whole number"),
         (("--epochs", "1", "-lr", "2"), "--epochs: takes one value, not 3: 1 -lr 2"),
         (("--betas", "0.9"), "--betas 0.9: must be 2 numbers"),
-        (("--compile", "yes"), "--compile yes: takes no value; to turn it off: --no-compile"),
+        (("--compile", "yes"), "--compile yes: takes no value; turn it off with --no-compile"),
         (("epochs", "3"), "epochs: not an option; options begin with two hyphens"),
         (("--strategy", "magic"), "--strategy magic: must be one of auto, single, dp, ddp"),
         (("--schedule", "sine"), "--schedule sine: must be one of constant, linear"),
@@ -120,7 +120,7 @@ def test_keyword_arguments_are_options_too(tmp_path: Path) -> None:
     assert options.explicitly_set == {*given, "depth"}
     again = options_from_keywords(_Options, PRESETS, {"seed": 3}, base=options)
     assert (again.seed, again.depth, again.explicitly_set) == (3, 2, {*given, "depth", "seed"})
-    with pytest.raises(UserError, match="preset and config go with a recipe class"):
+    with pytest.raises(UserError, match="preset and config need a recipe class"):
         options_from_keywords(_Options, PRESETS, {"preset": "small"}, base=options)
     with pytest.raises(UserError, match=r"^learning_rate: did you mean --lr\?"):
         options_from_keywords(_Options, PRESETS, {"learning_rate": 1})
@@ -183,3 +183,9 @@ def test_options_know_which_were_given(tmp_path: Path) -> None:
     words = ("--config", str(config), "--depth", "3", "--place=there", "--no-reshard-after-forward")
     assert _parse(*words).explicitly_set == {"config", "save_every", "depth", "place", "reshard_after_forward"}
     assert _parse().explicitly_set == frozenset()
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "/a", "a/"])
+def test_a_run_name_is_no_path(name: str) -> None:
+    with pytest.raises(UserError, match=f"^--run-name {name}: must be a plain name"):
+        Options(run_name=name)

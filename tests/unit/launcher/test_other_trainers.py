@@ -49,7 +49,7 @@ class _Options(Options):
         ("dataloader_num_workers", "--num-workers"),
         ("optim", "--optimizer"),
         ("overwrite_output_dir", "--output-dir"),
-        ("do_train", "a run trains"),
+        ("do_train", "a run always trains"),
     ],
 )
 def test_a_word_of_another_trainer_is_answered_with_ours(word: str, ours: str) -> None:

@@ -179,7 +179,7 @@ def test_a_model_with_its_own_sizes() -> None:
 def test_a_split_that_the_demo_does_not_have() -> None:
     with pytest.raises(UserError, match=r"^--eval-split test: has no effect with --data demo"):
         TranslateSeq2Seq(TranslateOptions(data="demo", eval_split="test")).datasets()
-    with pytest.raises(UserError, match=r"^--eval-split test: --folds holds out training data"):
+    with pytest.raises(UserError, match=r"^--eval-split test: --folds evaluates on training data"):
         TranslateOptions(eval_split="test", folds=3)
 
 

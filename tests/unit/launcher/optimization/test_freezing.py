@@ -61,5 +61,5 @@ def test_what_is_refused() -> None:
         freeze(_net(), Options(freeze=("features.*", "body.*")), step=0)
     with pytest.raises(UserError, match="no parameter is left to train"):
         freeze(_net(), Options(freeze=("*",)), step=0)
-    with pytest.raises(UserError, match="goes with --freeze"):
+    with pytest.raises(UserError, match="has no effect without --freeze"):
         Options(unfreeze_at_step=3)

@@ -98,7 +98,7 @@ def test_l1_is_soft_thresholding_of_matrices() -> None:
         ({"optimizer": "sgd", "betas": (0.9, 0.9)}, "--betas"),
         ({"optimizer_args": ("gamma=1",)}, "--optimizer-args gamma"),
         ({"optimizer_args": ("amsgrad",)}, "NAME=VALUE"),
-        ({"optimizer_args": ("lr=3",)}, "option of its own"),
+        ({"optimizer_args": ("lr=3",)}, "argument that has no option"),
         ({"lr_factors": ("0.*",)}, "PATTERN=FACTOR"),
         ({"lr_factors": ("0.*=0",)}, "--freeze"),
         ({"lr_factors": ("0.*=2", "0.*=3")}, r"0\.\*=3: the pattern 0\.\* already has a factor"),
@@ -118,7 +118,7 @@ def test_numbers_out_of_range(options: dict[str, Any]) -> None:
 
 
 def test_decay_of_all_without_decay() -> None:
-    with pytest.raises(UserError, match="--decay-all: goes with --weight-decay or --l1"):
+    with pytest.raises(UserError, match="--decay-all: has no effect without --weight-decay or --l1"):
         Options(decay_all=True)
 
 
@@ -152,7 +152,9 @@ class _Own(Recipe):
         return torch.optim.SGD([p for _, p in parameters], lr=self.options.lr, momentum=self.options.momentum or 0)
 
 
-def test_options_that_a_recipe_of_its_own_optimizer_leaves_idle_are_refused() -> None:
+def test_options_that_an_overridden_optimizer_ignores_are_refused() -> None:
     check_in_effect(_Own(_OwnOptions(momentum=0.9, lr=3.0)))
-    with pytest.raises(UserError, match=r"--weight-decay: this recipe has its own optimizer\(\)"):
+    with pytest.raises(
+        UserError, match=r"--weight-decay: has no effect, because this recipe has its own optimizer\(\)"
+    ):
         check_in_effect(_Own(_OwnOptions(weight_decay=0.1)))

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -142,3 +143,76 @@ def test_a_warning_is_a_python_warning(tmp_path: Path) -> None:
 def test_a_recipe_of_a_notebook_is_a_recipe_class_without_a_file(tmp_path: Path) -> None:
     recipe_type: type[Recipe] = type("Nameless", (NetRecipe,), {"__module__": "builtins"})
     assert fit(recipe_type, output_dir=tmp_path / "run", **SHORT).step == 4
+
+
+class Waiting(NetRecipe):
+    """A recipe whose data come when it is told."""
+
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def datasets(self) -> Any:
+        self.begun.set()
+        assert self.may_go_on.wait(60)
+        return super().datasets()
+
+
+def test_a_thread_may_call_fit_but_not_two_at_once(tmp_path: Path) -> None:
+    results = []
+    thread = threading.Thread(target=lambda: results.append(fit(Waiting, output_dir=tmp_path / "one", **SHORT)))
+    thread.start()
+    assert Waiting.begun.wait(60)
+    with pytest.raises(UserError, match="another run is in progress in this process"):
+        fit(NetRecipe, output_dir=tmp_path / "two", **SHORT)
+    Waiting.may_go_on.set()
+    thread.join(60)
+    assert [result.step for result in results] == [4]
+    assert fit(NetRecipe, output_dir=tmp_path / "two", **SHORT).step == 4
+
+
+@pytest.mark.parametrize("output_dir", ["run", "."])
+def test_the_hint_of_a_refusal_starts_a_new_run(
+    output_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    folds: dict[str, Any] = {"folds": 2, "num_train": 128, **SHORT}
+    fit(NetRecipe, output_dir=output_dir, **folds)
+    with pytest.raises(UserError, match=r"--lr: .* -> 0.5") as error:
+        fit(NetRecipe, output_dir=output_dir, lr=0.5, **folds)
+    new = Path(str(error.value).rpartition("--output-dir ")[2])
+    assert new.name == f"{Path(output_dir).resolve().name}-2"
+    assert new.resolve().parent == Path(output_dir).resolve().parent
+    assert fit(NetRecipe, output_dir=new, lr=0.5, **folds).is_finished
+
+
+@pytest.mark.parametrize("record", ["[]", "{}", '{"identity": {}, "warn": 3}', "{"])
+def test_a_damaged_record_of_a_run_is_refused(record: str, tmp_path: Path) -> None:
+    fit(NetRecipe, output_dir=tmp_path, **SHORT)
+    (tmp_path / "run.json").write_text(record)
+    with pytest.raises(UserError, match=r"run\.json: not a readable record of a run"):
+        fit(NetRecipe, output_dir=tmp_path, **SHORT)
+
+
+def test_a_run_that_stopped_early_is_not_extended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options: dict[str, Any] = {**SHORT, "eval_every": 1, "early_stopping_patience": 1, "lr": 1e-12}
+    assert fit(NetRecipe, output_dir=tmp_path, **options).step == 2
+    assert fit(NetRecipe, output_dir=tmp_path, extend_to_steps=6, show=True, **options).step == 2
+    assert "this run is complete: 2 of 4, extended to 6 steps, stopped early" in capsys.readouterr().out
+
+
+def test_all_checkpoints_damaged(tmp_path: Path) -> None:
+    fit(NetRecipe, output_dir=tmp_path / "run", **SHORT)
+    for manifest in (tmp_path / "run").glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    with (
+        pytest.raises(UserError, match=r"^no valid checkpoint in .*To start from the beginning, delete them"),
+        pytest.warns(UserWarning, match="skipped a damaged checkpoint"),
+    ):
+        fit(NetRecipe, output_dir=tmp_path / "run", **SHORT)
+    for option in ("init_from", "resume"):
+        paths: dict[str, Any] = {option: tmp_path / "run", "output_dir": tmp_path / "other"}
+        with (
+            pytest.raises(UserError, match=rf"^--{option.replace('_', '-')} {tmp_path}/run: no valid .*\)$"),
+            pytest.warns(UserWarning, match="skipped a damaged checkpoint"),
+        ):
+            fit(NetRecipe, **paths, **SHORT)

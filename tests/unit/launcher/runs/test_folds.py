@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import IterableDataset, Subset
 
 from shardlaunch import Options, Recipe, TensorData, UserError
-from shardlaunch.launcher.runs.cross_validation import summarise
+from shardlaunch.launcher.runs.cross_validation import summarize
 from shardlaunch.launcher.runs.folds import checked_splits, fold_of_samples, fold_splits
 
 
@@ -60,13 +60,13 @@ def test_classes_are_the_labels_if_they_are_whole_numbers() -> None:
 
 
 def test_mean_and_standard_deviation_over_folds() -> None:
-    found = summarise([{"step": 3, "eval/a": 1.0, "eval/m": [[1]]}, {"step": 3, "eval/a": 2.0, "eval/m": [[3]]}])
+    found = summarize([{"step": 3, "eval/a": 1.0, "eval/m": [[1]]}, {"step": 3, "eval/a": 2.0, "eval/m": [[3]]}])
     assert found == {"eval/a": {"mean": 1.5, "std": pytest.approx(0.5**0.5)}}
 
 
 def test_the_summary_of_odd_numbers() -> None:
-    """What not every fold has is left out; a perplexity without bound does not take the others away."""
-    found = summarise([{"eval/loss": 1.0, "eval/ppl": math.inf}, {"eval/loss": 3.0, "eval/ppl": 2.0, "eval/f1": 1.0}])
+    """Metrics that some folds lack are omitted; an infinite perplexity does not affect the others."""
+    found = summarize([{"eval/loss": 1.0, "eval/ppl": math.inf}, {"eval/loss": 3.0, "eval/ppl": 2.0, "eval/f1": 1.0}])
     assert found["eval/loss"] == {"mean": 2.0, "std": pytest.approx(math.sqrt(2))}
     assert found["eval/ppl"]["mean"] == math.inf
     assert found.keys() == {"eval/loss", "eval/ppl"}

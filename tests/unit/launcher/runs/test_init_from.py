@@ -106,20 +106,22 @@ def test_tied_tensors_are_there_under_any_of_their_names() -> None:
     assert match.stored_names["tied.weight"] == "tied.weight"
 
 
-def test_what_is_no_weights_is_refused(tmp_path: Path) -> None:
+def test_paths_without_usable_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "pickled").mkdir()
     torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
     save_file({"other": torch.ones(3)}, tmp_path / "other.safetensors")
     (tmp_path / "index").mkdir()
+    (tmp_path / "folds" / "fold-1" / "checkpoints").mkdir(parents=True)
     (tmp_path / "index" / "model.safetensors.index.json").write_text('{"weight_map": {"w": "../other.safetensors"}}')
     for name, says in {
         "nosuch": "no such file or folder",
+        "folds": "it is a cross-validation: choose a fold, such as .*/folds/fold-1",
         "empty": "no model\\*.safetensors file",
-        "pickled": "pytorch_model.bin is a pickle, which is not read",
+        "pickled": "pytorch_model.bin is a pickle, which is never loaded",
         "broken.safetensors": "not a readable safetensors file",
-        "other.safetensors": "no tensor fits the model by name and shape",
+        "other.safetensors": "no tensor matches the model by name and shape",
         "index": "is not a plain file name",
     }.items():
         with pytest.raises(UserError, match=f"--init-from .*{says}"):
