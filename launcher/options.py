@@ -20,7 +20,7 @@ class RunOptions:
     config: str = option("", mark="free")
     """YAML file of options, under the same names; the command line wins."""
     output_dir: str = option("", mark="free")
-    """Output folder of the run (default: outputs/RECIPE, or outputs/RECIPE-PRESET)."""
+    """Output folder of the run (default: outputs/ and --run-name, or RECIPE, or RECIPE-PRESET)."""
     run_name: str = option("", mark="free")
     """Name of the run; its output folder is then outputs/NAME, unless --output-dir is given."""
     init_from: str = option("", mark="free")  # free, because a digest of the weights is compared instead

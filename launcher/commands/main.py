@@ -1,5 +1,6 @@
 """The console command `shardlaunch`: run a recipe on several ranks, compare strategies, use a checkpoint."""
 
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -132,16 +133,19 @@ def main() -> None:
             raise UserError(f"{command}: takes no words after ` -- `; remove them")
 
     try:
-        sys.exit(
-            tyro.extras.subcommand_cli_from_dict(
-                {"run": run, "recipes": recipes, "parity": parity, "predict": predict, "generate": generate},
-                prog="shardlaunch",
-                description=_DESCRIPTION,
-                args=argv,
-            )
+        status = tyro.extras.subcommand_cli_from_dict(
+            {"run": run, "recipes": recipes, "parity": parity, "predict": predict, "generate": generate},
+            prog="shardlaunch",
+            description=_DESCRIPTION,
+            args=argv,
         )
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # of a reader such as `head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)

@@ -32,6 +32,8 @@ class Assembly:
     """A model, the strategy that distributes it, and facts about it."""
 
     model: nn.Module
+    model_class: str
+    """Name of the class that the recipe built; FSDP2 gives the model another."""
     strategy: Strategy
     new: list[str]
     """Newly initialized parameters."""
@@ -83,6 +85,7 @@ def assemble(
             rows.extend(parameter_rows(numels, trained, optimizer))
         return optimizer
 
+    model_class = type(model).__name__
     aliases = _aliases(model)
     with phase("placing the model"):
         strategy = STRATEGIES[strategy_name](model, build_optimizer, world=world, settings=settings)
@@ -93,6 +96,7 @@ def assemble(
             replica.compile()
     return Assembly(
         model=model,
+        model_class=model_class,
         strategy=strategy,
         new=new,
         aliases=aliases,

@@ -37,7 +37,10 @@ def cross_validate(run_of_fold: Callable[[int], Run], num_folds: int) -> Result:
     world.peers.together(
         lambda: write_json(root / FOLDS, {"folds": evaluations, "summary": summary}) if world.is_main else None
     )
-    rows = [(name, f"{found['mean']:.4f}", f"{found['std']:.4f}") for name, found in summary.items()]
+    rows = [
+        (name.removeprefix(EVAL_PREFIX), f"{found['mean']:.4f}", f"{found['std']:.4f}")
+        for name, found in summary.items()
+    ]
     display.columns(("metric", f"mean of {num_folds} folds", "standard deviation"), rows)
     display.say(f"folds  {root / FOLDS}")
     return Result.of_folder(root)

@@ -316,7 +316,7 @@ class Run:
         say_start(
             self.display,
             {
-                "recipe": f"{self.name} ({type(self.recipe).__name__}), {type(assembly.model).__name__}",
+                "recipe": f"{self.name} ({type(self.recipe).__name__}), {assembly.model_class}",
                 "parameters": f"{assembly.num_elements:,}{num_new}",
                 "ranks": f"{world.size} x {_device_name(world)}, threads per rank: {torch.get_num_threads()}",
                 "strategy": ": ".join(filter(None, (self.strategy_name, self.strategy.describe()))),

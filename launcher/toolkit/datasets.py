@@ -84,12 +84,15 @@ def _load_path(path: Path) -> Any:
     kinds = {_LOADERS.get(file.suffix) for file in files}
     if len(kinds) > 1 or None in kinds:
         raise UserError(f"--data {path}: all files must have the same type, one of {', '.join(_LOADERS)}")
+    # Texts are documents, whatever their files are called; of tables, each file must say which split it is.
+    are_documents = kinds == {"text"} and not any(_split_of(file) for file in files)
     by_split: dict[str, list[str]] = {}
     for file in files:
         word = _split_of(file)
-        if word is None and len(files) > 1:
+        if word is None and len(files) > 1 and not are_documents:
             raise UserError(
-                f"--data {path}: {file.name} must have a name that starts with train, {', '.join(_HELD_OUT)}"
+                f"--data {path}: {file.name} must have a name that starts with train, {', '.join(_HELD_OUT)}. "
+                f"Rename it, or move it out of the folder"
             )
         by_split.setdefault(word if path.is_dir() and word else "train", []).append(glob.escape(str(file)))
     kind = str(kinds.pop())

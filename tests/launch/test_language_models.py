@@ -112,6 +112,19 @@ def test_text_files(folder: Path, tmp_path: Path) -> None:
     assert (splits["train"]["text"][:], splits["eval"]["text"][:]) == (["train-1", "train-2"], ["test"])
 
 
+def test_a_folder_of_texts_under_any_names(tmp_path: Path) -> None:
+    """They are documents, of which a tenth is held out; where one names its split, all must."""
+    names = sorted(f"chapter {number}" for number in range(20))
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text(name)
+    splits = load_splits(str(tmp_path), seed=0)
+    assert sorted(splits["train"]["text"][:] + splits["eval"]["text"][:]) == names
+    assert len(splits["eval"]) == 2
+    (tmp_path / "test.txt").write_text("test")
+    with pytest.raises(UserError, match=r"chapter 0.txt must have a name that starts with train.*Rename it"):
+        load_splits(str(tmp_path), seed=0)
+
+
 def test_metrics_are_those_of_the_whole_text(run_dir: Path, folder: Path) -> None:
     """The run's metrics equal those of the exported model on the held-out text, computed separately."""
     (line,) = [line for line in training_lines(run_dir) if "eval/loss" in line]
