@@ -1,10 +1,13 @@
 """A run that stops and resumes is identical to an uninterrupted one."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from shardlaunch import Recipe
 from tests.distributed.ranks import run_on_ranks
@@ -54,6 +57,31 @@ def test_resume_is_bit_identical(stops: list[int], uninterrupted: tuple[int, Pat
 def test_resume_of_other_optimizer_and_precision(options: list[str], tmp_path: Path) -> None:
     for name, parts in {"whole": [(2, 0)], "parts": [(2, 5), (2, 0)]}.items():
         _run_in_parts(NetRecipe, [*NET, *options], tmp_path / name, parts)
+    _assert_bit_identical(tmp_path / "whole", tmp_path / "parts")
+
+
+class Waning(torch.optim.AdamW):
+    """An optimizer that keeps state in its parameter groups, as some do: each step moves less than the one before."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["taken"] = group.get("taken", 0) + 1
+            group["lr"] /= group["taken"]
+        super().step(closure)
+
+
+class WaningNet(NetRecipe):
+    """The net, trained by it."""
+
+    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        return Waning([parameter for _, parameter in parameters], lr=self.options.lr)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_resume_of_state_in_parameter_groups(strategy: str, tmp_path: Path) -> None:
+    argv = [*NET, "--strategy", strategy]
+    for name, parts in {"whole": [(2, 0)], "parts": [(2, 5), (2, 0)]}.items():
+        _run_in_parts(WaningNet, argv, tmp_path / name, parts)
     _assert_bit_identical(tmp_path / "whole", tmp_path / "parts")
 
 
