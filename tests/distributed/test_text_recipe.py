@@ -158,7 +158,7 @@ def test_weights_of_classes() -> None:
         (("--class-weights", "1", "2"), ("--class-weights 1 2: must be balanced, or 3 numbers", "'bad', 'fair'")),
         (("--metrics", "f3"), ("unknown metric 'f3'",)),
         (("--max-length", "2"), ("--max-length 2: must be at least 3",)),
-        (("--warmup-steps", "3"), ("--warmup-steps 3: the run has 3 steps only",)),
+        (("--warmup-steps", "3"), ("--warmup-steps 3: must be less than the run's 3 steps",)),
         (("--max-length", "17"), ("--max-length 17: this model takes at most 16 tokens",)),
         (("--freeze", "encoder.*"), ("--freeze: no parameter matches encoder.*", "roberta.embeddings")),
         (("--optimizer", "sgdm"), ("--optimizer sgdm: unknown",)),
@@ -183,5 +183,5 @@ def test_a_model_whose_weights_are_a_pickle(models: Path, reviews: Path, tmp_pat
 
 
 def test_a_metric_that_cannot_say_which_is_best() -> None:
-    with pytest.raises(UserError, match=r"--metrics confusion_matrix: .* name another one first"):
+    with pytest.raises(UserError, match=r"--metrics confusion_matrix: .* put another metric first"):
         BertOptions(metrics=("confusion_matrix", "accuracy"))

@@ -106,7 +106,7 @@ def test_a_review_run_from_training_to_prediction(hf_home: Path, tmp_path: Path)
     ended = end_of((*SHARDLAUNCH, "run", BERT, "--ranks", "2", "--", *options), env)
     assert ended.status == 0, ended.both
     assert ended.err == "", "a normal run's output is the run's own"
-    assert "fresh weights: classifier.weight, classifier.bias" in ended.out
+    assert "newly initialized: classifier.weight, classifier.bias" in ended.out
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     fields = {"step", "epoch", "loss", "lr", "grad_norm", "samples", "tokens", "step_s"}
