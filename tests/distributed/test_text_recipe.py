@@ -183,5 +183,5 @@ def test_a_model_whose_weights_are_a_pickle(models: Path, reviews: Path, tmp_pat
 
 
 def test_a_metric_that_cannot_say_which_is_best() -> None:
-    with pytest.raises(UserError, match=r"--metrics confusion_matrix: .* name another one first"):
+    with pytest.raises(UserError, match=r"--metrics confusion_matrix: .* put another metric first"):
         BertOptions(metrics=("confusion_matrix", "accuracy"))

@@ -176,9 +176,12 @@ def test_bad_input(words: str, says: str, folder: Path, tmp_path: Path) -> None:
     [
         ({"width": 33, "heads": 2}, "--width 33 is not a multiple of --heads 2"),
         ({"layers": 0}, "--layers 0: must be at least 1"),
-        ({"shift_blocks": True, "folds": 2}, "--shift-blocks: blocks would reach into those that --folds holds out"),
+        (
+            {"shift_blocks": True, "folds": 2},
+            "--shift-blocks: shifted blocks would overlap those that --folds holds out",
+        ),
         ({"dropout": 1.0}, "--dropout 1.0: must be at least 0 and below 1"),
-        ({"model": "gpt2", "tokenizer": "bpe"}, "--tokenizer bpe: --model gpt2 has a vocabulary of its own"),
+        ({"model": "gpt2", "tokenizer": "bpe"}, "--tokenizer bpe: --model gpt2 already has a vocabulary"),
     ],
 )
 def test_bad_options(options: dict[str, Any], says: str) -> None:

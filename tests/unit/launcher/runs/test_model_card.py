@@ -30,7 +30,7 @@ def test_card_of_a_module(tmp_path: Path) -> None:
     assert card.data.datasets is None
     for text in (
         "# recipes, step 2",
-        "A linear classifier on data as it is",
+        "A linear classifier on plain data",
         "(class `LinearNet`)",
         "| train | 203 | `",
         "| eval | 61 | `",
