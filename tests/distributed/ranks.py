@@ -42,7 +42,7 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> li
 
 
 def free_port() -> int:
-    """Return a port that nobody uses."""
+    """Return a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -50,7 +50,7 @@ def free_port() -> int:
 
 
 def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """Return what a launcher tells a rank."""
+    """Return the environment variables that a launcher sets for a rank."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -1,4 +1,4 @@
-"""`fit` on several ranks: it joins those that are there, again and again, under any strategy."""
+"""`fit` on several ranks: repeated runs, all strategies, errors, initial weights, extended runs."""
 
 import os
 import threading
@@ -35,7 +35,7 @@ def test_a_sweep_over_strategies_in_the_same_processes(tmp_path: Path) -> None:
 
 
 def _join(folder: Path) -> Any:
-    """Call `fit` in a script that has a process group of its own, which goes on after it."""
+    """Call `fit` in a script that has its own process group and uses it afterwards."""
     dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     results = [fit(NetRecipe, lr=lr, output_dir=folder / str(lr), **SHORT) for lr in (0.1, 0.01)]
     mine = torch.ones(1)

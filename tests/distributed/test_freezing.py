@@ -62,7 +62,7 @@ def test_the_run_is_the_same_under_every_strategy(strategy: str, reference: Path
 
 
 class OwnOptimizer(NetRecipe):
-    """The net with an optimizer of its own, in one group."""
+    """The net with its own optimizer() and one parameter group."""
 
     def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         return torch.optim.AdamW([parameter for _, parameter in parameters], lr=self.options.lr)

@@ -1,4 +1,4 @@
-"""Every strategy on one rank: the run of `single`, said at the start, and checkpoints that more ranks go on from."""
+"""Every strategy on one rank: the same run as `single`, reported at the start, and resumed on more ranks."""
 
 import os
 from functools import cache

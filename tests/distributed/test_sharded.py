@@ -77,7 +77,7 @@ def test_bf16_differs_under_fsdp2_no_more_than_under_ddp(tmp_path: Path) -> None
     fp32 = _run(1, MaskedBert, tmp_path / "fp32")
     ddp = _run(2, MaskedBert, tmp_path / "ddp", "--precision", "bf16")
     fsdp2 = _run(2, MaskedBert, tmp_path / "fsdp2", "--precision", "bf16", "--strategy", "fsdp2")
-    assert _loss_difference(one, fp32) > 5e-5, "bf16 is in force"
+    assert _loss_difference(one, fp32) > 5e-5, "bf16 is in effect"
     assert _loss_difference(one, fsdp2) <= 2 * _loss_difference(one, ddp) + 1e-5
     tensors = final_tensors(fsdp2)
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())

@@ -64,7 +64,7 @@ def _choose(stage: str) -> tuple[list[float], str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_module_that_only_one_rank_uses(stage: str) -> None:
-    """Is right in stages 1 and 2; stage 3, where running a module is a collective, says so and ends."""
+    """Stages 1 and 2 support it; stage 3, where running a module is a collective, ends with a message."""
     (norms, error), (other_norms, other_error) = run_on_ranks(2, _choose, stage)
     if stage != "zero3":
         assert (error, other_error) == ("", "")

@@ -1,4 +1,4 @@
-"""What a run leaves behind and says, as the tests of command lines check it; a run to damage, and data to write."""
+"""Checks of output and files of runs for the tests of command lines, a run to damage, and data files."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 
 def assert_one_message(ended: Ended, says: Sequence[str]) -> None:
-    """Check that a command was refused with just one message, which says what it should."""
+    """Check that a command was refused with one message that has the expected texts."""
     assert ended.status > 0, ended.both
     assert TRACEBACK not in ended.err, ended.both
     lines = ended.err.strip().splitlines()

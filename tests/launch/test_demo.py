@@ -1,4 +1,4 @@
-"""The demo reaches what the README says."""
+"""The demo reaches the accuracy in the README."""
 
 from pathlib import Path
 

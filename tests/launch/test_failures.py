@@ -89,7 +89,7 @@ def test_two_ranks_of_accelerate_that_are_one(tmp_path: Path, hf_home: Path) -> 
 
 @pytest.mark.parametrize("slow", ["nobody", "0"])
 def test_two_ranks_say_it_once(tmp_path: Path, hf_home: Path, slow: str) -> None:
-    """Also when the rank that speaks comes late: the launcher ends it soon after another rank has failed."""
+    """Also if the rank that prints is late: the launcher ends it soon after another rank has failed."""
     late = f'BAD_ROWS = []\nif os.environ["RANK"] == "{slow}":\n    time.sleep(3)'
     recipe = write_recipe(tmp_path, here=late)
     words = [*SHARDLAUNCH, "run", recipe, "--ranks", "2", "--", "--preset", "big", "--output-dir", str(tmp_path / "o")]
@@ -224,7 +224,7 @@ def test_disk_full_at_start(small_disk: Callable[[str], Path], hf_home: Path) ->
 def test_disk_full_at_a_save(
     small_disk: Callable[[str], Path], hf_home: Path, size: str, good_steps: list[int]
 ) -> None:
-    """A save that finds no room is dropped on both ranks, the run goes on, and its end says what is missing."""
+    """A save without room is dropped on both ranks; the run continues and reports the missing checkpoint at its end."""
     run_dir = small_disk(size) / "run"
     words = [*PYTHON, MNIST, *DEMO, "--max-steps", "4", "--output-dir", str(run_dir)]
     ended = forked_end_of(words, environment(hf_home), num_ranks=2)

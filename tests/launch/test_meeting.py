@@ -1,4 +1,4 @@
-"""Ranks that are started by hand, and do not meet: what the environment says, and for whom one waits, is said."""
+"""Ranks started by hand that do not connect: messages name the settings and the missing ranks."""
 
 import socket
 import subprocess
@@ -12,7 +12,7 @@ WORDS = (*PYTHON, MNIST, "--preset", "demo", "--max-steps", "2", "--tracker", "n
 
 
 def free_port() -> str:
-    """Return a port of this machine that nobody uses."""
+    """Return a free port of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
@@ -44,7 +44,7 @@ def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
 
 
 def test_rank_0_that_comes_late(tmp_path: Path) -> None:
-    """Rank 1 says that it waits, and runs when rank 0 is there; torch's own words about the wait are not printed."""
+    """Rank 1 prints that it waits and runs once rank 0 is there; torch's own messages are not printed."""
     words = [*WORDS, "--output-dir", str(tmp_path / "out")]
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SHARDLAUNCH_JOIN_TIMEOUT_S": "60"}
     env = environment(tmp_path, {"RANK": "1", "WORLD_SIZE": "2", **where})

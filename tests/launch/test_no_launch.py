@@ -1,4 +1,4 @@
-"""A recipe file that launches nothing: said, with exit status 2; silence where it did, could, or failed otherwise."""
+"""A recipe file that launches nothing ends with a message and status 2, unless it could have, or failed before."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The notebook of the documentation, run from top to bottom in a kernel of its own."""
+"""The notebook of the documentation, run from top to bottom in its own kernel."""
 
 import os
 from pathlib import Path

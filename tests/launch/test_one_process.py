@@ -1,4 +1,4 @@
-"""One script for a laptop and a cluster: each way to ask for a strategy works with one process, and says so."""
+"""One script for a laptop and a cluster: each way to set a strategy works with one process."""
 
 from pathlib import Path
 

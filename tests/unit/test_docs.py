@@ -1,4 +1,4 @@
-"""What the pages of docs/ quote is what the program says."""
+"""The messages, options and code on the pages of docs/ are those of the program."""
 
 import ast
 import re

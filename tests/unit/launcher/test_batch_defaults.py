@@ -1,4 +1,4 @@
-"""Rows as data sets usually give them become batches; for others one message says what a batch must be."""
+"""Usual rows of data sets are collated; others are refused with a message that says what a batch must be."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""What is imported for what: a process of its own tells, since this one has imported everything."""
+"""What each entry point imports, checked in new processes, because this one has imported everything."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Words of other trainers, and what is said of them."""
+"""Option names of other trainers, and the advice on them."""
 
 import re
 from dataclasses import dataclass, fields

@@ -1,4 +1,4 @@
-"""`--init-from`: which stored weights a new run takes, under which names, and what it says of the others."""
+"""`--init-from`: which stored weights a new run loads, under which names, and how the others are reported."""
 
 import json
 from pathlib import Path
