@@ -67,7 +67,7 @@ def specs(gigabytes: float) -> Iterator[TensorSpec]:
 
 
 def fragments(gigabytes: float, *, rank: int, num_ranks: int) -> list[Fragment]:
-    """Return the rows that a rank holds of each tensor; a tensor without rows is whole on each rank."""
+    """Return the shard (rows) of each tensor that a rank holds; a scalar is whole on each rank."""
     held = []
     for seed, spec in enumerate(specs(gigabytes)):
         tensor = torch.randn(spec.shape, generator=torch.Generator().manual_seed(seed))

@@ -3,13 +3,13 @@
     python benchmarks/checkpoint_io.py                          # one rank
     torchrun --nproc_per_node 2 benchmarks/checkpoint_io.py     # two ranks on gloo; with --memory: peaks of memory
 
-The state: a GPT's parameters in fp32 with AdamW's exp_avg, exp_avg_sq and step. On several ranks each holds slices
+The state: a GPT's parameters in fp32 with AdamW's exp_avg, exp_avg_sq and step. On several ranks each holds shards
 along dimension 0, as FSDP2 does (DTensors for torch.distributed.checkpoint); for accelerate it is DDP, its default:
 each rank holds all, and rank 0 writes.
 
 Save: every arm ends durable. After another's save, its files and folder are fsynced (the ranks share the files);
 "before fsync" is when its own call came back. Ours includes digests, fsync, manifest and rename. "raw" writes the same
-bytes of the same tensors, one file a rank, in chunks of 16 MiB, and fsyncs file and folder.
+bytes of the same tensors, one file per rank, in chunks of 16 MiB, and fsyncs file and folder.
 Load: into the tensors that the rank holds, from a folder that the arm wrote before the first round. Ours includes the
 check of every digest. The page cache of the files is dropped before each load (POSIX_FADV_DONTNEED; a virtual disk may
 have another cache beneath). Checkpoints of other numbers of ranks are written by a launch of that many.
@@ -186,7 +186,7 @@ def _memory(arms: Sequence[Arm], world: World, folder: Path, args: argparse.Name
             _remove(folder / "round", world)
         row["load"] = _extra_bytes(_load, arm, world, folder / arm.name)
     if world.is_main:
-        print("MB of a rank, the greatest of all ranks: what it holds, and the peaks in save and load beyond that\n")
+        print("MB per rank, the largest of all ranks: what it holds, and the peaks in save and load beyond that\n")
         width = max(len(name) for name in figures)
         print(f"{'':{width}}  {'holds':>8}  {'save':>8}  {'load':>8}")
         for name, row in figures.items():

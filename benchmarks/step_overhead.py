@@ -40,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from shardlaunch import Options, Recipe, TensorData
 from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.reporting.recorder import Recorder, StepReport
+from shardlaunch.launcher.reporting.trackers import TrackedRun
 from shardlaunch.launcher.training.batches import Batches, BatchPlan
 from shardlaunch.launcher.training.trainer import Hooks, Position, Trainer
 from shardlaunch.sharding.environment import read_environment
@@ -186,13 +187,14 @@ class Bench:
             log_every=self.options.log_every,
             track_every=self.options.track_every,
             steps_per_epoch=self.plan.steps_per_epoch,
-            num_steps=self.num_steps,
+            last_step=self.num_steps,
         )
+        run = TrackedRun(project="bench", name="bench", tracking_id="bench", is_new=True, output_dir=output_dir)
         with open(os.devnull, "w") as nobody, ExitStack() as stack:
             if self.world.is_main:
                 display.console = Console(file=nobody)
                 trackers = [tracker] if tracker else []
-                recorder.open(stack, output_dir, trackers=trackers, step=0, end=self.num_steps, options={})
+                recorder.open(stack, run, trackers=trackers, step=0, end=self.num_steps, options={})
             yield recorder.on_step
 
 

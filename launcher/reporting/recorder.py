@@ -31,13 +31,13 @@ class Recorder:
     """Metrics of a run, on their way to disk, trackers and a person; idle until `open` is called, on rank 0 alone."""
 
     def __init__(
-        self, display: Display, *, log_every: int, track_every: int, steps_per_epoch: int, num_steps: int
+        self, display: Display, *, log_every: int, track_every: int, steps_per_epoch: int, last_step: int
     ) -> None:
         self._display = display
         self._log_every = log_every
         self._track_every = track_every
         self._steps_per_epoch = steps_per_epoch
-        self._num_steps = num_steps
+        self._last_step = last_step
         self._log: MetricsLog | None = None
         self._trackers: Trackers | None = None
         self._progress: ProgressView | None = None
@@ -87,12 +87,12 @@ class Recorder:
             step_s=report.step_s,
         )
         values = {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm}
-        if step % self._log_every == 0 or step == self._num_steps:
+        if step % self._log_every == 0 or step == self._last_step:
             counts = {"samples": report.samples, "tokens": report.tokens, "step_s": report.step_s}
             skipped = {"skipped": True} if report.is_skipped else {}
             self._log.write({**self._where(step), **values, **counts, **skipped})
         self._since_tracked.append(report)
-        if step % self._track_every == 0 or step == self._num_steps:
+        if step % self._track_every == 0 or step == self._last_step:
             self._trackers.log({**values, **_speed(self._since_tracked), "memory_bytes": _peak_memory_bytes()}, step)
             self._since_tracked.clear()
 

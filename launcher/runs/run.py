@@ -130,7 +130,7 @@ class Run:
             log_every=self.options.log_every,
             track_every=self.options.track_every,
             steps_per_epoch=self.data.plan.steps_per_epoch,
-            num_steps=self.data.last_step,
+            last_step=self.data.last_step,
         )
         self._build_trainer()
 
