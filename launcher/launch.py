@@ -86,10 +86,6 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
             if env.result_file and world.is_main:
                 with open(env.result_file, "w") as file:
                     json.dump({"run_dir": str(result.run_dir.absolute())}, file)
-    except SystemExit as exit_:  # from --help
-        if exit_.code and not is_main_process():
-            time.sleep(EXIT_DELAY_S)
-        raise
     except UserError as error:
         _report(world, f"error: {error}", with_traceback=is_debug)
         if world is not None:

@@ -32,7 +32,7 @@ def watch(recipe_type: type) -> None:
 
 
 def mark_launched(recipe_type: type) -> None:
-    """Record that a recipe is run."""
+    """Record that a recipe is run, or used in another way: it was not forgotten."""
     _launched.add(recipe_type)
 
 
@@ -62,19 +62,13 @@ def _has_launch(file: Path) -> bool:
 
 
 def _launches(call: ast.Call, names: dict[str, Any]) -> bool:
-    """Return whether a call runs a recipe of the main file; `names` are the file's global names."""
+    """Return whether a call runs a recipe; `names` are the file's global names."""
     function = call.func
     if isinstance(function, ast.Attribute):
         called, owner = function.attr, function.value
         module = getattr(names.get(owner.id), "__name__", "") if isinstance(owner, ast.Name) else ""
     else:
         called = function.id if isinstance(function, ast.Name) else ""
-        module = getattr(
-            names.get(called), "__module__", _PACKAGE
-        )  # not a global name: imported inside the function that calls it
-    if called not in _LAUNCHES or module.partition(".")[0] != _PACKAGE:
-        return False
-    argument = call.args[0] if call.args else None
-    recipe_type = names.get(argument.id) if isinstance(argument, ast.Name) else None
-    # `launch` ignores recipes of other modules.
-    return called != "launch" or getattr(recipe_type, "__module__", MAIN) == MAIN
+        # A name that is not global is imported inside the function that calls it.
+        module = getattr(names.get(called), "__module__", _PACKAGE)
+    return called in _LAUNCHES and module.partition(".")[0] == _PACKAGE

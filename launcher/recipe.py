@@ -13,7 +13,7 @@ from torch import nn
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.batch_defaults import collated, count_targets, has_column, model_outputs
 from shardlaunch.launcher.hook_names import check_hook_names
-from shardlaunch.launcher.launched import watch
+from shardlaunch.launcher.launched import mark_launched, watch
 from shardlaunch.launcher.optimization.optimizers import OptimizerOptions, build_optimizer, check_optimizer_options
 from shardlaunch.launcher.optimization.schedules import ScheduleOptions, scheduled
 from shardlaunch.launcher.options import Options, flag
@@ -44,6 +44,7 @@ class Recipe:
         watch(cls)
 
     def __init__(self, options: Options) -> None:
+        mark_launched(type(self))  # a script may use a recipe without a run of it
         self.options = options
 
     def explicitly_set_flags(self, *names: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The first and the last lines of a run, as a person reads them."""
+"""The summary at the start of a run and the report at its end."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -34,13 +34,15 @@ def say_init(
     unused: Sequence[str],
     renaming: str,
 ) -> None:
-    """Print how the weights of --init-from matched the model: a row per part of it, and what was not taken."""
+    """Print how the weights of --init-from matched the model: one row per part of it, and what was not loaded."""
     display.say(f"weights from {source}{f', names {renaming}' if renaming else ''}:")
-    display.columns(("part of the model", "tensors taken", "of another shape", "absent"), rows)
+    display.columns(("part of the model", "loaded", "other shape", "absent"), rows)
     if other_shapes:
-        display.warn(f"not taken, of another shape: {some(f'{name} ({both})' for name, both in other_shapes.items())}")
+        display.warn(
+            f"not loaded, the shape differs: {some(f'{name} ({both})' for name, both in other_shapes.items())}"
+        )
     if unused:
-        display.warn(f"not used, of no such name in the model: {some(unused)}")
+        display.warn(f"not used, no such name in the model: {some(unused)}")
 
 
 def say_end(

@@ -36,7 +36,7 @@ class _Tracker:
 
 
 class Trackers:
-    """Pass metrics on to accelerate's trackers. Rank 0, once accelerate's state is set up.
+    """The trackers of a run, each one of accelerate's. Rank 0, once accelerate's state is set up.
 
     A tracker that fails is dropped with a warning: it must not end the run. Raises UserError for one that cannot be
     started at the beginning of a run; at a resume it is dropped too.
@@ -64,7 +64,7 @@ class Trackers:
                 if not resumed_step:
                     self.close()
                     raise UserError(
-                        f"--tracker {name}: cannot be started: {_reason(error)}. Mend that, or leave this tracker out."
+                        f"--tracker {name}: cannot be started: {_reason(error)}. Fix that, or leave this tracker out."
                     ) from error
                 warn(f"tracker {name} is dropped: {_reason(error)}")
 
@@ -103,7 +103,7 @@ def tracker_names(option: str) -> list[str]:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise UserError(f"--tracker {name}: unknown; choose none or some of {', '.join(LOGGER_TYPE_TO_CLASS)}")
         if name not in available:
-            raise UserError(f"--tracker {name}: its package is not installed; here are {', '.join(available)}")
+            raise UserError(f"--tracker {name}: its package is not installed; installed: {', '.join(available)}")
     return names
 
 

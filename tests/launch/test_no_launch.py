@@ -59,6 +59,8 @@ def test_a_recipe_that_is_imported_is_launched(tmp_path: Path) -> None:
         ("if len(sys.argv) > 1:\n    launch(Mine)", 0),
         ("import shardlaunch\nif len(sys.argv) > 1:\n    shardlaunch.launch(Mine)", 0),
         ("mark_launched(Mine)", 0),
+        ("from shardlaunch import Options\nMine(Options())", 0),
+        ("if len(sys.argv) > 1:\n    launch(MnistMlp)", 0),
         ("launch(Mine) if len(sys.argv) > 1 else sys.exit(3)", 3),
         ("raise RuntimeError('something else')", 1),
     ],
