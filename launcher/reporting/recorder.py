@@ -109,7 +109,7 @@ class Recorder:
             self._log.write(self.last_evaluation)
             self._trackers.log(numbers(values), step)
         shown = (f"{name} {value:.4f}" for name, value in numbers(results).items())
-        self._display.say(f"step {step}: " + "  ".join(shown))
+        self._display.say(f"evaluation at step {step}: " + "  ".join(shown))
 
     def sync(self) -> None:
         """Make what was written durable. Raises OSError."""
