@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_USER_ERROR, UserError
+from shardlaunch.launcher.command_line.parsing import parse_options
 from shardlaunch.launcher.launched import mark_launched
 from shardlaunch.launcher.options import Options
-from shardlaunch.launcher.parsing import parse_options
 from shardlaunch.launcher.recipe import Recipe, options_type_of, recipe_name
 from shardlaunch.sharding.environment import is_main_process, read_environment
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shardlaunch.launcher.command_line.parsing import options_from_keywords
 from shardlaunch.launcher.launched import mark_launched
 from shardlaunch.launcher.options import Options
-from shardlaunch.launcher.parsing import options_from_keywords
 from shardlaunch.launcher.recipe import Recipe, check_in_effect, options_type_of
 from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.reporting.phases import phase, shown_by

@@ -10,7 +10,7 @@ import torch
 
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
-from shardlaunch.launcher.parsing import parse_options
+from shardlaunch.launcher.command_line.parsing import parse_options
 from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.runs.run import Run
 from shardlaunch.sharding.environment import read_environment

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shardlaunch.launcher.command_line.other_trainers import _ADVICE as ADVICE
 from shardlaunch.launcher.option_fields import flag
-from shardlaunch.launcher.other_trainers import _ADVICE as ADVICE
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("recipes", "launcher", "sharding", "checkpoints")

@@ -7,9 +7,9 @@ from typing import Any, get_args
 import pytest
 
 from shardlaunch import Options, UserError, option
+from shardlaunch.launcher.command_line.parsing import options_from_keywords, parse_options
 from shardlaunch.launcher.option_fields import option_types
 from shardlaunch.launcher.options import marks
-from shardlaunch.launcher.parsing import options_from_keywords, parse_options
 from shardlaunch.sharding.precision import PRECISIONS
 from shardlaunch.sharding.resolve import STRATEGIES
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields
 import pytest
 
 from shardlaunch import Options, UserError, option
-from shardlaunch.launcher import other_trainers
-from shardlaunch.launcher.other_trainers import advice
-from shardlaunch.launcher.parsing import parse_options
+from shardlaunch.launcher.command_line import other_trainers
+from shardlaunch.launcher.command_line.other_trainers import advice
+from shardlaunch.launcher.command_line.parsing import parse_options
 
 OURS = {f.name for f in fields(Options)}
 OF_RECIPES = {"model", "max_length"}  # of bert_imdb, gpt_lm and translate_seq2seq

@@ -9,10 +9,10 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.command_line.other_trainers import advice
 from shardlaunch.launcher.optimization.optimizers import for_its_optimizer
 from shardlaunch.launcher.option_fields import expected, flag, is_list, option_types
 from shardlaunch.launcher.options import Options
-from shardlaunch.launcher.other_trainers import advice
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 _HELP = ("-h", "--help")
@@ -36,7 +36,7 @@ def parse_options(
     if not any(word in _HELP for word in argv):
         return options_from_keywords(options_type, presets, keywords)
     if show:
-        from shardlaunch.launcher.option_help import show_help
+        from shardlaunch.launcher.command_line.help import show_help
 
         preset = keywords.get("preset") or _config(options_type, keywords).get("preset", "")
         default = _defaults(options_type, presets, preset)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from shardlaunch import Options, option
-from shardlaunch.launcher.option_help import grouped, help_texts
+from shardlaunch.launcher.command_line.help import grouped, help_texts
+from shardlaunch.launcher.command_line.parsing import parse_options
 from shardlaunch.launcher.options import GROUPS
-from shardlaunch.launcher.parsing import parse_options
 
 
 @dataclass(kw_only=True)
