@@ -1,12 +1,14 @@
 """Run command lines: in processes of their own, as a person would, or forked, where most of it would be importing."""
 
+import contextlib
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.distributed.ranks import FORKING, free_port, rank_environment
@@ -50,6 +52,24 @@ class Ended:
         return " ".join("".join(" " if letter in "│╭╮╰╯─" else letter for letter in self.err).split())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Forked:
+    """Ranks of a command line in forked processes, and the files of their output."""
+
+    ranks: list[BaseProcess]
+    out: Path
+    err: Path
+
+    def end(self) -> Ended:
+        """Wait until all ranks have ended; the status is the one that is farthest from 0."""
+        for rank in self.ranks:
+            rank.join(STUCK_S)
+        statuses = [rank.exitcode for rank in self.ranks]
+        assert None not in statuses, "a rank did not end"
+        status = max(filter(None, statuses), key=abs, default=0)
+        return Ended(status=status, out=self.out.read_text(), err=self.err.read_text())
+
+
 def environment(hf_home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment of a command: this one's, without launch settings, on CPU, with caches in `hf_home`."""
     kept = {
@@ -66,12 +86,13 @@ def end_of(words: Sequence[str], env: Mapping[str, str], *, stuck_s: float = STU
     return Ended(status=done.returncode, out=done.stdout, err=done.stderr)
 
 
-def forked_end_of(words: Sequence[str], env: Mapping[str, str], *, num_ranks: int = 1) -> Ended:
-    """Run the command line of a Python script, in processes forked from one that has loaded the libraries.
+@contextlib.contextmanager
+def forked(words: Sequence[str], env: Mapping[str, str], *, num_ranks: int = 1) -> Iterator[Forked]:
+    """Start the command line of a Python script, in processes forked from one that has loaded the libraries.
 
     All is as in `end_of` but for the start of the interpreter, the imports, and what libraries read as they are
     imported: of the environment, where the session's caches are. Several ranks are what a launcher starts, without a
-    launcher; the status is the highest.
+    launcher. They are killed at the end.
     """
     script = list(words[1:] if words[0] == sys.executable else words)
     port = free_port()
@@ -82,13 +103,18 @@ def forked_end_of(words: Sequence[str], env: Mapping[str, str], *, num_ranks: in
             its_env = {**env, **(rank_environment(rank, num_ranks, port) if num_ranks > 1 else {})}
             processes.append(FORKING.Process(target=_run_script, args=(script, its_env, out, err)))
             processes[-1].start()
-        for process in processes:
-            process.join(STUCK_S)
-            process.kill()  # does nothing to one that has ended
-            process.join()
-        statuses = [process.exitcode for process in processes]
-        assert None not in statuses
-        return Ended(status=max(filter(None, statuses), key=abs, default=0), out=out.read_text(), err=err.read_text())
+        try:
+            yield Forked(ranks=processes, out=out, err=err)
+        finally:
+            for process in processes:
+                process.kill()  # does nothing to one that has ended
+                process.join()
+
+
+def forked_end_of(words: Sequence[str], env: Mapping[str, str], *, num_ranks: int = 1) -> Ended:
+    """Run the command line of a Python script until it ends, as `forked` starts it."""
+    with forked(words, env, num_ranks=num_ranks) as run:
+        return run.end()
 
 
 def _run_script(script: list[str], env: Mapping[str, str], out: Path, err: Path) -> None:
