@@ -22,6 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="shardlaunch-tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True))
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # several tests share the cores: a thread that waits must not spin
 
 
 @pytest.fixture(autouse=True)

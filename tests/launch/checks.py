@@ -11,7 +11,7 @@ from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import checkpoint_steps, open_checkpoint
 from tests.launch.command import TRACEBACK, Ended
 
-STEPS = ("--max-steps", "3", "--save-every", "1", "--keep", "0", "--tracker", "none")
+STEPS = ("--max-steps", "3", "--save-every", "1", "--keep", "0", "--tracker", "none", "--threads-per-rank", "1")
 DEMO = ("--preset", "demo", *STEPS)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from shardlaunch.sharding.environment import LaunchEnvironment
+from shardlaunch.sharding.resolve import resolve_strategy
 from tests.distributed.ranks import free_port
 from tests.launch.command import ACCELERATE, BERT, MNIST, PYTHON, SHARDLAUNCH, TORCHRUN, end_of, environment
 
@@ -25,24 +27,35 @@ RANKS_OF_CONFIGS = {
     "zero3": 2,
     "zero3_offload": 2,
 }
+CONFIGURED = {
+    f"accelerate launch {name}.yaml": (
+        (*ACCELERATE, "--config_file", str(CONFIGS / f"{name}.yaml")),
+        num_ranks,
+        name.removesuffix("_offload"),
+    )
+    for name, num_ranks in RANKS_OF_CONFIGS.items()
+}
 LAUNCHERS = {
     "python": (PYTHON, 1, "single"),
     "accelerate launch": (ACCELERATE, 1, "single"),
-    **{
-        f"accelerate launch {name}.yaml": (
-            (*ACCELERATE, "--config_file", str(CONFIGS / f"{name}.yaml")),
-            num_ranks,
-            name.removesuffix("_offload"),
-        )
-        for name, num_ranks in RANKS_OF_CONFIGS.items()
-    },
+    **{name: launcher for name, launcher in CONFIGURED.items() if launcher[2] in {"dp", "ddp", "hsdp"}},
+    **{name: launcher for name, launcher in CONFIGURED.items() if name.endswith("_offload.yaml")},
     "torchrun": ((*TORCHRUN, "--nproc_per_node", "2"), 2, "ddp"),
     "shardlaunch run": ((*SHARDLAUNCH, "run"), 1, "single"),
     "shardlaunch run --ranks 3": ((*SHARDLAUNCH, "run", "--ranks", "3", "--strategy", "ddp"), 3, "ddp"),
     "shardlaunch run --strategy dp": ((*SHARDLAUNCH, "run", "--strategy", "dp"), 1, "dp"),
     "shardlaunch run --strategy fsdp2": ((*SHARDLAUNCH, "run", "--ranks", "2", "--strategy", "fsdp2"), 2, "fsdp2"),
-    "shardlaunch run --strategy zero3": ((*SHARDLAUNCH, "run", "--ranks", "2", "--strategy", "zero3"), 2, "zero3"),
 }
+# Writes what a rank is told by its launcher, without training.
+PROBE = """
+import json, sys
+from dataclasses import asdict
+from pathlib import Path
+from shardlaunch.sharding.environment import read_environment
+
+env = read_environment()
+Path(sys.argv[1], str(env.rank)).write_text(json.dumps(asdict(env)))
+"""
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -52,9 +65,7 @@ def test_every_launcher_starts_the_run_that_was_asked_for(name: str, hf_home: Pa
     options = ["--preset", "demo", "--max-steps", "3", "--tracker", "none", "--output-dir", str(tmp_path)]
     if name.endswith("dp.yaml") and strategy == "dp":
         options += ["--strategy", "dp"]  # accelerate has no name for it, as the file says
-    # accelerate decides by the GPUs that it finds; the CPU is what the launcher finds without being told.
-    env = {k: v for k, v in environment(hf_home).items() if k != "ACCELERATE_USE_CPU"} | {"CUDA_VISIBLE_DEVICES": ""}
-    ended = end_of((*words, MNIST, *separator, *options), env)
+    ended = end_of((*words, MNIST, *separator, *options), _unforced(hf_home))
     assert ended.status == 0, ended.both
     record = json.loads((tmp_path / "run.json").read_text())
     assert (record["ranks"], record["strategy"]) == (num_ranks, strategy)
@@ -64,6 +75,28 @@ def test_every_launcher_starts_the_run_that_was_asked_for(name: str, hf_home: Pa
         assert "on CPU there is only one" in ended.out
     if name.endswith("_offload.yaml"):
         assert "shards in host memory" in ended.out
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGURED.keys() - LAUNCHERS.keys()))
+def test_every_configuration_starts_the_ranks_that_it_names(name: str, hf_home: Path, tmp_path: Path) -> None:
+    """Real launchers and ranks; what the ranks then train is in the test above and in tests/distributed."""
+    words, num_ranks, strategy = CONFIGURED[name]
+    (tmp_path / "probe.py").write_text(PROBE)
+    (tmp_path / "ranks").mkdir()
+    ended = end_of((*words, str(tmp_path / "probe.py"), str(tmp_path / "ranks")), _unforced(hf_home))
+    assert ended.status == 0, ended.both
+    told = [LaunchEnvironment(**json.loads(path.read_text())) for path in (tmp_path / "ranks").iterdir()]
+    assert sorted(env.rank for env in told) == list(range(num_ranks))
+    for env in told:
+        assert (env.world_size, resolve_strategy("auto", env)) == (num_ranks, strategy)
+        assert not env.cpu_offload
+
+
+def _unforced(hf_home: Path) -> dict[str, str]:
+    """Return an environment without GPUs that does not say so: accelerate goes by the GPUs that it finds."""
+    env = environment(hf_home, {"CUDA_VISIBLE_DEVICES": ""})
+    del env["ACCELERATE_USE_CPU"]
+    return env
 
 
 def test_every_configuration_is_tested_and_has_a_twin_for_several_machines() -> None:
