@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from shardlaunch import UserError
+from shardlaunch.sharding import lockstep
 from shardlaunch.sharding import zero as zero_module
-from shardlaunch.sharding import zero_order
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.strategy import BuildOptimizer
 from shardlaunch.sharding.world import World, connect, disconnect
@@ -41,7 +41,7 @@ class Choosy(nn.Module):
 def _choose(stage: str) -> tuple[list[float], str]:
     torch.set_num_threads(1)
     zero_module.PERSISTENT_ELEMENTS = 0
-    zero_order.PATIENCE = timedelta(seconds=2)
+    lockstep.PATIENCE = timedelta(seconds=2)
     torch.manual_seed(0)
     world = connect(read_environment(os.environ))
     with torch.device("meta" if STAGES[stage].starts_empty else "cpu"):
