@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from shardlaunch.checkpoints.layout import RECIPE
+from shardlaunch.errors import UserError, printable
 from shardlaunch.launcher.commands.text_models import all_texts, open_text_model, whole_model
 
 BATCH_SIZE = 32
@@ -20,17 +20,20 @@ def predict_texts(path: Path, *, texts: Sequence[str], file: Path | None) -> Non
     checkpoint, tokenizer = open_text_model(path, kind="text classifier")
     from transformers import AutoModelForSequenceClassification
 
-    folder = checkpoint.step_dir
-    model = whole_model(folder, AutoModelForSequenceClassification, kind="text classifier")
-    max_length = checkpoint.read_json(RECIPE)["options"].get("max_length")
+    model = whole_model(checkpoint, AutoModelForSequenceClassification, kind="text classifier")
+    max_length = checkpoint.recipe.options.get("max_length")
+    if not (max_length is None or (type(max_length) is int and max_length > 0)):
+        raise UserError(f"{checkpoint.step_dir}: its recipe.json has the max_length {max_length!r}")
     is_regression = model.config.problem_type == "regression"
-    labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    names = (model.config.id2label.get(number, number) for number in range(model.config.num_labels))
+    labels = [printable(str(name), is_name=True) for name in names]
     for first in range(0, len(texts), BATCH_SIZE):
         chunk = texts[first : first + BATCH_SIZE]
         inputs = tokenizer(chunk, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs).logits.float()
-        for text, row in zip(chunk, logits if is_regression else logits.softmax(dim=-1), strict=True):
+        shown = [printable(text, is_name=True) for text in chunk]  # each on its line, in its column
+        for text, row in zip(shown, logits if is_regression else logits.softmax(dim=-1), strict=True):
             if is_regression:
                 print(f"{row.item():.4f}\t{text}")
                 continue
