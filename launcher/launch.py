@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_USER_ERROR, UserError
-from shardlaunch.launcher.command_line.parsing import parse_options
+from shardlaunch.launcher.command_line.parsing import naming_origins, parse_options
 from shardlaunch.launcher.launched import mark_launched
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe, options_type_of, recipe_name
@@ -78,6 +78,7 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
 
         env = read_environment()
         with ExitStack() as stack:
+            stack.enter_context(naming_origins(options.origins))
             stack.enter_context(silent_libraries())
             display = new_display(env, show=True)
             stack.enter_context(shown_by(display.phases))

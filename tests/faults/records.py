@@ -183,17 +183,8 @@ def change_header(data: bytes, random_: random.Random) -> bytes:
 
 def damage(target: Target, random_: random.Random) -> str:
     """Change one file of the run and return what was done."""
-    names = (
-        MANIFEST,
-        MANIFEST,
-        TRAINER_STATE,
-        RECIPE,
-        INDEX,
-        target.weights.name,
-        target.weights.name,
-        RUN,
-        METRICS_FILE,
-    )
+    weights = target.weights.name
+    names = (MANIFEST, MANIFEST, TRAINER_STATE, RECIPE, INDEX, weights, weights, RUN, METRICS_FILE)
     name = random_.choice(names)
     path = (target.run_dir if name in (RUN, METRICS_FILE) else target.step_dir) / name
     data = target.files[path]
