@@ -1,6 +1,7 @@
 """The manifest: the contents of a committed checkpoint. A folder without a valid manifest is not a checkpoint."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ class Manifest:
 def read_manifest(step_dir: Path) -> Manifest:
     """Read and check the manifest of a checkpoint. Raises UserError when it is missing or not valid."""
     path = step_dir / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
         raise DamagedCheckpoint(f"{step_dir}: no {MANIFEST}, so this is not a checkpoint")
     data = read_bytes(path)
     head = decode(path, data, ManifestHead)

@@ -1,6 +1,5 @@
 """Find, verify and read checkpoints. Nothing is loaded that does not match the manifest."""
 
-import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,14 @@ from shardlaunch.checkpoints.layout import (
 )
 from shardlaunch.checkpoints.manifest import DamagedCheckpoint, Manifest, read_manifest
 from shardlaunch.checkpoints.peers import Peers
-from shardlaunch.checkpoints.records import IndexRecord, Position, RecipeRecord, read_position, read_record
+from shardlaunch.checkpoints.records import (
+    IndexRecord,
+    Position,
+    RecipeRecord,
+    read_position,
+    read_record,
+    regular_size,
+)
 from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, TensorSpec
 from shardlaunch.checkpoints.tensorfile import FileRecord, TensorEntry, digest_file, read_header, read_range
 from shardlaunch.errors import UserError
@@ -89,13 +95,9 @@ def _open_unverified(step_dir: Path) -> Checkpoint:
             f"{step_dir_name(manifest.step)}, or delete it"
         )
     for name, record in manifest.files.items():  # sizes first: a file without an end has no digest
-        path = step_dir / name
-        try:
-            found = path.lstat()
-        except OSError as error:
-            raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
-        if stat.S_ISREG(found.st_mode) and found.st_size != record.num_bytes:
-            raise DamagedCheckpoint(f"{path}: {found.st_size} bytes, but {record.num_bytes} in the manifest")
+        num_bytes = regular_size(step_dir / name)
+        if num_bytes != record.num_bytes:
+            raise DamagedCheckpoint(f"{step_dir / name}: {num_bytes} bytes, but {record.num_bytes} in the manifest")
     return Checkpoint(step_dir=step_dir, manifest=manifest)
 
 

@@ -166,17 +166,26 @@ _NAMES: Mapping[Any, str] = {
 }
 
 
+def regular_size(path: Path, *, follows_links: bool = False) -> int:
+    """Return the bytes of a regular file. Raises DamagedRecord for a missing file and for anything else."""
+    try:
+        found = path.stat() if follows_links else path.lstat()
+    except OSError as error:
+        raise DamagedRecord(f"{path}: {error.strerror}") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise DamagedRecord(f"{path}: is {kind}, where a regular file must be")
+    return found.st_size
+
+
 def open_regular(path: Path, *, follows_links: bool = False) -> FileIO:
     """Open a regular file for reading, without buffer. Raises DamagedRecord for a missing file and for anything else.
 
     Nothing else is opened: a pipe would wait for a writer, and a device may never end.
     """
+    regular_size(path, follows_links=follows_links)
+    flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follows_links else os.O_NOFOLLOW)
     try:
-        mode = path.stat().st_mode if follows_links else path.lstat().st_mode
-        if not stat.S_ISREG(mode):
-            kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-            raise DamagedRecord(f"{path}: is {kind}, where a regular file must be")
-        flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follows_links else os.O_NOFOLLOW)
         return FileIO(os.open(path, flags))
     except OSError as error:
         raise DamagedRecord(f"{path}: {error.strerror}") from error

@@ -60,7 +60,8 @@ class Target:
     def restore(self) -> None:
         """Put all files back."""
         for path, data in self.files.items():
-            if path.is_symlink() or not path.is_file() or path.read_bytes() != data:
+            is_file = path.is_file() and not path.is_symlink()
+            if not is_file or path.stat().st_size != len(data) or path.read_bytes() != data:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
                 path.write_bytes(data)
 
