@@ -10,7 +10,7 @@ import torch
 
 from shardlaunch.checkpoints.reader import Checkpoint
 from shardlaunch.errors import UserError
-from shardlaunch.launcher.commands.text_models import all_texts, loaded, open_text_model, whole_model
+from shardlaunch.launcher.commands.text_models import all_texts, in_use, loaded, open_text_model, whole_model
 from shardlaunch.launcher.toolkit.packing import document_frame
 
 
@@ -28,7 +28,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:  # NaN is neither
-            raise UserError(f"--temperature {self.temperature}: must be a number of at least 0")
+            raise UserError(f"--temperature {self.temperature}: must be at least 0, and finite")
         if self.top_k < 0:
             raise UserError(f"--top-k {self.top_k}: must be at least 1, or 0 for all tokens")
         if self.num_beams < 0:
@@ -61,8 +61,9 @@ def generate_texts(
     generate = _transform if model.config.is_encoder_decoder else _continue
     for prompt in prompts:
         torch.manual_seed(sampling.seed)
-        with torch.no_grad():
-            print(generate(model, tokenizer, prompt, max_new_tokens, sampling.arguments()))
+        with torch.no_grad(), in_use(checkpoint):
+            text = generate(model, tokenizer, prompt, max_new_tokens, sampling.arguments())
+        print(text)
 
 
 def _language_model(checkpoint: Checkpoint) -> Any:

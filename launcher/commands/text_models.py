@@ -33,6 +33,18 @@ def listed_files(checkpoint: Checkpoint) -> Iterator[Path]:
         yield folder
 
 
+@contextmanager
+def in_use(checkpoint: Checkpoint) -> Iterator[None]:
+    """Raise UserError where a checkpoint's model or tokenizer, which has been loaded, cannot do its work."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # sizes that do not fit each other, a token that is not there: each has its own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{checkpoint.step_dir}: its model and tokenizer do not fit each other ({reason})") from error
+
+
 def loaded(checkpoint: Checkpoint, auto_class: Any, *, kind: str, **options: Any) -> Any:
     """Return `auto_class.from_pretrained` of a checkpoint's own files. Raises UserError for another kind of model."""
     with listed_files(checkpoint) as folder:
