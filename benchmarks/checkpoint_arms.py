@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
+from shardlaunch.checkpoints.records import Position
 from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, Fragment, TensorSpec
 from shardlaunch.checkpoints.writer import save
 from shardlaunch.sharding.world import World
@@ -83,7 +84,7 @@ def fragments(gigabytes: float, *, rank: int, num_ranks: int) -> list[Fragment]:
 
 def save_ours(folder: Path, held: Iterable[Fragment], peers: Peers) -> None:
     """Save as a run does. All ranks."""
-    save(folder, step=1, state=held, trainer_state={"step": 1}, export=lambda staging: None, aliases={}, peers=peers)
+    save(folder, position=Position(step=1), state=held, export=lambda staging: None, aliases={}, peers=peers)
 
 
 @dataclass(frozen=True, kw_only=True)

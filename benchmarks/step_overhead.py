@@ -38,11 +38,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shardlaunch import Options, Recipe, TensorData
+from shardlaunch.checkpoints.records import Position
 from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.reporting.recorder import Recorder, StepReport
 from shardlaunch.launcher.reporting.trackers import TrackedRun
 from shardlaunch.launcher.training.batches import Batches, BatchPlan
-from shardlaunch.launcher.training.trainer import Hooks, Position, Trainer
+from shardlaunch.launcher.training.trainer import Hooks, Trainer
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.replicated import Replicated

@@ -11,7 +11,7 @@ MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 RECIPE = "recipe.json"
 
-_STEP_DIR = re.compile(r"step-(\d{8,})")
+_STEP_DIR = re.compile(r"step-([0-9]{8,})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@ -]*")
 
 
@@ -23,7 +23,7 @@ def step_dir_name(step: int) -> str:
 def step_of_dir_name(name: str) -> int | None:
     """Return the step of a checkpoint's folder name, None for other names."""
     match = _STEP_DIR.fullmatch(name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match and step_dir_name(int(match[1])) == name else None
 
 
 def index_file_name(section: str) -> str:

@@ -3,17 +3,30 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from json import loads
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from shardlaunch.checkpoints.layout import CHECKPOINTS, TRAINER_STATE, step_dir_name, step_of_dir_name
+from shardlaunch.checkpoints.layout import (
+    CHECKPOINTS,
+    RECIPE,
+    TRAINER_STATE,
+    index_file_name,
+    step_dir_name,
+    step_of_dir_name,
+)
 from shardlaunch.checkpoints.manifest import DamagedCheckpoint, Manifest, read_manifest
 from shardlaunch.checkpoints.peers import Peers
-from shardlaunch.checkpoints.state import TensorSpec
-from shardlaunch.checkpoints.tensorfile import TensorEntry, digest_file, read_header, read_range
+from shardlaunch.checkpoints.records import (
+    IndexRecord,
+    Position,
+    RecipeRecord,
+    read_position,
+    read_record,
+    regular_size,
+)
+from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, TensorSpec
+from shardlaunch.checkpoints.tensorfile import FileRecord, TensorEntry, digest_file, read_header, read_range
 from shardlaunch.errors import UserError
 
 
@@ -37,15 +50,17 @@ class Checkpoint:
         file_name = self.manifest.tensors[spec]
         return read_range(self.step_dir / file_name, self._headers[file_name][spec.key], flat_start, flat_end)
 
-    def read_json(self, file_name: str) -> Any:
-        """Return the content of one of its JSON files."""
-        return loads((self.step_dir / file_name).read_bytes())
+    @property
+    def position(self) -> Position:
+        """Return the content of trainer_state.json."""
+        return read_position(self.step_dir / TRAINER_STATE, is_first_version=self.manifest.version == 1)
 
     @property
-    def trainer_state(self) -> dict[str, Any]:
-        """Return the content of trainer_state.json."""
-        state: dict[str, Any] = self.read_json(TRAINER_STATE)
-        return state
+    def recipe(self) -> RecipeRecord:
+        """Return the content of recipe.json. Raises UserError for a checkpoint without it."""
+        if RECIPE not in self.manifest.files:
+            raise DamagedCheckpoint(f"{self.step_dir}: lists no {RECIPE}, so that its run is not known")
+        return read_record(self.step_dir / RECIPE, RecipeRecord)
 
     @cached_property
     def _headers(self) -> dict[str, dict[str, TensorEntry]]:
@@ -59,41 +74,65 @@ def open_checkpoint(step_dir: Path, *, peers: Peers) -> Checkpoint:
     """
 
     def verify() -> Checkpoint:
-        manifest = read_manifest(step_dir)
-        for position, (name, record) in enumerate(manifest.files.items()):
+        checkpoint = _open_unverified(step_dir)
+        for position, (name, record) in enumerate(checkpoint.manifest.files.items()):
             if position % peers.num_ranks == peers.rank:
-                _verify_file(step_dir / name, record.num_bytes, record.digest)
-        checkpoint = Checkpoint(step_dir=step_dir, manifest=manifest)
+                _verify_content(step_dir / name, record)
         _verify_headers(checkpoint)
+        _verify_records(checkpoint)
         return checkpoint
 
     return peers.together(verify)
 
 
-def _verify_file(path: Path, num_bytes: int, digest: str) -> None:
-    try:
-        found = digest_file(path)
-    except OSError as error:
-        raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
-    if found.num_bytes != num_bytes:
-        raise DamagedCheckpoint(f"{path}: {found.num_bytes} bytes, but {num_bytes} in the manifest")
-    if found.digest != digest:
+def _open_unverified(step_dir: Path) -> Checkpoint:
+    """Return the reader of a checkpoint whose files are there, and have their sizes. Raises UserError for others."""
+    manifest = read_manifest(step_dir)
+    step = step_of_dir_name(step_dir.name)
+    if step not in (None, manifest.step):
+        raise DamagedCheckpoint(
+            f"{step_dir}: holds step {manifest.step}; is it a copy? Give the folder the name "
+            f"{step_dir_name(manifest.step)}, or delete it"
+        )
+    for name, record in manifest.files.items():  # sizes first: a file without an end has no digest
+        num_bytes = regular_size(step_dir / name)
+        if num_bytes != record.num_bytes:
+            raise DamagedCheckpoint(f"{step_dir / name}: {num_bytes} bytes, but {record.num_bytes} in the manifest")
+    return Checkpoint(step_dir=step_dir, manifest=manifest)
+
+
+def _verify_content(path: Path, record: FileRecord) -> None:
+    if digest_file(path) != record:
         raise DamagedCheckpoint(f"{path}: the file is damaged (its digest differs from the manifest's)")
 
 
 def _verify_headers(checkpoint: Checkpoint) -> None:
-    """Check that the files hold exactly the tensors that the manifest lists."""
-    try:
-        found = {key: entry for header in checkpoint._headers.values() for key, entry in header.items()}
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(f"{checkpoint.step_dir}: {error}") from error
-    listed = {spec.key: spec for spec in checkpoint.manifest.tensors}
-    for key in sorted(found.keys() | listed.keys()):
-        if key not in found or key not in listed:
-            where = "the manifest" if key in listed else "a file"
-            raise DamagedCheckpoint(f"{checkpoint.step_dir}: tensor {key!r} is only in {where}")
-        if (found[key].shape, found[key].dtype) != (listed[key].shape, listed[key].dtype):
-            raise DamagedCheckpoint(f"{checkpoint.step_dir}: tensor {key!r} differs from the manifest's entry")
+    """Check that each file holds exactly the tensors that the manifest lists for it."""
+    found = {(name, key): entry for name, header in checkpoint._headers.items() for key, entry in header.items()}
+    listed = {(name, spec.key): spec for spec, name in checkpoint.manifest.tensors.items()}
+    for place in sorted(found.keys() | listed.keys()):
+        name, key = place
+        if place not in found or place not in listed:
+            where = "the manifest" if place in listed else "the file"
+            raise DamagedCheckpoint(f"{checkpoint.step_dir / name}: tensor {key!r} is only in {where}")
+        if (found[place].shape, found[place].dtype) != (listed[place].shape, listed[place].dtype):
+            raise DamagedCheckpoint(f"{checkpoint.step_dir / name}: tensor {key!r} differs from the manifest's entry")
+
+
+def _verify_records(checkpoint: Checkpoint) -> None:
+    """Check that the JSON files are what their schemas say, and agree with the manifest."""
+    manifest, step_dir = checkpoint.manifest, checkpoint.step_dir
+    if checkpoint.position.step != manifest.step:
+        raise DamagedCheckpoint(
+            f"{step_dir / TRAINER_STATE}: is of step {checkpoint.position.step}, the manifest of step {manifest.step}"
+        )
+    if RECIPE in manifest.files:
+        _ = checkpoint.recipe
+    for section in (MODEL, OPTIMIZER):
+        name = index_file_name(section)
+        files = {spec.key: file for spec, file in manifest.tensors.items() if spec.section == section}
+        if name in manifest.files and read_record(step_dir / name, IndexRecord).weight_map != files:
+            raise DamagedCheckpoint(f"{step_dir / name}: differs from the manifest")
 
 
 def checkpoint_steps(checkpoints_dir: Path) -> list[int]:
@@ -107,19 +146,23 @@ def checkpoint_steps(checkpoints_dir: Path) -> list[int]:
 def newest_complete(checkpoints_dir: Path) -> Path | None:
     """Return the newest checkpoint folder that looks complete, None if there is none. No collectives.
 
-    Checks the manifest, the sizes of all files and the digest of trainer_state.json, but not the tensors' digests.
+    Checks the manifest, the sizes of all files, trainer_state.json and recipe.json, but not the tensors.
     """
     for step in reversed(checkpoint_steps(checkpoints_dir)):
         step_dir = checkpoints_dir / step_dir_name(step)
         try:
-            files = read_manifest(step_dir).files
-            if any((step_dir / name).lstat().st_size != record.num_bytes for name, record in files.items()):
-                continue
-            _verify_file(step_dir / TRAINER_STATE, files[TRAINER_STATE].num_bytes, files[TRAINER_STATE].digest)
-        except (UserError, OSError, KeyError):
+            checkpoint = _open_unverified(step_dir)
+            _verify_content(step_dir / TRAINER_STATE, checkpoint.manifest.files[TRAINER_STATE])
+            _verify_records(checkpoint)
+        except UserError:
             continue
         return step_dir
     return None
+
+
+def position_of(step_dir: Path) -> Position:
+    """Return the position of a checkpoint's run. Raises UserError for a damaged one. No collectives."""
+    return _open_unverified(step_dir).position
 
 
 def latest_checkpoint(

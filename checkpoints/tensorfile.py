@@ -12,8 +12,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import xxhash
+
+from shardlaunch.checkpoints.records import HeaderEntry, decode, open_regular
+from shardlaunch.errors import UserError
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -32,7 +36,7 @@ BYTES_PER_ELEMENT = {dtype: torch.empty((), dtype=dtype).element_size() for dtyp
 
 WRITE_BACK_BYTES = 16 << 20  # bytes written before the system is told to start write-back to disk
 DIGEST_BYTES = 1 << 20  # read size for digests: small enough to stay in the CPU cache
-MAX_HEADER_BYTES = 100 << 20
+MAX_HEADER_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,36 +131,52 @@ def write_file(path: Path, data: bytes) -> FileRecord:
         file.close()
 
 
-def digest_file(path: Path) -> FileRecord:
-    """Read a whole file and return its record."""
+def digest_file(path: Path, *, follows_links: bool = False) -> FileRecord:
+    """Read a whole regular file, as long as it is at its start, and return its record. Raises UserError."""
     digest = xxhash.xxh3_128()
     num_bytes = 0
     buffer = memoryview(bytearray(DIGEST_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+    with open_regular(path, follows_links=follows_links) as file:
+        num_left = os.fstat(file.fileno()).st_size
+        while count := file.readinto(buffer[: min(num_left, DIGEST_BYTES)]):
             digest.update(buffer[:count])
             num_bytes += count
+            num_left -= count
     return FileRecord(num_bytes=num_bytes, digest=digest.hexdigest())
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Return the tensor entries of a safetensors file. Raises ValueError for other files."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    """Return the tensor entries of a safetensors file. Raises UserError for other files.
+
+    The tensors fill the file: each begins where another ends.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         header_bytes = int.from_bytes(file.read(8), "little")
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
-            raise ValueError(f"{path.name}: not a safetensors file")
-        header = json.loads(file.read(header_bytes))
+            raise UserError(f"{path}: not a safetensors file")
+        data = file.read(header_bytes)
     start = 8 + header_bytes
     entries: dict[str, TensorEntry] = {}
-    for key, value in header.items():
+    ranges = []
+    for key, value in decode(path, data, dict[str, msgspec.Raw]).items():
         if key == "__metadata__":
+            decode(path, bytes(value), dict[str, str])
             continue
-        begin, end = value["data_offsets"]
-        dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
-        if not 0 <= begin <= end <= size - start or end - begin != prod(shape) * BYTES_PER_ELEMENT[dtype]:
-            raise ValueError(f"{path.name}: the size of tensor {key!r} does not match its shape")
-        entries[key] = TensorEntry(shape=shape, dtype=dtype, offset=start + begin)
+        entry = decode(path, bytes(value), HeaderEntry)
+        begin, end = entry.data_offsets
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is None or end - begin != prod(entry.shape) * BYTES_PER_ELEMENT[dtype]:
+            raise UserError(f"{path}: tensor {key!r} has an unknown dtype, or a size that does not match its shape")
+        entries[key] = TensorEntry(shape=tuple(entry.shape), dtype=dtype, offset=start + begin)
+        ranges.append((begin, end))
+    position = 0
+    for begin, end in sorted(ranges):
+        if begin != position:
+            break
+        position = end
+    if position != size - start or any(end > position for _, end in ranges):
+        raise UserError(f"{path}: its tensors overlap, leave gaps, or go beyond its end")
     return entries
 
 

@@ -1,7 +1,6 @@
 """Weights in safetensors files: of a checkpoint, a run, or another tool's folder."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,9 +10,10 @@ import xxhash
 from shardlaunch.checkpoints.layout import CHECKPOINTS, MANIFEST, index_file_name, is_plain_file_name
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_path
+from shardlaunch.checkpoints.records import IndexRecord, decode, open_regular, read_bytes
 from shardlaunch.checkpoints.state import MODEL
 from shardlaunch.checkpoints.tensorfile import digest_file
-from shardlaunch.errors import UserError
+from shardlaunch.errors import UserError, some
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -39,7 +39,7 @@ class WeightFiles:
         """Return a digest of the files' contents, independent of their names."""
         digest = xxhash.xxh3_128()
         for file in self.files:
-            digest.update(digest_file(file).digest.encode())
+            digest.update(digest_file(file, follows_links=True).digest.encode())
         return digest.hexdigest()
 
 
@@ -53,9 +53,16 @@ def open_weights(path: Path, *, warn: Callable[[str], None]) -> WeightFiles:
     from safetensors import SafetensorError, safe_open
 
     path = path.expanduser()
-    files = [path] if path.is_file() else _files_of_folder(path, warn=warn)
+    index: Mapping[str, str] = {}
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if path.is_dir():
+        files, index = _files_of_folder(path, warn=warn)
+    else:
+        files = [path]
     weights = WeightFiles(source=path, files=tuple(files))
     for file in files:
+        open_regular(file, follows_links=True).close()  # what comes next would wait for a pipe
         try:
             with safe_open(file, framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118 - not a mapping
@@ -65,27 +72,30 @@ def open_weights(path: Path, *, warn: Callable[[str], None]) -> WeightFiles:
                     weights.shapes[name] = tuple(stored.get_slice(name).get_shape())
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: not a readable safetensors file ({error}){_hint(file)}") from error
+    for name, file_name in index.items():
+        if weights._file_of.get(name) != path / file_name:
+            raise UserError(f"{path / index_file_name(MODEL)}: says that {name} is in {file_name}, but it is not there")
     return weights
 
 
-def _files_of_folder(path: Path, *, warn: Callable[[str], None]) -> list[Path]:
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder")
+def _files_of_folder(path: Path, *, warn: Callable[[str], None]) -> tuple[list[Path], Mapping[str, str]]:
+    """Return the files with the weights of a folder, and which tensor its index, if it has one, says is where."""
     if (path / MANIFEST).exists() or (path / CHECKPOINTS).is_dir():
         checkpoint = open_path(path, peers=Peers(), warn=warn)
         tensors = checkpoint.manifest.tensors
         names = sorted({file for spec, file in tensors.items() if spec.section == MODEL})
-        return [checkpoint.step_dir / name for name in names]
+        return [checkpoint.step_dir / name for name in names], {}
     index = path / index_file_name(MODEL)
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: not a readable index of weights ({error})") from error
-        outside = [name for name in names if not is_plain_file_name(str(name))]
+    if index.exists():
+        weight_map = decode(index, read_bytes(index, follows_links=True), IndexRecord).weight_map
+        names = sorted(set(weight_map.values()))
+        outside = [name for name in names if not is_plain_file_name(name)]
         if outside:
             raise UserError(f"{index}: {outside[0]!r} is not a plain file name")
-        return [path / name for name in names]
+        unlisted = sorted(file.name for file in path.glob("model*.safetensors") if file.name not in names)
+        if unlisted:
+            warn(f"{path}: {some(unlisted)} not read, because {index.name} does not list it")
+        return [path / name for name in names], weight_map
     files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
     if not files:
         pickles = [file.name for pattern in _PICKLES for file in path.glob(pattern)]
@@ -93,7 +103,7 @@ def _files_of_folder(path: Path, *, warn: Callable[[str], None]) -> list[Path]:
         folds = sorted(str(fold) for fold in path.glob("fold-*") if (fold / CHECKPOINTS).is_dir())
         found = f"; it is a cross-validation: choose a fold, such as {folds[0]}" if folds else found
         raise UserError(f"{path}: no model*.safetensors file in this folder{found}")
-    return files
+    return files, {}
 
 
 def _hint(file: Path) -> str:

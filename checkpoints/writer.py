@@ -5,7 +5,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from shardlaunch.checkpoints.gather import gather
 from shardlaunch.checkpoints.layout import (
@@ -13,12 +14,14 @@ from shardlaunch.checkpoints.layout import (
     TRAINER_STATE,
     TensorFile,
     index_file_name,
+    is_plain_file_name,
     plan_files,
     step_dir_name,
 )
 from shardlaunch.checkpoints.manifest import Manifest
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
+from shardlaunch.checkpoints.records import Position, to_json
 from shardlaunch.checkpoints.state import Fragment, fragments_by_key, specs_by_section
 from shardlaunch.checkpoints.tensorfile import FileRecord, TensorWriter, digest_file, write_file
 from shardlaunch.errors import UserError
@@ -30,14 +33,13 @@ TRASH_PREFIX = ".trash-"
 def save(
     checkpoints_dir: Path,
     *,
-    step: int,
+    position: Position,
     state: Iterable[Fragment],
-    trainer_state: Mapping[str, Any],
     export: Callable[[Path], None],
     aliases: Mapping[str, str],
     peers: Peers,
 ) -> Path:
-    """Save `state` as the checkpoint of `step` and return its folder. All ranks.
+    """Save `state` as the checkpoint of a position's step and return its folder. All ranks.
 
     The fragments of all ranks together make up the state: every rank yields the same tensors in the same order. In
     addition, a rank needs memory for two incoming buckets of 16 MiB, and for two outgoing ones per other rank: at most
@@ -45,7 +47,7 @@ def save(
     `export` writes the other files of a model folder (configuration, tokenizer) on rank 0. A valid checkpoint of the
     same step is kept. Raises UserError on all ranks, and leaves nothing behind, when any rank cannot write.
     """
-    target = checkpoints_dir / step_dir_name(step)
+    target = checkpoints_dir / step_dir_name(position.step)
     if _is_committed(target, peers):
         return target
     fragments = fragments_by_key(state)
@@ -56,16 +58,12 @@ def save(
         records = peers.together(lambda: _write_files(staging, files, fragments, peers))
         everyone = _exchange(files, records, peers)
         peers.together(
-            lambda: (
-                _commit(staging, target, step, files, everyone, trainer_state, export, aliases)
-                if peers.rank == 0
-                else None
-            )
+            lambda: _commit(staging, target, position, files, everyone, export, aliases) if peers.rank == 0 else None
         )
     except UserError as error:
         if peers.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
-        raise UserError(f"the checkpoint of step {step} was not saved: {error}") from error
+        raise UserError(f"the checkpoint of step {position.step} was not saved: {error}") from error
     return target
 
 
@@ -137,16 +135,17 @@ def _exchange(files: list[TensorFile], records: Mapping[str, FileRecord], peers:
 def _commit(
     staging: Path,
     target: Path,
-    step: int,
+    position: Position,
     files: list[TensorFile],
     records: dict[str, FileRecord],
-    trainer_state: Mapping[str, Any],
     export: Callable[[Path], None],
     aliases: Mapping[str, str],
 ) -> None:
     """Complete the staging folder and commit it. Rank 0."""
     export(staging)
     for path in sorted(staging.iterdir()):
+        if not is_plain_file_name(path.name):  # as `read_manifest` asks for
+            raise UserError(f"export() wrote {path.name!r}: name it with letters, digits and any of _ . + @ - only")
         if path.is_file() and path.name not in records:
             _fsync(path)
             records[path.name] = digest_file(path)
@@ -158,10 +157,9 @@ def _commit(
         }
         index_name = index_file_name(section)
         records[index_name] = write_file(staging / index_name, json.dumps(index, indent=1).encode())
-    records[TRAINER_STATE] = write_file(
-        staging / TRAINER_STATE, json.dumps(trainer_state, indent=1, allow_nan=False).encode()
-    )
-    manifest = Manifest(step=step, files=records, tensors=tensors, aliases=aliases)
+    saved = msgspec.structs.asdict(position)
+    records[TRAINER_STATE] = write_file(staging / TRAINER_STATE, to_json(saved, indent=1))
+    manifest = Manifest(step=position.step, files=records, tensors=tensors, aliases=aliases)
     write_file(staging / MANIFEST, manifest.to_json())
     _fsync(staging)
     if target.exists():  # it is damaged (see _is_committed); move it aside, since rename needs a free name

@@ -11,18 +11,19 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_USER_ERROR, UserError
-from shardlaunch.launcher.command_line.parsing import parse_options
+from shardlaunch.launcher.command_line.parsing import naming_origins, parse_options
 from shardlaunch.launcher.launched import mark_launched
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe, options_type_of, recipe_name
-from shardlaunch.sharding.environment import is_main_process, read_environment
+from shardlaunch.sharding.environment import has_agent, is_main_process, read_environment
 
 if TYPE_CHECKING:
     from shardlaunch.sharding.world import World
 
 # Before the ranks are connected, rank 0 prints for all. If another rank exited first, the launcher would end rank 0
-# too, so the others wait to be ended.
+# too, so the others wait to be ended. Without a launcher nothing ends them: they print after rank 0.
 EXIT_DELAY_S = 60
+EXIT_DELAY_ALONE_S = 3
 # Other ranks mostly fail with the same error a little later, but some may be waiting for this one to end.
 LINGER_S = 5.0
 # Errors of gloo, NCCL and the store when the other side is gone.
@@ -77,6 +78,7 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
 
         env = read_environment()
         with ExitStack() as stack:
+            stack.enter_context(naming_origins(options.origins))
             stack.enter_context(silent_libraries())
             display = new_display(env, show=True)
             stack.enter_context(shown_by(display.phases))
@@ -129,5 +131,5 @@ def _report(world: "World | None", message: str, *, with_traceback: bool) -> Non
     if world.is_first_to("report") if world is not None else is_main_process():
         print(message, file=sys.stderr, flush=True)
     elif world is None:
-        time.sleep(EXIT_DELAY_S)
+        time.sleep(EXIT_DELAY_S if has_agent() else EXIT_DELAY_ALONE_S)
         print(message, file=sys.stderr, flush=True)  # rank 0 has not failed

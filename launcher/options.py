@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from shardlaunch.errors import UserError
+from shardlaunch.errors import UserError, printable
 from shardlaunch.launcher.optimization.freezing import FreezingOptions
 from shardlaunch.launcher.optimization.optimizers import OptimizerOptions
 from shardlaunch.launcher.optimization.schedules import ScheduleOptions
@@ -17,13 +17,13 @@ class RunOptions:
 
     preset: str = option("", mark="free")
     """Named set of option defaults of this recipe, such as `demo`."""
-    config: str = option("", mark="free")
+    config: str = option("", mark="free", is_path=True)
     """YAML file of options, under the same names; the command line wins."""
-    output_dir: str = option("", mark="free")
+    output_dir: str = option("", mark="free", is_path=True)
     """Output folder of the run (default: outputs/ and --run-name, or RECIPE, or RECIPE-PRESET)."""
     run_name: str = option("", mark="free")
     """Name of the run; its output folder is then outputs/NAME, unless --output-dir is given."""
-    init_from: str = option("", mark="free")  # free, because a digest of the weights is compared instead
+    init_from: str = option("", mark="free", is_path=True)  # free, because a digest of the weights is compared instead
     """Initial weights of a new run: a run or checkpoint folder, or a safetensors file or folder."""
     epochs: int = option(1, minimum=1)
     """Number of passes over the training data."""
@@ -33,7 +33,7 @@ class RunOptions:
     """Save and stop after this step; the run can be resumed (0: run to the end)."""
     extend_to_steps: int = option(0, mark="free", minimum=0)
     """Continue past the run's end to this step; needs a schedule that does not end at a learning rate of 0 (0: off)."""
-    resume: str = option("auto", mark="free")
+    resume: str = option("auto", mark="free", is_path=True)
     """auto (newest valid checkpoint in the output folder), never, or a checkpoint or run folder."""
     max_grad_norm: float = option(0.0, group="optimization", minimum=0)
     """Clip the gradient to this L2 norm (0: no clipping)."""
@@ -49,6 +49,9 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.run_name and (Path(self.run_name).name != self.run_name or self.run_name == ".."):
             raise UserError(f"--run-name {self.run_name}: must be a plain name; for a path use --output-dir")
+        for name, value in (("run_name", self.run_name), ("output_dir", self.output_dir)):
+            if printable(value, is_name=True) != value:
+                raise UserError(f"{flag(name)} {printable(value, is_name=True)}: must have no control characters")
         if self.folds == 1:
             raise UserError("--folds 1: must be at least 2, or 0 for no cross-validation")
         if self.folds and self.resume != "auto":
@@ -59,7 +62,7 @@ class RunOptions:
 class DataOptions:
     """Options of the data and its batches."""
 
-    data: str = option("", mark="free")  # free, because the data's fingerprint is compared instead
+    data: str = option("", mark="free", is_path=True)  # free, because the data's fingerprint is compared instead
     """Data set: a Hugging Face Hub id, or a file or folder of parquet, CSV, JSON lines, text or images."""
     global_batch_size: int = option(32, minimum=1)
     """Samples per optimizer step, over all ranks; a multiple of --micro-batch-size."""
@@ -150,6 +153,8 @@ class Options(
 
     explicitly_set = frozenset[str]()
     """Names of the options set on the command line, in a YAML file or by keyword. Not an option itself."""
+    origins = dict[str, str]()
+    """Places of the options that are set in a YAML file, by name, for messages. Not an option itself."""
 
     def __post_init__(self) -> None:
         check_values(self)

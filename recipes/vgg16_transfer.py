@@ -35,7 +35,7 @@ class VggOptions(ImageOptions):
     """Classes to use, by name or number (default: all)."""
     samples_per_class: int = option(0, minimum=0)
     """Training images per class, chosen by --seed (0: all)."""
-    weights: str = "timm/vgg16.tv_in1k"
+    weights: str = option("timm/vgg16.tv_in1k", is_path=True)
     """Pretrained weights under torchvision's or timm's names: a Hub id, a safetensors file, a run folder, or none."""
     width: float = option(1.0, above=0)
     """Channels of each convolution, as a fraction of VGG-16's."""

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from shardlaunch.errors import UserError
@@ -12,6 +12,7 @@ RANKS_VARIABLE = "SHARDLAUNCH_RANKS"
 RESULT_VARIABLE = "SHARDLAUNCH_RESULT_FILE"
 JOIN_TIMEOUT_VARIABLE = "SHARDLAUNCH_JOIN_TIMEOUT_S"
 JOIN_TIMEOUT_S = 600
+MOST_PORT = 65535
 _OFFLOAD_OPTIMIZER = "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"
 _OFFLOAD_PARAMETERS = "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"
 
@@ -30,6 +31,7 @@ class LaunchEnvironment:
     uses_agent_store: bool = False  # the launcher, not rank 0, listens there
     join_timeout_s: int = JOIN_TIMEOUT_S  # how long a rank waits for the others to start
     attempt: int = 0  # number of restarts of the worker group
+    has_agent: bool = False  # a launcher watches the ranks: it ends the others when one has failed
     use_cpu: bool = False
     threads: int | None = None  # OMP_NUM_THREADS
     strategy: str | None = None  # requested by `shardlaunch run --strategy`
@@ -57,14 +59,16 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
         except ValueError:
             raise UserError(f"environment variable {name}={text!r} is not a whole number") from None
 
-    if is_distributed_launch(env) and env.get("MASTER_PORT") == "0":
-        raise UserError(
-            "MASTER_PORT=0 is not supported: all ranks must use the same port. "
-            "Start torchrun with --standalone instead of --master_port 0."
-        )
+    def positive(name: str) -> int | None:
+        found = number(name)
+        if found is not None and found < 1:
+            raise UserError(f"environment variable {name}={found} must be at least 1; change or unset it")
+        return found
+
+    _check_ranks(env, number, positive)
     num_replicas = number("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") or 1
     shard_ranks = number("PARALLELISM_CONFIG_DP_SHARD_SIZE") or 1
-    _check_accelerate(env, num_replicas=num_replicas, shard_ranks=shard_ranks, world_size=number("WORLD_SIZE") or 1)
+    _check_accelerate(env, num_replicas=num_replicas, shard_ranks=shard_ranks, world_size=positive("WORLD_SIZE") or 1)
     is_hybrid = num_replicas > 1
     accelerate_strategy = None
     if _is_true(env.get("ACCELERATE_USE_DEEPSPEED")):
@@ -88,10 +92,11 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
         master_addr=env.get("MASTER_ADDR", ""),
         master_port=number("MASTER_PORT"),
         uses_agent_store=_is_true(env.get("TORCHELASTIC_USE_AGENT_STORE")),
-        join_timeout_s=number(JOIN_TIMEOUT_VARIABLE) or JOIN_TIMEOUT_S,
+        join_timeout_s=positive(JOIN_TIMEOUT_VARIABLE) or JOIN_TIMEOUT_S,
         attempt=number("TORCHELASTIC_RESTART_COUNT") or 0,
+        has_agent=_has_agent(env),
         use_cpu=_is_true(env.get("ACCELERATE_USE_CPU")),
-        threads=number("OMP_NUM_THREADS"),
+        threads=positive("OMP_NUM_THREADS"),
         strategy=env.get(STRATEGY_VARIABLE) or None,
         ranks=number(RANKS_VARIABLE),
         result_file=env.get(RESULT_VARIABLE) or None,
@@ -105,6 +110,43 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
         # accelerate's one-process launcher sets a rendezvous address only when several processes were requested.
         lone_of_many="ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and not is_distributed,
     )
+
+
+def _check_ranks(
+    env: Mapping[str, str], number: Callable[[str], int | None], positive: Callable[[str], int | None]
+) -> None:
+    """Raise UserError for variables of a launch that say too little, or what cannot be.
+
+    One of several processes that takes itself for the only one would train alone, into the folder of all.
+    """
+    empty = [name for name in ("RANK", "WORLD_SIZE") if env.get(name) == ""]
+    if empty:
+        raise UserError(f"{empty[0]} is set to nothing: set a number, or for one process unset RANK and WORLD_SIZE")
+    rank, world_size = number("RANK"), positive("WORLD_SIZE")
+    if (rank or 0) > 0 and world_size is None:
+        raise UserError(f"RANK={rank} is set, but no WORLD_SIZE: set both, or unset RANK for one process")
+    if (world_size or 1) > 1 and rank is None:
+        raise UserError(f"WORLD_SIZE={world_size} is set, but no RANK: set both, or unset WORLD_SIZE for one process")
+    if not is_distributed_launch(env):
+        return
+    port, local_rank = number("MASTER_PORT"), number("LOCAL_RANK") or 0
+    if port == 0:
+        raise UserError(
+            "MASTER_PORT=0 is not supported: all ranks must use the same port. "
+            "Start torchrun with --standalone instead of --master_port 0."
+        )
+    if port is not None and not 0 < port <= MOST_PORT:
+        raise UserError(f"MASTER_PORT={port} is no port: choose one from 1 to {MOST_PORT}, the same on all ranks")
+    local_world_size = positive("LOCAL_WORLD_SIZE") or world_size or 1
+    if local_rank < 0 or (local_rank >= local_world_size > 1):
+        raise UserError(
+            f"LOCAL_RANK={local_rank} and {local_world_size} ranks on this machine contradict each other: local ranks "
+            f"count from 0"
+        )
+
+
+def _has_agent(env: Mapping[str, str]) -> bool:
+    return "TORCHELASTIC_RUN_ID" in env
 
 
 def _check_accelerate(env: Mapping[str, str], *, num_replicas: int, shard_ranks: int, world_size: int) -> None:
@@ -158,6 +200,11 @@ def is_distributed_launch(environ: Mapping[str, str] | None = None) -> bool:
 def is_main_process() -> bool:
     """Return whether this is rank 0 or not a distributed launch."""
     return not is_distributed_launch() or os.environ["RANK"] == "0"
+
+
+def has_agent() -> bool:
+    """Return whether a launcher such as torchrun watches the ranks of this launch."""
+    return _has_agent(os.environ)
 
 
 def _is_true(text: str | None) -> bool:

@@ -32,7 +32,9 @@ def meet(env: LaunchEnvironment) -> dist.Store:
     where = f"{address}:{port} (MASTER_ADDR, MASTER_PORT)"
     limit = timedelta(seconds=env.join_timeout_s)
     is_host = env.rank == 0 and not env.uses_agent_store
-    if not is_host and not env.uses_agent_store:  # checked here, because torch's own attempts print stack traces
+    if is_host:  # both are checked here, because torch's own attempts print stack traces
+        _wait(lambda: [] if _is_known(address) else [f"a host of the name {address}"], env, where)
+    elif not env.uses_agent_store:
         _wait(lambda: [] if _listens(address, port) else ["rank 0"], env, where, prints=env.local_rank == 0)
     try:
         # One prefix per attempt and run, so that no rank finds keys of an earlier worker group or an earlier run.
@@ -74,10 +76,18 @@ def _address(env: LaunchEnvironment) -> tuple[str, int]:
     )
 
 
+def _is_known(address: str) -> bool:
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError):
+        return False
+    return True
+
+
 def _listens(address: str, port: int) -> bool:
     try:
         socket.create_connection((address, port), timeout=MESSAGE_AFTER_S).close()
-    except OSError:
+    except (OSError, UnicodeError):
         return False
     return True
 

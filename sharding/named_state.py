@@ -3,13 +3,14 @@
 A tensor is whole (a plain tensor) or sharded along dimension 0 over a mesh of ranks (a DTensor, see `shards`).
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
+from shardlaunch.checkpoints.records import as_meant, to_json
 from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, Fragment, StateReader, TensorSpec
 from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES
 from shardlaunch.errors import UserError, some
@@ -38,14 +39,15 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def group_hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Return each parameter group's settings besides parameters and learning rate.
 
-    Some optimizers keep state there. Raises UserError when a value cannot be written as JSON.
+    Some optimizers keep state there. NaN and infinities are text. Raises UserError when a value cannot be written as
+    JSON.
     """
     groups = [
         {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
         for group in optimizer.param_groups
     ]
     try:
-        hyperparameters: list[dict[str, Any]] = json.loads(json.dumps(groups))
+        hyperparameters: list[dict[str, Any]] = msgspec.json.decode(to_json(groups))
     except TypeError as error:
         raise UserError(
             f"{type(optimizer).__name__} cannot be saved: its parameter groups hold a value that is not JSON ({error})"
@@ -54,10 +56,30 @@ def group_hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, An
 
 
 def restore_group_hyperparameters(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:
-    """Set the saved result of `group_hyperparameters`, where it differs."""
+    """Set the saved result of `group_hyperparameters`, where it differs.
+
+    An optimizer may begin to keep a value in its groups with its first step. Raises UserError for the result of another
+    optimizer.
+    """
     current = group_hyperparameters(optimizer)
+    if len(current) != len(saved):
+        raise UserError(
+            f"the checkpoint is from another optimizer: it has {len(saved)} parameter groups, here are {len(current)}"
+        )
     for group, now, before in zip(optimizer.param_groups, current, saved, strict=True):
-        group.update({key: value for key, value in before.items() if value != now.get(key)})
+        changed = {key: value for key, value in before.items() if value != now.get(key)}
+        for key, value in changed.items():
+            if key in now and _kind(value) != _kind(now[key]):
+                raise UserError(
+                    f"the checkpoint is from another optimizer: its {key} is {value!r}, here it is {now[key]!r}"
+                )
+        group.update(as_meant(changed))
+
+
+def _kind(value: Any) -> type:
+    """Return the type of a JSON value: the same for all numbers, and for what is on, off or left to the optimizer."""
+    value = as_meant(value)
+    return bool if value is None else float if type(value) is int else type(value)
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Fragment]:

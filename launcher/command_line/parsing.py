@@ -1,18 +1,30 @@
 """Parse options from the command line, YAML files, presets and keyword arguments, all by the same rules."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
-
-import yaml
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin, get_type_hints
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.command_line.other_trainers import advice
 from shardlaunch.launcher.optimization.optimizers import for_its_optimizer
-from shardlaunch.launcher.option_fields import expected, flag, is_list, option_types
+from shardlaunch.launcher.option_fields import (
+    check_value,
+    expanded,
+    expected,
+    flag,
+    is_list,
+    is_path,
+    option_hints,
+    option_types,
+)
 from shardlaunch.launcher.options import Options
+
+if TYPE_CHECKING:
+    from shardlaunch.launcher.command_line.options_file import Given
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 _HELP = ("-h", "--help")
@@ -38,7 +50,7 @@ def parse_options(
     if show:
         from shardlaunch.launcher.command_line.help import show_help
 
-        preset = keywords.get("preset") or _config(options_type, keywords).get("preset", "")
+        preset = keywords.get("preset") or _config(options_type, keywords)[0].get("preset", "")
         default = _defaults(options_type, presets, preset)
         if presets:
             description = f"{description}\n\nPresets (--preset): {', '.join(presets)}"
@@ -60,20 +72,38 @@ def options_from_keywords(
     known = option_types(options_type)
     _refuse([f"{name}: {advice(name, known)}" for name in keywords if name not in known])
     config: Mapping[str, Any] = {}
+    origins: dict[str, str] = {}
     explicitly_set = frozenset(keywords)
     if base is None:
-        config = _config(options_type, keywords)
+        config, origins = _config(options_type, keywords)
+        origins = {name: place for name, place in origins.items() if name not in keywords}
         default = _defaults(options_type, presets, keywords.get("preset") or config.get("preset", ""))
         explicitly_set |= frozenset(config)
     elif "preset" in keywords or "config" in keywords:
         raise UserError("preset and config need a recipe class; a recipe instance already has its options")
     else:
         default = base
+        origins = {name: place for name, place in base.origins.items() if name not in keywords}
         explicitly_set |= base.explicitly_set
-    options = replace(default, **{**config, **keywords})
-    options = for_its_optimizer(options, default, explicitly_set=explicitly_set)
+    with naming_origins(origins):
+        options = replace(default, **{**config, **keywords})
+        options = for_its_optimizer(options, default, explicitly_set=explicitly_set)
     options.explicitly_set = explicitly_set
+    options.origins = origins
     return options
+
+
+@contextmanager
+def naming_origins(origins: Mapping[str, str]) -> Iterator[None]:
+    """Let a UserError say where in a file those of its options stand that come from one. `origins`: places by name."""
+    try:
+        yield
+    except UserError as error:
+        flags = re.findall(r"--[a-z0-9-]+", str(error))
+        places = {one: origins[name] for one in flags if (name := one[2:].replace("-", "_")) in origins}
+        if not places or "--config" in flags:
+            raise
+        raise UserError(f"{error} ({'; '.join(f'{one}: {place}' for one, place in places.items())})") from error
 
 
 def _defaults(options_type: type[OptionsT], presets: Mapping[str, Mapping[str, Any]], preset: str) -> OptionsT:
@@ -130,42 +160,56 @@ def _typed_words(options_type: type[Options], words: Sequence[str]) -> dict[str,
     return typed
 
 
-def _config(options_type: type[Options], keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values in the YAML file of --config (empty if there is none), checked as on the command line."""
+def _config(options_type: type[Options], keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values in the YAML file of --config, checked as on the command line, and where each of them stands.
+
+    Both are empty if there is no file.
+    """
     if not keywords.get("config"):
-        return {}
-    path = Path(keywords["config"])
+        return {}, {}
+    from shardlaunch.launcher.command_line.options_file import read_options_file  # not needed without a file
+
+    path = Path(expanded(str(keywords["config"]), "--config"))
     where = f"--config {path}"
-    try:
-        with open(path) as file:
-            content = yaml.safe_load(file)
-    except OSError as error:
-        raise UserError(f"{where}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: must be a mapping of option names to values")
+    given = read_options_file(path)
     hints = option_types(options_type)
-    named = {str(key): str(key).replace("-", "_") for key in content}
-    _refuse([f"{where}: {key}: {advice(name, hints)}" for key, name in named.items() if name not in hints])
+    unknown = [(name, one) for name, one in given.items() if name not in hints]
+    _refuse([f"{where}: {one.key}: {advice(name, hints)} (line {one.line})" for name, one in unknown])
     typed: dict[str, Any] = {}
-    for key, value in content.items():
-        name = named[str(key)]
-        hint = hints[name]
-        if name == "config":
-            raise UserError(f"{where}: an options file cannot include another; remove {key!r}")
-        if value is None:
-            continue
-        if isinstance(value, dict) or isinstance(value, list) != is_list(hint):
-            wanted = "a list of values" if is_list(hint) else "a single value"
-            raise UserError(f"{where}: option {key!r} takes {wanted}, not {value!r}")
-        if isinstance(value, bool) != (hint is bool):
-            raise UserError(f"{where}: option {key!r} cannot be {value!r}; it must be {expected(hint)}")
-        texts = [str(one) for one in value] if isinstance(value, list) else [str(value)]
-        typed[name] = value if hint is bool else _value(options_type, name, texts, where=f"{where}: ")
-    return typed
+    for name, one in given.items():
+        try:
+            if not one.is_null:
+                typed[name] = _value_of_file(options_type, name, one)
+            elif hints[name] is not option_hints(options_type)[name]:  # it may be None
+                typed[name] = None
+        except UserError as error:
+            raise UserError(f"{where}: {error} (line {one.line})") from error
+    return typed, {name: f"line {given[name].line} of {path}" for name in typed}
+
+
+def _value_of_file(options_type: type[Options], name: str, given: "Given") -> Any:
+    """Return an option's value from a file. Raises UserError that names the option."""
+    hint = option_types(options_type)[name]
+    if name == "config":
+        raise UserError(f"an options file cannot include another; remove {given.key!r}")
+    if given.problem:
+        raise UserError(f"option {given.key!r} {given.problem}")
+    if given.is_list != is_list(hint):
+        wanted = "a list of values" if is_list(hint) else "a single value"
+        raise UserError(f"option {given.key!r} takes {wanted}, not {given.shown!r}")
+    if hint is bool and given.switch is not None:
+        return given.switch
+    takes_words = is_list(hint) or hint is str or get_origin(hint) is Literal
+    if hint is bool or (given.switch is not None and not takes_words):
+        raise UserError(f"option {given.key!r} cannot be {given.shown}; it must be {expected(hint)}")
+    if given.texts == ("~",) and is_path(options_type, name):
+        raise UserError(f"option {given.key!r}: a bare ~ means nothing in YAML; write ~/ for your home folder")
+    texts = given.texts if hint is str else [_NON_FINITE.get(text.lower(), text) for text in given.texts]
+    return check_value(options_type, name, _value(options_type, name, texts))
+
+
+# As YAML writes them, and as numbers are written on the command line.
+_NON_FINITE = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
 
 
 def _value(options_type: type[Options], name: str, texts: Sequence[str], *, where: str = "") -> Any:

@@ -1,5 +1,6 @@
 """`shardlaunch generate`: text from a language model checkpoint."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 import torch
 
+from shardlaunch.checkpoints.reader import Checkpoint
 from shardlaunch.errors import UserError
-from shardlaunch.launcher.commands.text_models import all_texts, open_text_model, whole_model
+from shardlaunch.launcher.commands.text_models import all_texts, in_use, loaded, open_text_model, whole_model
 from shardlaunch.launcher.toolkit.packing import document_frame
 
 
@@ -25,8 +27,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"--temperature {self.temperature}: must be at least 0")
+        if not 0 <= self.temperature < math.inf:  # NaN is neither
+            raise UserError(f"--temperature {self.temperature}: must be at least 0, and finite")
         if self.top_k < 0:
             raise UserError(f"--top-k {self.top_k}: must be at least 1, or 0 for all tokens")
         if self.num_beams < 0:
@@ -55,25 +57,22 @@ def generate_texts(
         raise UserError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
     prompts = all_texts(prompts, file, flag="--prompt")
     checkpoint, tokenizer = open_text_model(path, kind="language model")
-    model = _language_model(checkpoint.step_dir)
+    model = _language_model(checkpoint)
     generate = _transform if model.config.is_encoder_decoder else _continue
     for prompt in prompts:
         torch.manual_seed(sampling.seed)
-        with torch.no_grad():
-            print(generate(model, tokenizer, prompt, max_new_tokens, sampling.arguments()))
+        with torch.no_grad(), in_use(checkpoint):
+            text = generate(model, tokenizer, prompt, max_new_tokens, sampling.arguments())
+        print(text)
 
 
-def _language_model(folder: Path) -> Any:
+def _language_model(checkpoint: Checkpoint) -> Any:
     """Load the model of a checkpoint. Raises UserError when it is not a language model."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    try:
-        is_encoder_decoder = AutoConfig.from_pretrained(folder).is_encoder_decoder
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: not a checkpoint of a language model ({reason})") from error
+    is_encoder_decoder = loaded(checkpoint, AutoConfig, kind="language model").is_encoder_decoder
     auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-    return whole_model(folder, auto_class, kind="language model")
+    return whole_model(checkpoint, auto_class, kind="language model")
 
 
 def _transform(model: Any, tokenizer: Any, text: str, max_new_tokens: int, arguments: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The recipes that come with the package: find one by name, and list them."""
 
 import inspect
+import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
@@ -15,7 +16,7 @@ def find_recipe(recipe: str) -> Path:
 
     Raises UserError with similar names if there is no such recipe.
     """
-    path = Path(recipe)
+    path = Path(os.path.expanduser(recipe))
     if path.is_file() and path.suffix == ".py":
         return path
     installed = _files()

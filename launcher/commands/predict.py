@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from shardlaunch.checkpoints.layout import RECIPE
-from shardlaunch.launcher.commands.text_models import all_texts, open_text_model, whole_model
+from shardlaunch.errors import UserError, printable
+from shardlaunch.launcher.commands.text_models import all_texts, in_use, open_text_model, whole_model
 
 BATCH_SIZE = 32
 
@@ -20,19 +20,26 @@ def predict_texts(path: Path, *, texts: Sequence[str], file: Path | None) -> Non
     checkpoint, tokenizer = open_text_model(path, kind="text classifier")
     from transformers import AutoModelForSequenceClassification
 
-    folder = checkpoint.step_dir
-    model = whole_model(folder, AutoModelForSequenceClassification, kind="text classifier")
-    max_length = checkpoint.read_json(RECIPE)["options"].get("max_length")
+    model = whole_model(checkpoint, AutoModelForSequenceClassification, kind="text classifier")
+    max_length = checkpoint.recipe.options.get("max_length")
+    if not (max_length is None or (type(max_length) is int and max_length > 0)):
+        raise UserError(f"{checkpoint.step_dir}: its recipe.json has the max_length {max_length!r}")
     is_regression = model.config.problem_type == "regression"
-    labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    names = (model.config.id2label.get(number, number) for number in range(model.config.num_labels))
+    labels = [printable(str(name), is_name=True) for name in names]
     for first in range(0, len(texts), BATCH_SIZE):
         chunk = texts[first : first + BATCH_SIZE]
-        inputs = tokenizer(chunk, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        with torch.no_grad():
+        with torch.no_grad(), in_use(checkpoint):
+            inputs = tokenizer(chunk, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
             logits = model(**inputs).logits.float()
-        for text, row in zip(chunk, logits if is_regression else logits.softmax(dim=-1), strict=True):
-            if is_regression:
-                print(f"{row.item():.4f}\t{text}")
-                continue
-            probabilities = "  ".join(f"{label} {value:.4f}" for label, value in zip(labels, row.tolist(), strict=True))
-            print(f"{labels[int(row.argmax())]}\t{probabilities}\t{text}")
+            rows = (logits[:, 0] if is_regression else logits.softmax(dim=-1)).tolist()
+        for text, row in zip(chunk, rows, strict=True):
+            found = f"{row:.4f}" if is_regression else _classes(labels, row)
+            print(f"{found}\t{printable(text, is_name=True)}")  # each text on its line, in its column
+
+
+def _classes(labels: Sequence[str], probabilities: Sequence[float]) -> str:
+    """Return the most probable label and all probabilities."""
+    best = max(range(len(labels)), key=lambda number: probabilities[number])
+    listed = "  ".join(f"{label} {value:.4f}" for label, value in zip(labels, probabilities, strict=True))
+    return f"{labels[best]}\t{listed}"

@@ -2,13 +2,13 @@
 
 import importlib
 import inspect
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from torch import nn
 
 from shardlaunch.errors import UserError, some
@@ -35,13 +35,13 @@ class OptimizerOptions:
     """Peak learning rate."""
     optimizer: str = "adamw"
     """sgd, adam, adamw, rmsprop, adagrad, or a class by its dotted path, such as torch.optim.NAdam."""
-    momentum: float | None = None
+    momentum: float | None = option(None, minimum=0)
     """Momentum (sgd, rmsprop)."""
     nesterov: bool = False
     """Nesterov momentum (sgd)."""
-    betas: tuple[float, float] | None = None
+    betas: tuple[float, float] | None = option(None, minimum=0, maximum=1)
     """Decay rates of the running averages of gradients and of their squares (adam, adamw)."""
-    eps: float | None = None
+    eps: float | None = option(None, minimum=0)
     """Epsilon in the denominator, for numerical stability (adam, adamw, rmsprop, adagrad)."""
     weight_decay: float = option(0.0, minimum=0)
     """Weight decay of parameters with at least two dimensions; biases and normalization layers have none."""
@@ -212,15 +212,20 @@ def _optimizer_args(options: OptimizerOptions) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """Parse a number, boolean or string as YAML does, but also numbers such as 1e-4."""
+    """Parse a number, boolean, list or text as YAML 1.2 does. Raises UserError for what is none, and for NaN."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
     try:
-        return float(text) if not text.strip("+-").isdecimal() else int(text)
+        value: Any = float(text) if not text.strip("+-").isdecimal() else int(text)
     except ValueError:
-        pass
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--optimizer-args {text}: not readable: {' '.join(str(error).split())}") from error
+        try:
+            value = YAML(typ="safe", pure=True).load(text)
+        except (YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"--optimizer-args {text}: not readable: {' '.join(str(error).split())}") from error
+    if isinstance(value, float) and math.isnan(value):
+        raise UserError(f"--optimizer-args {text}: must be a number")
+    return value
 
 
 def _lr_factors(options: OptimizerOptions) -> Mapping[str, float]:
@@ -234,7 +239,7 @@ def _lr_factors(options: OptimizerOptions) -> Mapping[str, float]:
             factors[pattern] = float(value)
         except ValueError:
             factors[pattern] = 0.0
-        if not pattern or not factors[pattern] > 0:
+        if not pattern or not 0 < factors[pattern] < math.inf:
             raise UserError(
                 f"--lr-factors {text}: must be PATTERN=FACTOR with a factor above 0; to freeze parameters use --freeze"
             )

@@ -7,11 +7,12 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from shardlaunch.errors import printable
 from shardlaunch.launcher.reporting.parameters import ParameterRow
 from shardlaunch.launcher.reporting.phases import LEAST_S, PLAIN_LINE_S, Phases, clock_text, duration_text
 
@@ -37,14 +38,14 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.console.print(escape(text))
+        self.console.print(escape_markup(printable(text)))
 
     def warn(self, text: str) -> None:
         """Print a warning, or hand it to `on_warning`."""
         if self._on_warning is not None:
-            self._on_warning(text)
+            self._on_warning(printable(text))
             return
-        self.console.print(f"[yellow]warning:[/yellow] {escape(text)}")
+        self.console.print(f"[yellow]warning:[/yellow] {escape_markup(printable(text))}")
 
     def summary(self, rows: Mapping[str, str]) -> None:
         """Print aligned names and values."""
@@ -242,3 +243,8 @@ def _shape(values: Any) -> tuple[int, ...]:
 
 def _cut(name: str, longest: int) -> str:
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+def escape(name: str) -> str:
+    """Return a name on one line, without control characters, that rich does not take for markup."""
+    return escape_markup(printable(name, is_name=True))

@@ -60,7 +60,7 @@ class Recorder:
         `stack` closes them. Raises OSError when metrics.jsonl cannot be written, UserError when a tracker cannot be
         started.
         """
-        self._log = MetricsLog(run.output_dir, resumed_step=step)
+        self._log = MetricsLog(run.output_dir, resumed_step=step, warn=self._display.warn)
         stack.callback(self._log.close)
         self.last_evaluation = last_evaluation(run.output_dir)
         self._trackers = Trackers(

@@ -1,25 +1,31 @@
 """Metrics on disk: metrics.jsonl, one JSON object per line."""
 
 import contextlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+from shardlaunch.checkpoints.records import MOST_BYTES, DamagedRecord, open_regular, read_metrics_line, to_json
 
 METRICS_FILE = "metrics.jsonl"
 EVAL_PREFIX = "eval/"
 
 
 class MetricsLog:
-    """Append lines to metrics.jsonl, after cutting it back to the step that the run resumes from. Rank 0."""
+    """Append lines to metrics.jsonl, after cutting it back to the step that the run resumes from. Rank 0.
 
-    def __init__(self, output_dir: Path, *, resumed_step: int) -> None:
+    `warn` gets a message on each damaged line, which the cut leaves out.
+    """
+
+    def __init__(self, output_dir: Path, *, resumed_step: int, warn: Callable[[str], None]) -> None:
         self.path = output_dir / METRICS_FILE
-        lines = [line for line in read_metrics(output_dir) if line["step"] <= resumed_step]
+        lines = [line for line in read_metrics(output_dir, warn=warn) if line["step"] <= resumed_step]
         staged = self.path.with_suffix(".staged")
-        with open(staged, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        staged.unlink(missing_ok=True)
+        with open(staged, "xb") as file:
+            file.writelines(to_json(line) + b"\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
         staged.rename(self.path)
@@ -28,7 +34,7 @@ class MetricsLog:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line, at once. What a full disk does not take is kept for the next time."""
-        self._unwritten += json.dumps(line).encode() + b"\n"
+        self._unwritten += to_json(line) + b"\n"
         with contextlib.suppress(OSError):
             self._write()
 
@@ -49,15 +55,27 @@ class MetricsLog:
         self._file.close()
 
 
-def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, without a last one that a crash cut short."""
+def read_metrics(output_dir: Path, *, warn: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl, without a last one that a crash cut short.
+
+    `warn` gets a message on any other line that is damaged, and so left out. Raises UserError if it is no regular file.
+    """
     path = output_dir / METRICS_FILE
+    if not os.path.lexists(path):
+        return []
     lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+    with open_regular(path) as raw, open(raw.fileno(), "rb", closefd=False) as file:
+        for number in count(1):
+            text = file.readline(MOST_BYTES)
+            if not text.endswith(b"\n"):
+                if len(text) == MOST_BYTES:
+                    raise DamagedRecord(f"{path}: line {number} has no end. Move the file away, to go on without it")
+                break
+            try:
+                lines.append(read_metrics_line(path, text))
+            except DamagedRecord as error:
+                if warn is not None:
+                    warn(f"line {number} is left out: {error}")
     return lines
 
 

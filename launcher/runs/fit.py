@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shardlaunch.launcher.command_line.parsing import options_from_keywords
+from shardlaunch.launcher.command_line.parsing import naming_origins, options_from_keywords
 from shardlaunch.launcher.launched import mark_launched
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe, check_in_effect, options_type_of
@@ -41,7 +41,7 @@ def fit(recipe: Recipe | type[Recipe], *, show: bool = False, **options: Any) ->
         parsed = options_from_keywords(options_type_of(recipe_type), recipe_type.presets, options, base=base)
         env = read_environment()
         display = new_display(env, show=show)
-        with shown_by(display.phases):
+        with naming_origins(parsed.origins), shown_by(display.phases):
             choice = choose(parsed, env)
             with joined_ranks(env, parsed, choice) as world:
                 try:

@@ -1,20 +1,20 @@
 """The output folder of a run: its lock, its records, and the checkpoint to resume from."""
 
 import fcntl
-import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from shardlaunch.checkpoints.layout import CHECKPOINTS, RECIPE
+from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.manifest import DamagedCheckpoint
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, newest_valid, open_path
+from shardlaunch.checkpoints.records import DamagedRecord, IdentityRecord, RunRecord, read_record, to_json
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.reporting.display import Display
@@ -22,7 +22,6 @@ from shardlaunch.launcher.reporting.trackers import TrackedRun
 from shardlaunch.launcher.runs.identity import Identity
 
 RUN = "run.json"
-TRACKING_ID = "tracking_id"  # its name in run.json
 LOCK = ".lock"
 
 
@@ -86,12 +85,13 @@ def tracked_run(output_dir: Path, identity: Identity, *, project: str, name: str
 
     The id is new where the folder holds no run, or one without a checkpoint that is another run.
     """
-    saved: dict[str, Any] = {}
-    if (output_dir / RUN).exists():
-        with suppress(ValueError):  # then it is written anew
-            saved = json.loads((output_dir / RUN).read_text())
-    has_started = checkpoint_steps(output_dir / CHECKPOINTS) or saved.get("identity") == dict(identity.identity)
-    kept = saved.get(TRACKING_ID) if has_started else None
+    try:
+        saved = read_record(output_dir / RUN, RunRecord)
+    except DamagedRecord:  # or none yet: it is written anew
+        saved = None
+    kept = None
+    if saved is not None and (checkpoint_steps(output_dir / CHECKPOINTS) or saved.identity == identity.identity):
+        kept = saved.tracking_id or None
     return TrackedRun(
         project=project,
         name=name,
@@ -104,8 +104,9 @@ def tracked_run(output_dir: Path, identity: Identity, *, project: str, name: str
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON file atomically."""
     staged = path.with_name(f".{path.name}.staged")
-    with open(staged, "w") as file:
-        json.dump(record, file, indent=1)
+    staged.unlink(missing_ok=True)
+    with open(staged, "xb") as file:
+        file.write(to_json(record, indent=1))
         file.flush()
         os.fsync(file.fileno())
     staged.rename(path)
@@ -144,19 +145,14 @@ def find_checkpoint(resume: str, output_dir: Path, *, peers: Peers, display: Dis
     return checkpoint
 
 
-def saved_identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the identity record of a checkpoint's run."""
-    record: dict[str, Any] = checkpoint.read_json(RECIPE)["run"]
-    return record
-
-
-def identity_of_folder(output_dir: Path) -> dict[str, Any] | None:
+def identity_of_folder(output_dir: Path) -> IdentityRecord | None:
     """Return the identity record of the run in an output folder, None if it has no checkpoints."""
     path = output_dir / RUN
-    if not path.exists() or not checkpoint_steps(output_dir / CHECKPOINTS):
+    if not os.path.lexists(path) or not checkpoint_steps(output_dir / CHECKPOINTS):
         return None
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        return {name: dict(record[name]) for name in ("identity", "warn")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a readable record of a run ({error!r}); choose another --output-dir") from error
+        return read_record(path, RunRecord)
+    except DamagedRecord as error:
+        raise UserError(
+            f"{error}. Choose another --output-dir; or delete this file, for each checkpoint says which run it is of"
+        ) from error

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import xxhash
 
+from shardlaunch.checkpoints.records import IdentityRecord, as_written
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options, flag, marks
 
@@ -28,13 +29,13 @@ class Identity:
     identity: Mapping[str, Any]
     warn: Mapping[str, Any]
 
-    def check(self, saved: Mapping[str, Any], where: str, *, hint: str) -> list[str]:
+    def check(self, saved: IdentityRecord, where: str, *, hint: str) -> list[str]:
         """Compare with a checkpoint's record and return descriptions of the differences that only affect rounding.
 
         Raises UserError if identity fields differ, with both values of each, options first. The message ends with
         `hint`, an option that starts a new run.
         """
-        expected = dict(saved["identity"])
+        expected = dict(saved.identity)
         if _INIT_DIGEST not in self.identity:  # a resumed run does not need --init-from
             expected.pop(_INIT_DIGEST, None)
         refused = _differences(expected, self.identity)
@@ -43,7 +44,7 @@ class Identity:
                 f"cannot resume {where}: it holds another run ({', '.join(refused)}). "
                 f"To resume it, use its values. To start a new run: {hint}"
             )
-        return _differences(saved["warn"], self.warn)
+        return _differences(saved.warn, self.warn)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record stored in checkpoints and run.json."""
@@ -111,8 +112,8 @@ def option_values(options: Options) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> Any:
-    """Return a value as JSON stores it: tuples as lists, paths and other objects as strings."""
-    return json.loads(json.dumps(value, default=str))
+    """Return a value as JSON stores it: tuples as lists, paths and other objects, NaN and infinities as strings."""
+    return as_written(json.loads(json.dumps(value, default=str)))
 
 
 def versions() -> dict[str, str]:

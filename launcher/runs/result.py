@@ -1,13 +1,13 @@
 """The outcome of a run, read from its output folder."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardlaunch.checkpoints.layout import CHECKPOINTS, TRAINER_STATE, step_dir_name
-from shardlaunch.checkpoints.reader import newest_complete
+from shardlaunch.checkpoints.layout import CHECKPOINTS, step_dir_name
+from shardlaunch.checkpoints.reader import newest_complete, position_of
+from shardlaunch.checkpoints.records import Position
 from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, read_metrics
 
 if TYPE_CHECKING:
@@ -57,18 +57,18 @@ class Result:
             if f"{EVAL_PREFIX}loss" in line
         )
         last = last or newest_complete(run_dir / CHECKPOINTS)
-        state: dict[str, Any] = json.loads((last / TRAINER_STATE).read_bytes()) if last is not None else {}
-        best = run_dir / CHECKPOINTS / step_dir_name(state.get("best_step", 0))
-        has_best = state.get("best_value") is not None
+        position = position_of(last) if last is not None else Position()
+        best = run_dir / CHECKPOINTS / step_dir_name(position.best_step)
+        has_best = position.best_value is not None
         return cls(
             run_dir=run_dir,
-            step=state.get("step", 0),
-            is_finished=state.get("is_finished", False),
+            step=position.step,
+            is_finished=position.is_finished,
             evaluations=evaluations,
             last_checkpoint=last,
             best_checkpoint=best if has_best and best.is_dir() else None,
-            best_metric=state.get("best_metric", "") if has_best else "",
-            best_value=state.get("best_value"),
+            best_metric=position.best_metric if has_best else "",
+            best_value=position.best_value,
         )
 
     def history(self) -> "pd.DataFrame":

@@ -12,7 +12,9 @@ import xxhash
 
 from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.reader import Checkpoint, open_checkpoint
+from shardlaunch.checkpoints.records import Position
 from shardlaunch.checkpoints.retention import sweep
+from shardlaunch.checkpoints.state import OPTIMIZER
 from shardlaunch.checkpoints.weight_files import open_weights
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
@@ -25,13 +27,11 @@ from shardlaunch.launcher.reporting.trackers import tracker_names
 from shardlaunch.launcher.runs.assembly import assemble
 from shardlaunch.launcher.runs.data import load_data
 from shardlaunch.launcher.runs.folder import (
-    TRACKING_ID,
     claim,
     find_checkpoint,
     identity_of_folder,
     new_folder_hint,
     run_folder,
-    saved_identity,
     tracked_run,
     write_run,
 )
@@ -47,7 +47,7 @@ from shardlaunch.launcher.runs.init_from import InitFrom
 from shardlaunch.launcher.runs.result import Result
 from shardlaunch.launcher.runs.saver import Saver
 from shardlaunch.launcher.training.evaluation import Evaluator
-from shardlaunch.launcher.training.trainer import Hooks, Position, Trainer
+from shardlaunch.launcher.training.trainer import Hooks, Trainer
 from shardlaunch.sharding.named_state import group_hyperparameters, restore_group_hyperparameters
 from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
@@ -145,7 +145,7 @@ class Run:
         checkpoint = find_checkpoint(options.resume, self.output_dir, peers=world.peers, display=self.display)
         if checkpoint is not None:
             where = str(checkpoint.step_dir)
-            saved = saved_identity(checkpoint)
+            saved = checkpoint.recipe.run
             for difference in self.identity.check(saved, where, hint=new_folder_hint(options, self.output_dir)):
                 self.display.warn(f"this resume may round differently: {difference}")
         return checkpoint
@@ -236,7 +236,7 @@ class Run:
                 group_hyperparameters=group_hyperparameters(self.strategy.optimizer),
                 non_persistent_buffers=self.assembly.non_persistent_buffers,
             )
-        position = Position.from_json(checkpoint.trainer_state)
+        position = checkpoint.position
         if position.non_persistent_buffers != self.assembly.non_persistent_buffers:
             raise UserError(
                 f"{checkpoint.step_dir}: the model's non-persistent buffers differ from the checkpoint's: its "
@@ -244,6 +244,13 @@ class Run:
             )
         with phase("loading the checkpoint"):
             self.strategy.restore(checkpoint)
+        if position.step and not any(spec.section == OPTIMIZER for spec in checkpoint.specs()):
+            kind = type(self.strategy.optimizer)
+            if kind is not torch.optim.SGD or any(group["momentum"] for group in self.strategy.optimizer.param_groups):
+                self.display.warn(
+                    f"{checkpoint.step_dir}: holds no optimizer state, so that {kind.__name__} starts anew; this is "
+                    f"right only if it keeps none"
+                )
         if position.step != self.options.unfreeze_at_step:  # there, the parameter groups change
             restore_group_hyperparameters(self.strategy.optimizer, position.group_hyperparameters)
         # A run also ends by early stopping. A run that is extended is no longer finished at its original end, and an
@@ -262,7 +269,7 @@ class Run:
         folder = self.output_dir
         name = folder.name if self.fold is None else f"{folder.parent.name}/{folder.name}"
         self.tracked = tracked_run(folder, self.identity, project=self.options.project or self.name, name=name)
-        record[TRACKING_ID] = self.tracked.tracking_id
+        record["tracking_id"] = self.tracked.tracking_id
         write_run(folder, record, least_bytes=4 * self.assembly.num_elements)
 
     def _train(self, stack: ExitStack) -> None:

@@ -1,12 +1,11 @@
 """Checkpoints of a run: when one is saved, which old ones are deleted, and what a failed save means."""
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from shardlaunch.checkpoints.layout import RECIPE, step_dir_name
+from shardlaunch.checkpoints.records import Position, to_json
 from shardlaunch.checkpoints.retention import prune
 from shardlaunch.checkpoints.writer import save
 from shardlaunch.errors import UserError
@@ -14,7 +13,6 @@ from shardlaunch.launcher.recipe import Recipe, recipe_name
 from shardlaunch.launcher.runs.assembly import Assembly
 from shardlaunch.launcher.runs.identity import Identity, option_values
 from shardlaunch.launcher.runs.model_card import CARD, CardFacts, model_card
-from shardlaunch.launcher.training.trainer import Position
 from shardlaunch.sharding.named_state import group_hyperparameters
 from shardlaunch.sharding.world import World
 
@@ -51,9 +49,8 @@ class Saver:
             self._world.peers.together(self._before_save)
             self.last_saved = save(
                 self._checkpoints_dir,
-                step=position.step,
+                position=position,
                 state=assembly.strategy.state(),
-                trainer_state=asdict(position),
                 export=lambda folder: self._export(folder, position.step, assembly),
                 aliases=assembly.aliases,
                 peers=self._world.peers,
@@ -89,7 +86,7 @@ class Saver:
             "options": option_values(self._recipe.options),
             "run": self._identity.to_json(),
         }
-        (folder / RECIPE).write_text(json.dumps(record, indent=1))
+        (folder / RECIPE).write_bytes(to_json(record, indent=1))
         if not (folder / CARD).exists():  # the recipe may have one of its own
             facts = CardFacts(
                 step=step,

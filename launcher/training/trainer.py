@@ -3,12 +3,13 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from shardlaunch.checkpoints.records import Position
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.optimization.freezing import train_mode
 from shardlaunch.launcher.options import Options
@@ -22,30 +23,6 @@ from shardlaunch.sharding.buffers import BufferMean
 from shardlaunch.sharding.precision import Precision
 from shardlaunch.sharding.strategy import Strategy
 from shardlaunch.sharding.world import World
-
-
-@dataclass(kw_only=True)
-class Position:
-    """The position of a run: everything that a checkpoint keeps besides tensors."""
-
-    step: int = 0  # global batches consumed
-    best_value: float | None = None
-    best_step: int = 0
-    best_metric: str = ""
-    evaluations_since_best: int = 0
-    is_finished: bool = False
-    has_stopped_early: bool = False  # by --early-stopping-patience: an extension does not go on from there
-    loss_scale: dict[str, Any] = field(default_factory=dict)
-    group_hyperparameters: list[dict[str, Any]] = field(default_factory=list)  # of the optimizer
-    non_persistent_buffers: str = ""  # digest of their values
-
-    @classmethod
-    def from_json(cls, saved: Mapping[str, Any]) -> "Position":
-        """Return the position from a checkpoint's trainer_state.json; accepts the two old names of release 0.1."""
-        return cls(**{_RENAMED.get(name, name): value for name, value in saved.items()})
-
-
-_RENAMED = {"group_numbers": "group_hyperparameters", "constants": "non_persistent_buffers"}
 
 
 @dataclass(frozen=True, kw_only=True)

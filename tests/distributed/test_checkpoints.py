@@ -13,6 +13,7 @@ from shardlaunch.checkpoints.gather import gather
 from shardlaunch.checkpoints.layout import plan_files
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
+from shardlaunch.checkpoints.records import Position
 from shardlaunch.checkpoints.state import MODEL, Fragment, TensorSpec, fragments_by_key
 from shardlaunch.checkpoints.writer import save
 from shardlaunch.sharding.environment import read_environment
@@ -52,7 +53,8 @@ def _fragments(how: str, rank: int, num_ranks: int) -> list[Fragment]:
 
 
 def _save(folder: Path, fragments: list[Fragment], peers: Peers) -> Path:
-    return save(folder, step=1, state=fragments, trainer_state={}, export=lambda staging: None, aliases={}, peers=peers)
+    position = Position(step=1)
+    return save(folder, position=position, state=fragments, export=lambda staging: None, aliases={}, peers=peers)
 
 
 def _save_and_read(folder: Path, hows: list[str]) -> None:

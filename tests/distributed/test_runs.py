@@ -49,8 +49,8 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     accuracies = {line["step"]: line["eval/accuracy"] for line in _evaluations(tmp_path)}
     best = max(accuracies, key=lambda step: (accuracies[step], -step))
     assert checkpoint_steps(tmp_path / "checkpoints") == sorted({best, *sorted({2, 4, 6, 8, 10, 12, best})[-2:]})
-    state = open_checkpoint(tmp_path / "checkpoints" / "step-00000012", peers=Peers()).trainer_state
-    assert (state["best_step"], state["best_value"]) == (best, accuracies[best])
+    state = open_checkpoint(tmp_path / "checkpoints" / "step-00000012", peers=Peers()).position
+    assert (state.best_step, state.best_value) == (best, accuracies[best])
 
 
 def test_early_stopping_ends_the_run_for_good(tmp_path: Path) -> None:
@@ -105,16 +105,16 @@ def test_an_overflow_skips_the_update_and_the_step_goes_on(tmp_path: Path) -> No
     lines = [line for line in training_lines(tmp_path) if "loss" in line]
     assert [bool(line.get("skipped")) for line in lines] == [True] * 3 + [False] * 9
     assert final_tensors(tmp_path)["step/last.bias"].item() == 9, "Adam's own step counts applied updates"
-    state = open_checkpoint(tmp_path / "checkpoints" / "step-00000012", peers=Peers()).trainer_state
-    assert state["loss_scale"] == {"value": 65536.0 / 8, "good_steps": 9}
+    state = open_checkpoint(tmp_path / "checkpoints" / "step-00000012", peers=Peers()).position
+    assert state.loss_scale == {"value": 65536.0 / 8, "good_steps": 9}
 
 
 def test_the_loss_scale_goes_on_at_a_resume(tmp_path: Path) -> None:
     argv = [*BASE, "--precision", "fp16", "--output-dir", str(tmp_path)]
     run_on_ranks(2, _run_with_overflows, [*argv, "--stop-at-step", "5"])
     run_on_ranks(2, run_well, NetRecipe, argv)
-    state = open_checkpoint(tmp_path / "checkpoints" / "step-00000012", peers=Peers()).trainer_state
-    assert state["loss_scale"] == {"value": 65536.0 / 8, "good_steps": 9}
+    state = open_checkpoint(tmp_path / "checkpoints" / "step-00000012", peers=Peers()).position
+    assert state.loss_scale == {"value": 65536.0 / 8, "good_steps": 9}
 
 
 def test_fp16_resumes_bit_identically(tmp_path: Path) -> None:

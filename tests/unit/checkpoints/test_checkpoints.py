@@ -14,6 +14,7 @@ from shardlaunch import UserError
 from shardlaunch.checkpoints.layout import is_plain_file_name, plan_files, step_dir_name, step_of_dir_name
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
+from shardlaunch.checkpoints.records import Position
 from shardlaunch.checkpoints.retention import prune, sweep
 from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, Fragment, TensorSpec, whole
 from shardlaunch.checkpoints.writer import save
@@ -44,9 +45,8 @@ def _export(staging: Path) -> None:
 def _save(folder: Path, step: int) -> Path:
     return save(
         folder,
-        step=step,
+        position=Position(step=step),
         state=_state(),
-        trainer_state={"step": step},
         export=_export,
         aliases={"head.weight": "layer.weight"},
         peers=ALONE,
@@ -55,7 +55,7 @@ def _save(folder: Path, step: int) -> Path:
 
 def test_round_trip(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(_save(tmp_path, 500), peers=ALONE)
-    assert (checkpoint.step, checkpoint.trainer_state) == (500, {"step": 500})
+    assert (checkpoint.step, checkpoint.position) == (500, Position(step=500))
     assert checkpoint.manifest.aliases == {"head.weight": "layer.weight"}
     saved = set(checkpoint.specs())
     for fragment in _state():
@@ -136,7 +136,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match=r"step 4 was not saved.*No space left"):
-        save(tmp_path, step=4, state=_state(), trainer_state={}, export=export, aliases={}, peers=ALONE)
+        save(tmp_path, position=Position(step=4), state=_state(), export=export, aliases={}, peers=ALONE)
     assert list(tmp_path.iterdir()) == []
 
 

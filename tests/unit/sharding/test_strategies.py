@@ -162,6 +162,14 @@ def test_strategy(option: str, variables: dict[str, str], expected: str) -> None
         ("auto", {"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x'"),
         ("auto", {"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2 contradict"),
         ("auto", {**TORCHRUN, "MASTER_PORT": "0"}, "--standalone"),
+        ("auto", {**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT=99999 is no port"),
+        ("auto", {"RANK": "1"}, "RANK=1 is set, but no WORLD_SIZE"),
+        ("auto", {"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but no RANK"),
+        ("auto", {"RANK": "", "WORLD_SIZE": ""}, "RANK is set to nothing"),
+        ("auto", {"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0 must be at least 1"),
+        ("auto", {**TORCHRUN, "LOCAL_RANK": "2"}, "LOCAL_RANK=2 and 2 ranks on this machine"),
+        ("auto", {"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS=0 must be at least 1"),
+        ("auto", {**TORCHRUN, "SHARDLAUNCH_JOIN_TIMEOUT_S": "-5"}, "SHARDLAUNCH_JOIN_TIMEOUT_S=-5 must be"),
     ],
 )
 def test_strategies_that_cannot_be(option: str, variables: dict[str, str], complaint: str) -> None:
