@@ -11,8 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shardlaunch import Options, Recipe, UserError, demo, launch, option
-from shardlaunch.data import class_names, class_weights, derived, load_splits, require_texts, select_columns
+from shardlaunch import Recipe, UserError, demo, launch, option
+from shardlaunch.data import (
+    ColumnKind,
+    FileOptions,
+    class_names,
+    class_weights,
+    derived,
+    load_splits,
+    require_texts,
+    select_columns,
+)
 from shardlaunch.metrics import CLASSIFICATION, REGRESSION, named_metrics
 from shardlaunch.text import (
     from_config,
@@ -31,7 +40,7 @@ METRICS_OF_TASK = {"classification": CLASSIFICATION, "regression": REGRESSION}
 
 
 @dataclass(kw_only=True)
-class BertOptions(Options):
+class BertOptions(FileOptions):
     """Options of the BERT recipe."""
 
     model: str = "google-bert/bert-base-uncased"
@@ -96,8 +105,14 @@ class BertImdb(Recipe):
                 f"--model {options.model}: its tokenizer has no padding token; choose an encoder such as BERT"
             )
         require_room(self.tokenizer, "--max-length", options.max_length)
-        splits = demo.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
-        columns = {"text": options.text_column, "label": options.label_column}
+        label: ColumnKind = "number" if options.task == "regression" else "label"
+        kinds: dict[str, ColumnKind] = {options.text_column: "text", options.label_column: label}
+        splits = (
+            demo.film_reviews()
+            if options.data == DEMO
+            else load_splits(options.data, seed=options.seed, columns=kinds, options=options)
+        )
+        columns = {"text": options.text_column, "label": options.label_column, **options.groups()}
         splits = select_columns(splits, columns, source=options.data)
         require_texts(splits, source=options.data, called=options.text_column)
         if options.task == "regression":

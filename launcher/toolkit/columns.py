@@ -1,12 +1,15 @@
 """Columns of data sets: selecting those that a recipe uses, checking texts, numbering class labels."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 
 from shardlaunch.errors import UserError, some
+from shardlaunch.launcher.reporting.notes import MOST_EXAMPLES, current, excerpt
 from shardlaunch.launcher.toolkit.datasets import derived
 
 
@@ -33,7 +36,34 @@ def select_columns(splits: Mapping[str, Any], columns: Mapping[str, str], *, sou
         renamed = {column: role for role, column in columns.items() if column != role}
         split = split.select_columns(list(columns.values()))
         chosen[name] = split.rename_columns(renamed) if renamed else split
+    notes = current()
+    notes.columns = ", ".join(role if role == column else f"{role}: {column!r}" for role, column in columns.items())
+    first = chosen["train"].select(range(min(MOST_EXAMPLES, len(chosen["train"]))))
+    notes.examples = [" | ".join(_shown(row[role]) for role in columns) for row in _undecoded(first)]
     return chosen
+
+
+def _undecoded(dataset: Any) -> list[dict[str, Any]]:
+    """Return rows with images as they are stored, and classes by name."""
+    import datasets
+
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    names = {name: feature for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)}
+    return [
+        {
+            name: names[name].int2str(value) if name in names and value is not None else value
+            for name, value in row.items()
+        }
+        for row in dataset
+    ]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+        return str(value["path"] or f"image of {len(value['bytes'] or b''):,} bytes")
+    return excerpt(value)
 
 
 def _column_option(role: str) -> str:
@@ -44,8 +74,12 @@ def require_texts(splits: Mapping[str, Any], column: str = "text", *, source: st
     """Raise UserError when a row of --data `source` has no text in a column, which is named `called` there."""
     for name, split in splits.items():
         kind = split.features[column]
-        if getattr(kind, "dtype", None) not in ("string", "large_string") or split.data.column(column).null_count:
-            raise UserError(f"--data {source}: the {name} data has rows whose {called!r} is missing or not text")
+        if getattr(kind, "dtype", None) not in ("string", "large_string"):
+            raise UserError(f"--data {source}: column {called!r} of the {name} data must hold texts, not {kind}")
+        texts = split.with_format("arrow", columns=[column])[:][column]
+        if texts.null_count:
+            row = texts.is_null().index(True).as_py()
+            raise UserError(f"--data {source}: row {row} of the {name} data has no text {called!r}")
 
 
 def class_names(
@@ -94,9 +128,26 @@ def class_names(
                 f"--data {source}: labels out of range: {min(unknown)!r} in the {name} data; labels must be text or "
                 f"numbers from 0, and those of the training data are {some(map(repr, classes))}"
             )
+    _warn_of_alike(list(feature.names) if has_names else classes, called, source)
     if classes != list(range(len(classes))):
         splits = {name: _numbered(split, column, classes) for name, split in splits.items()}
     return splits, list(feature.names) if has_names else [str(value) for value in classes]
+
+
+def _warn_of_alike(classes: Sequence[Any], called: str, source: str) -> None:
+    """Warn of names of classes that differ in case, blanks or the way that a number is written only."""
+    alike: dict[str, list[str]] = {}
+    for name in filter(lambda name: isinstance(name, str), classes):
+        plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        with suppress(ValueError):
+            plain = repr(float(plain))
+        alike.setdefault(plain, []).append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            current().warnings.append(
+                f"--data {source}: {some(map(repr, names))} of column {called!r} are different classes; are they meant "
+                f"to be one?"
+            )
 
 
 def _numbered(split: Any, column: str, classes: Sequence[Any]) -> Any:
