@@ -10,7 +10,7 @@ import torch
 
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.reporting.notes import MOST_EXAMPLES, current, excerpt
-from shardlaunch.launcher.toolkit.datasets import derived
+from shardlaunch.launcher.toolkit.derived import derived
 
 
 def select_columns(splits: Mapping[str, Any], columns: Mapping[str, str], *, source: str) -> dict[str, Any]:

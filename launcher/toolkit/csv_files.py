@@ -37,7 +37,7 @@ def csv_table(
     if repeated:
         raise UserError(f"{where}: several columns are called {some(map(repr, repeated))}; rename them")
     has_quotes = _has_strict_quotes(content, chosen) or _require_quotes(content, chosen, is_tsv=is_tsv, where=where)
-    block_bytes = min(max(BLOCK_BYTES, 1), MOST_BLOCK_BYTES)
+    block_bytes = BLOCK_BYTES
     while True:
         try:
             table = pyarrow.csv.read_csv(
@@ -59,9 +59,23 @@ def csv_table(
                 block_bytes = min(len(content) + 1, MOST_BLOCK_BYTES)  # a row that is longer than a block
                 continue
             raise _explained(error, content, chosen, len(names), has_quotes=has_quotes, where=where) from error
+    _refuse_names_among_rows(table, where)
     how = [] if chosen == ("\t" if is_tsv else ",") else [f"delimiter {_NAMES.get(chosen, chosen)}"]
     how += [] if has_quotes else ["quotes as text"]
     return table, {"names": names, "how": how}
+
+
+def _refuse_names_among_rows(table: Any, where: str) -> None:
+    """Raise UserError for a row that repeats the names of the first line, as files that were joined have."""
+    import pyarrow.compute as pc
+
+    repeats = None
+    for name in table.column_names:
+        is_name = pc.equal(table.column(name), name)
+        repeats = is_name if repeats is None else pc.and_(repeats, is_name)
+    row = -1 if repeats is None else pc.index(repeats, True).as_py()
+    if row >= 0:
+        raise UserError(f"{where}: row {row + 1} repeats the names of the first line; remove it")
 
 
 def _first_line(content: Any, where: str) -> str:

@@ -1,7 +1,6 @@
 """Data sets from a hub id or a local path, with checks before any training."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import xxhash
 
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.reporting.notes import counted, current
-from shardlaunch.launcher.reporting.phases import Advance, phase
 from shardlaunch.launcher.splitting import HELD_OUT_FRACTION, held_out_rows
-from shardlaunch.launcher.toolkit.cache import cache_dir, content_digest, filling, refusal
+from shardlaunch.launcher.toolkit.cache import content_digest, refusal
 from shardlaunch.launcher.toolkit.column_types import ColumnKind, typed
+from shardlaunch.launcher.toolkit.derived import derived
 from shardlaunch.launcher.toolkit.files import (
     GROUP,
     HELD_OUT,
@@ -30,7 +29,6 @@ from shardlaunch.launcher.toolkit.files import (
 )
 from shardlaunch.launcher.toolkit.tables import ReadFile, read_file
 
-CACHE_VERSION = 2  # of the results of `derived`: increment it when a function passed to it changes
 MOST_NAMED = 3  # files
 LONGEST_PATH = 4096
 
@@ -267,17 +265,31 @@ def _joined(files: Sequence[ReadFile], tables: Sequence[Any]) -> Any:
 
     first = tables[0]
     for file, table in zip(files, tables, strict=True):
-        here, there = ({field.name: str(field.type) for field in one.schema} for one in (table, first))
+        here, there = ({field.name: _family(field.type) for field in one.schema} for one in (table, first))
         if here != there:
             name = next(name for name in {**there, **here} if here.get(name) != there.get(name))
             raise UserError(
                 f"--data {file.file.path}: column {name!r} is {here.get(name, 'missing')}, but "
                 f"{there.get(name, 'missing')} in {files[0].file.path}; make the files alike"
             )
-    table = pa.concat_tables([one.select(first.column_names) for one in tables]) if len(tables) > 1 else first
-    types = [(field.name, str(field.type)) for field in first.schema]
+    table = first
+    if len(tables) > 1:
+        alike = [one.select(first.column_names).replace_schema_metadata(first.schema.metadata) for one in tables]
+        table = pa.concat_tables(alike, promote_options="permissive")
+    types = [(field.name, str(field.type)) for field in table.schema]
     digest = xxhash.xxh3_128_hexdigest(repr(([file.digest for file in files], types)).encode())
     return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=digest)
+
+
+def _family(kind: Any) -> str:
+    """Return what a type of Arrow is called, whatever the bits that it takes."""
+    import pyarrow as pa
+
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return "text"
+    if pa.types.is_integer(kind):
+        return "whole numbers"
+    return "numbers" if pa.types.is_floating(kind) else str(kind)
 
 
 def _note_files(
@@ -354,44 +366,3 @@ def _load_hub(source: str) -> dict[str, Any]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def derived(
-    dataset: Any,
-    function: Callable[..., dict[str, Any]],
-    *,
-    key: Sequence[object],
-    doing: str = "preparing",
-    **options: Any,
-) -> Any:
-    """Map a data set in batches, cached on disk under `key` and the data set's own fingerprint.
-
-    A person is shown a bar, with the words `doing`. The function runs in this process: tokenizers use all its cores by
-    themselves, for less than it costs to pass rows to other processes and back.
-
-    `key` must hold everything besides the data that the result depends on. By default datasets would hash the
-    function's closure, which differs between processes for tokenizers. The cache is one folder, whichever folder the
-    data set is in; of several processes one fills it.
-    """
-    fingerprint = xxhash.xxh3_128_hexdigest(repr((CACHE_VERSION, dataset._fingerprint, key)).encode())
-    path = cache_dir() / f"{fingerprint}.arrow"
-    with ExitStack() as stack:
-        advance: Advance | None = None
-
-        def shown(*columns: Any) -> dict[str, Any]:
-            nonlocal advance
-            if advance is None:  # not before there is something to do: the outcome may be cached
-                advance = stack.enter_context(phase(doing, num_rows=len(dataset)))
-            outcome = function(*columns)
-            first = columns[0]  # a column, or without input_columns all of them by name
-            advance(len(next(iter(first.values()))) if isinstance(first, Mapping) else len(first))
-            return outcome
-
-        stack.enter_context(filling(path))
-        try:
-            return dataset.map(shown, batched=True, new_fingerprint=fingerprint, cache_file_name=str(path), **options)
-        except OSError as error:
-            problem = refusal(error)
-            if problem is None:
-                raise
-            raise problem from error

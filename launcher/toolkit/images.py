@@ -17,7 +17,8 @@ from shardlaunch.launcher.toolkit import demo_data
 from shardlaunch.launcher.toolkit.cache import content_digest
 from shardlaunch.launcher.toolkit.column_types import ColumnKind
 from shardlaunch.launcher.toolkit.columns import class_names, select_columns
-from shardlaunch.launcher.toolkit.datasets import derived, load_splits
+from shardlaunch.launcher.toolkit.datasets import load_splits
+from shardlaunch.launcher.toolkit.derived import derived
 from shardlaunch.launcher.toolkit.files import FileOptions
 from shardlaunch.launcher.toolkit.pixels import MODES, WORDS, in_mode, opened, upright
 
