@@ -204,8 +204,13 @@ def _numbers(split: Any, name: str, options: BertOptions) -> Any:
             f"--data {options.data}: the {name} data has rows whose {options.label_column!r} is not a number; --task "
             f"regression needs numbers"
         )
-    # Cast to float64 first: Arrow refuses to cast integers to float32 if they are not exactly representable.
-    return split.cast_column("label", datasets.Value("float64")).cast_column("label", datasets.Value("float32"))
+    return derived(
+        split,
+        lambda labels: {"label": np.array(labels, dtype=np.float32)},
+        key=("numbers",),
+        input_columns=["label"],
+        features=datasets.Features({**split.features, "label": datasets.Value("float32")}),
+    )
 
 
 launch(BertImdb)

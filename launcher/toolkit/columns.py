@@ -95,12 +95,12 @@ def class_names(
     splits = dict(splits)
     kinds = {name: getattr(split.features[column], "dtype", None) for name, split in splits.items()}
     if all(kind == "bool" for kind in kinds.values()):
-        splits = {name: split.cast_column(column, datasets.Value("int64")) for name, split in splits.items()}
+        splits = {name: _numbered(split, column, [False, True]) for name, split in splits.items()}
     feature = splits["train"].features[column]
     refusal = f"--data {source}: column {called!r} must hold class labels (integers or text), not {feature}"
     if None in kinds.values():
         raise UserError(refusal)
-    values = {name: split.unique(column) for name, split in splits.items()}
+    values = {name: _unique(split, column) for name, split in splits.items()}
     for name, found in values.items():
         if any(value is None for value in found):
             raise UserError(f"--data {source}: the {name} data has rows without a {called!r}")
@@ -132,6 +132,12 @@ def class_names(
     if classes != list(range(len(classes))):
         splits = {name: _numbered(split, column, classes) for name, split in splits.items()}
     return splits, list(feature.names) if has_names else [str(value) for value in classes]
+
+
+def _unique(split: Any, column: str) -> list[Any]:
+    """Return the values of a column, in the order in which they appear."""
+    found: list[Any] = split.with_format("arrow", columns=[column])[:][column].unique().to_pylist()
+    return found
 
 
 def _warn_of_alike(classes: Sequence[Any], called: str, source: str) -> None:

@@ -341,8 +341,11 @@ def _load_saved(path: Path, source: str) -> dict[str, Any]:
     splits = dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
     for name, split in splits.items():
         files = [Path(file["filename"]) for file in split.cache_files]
-        # The name that datasets stored says nothing of files that were replaced since.
-        split._fingerprint = xxhash.xxh3_128_hexdigest(repr((content_digest(files), str(split.features))).encode())
+        # The fingerprint that is stored there says nothing of files that were replaced since.
+        digest = xxhash.xxh3_128_hexdigest(repr((content_digest(files), str(split.features))).encode())
+        # As a table without files: otherwise datasets would write what it caches beside them.
+        table = datasets.table.InMemoryTable(split.data.table)
+        splits[name] = datasets.Dataset(table, info=split.info, fingerprint=digest)
         current().data.append(f"{name}: {path.name} (saved data set), {counted(len(split), 'row')}")
     return splits
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ def opened(stored: Mapping[str, Any]) -> Any:
     """Return a stored image (`bytes`, or a `path`), whole. Raises many kinds of errors for what is no image."""
     from PIL import Image
 
-    image: Any = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"])
+    image: Any = Image.open(io.BytesIO(stored["bytes"] or Path(stored["path"]).read_bytes()))
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo with a preview is one image
         raise ValueError(f"it has {image.n_frames} frames; store one of them")
     image.load()
