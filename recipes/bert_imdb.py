@@ -13,10 +13,10 @@ from torch import nn
 
 from shardlaunch import Recipe, UserError, demo, launch, option
 from shardlaunch.data import (
-    ColumnKind,
     FileOptions,
     class_names,
     class_weights,
+    column_kinds,
     derived,
     load_splits,
     require_texts,
@@ -105,15 +105,14 @@ class BertImdb(Recipe):
                 f"--model {options.model}: its tokenizer has no padding token; choose an encoder such as BERT"
             )
         require_room(self.tokenizer, "--max-length", options.max_length)
-        label: ColumnKind = "number" if options.task == "regression" else "label"
-        kinds: dict[str, ColumnKind] = {options.text_column: "text", options.label_column: label}
+        columns = {"text": options.text_column, "label": options.label_column}
+        kinds = column_kinds(columns, text="text", label="number" if options.task == "regression" else "label")
         splits = (
             demo.film_reviews()
             if options.data == DEMO
             else load_splits(options.data, seed=options.seed, columns=kinds, options=options)
         )
-        columns = {"text": options.text_column, "label": options.label_column, **options.groups()}
-        splits = select_columns(splits, columns, source=options.data)
+        splits = select_columns(splits, {**columns, **options.groups()}, source=options.data)
         require_texts(splits, source=options.data, called=options.text_column)
         if options.task == "regression":
             self.class_names, self.class_weights = ["value"], None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardlaunch import Recipe, UserError, demo, launch, option
-from shardlaunch.data import ColumnKind, FileOptions, derived, load_splits, require_texts, select_columns
+from shardlaunch.data import FileOptions, column_kinds, derived, load_splits, require_texts, select_columns
 from shardlaunch.text import (
     causal_config,
     cut_blocks,
@@ -117,7 +117,7 @@ class GptLm(Recipe):
             raise UserError(f"{', '.join(unused)}: only for a model from scratch, not with --model {options.model}")
         if (options.tokenizer or options.model or "bpe") != "bpe" and self.explicitly_set_flags("vocab_size"):
             raise UserError("--vocab-size: only for a new bpe tokenizer; remove it")
-        kinds: dict[str, ColumnKind] = {options.text_column: "text"}
+        kinds = column_kinds({"text": options.text_column}, text="text")
         splits = (
             demo.film_reviews()
             if options.data == DEMO

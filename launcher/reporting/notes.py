@@ -36,7 +36,7 @@ class Notes:
         """
         rows = {}
         if self.data:
-            rows["data"] = ", ".join(self.data)
+            rows["data"] = "; ".join(self.data)
         for name, text in self.splits.items():
             if fold is None:
                 rows[name] = text

@@ -10,7 +10,23 @@ import torch
 
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.reporting.notes import MOST_EXAMPLES, current, excerpt
+from shardlaunch.launcher.toolkit.column_types import ColumnKind
 from shardlaunch.launcher.toolkit.derived import derived
+
+
+def column_kinds(columns: Mapping[str, str], **kinds: ColumnKind) -> dict[str, ColumnKind]:
+    """Return the kind of each column of the data, for `load_splits`; `columns` maps the recipe's names to the data's.
+
+    Raises UserError when two of the columns are the same.
+    """
+    _require_different(columns)
+    return {columns[name]: kind for name, kind in kinds.items()}
+
+
+def _require_different(columns: Mapping[str, str]) -> None:
+    if len(set(columns.values())) < len(columns):
+        options = " and ".join(map(_column_option, columns))
+        raise UserError(f"{options}: must be different columns, not {', '.join(map(repr, columns.values()))}")
 
 
 def select_columns(splits: Mapping[str, Any], columns: Mapping[str, str], *, source: str) -> dict[str, Any]:
@@ -19,9 +35,7 @@ def select_columns(splits: Mapping[str, Any], columns: Mapping[str, str], *, sou
     Raises UserError when a split of --data `source` lacks a column, when two columns are the same, and when a split has
     no rows. The message names the option, such as --text-column for `text`.
     """
-    if len(set(columns.values())) < len(columns):
-        options = " and ".join(map(_column_option, columns))
-        raise UserError(f"{options}: must be different columns, not {', '.join(map(repr, columns.values()))}")
+    _require_different(columns)
     chosen = {}
     for name, split in splits.items():
         missing = {role: column for role, column in columns.items() if column not in split.column_names}

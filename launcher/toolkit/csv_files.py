@@ -30,6 +30,10 @@ def csv_table(
     import pyarrow.csv
 
     first = _first_line(content, where)
+    if "\0" in first:
+        raise UserError(
+            f"{where}: holds null bytes; if it is a text in UTF-16, choose --encoding utf-16-le or utf-16-be"
+        )
     chosen = delimiter or _delimiter_of(first, columns, is_tsv=is_tsv)
     names = _header(first, chosen)
     used = [name for name in columns if name in names] if columns is not None else names
@@ -154,6 +158,8 @@ def _explained(
     """Return the message for a file that cannot be parsed, with the line that is to blame."""
     if "UTF8" in str(error):
         return not_encoded(bytes(content), "utf-8", where)
+    if "Empty CSV" in str(error):  # names and no end of line
+        return UserError(f"{where}: no rows")
     rows = _rows(content, delimiter, has_quotes=has_quotes)
     before = 0
     for row in rows:

@@ -89,7 +89,7 @@ def load_splits(
             origin = "train" if name == "train" else held_out
             current().splits[name] = f"{counted(len(split), 'row')}, all of {origin}"
         return chosen
-    return _with_held_out(chosen["train"], seed, labels[0] if labels else None)
+    return _with_held_out(chosen["train"], seed, labels[0] if labels else None, source=source)
 
 
 def _refuse_file_options(options: FileOptions, *names: str, where: str) -> None:
@@ -98,7 +98,7 @@ def _refuse_file_options(options: FileOptions, *names: str, where: str) -> None:
             raise UserError(f"--{name.replace('_', '-')}: has no effect, because {where}; remove it")
 
 
-def _with_held_out(train: Any, seed: int, label: str | None) -> dict[str, Any]:
+def _with_held_out(train: Any, seed: int, label: str | None, *, source: str) -> dict[str, Any]:
     """Return `train` and `eval`: all but a tenth of the rows and that tenth, or such parts of a single text."""
     notes = current()
     if len(train) == 1 and train.column_names == ["text"]:
@@ -111,9 +111,13 @@ def _with_held_out(train: Any, seed: int, label: str | None) -> dict[str, Any]:
     groups = _numbered_values(train, GROUP) if GROUP in train.column_names else None
     if classes is not None and classes.max(initial=0) == 0:
         classes = None  # reported later: at least two classes are required
-    rows, held_out = held_out_rows(len(train), seed=seed, classes=classes, groups=groups)
+    try:
+        rows, held_out = held_out_rows(len(train), seed=seed, classes=classes, groups=groups)
+    except UserError as error:
+        raise UserError(f"--data {source}: {error}") from error
     how = [f"a tenth of {len(train):,}, chosen by --seed"]
-    how += ["in equal shares of each class"] if classes is not None else []
+    if classes is not None:
+        how.append("in equal shares of each class" if groups is None else "in shares of each class that groups allow")
     how += ["with whole groups"] if groups is not None else []
     notes.splits["train"] = f"{len(rows):,} of {len(train):,} rows"
     notes.splits["eval"] = f"{counted(len(held_out), 'row')}: {', '.join(how)}"

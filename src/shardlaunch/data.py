@@ -1,7 +1,7 @@
 """Data sets from the Hub or from files, their columns and classes; stored weights."""
 
 from shardlaunch.launcher.toolkit.column_types import ColumnKind
-from shardlaunch.launcher.toolkit.columns import class_names, class_weights, require_texts, select_columns
+from shardlaunch.launcher.toolkit.columns import class_names, class_weights, column_kinds, require_texts, select_columns
 from shardlaunch.launcher.toolkit.datasets import load_splits
 from shardlaunch.launcher.toolkit.derived import derived
 from shardlaunch.launcher.toolkit.files import FileOptions
@@ -12,6 +12,7 @@ __all__ = [
     "FileOptions",
     "class_names",
     "class_weights",
+    "column_kinds",
     "derived",
     "load_splits",
     "require_texts",

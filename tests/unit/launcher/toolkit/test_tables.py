@@ -103,6 +103,8 @@ def test_without_kinds_all_cells_decide(tmp_path: Path) -> None:
         ("text,label\na,0\ntext,label\nb,1\n", "row 2 repeats the names of the first line"),
         ("\n\n", "the file is empty"),
         ("text,label\n", "no rows"),
+        ("text,label", "no rows"),
+        ("text,label\na,0\n".encode("utf-16-le"), "holds null bytes; if it is a text in UTF-16, choose --encoding"),
         (b"text,label\na,0\ncaf\xe9,1\n", r"line 3 is not in the encoding utf-8 \(byte 0xe9\); choose with --encoding"),
     ],
     ids=str,
