@@ -85,13 +85,15 @@ class Recipe:
 
         By default the column `labels` or `label`, if it holds integers or booleans.
         """
-        has_tensors = isinstance(dataset, TensorData)
-        names = dataset.columns if has_tensors else getattr(dataset, "column_names", None) or ()
-        name = next((name for name in ("labels", "label") if name in names), None)
-        if name is None:
-            return None
-        classes = np.asarray(dataset.columns[name] if has_tensors else dataset.with_format("numpy")[name][:])
-        return classes if classes.ndim == 1 and classes.dtype.kind in "iub" else None
+        classes = _column(dataset, "labels", "label")
+        return classes if classes is not None and classes.ndim == 1 and classes.dtype.kind in "iub" else None
+
+    def groups_of(self, dataset: Any) -> np.ndarray | None:
+        """Return one group per sample (integer array), which --folds keeps in one fold; None: no groups.
+
+        By default the column `group`, which `load_splits` makes of that of --group-column.
+        """
+        return _column(dataset, "group") if getattr(self.options, "group_column", "") else None
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
         """Return a batch (tensors by name) of some samples: a list of rows, or a mapping of columns.
@@ -151,6 +153,16 @@ class Recipe:
     def usage(self, checkpoint: Path) -> str:
         """Return an example shell command that uses a checkpoint; empty: none."""
         return ""
+
+
+def _column(dataset: Any, *names: str) -> np.ndarray | None:
+    """Return the first of some columns that a data set has, None if it has none."""
+    has_tensors = isinstance(dataset, TensorData)
+    known = dataset.columns if has_tensors else getattr(dataset, "column_names", None) or ()
+    name = next((name for name in names if name in known), None)
+    if name is None:
+        return None
+    return np.asarray(dataset.columns[name] if has_tensors else dataset.with_format("numpy")[name][:])
 
 
 def recipe_name(recipe_type: type[Recipe]) -> str:

@@ -11,8 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shardlaunch import Options, Recipe, UserError, demo, launch, option
-from shardlaunch.data import class_names, class_weights, derived, load_splits, require_texts, select_columns
+from shardlaunch import Recipe, UserError, demo, launch, option
+from shardlaunch.data import (
+    FileOptions,
+    class_names,
+    class_weights,
+    column_kinds,
+    derived,
+    load_splits,
+    require_texts,
+    select_columns,
+)
 from shardlaunch.metrics import CLASSIFICATION, REGRESSION, named_metrics
 from shardlaunch.text import (
     from_config,
@@ -31,7 +40,7 @@ METRICS_OF_TASK = {"classification": CLASSIFICATION, "regression": REGRESSION}
 
 
 @dataclass(kw_only=True)
-class BertOptions(Options):
+class BertOptions(FileOptions):
     """Options of the BERT recipe."""
 
     model: str = option("google-bert/bert-base-uncased", is_path=True)
@@ -96,9 +105,14 @@ class BertImdb(Recipe):
                 f"--model {options.model}: its tokenizer has no padding token; choose an encoder such as BERT"
             )
         require_room(self.tokenizer, "--max-length", options.max_length)
-        splits = demo.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
         columns = {"text": options.text_column, "label": options.label_column}
-        splits = select_columns(splits, columns, source=options.data)
+        kinds = column_kinds(columns, text="text", label="number" if options.task == "regression" else "label")
+        splits = (
+            demo.film_reviews()
+            if options.data == DEMO
+            else load_splits(options.data, seed=options.seed, columns=kinds, options=options)
+        )
+        splits = select_columns(splits, {**columns, **options.groups()}, source=options.data)
         require_texts(splits, source=options.data, called=options.text_column)
         if options.task == "regression":
             self.class_names, self.class_weights = ["value"], None
@@ -189,8 +203,13 @@ def _numbers(split: Any, name: str, options: BertOptions) -> Any:
             f"--data {options.data}: the {name} data has rows whose {options.label_column!r} is not a number; --task "
             f"regression needs numbers"
         )
-    # Cast to float64 first: Arrow refuses to cast integers to float32 if they are not exactly representable.
-    return split.cast_column("label", datasets.Value("float64")).cast_column("label", datasets.Value("float32"))
+    return derived(
+        split,
+        lambda labels: {"label": np.array(labels, dtype=np.float32)},
+        key=("numbers",),
+        input_columns=["label"],
+        features=datasets.Features({**split.features, "label": datasets.Value("float32")}),
+    )
 
 
 launch(BertImdb)

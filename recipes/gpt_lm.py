@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shardlaunch import Options, Recipe, UserError, demo, launch, option
-from shardlaunch.data import derived, load_splits, require_texts, select_columns
+from shardlaunch import Recipe, UserError, demo, launch, option
+from shardlaunch.data import FileOptions, column_kinds, derived, load_splits, require_texts, select_columns
 from shardlaunch.text import (
     causal_config,
     cut_blocks,
@@ -34,7 +34,7 @@ END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<unk>"
 
 
 @dataclass(kw_only=True)
-class GptOptions(Options):
+class GptOptions(FileOptions):
     """Options of the language model recipe."""
 
     model: str = option("", is_path=True)
@@ -78,6 +78,8 @@ class GptOptions(Options):
             raise UserError(
                 "--shift-blocks: shifted blocks would overlap those that --folds holds out; remove one of the two"
             )
+        if self.folds and self.group_column:
+            raise UserError("--group-column: a block holds parts of several rows, so --folds cannot keep groups whole")
 
 
 class GptLm(Recipe):
@@ -115,7 +117,12 @@ class GptLm(Recipe):
             raise UserError(f"{', '.join(unused)}: only for a model from scratch, not with --model {options.model}")
         if (options.tokenizer or options.model or "bpe") != "bpe" and self.explicitly_set_flags("vocab_size"):
             raise UserError("--vocab-size: only for a new bpe tokenizer; remove it")
-        splits = demo.film_reviews() if options.data == DEMO else load_splits(options.data, seed=options.seed)
+        kinds = column_kinds({"text": options.text_column}, text="text")
+        splits = (
+            demo.film_reviews()
+            if options.data == DEMO
+            else load_splits(options.data, seed=options.seed, columns=kinds, options=options, of_texts=True)
+        )
         splits = select_columns(splits, {"text": options.text_column}, source=options.data)
         require_texts(splits, source=options.data, called=options.text_column)
         self.unit: Unit = "character" if options.tokenizer == "characters" else "byte"

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shardlaunch import Options, Recipe, UserError, demo, launch, option
-from shardlaunch.data import derived, load_splits, select_columns
+from shardlaunch import Recipe, UserError, demo, launch, option
+from shardlaunch.data import FileOptions, column_kinds, derived, load_splits, select_columns
 from shardlaunch.demo import toy_translations
 from shardlaunch.metrics import TEXT_METRICS, text_metrics
 from shardlaunch.text import (
@@ -34,7 +34,7 @@ IGNORED = -100  # the label that the loss ignores
 
 
 @dataclass(kw_only=True)
-class TranslateOptions(Options):
+class TranslateOptions(FileOptions):
     """Options of the encoder-decoder recipe."""
 
     model: str = option("", is_path=True)
@@ -130,15 +130,18 @@ class TranslateSeq2Seq(Recipe):
         unused = self.explicitly_set_flags("vocab_size", "layers", "heads", "width", "dropout")
         if options.model and unused:
             raise UserError(f"{', '.join(unused)}: only for a model from scratch, not with --model {options.model}")
+        columns = {"source": options.source_column, "target": options.target_column}
         if options.data == DEMO:
             if options.eval_split:
                 raise UserError(f"--eval-split {options.eval_split}: has no effect with --data demo; remove it")
             splits = toy_translations()
         else:
-            splits = load_splits(options.data, seed=options.seed, eval_split=options.eval_split)
+            kinds = column_kinds(columns, source="text", target="text")
+            splits = load_splits(
+                options.data, seed=options.seed, eval_split=options.eval_split, columns=kinds, options=options
+            )
         splits = {name: split.flatten() for name, split in splits.items()}
-        columns = {"source": options.source_column, "target": options.target_column}
-        splits = select_columns(splits, columns, source=options.data)
+        splits = select_columns(splits, {**columns, **options.groups()}, source=options.data)
         self.tokenizer = (
             from_source(AutoTokenizer, options.model)
             if options.model

@@ -1,6 +1,7 @@
 """Parse options from the command line, YAML files, presets and keyword arguments, all by the same rules."""
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -156,6 +157,8 @@ def _typed_words(options_type: type[Options], words: Sequence[str]) -> dict[str,
                 )
             typed[name] = is_on
         else:
+            if name == "data" and len(texts) > 1:  # several files, as a shell makes them of a pattern
+                texts = [shlex.join(texts)]
             typed[name] = _value(options_type, name, texts)
     return typed
 

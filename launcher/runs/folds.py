@@ -7,7 +7,7 @@ from torch.utils.data import Subset
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.recipe import Recipe
-from shardlaunch.launcher.seeding import derive_seed
+from shardlaunch.launcher.splitting import fold_of_samples
 
 
 def checked_splits(recipe: Recipe, fold: int | None) -> dict[str, Any]:
@@ -23,29 +23,13 @@ def checked_splits(recipe: Recipe, fold: int | None) -> dict[str, Any]:
             )
     if fold is not None:
         options, train = recipe.options, splits["train"]
-        classes = recipe.classes_of(train)
-        folds = fold_of_samples(len(train), options.folds, seed=options.seed, classes=classes)
+        classes, groups = recipe.classes_of(train), recipe.groups_of(train)
+        folds = fold_of_samples(len(train), options.folds, seed=options.seed, classes=classes, groups=groups)
         splits = fold_splits(train, folds, fold)
     for name, split in splits.items():
         if len(split) == 0:
             raise UserError(f"the {name} data has no rows")
     return splits
-
-
-def fold_of_samples(num_samples: int, num_folds: int, *, seed: int, classes: np.ndarray | None) -> np.ndarray:
-    """Return each sample's fold (int64 array, from 0), a function of the seed. Fold sizes differ by at most 1.
-
-    With `classes` (one integer per sample) the folds are stratified: counts of each class differ by at most 1. Raises
-    UserError if there are fewer samples than folds.
-    """
-    if num_samples < num_folds:
-        raise UserError(f"--folds {num_folds}: the training data has only {num_samples} samples; use fewer folds")
-    shuffled = np.random.default_rng(derive_seed(seed, "folds")).permutation(num_samples)
-    if classes is not None:
-        shuffled = shuffled[np.argsort(classes[shuffled], kind="stable")]
-    folds = np.empty(num_samples, dtype=np.int64)
-    folds[shuffled] = np.arange(num_samples) % num_folds
-    return folds
 
 
 def fold_splits(dataset: Any, folds: np.ndarray, fold: int) -> dict[str, Any]:

@@ -130,15 +130,16 @@ def versions() -> dict[str, str]:
 def data_fingerprint(dataset: Any) -> str:
     """Return a digest of a data set's content, whatever its path.
 
-    Calls the data set's `fingerprint()` if it has one. Digests all rows of Hugging Face data sets up to 1 GiB, and of
-    others the number of rows and 4,096 evenly spaced rows.
+    Calls the data set's `fingerprint()` if it has one. Digests all rows of Hugging Face data sets, those above 1 GiB in
+    the order in which they are stored, which is faster; of others the number of rows and 4,096 evenly spaced rows.
     """
     if hasattr(dataset, "fingerprint"):
         return str(dataset.fingerprint())
     digest = xxhash.xxh3_128(str(len(dataset)).encode())
     if hasattr(dataset, "with_format") and hasattr(dataset, "data"):
-        if dataset.data.nbytes > FULL_DIGEST_BYTES:
-            dataset = dataset.select(_spread(len(dataset)))
+        if dataset.data.nbytes > FULL_DIGEST_BYTES and dataset._indices is not None:
+            _digest_value(digest, dataset._indices.column(0).to_numpy())
+            dataset = type(dataset)(dataset.data, info=dataset.info, fingerprint=dataset._fingerprint)
         _digest_arrow(digest, dataset)
     else:
         for row in _spread(len(dataset)):

@@ -20,6 +20,7 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe, recipe_name
 from shardlaunch.launcher.reporting.display import Display
+from shardlaunch.launcher.reporting.notes import collected
 from shardlaunch.launcher.reporting.phases import phase
 from shardlaunch.launcher.reporting.recorder import Recorder
 from shardlaunch.launcher.reporting.summary import batch_text, say_end, say_init, say_start
@@ -106,7 +107,7 @@ class Run:
 
     def prepare(self) -> None:
         """Load the data, find the checkpoint to resume from, and build model and trainer. All ranks."""
-        with phase("reading data"):
+        with phase("reading data"), collected() as self.notes:
             self.data = load_data(self.recipe, self.world, self.fold)
             self.identity = self._identity()
             self.world.peers.together(lambda: None)  # the other ranks read after rank 0, which shows this phase
@@ -336,6 +337,7 @@ class Run:
                 ),
                 "steps": f"{self._steps_text()} ({plan.steps_per_epoch} per epoch, {plan.num_samples:,} samples)",
                 **({"fold": f"{self.fold + 1} of {options.folds}"} if self.fold is not None else {}),
+                **self._data_rows(),
                 "starts at": f"step {checkpoint.step} ({checkpoint.step_dir})" if checkpoint else "step 0",
                 "output": str(self.output_dir),
             },
@@ -354,6 +356,15 @@ class Run:
             )
         if any(row.lr is None for row in assembly.rows) or options.lr_factors:
             self.display.parameters(assembly.rows)
+
+    def _data_rows(self) -> dict[str, str]:
+        """Return what the start says about the data; warnings about it are shown at once."""
+        for text in self.notes.warnings:
+            self.display.warn(text)
+        found = {name: self.recipe.classes_of(split) for name, split in self.data.splits.items()}
+        classes = {name: numbers for name, numbers in found.items() if numbers is not None}
+        fold = (self.fold + 1, self.options.folds) if self.fold is not None else None
+        return self.notes.rows(classes, self.recipe.class_names, fold=fold)
 
     def _end(self) -> Result:
         """Print the last lines and return the outcome. All ranks."""

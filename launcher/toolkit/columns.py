@@ -1,13 +1,32 @@
 """Columns of data sets: selecting those that a recipe uses, checking texts, numbering class labels."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 
 from shardlaunch.errors import UserError, some
-from shardlaunch.launcher.toolkit.datasets import derived
+from shardlaunch.launcher.reporting.notes import MOST_EXAMPLES, current, excerpt
+from shardlaunch.launcher.toolkit.column_types import ColumnKind
+from shardlaunch.launcher.toolkit.derived import derived
+
+
+def column_kinds(columns: Mapping[str, str], **kinds: ColumnKind) -> dict[str, ColumnKind]:
+    """Return the kind of each column of the data, for `load_splits`; `columns` maps the recipe's names to the data's.
+
+    Raises UserError when two of the columns are the same.
+    """
+    _require_different(columns)
+    return {columns[name]: kind for name, kind in kinds.items()}
+
+
+def _require_different(columns: Mapping[str, str]) -> None:
+    if len(set(columns.values())) < len(columns):
+        options = " and ".join(map(_column_option, columns))
+        raise UserError(f"{options}: must be different columns, not {', '.join(map(repr, columns.values()))}")
 
 
 def select_columns(splits: Mapping[str, Any], columns: Mapping[str, str], *, source: str) -> dict[str, Any]:
@@ -16,9 +35,7 @@ def select_columns(splits: Mapping[str, Any], columns: Mapping[str, str], *, sou
     Raises UserError when a split of --data `source` lacks a column, when two columns are the same, and when a split has
     no rows. The message names the option, such as --text-column for `text`.
     """
-    if len(set(columns.values())) < len(columns):
-        options = " and ".join(map(_column_option, columns))
-        raise UserError(f"{options}: must be different columns, not {', '.join(map(repr, columns.values()))}")
+    _require_different(columns)
     chosen = {}
     for name, split in splits.items():
         missing = {role: column for role, column in columns.items() if column not in split.column_names}
@@ -33,7 +50,34 @@ def select_columns(splits: Mapping[str, Any], columns: Mapping[str, str], *, sou
         renamed = {column: role for role, column in columns.items() if column != role}
         split = split.select_columns(list(columns.values()))
         chosen[name] = split.rename_columns(renamed) if renamed else split
+    notes = current()
+    notes.columns = ", ".join(role if role == column else f"{role}: {column!r}" for role, column in columns.items())
+    first = chosen["train"].select(range(min(MOST_EXAMPLES, len(chosen["train"]))))
+    notes.examples = [" | ".join(_shown(row[role]) for role in columns) for row in _undecoded(first)]
     return chosen
+
+
+def _undecoded(dataset: Any) -> list[dict[str, Any]]:
+    """Return rows with images as they are stored, and classes by name."""
+    import datasets
+
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    names = {name: feature for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)}
+    return [
+        {
+            name: names[name].int2str(value) if name in names and value is not None else value
+            for name, value in row.items()
+        }
+        for row in dataset
+    ]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+        return str(value["path"] or f"image of {len(value['bytes'] or b''):,} bytes")
+    return excerpt(value)
 
 
 def _column_option(role: str) -> str:
@@ -44,8 +88,12 @@ def require_texts(splits: Mapping[str, Any], column: str = "text", *, source: st
     """Raise UserError when a row of --data `source` has no text in a column, which is named `called` there."""
     for name, split in splits.items():
         kind = split.features[column]
-        if getattr(kind, "dtype", None) not in ("string", "large_string") or split.data.column(column).null_count:
-            raise UserError(f"--data {source}: the {name} data has rows whose {called!r} is missing or not text")
+        if getattr(kind, "dtype", None) not in ("string", "large_string"):
+            raise UserError(f"--data {source}: column {called!r} of the {name} data must hold texts, not {kind}")
+        texts = split.with_format("arrow", columns=[column])[:][column]
+        if texts.null_count:
+            row = texts.is_null().index(True).as_py()
+            raise UserError(f"--data {source}: row {row} of the {name} data has no text {called!r}")
 
 
 def class_names(
@@ -61,12 +109,12 @@ def class_names(
     splits = dict(splits)
     kinds = {name: getattr(split.features[column], "dtype", None) for name, split in splits.items()}
     if all(kind == "bool" for kind in kinds.values()):
-        splits = {name: split.cast_column(column, datasets.Value("int64")) for name, split in splits.items()}
+        splits = {name: _numbered(split, column, [False, True]) for name, split in splits.items()}
     feature = splits["train"].features[column]
     refusal = f"--data {source}: column {called!r} must hold class labels (integers or text), not {feature}"
     if None in kinds.values():
         raise UserError(refusal)
-    values = {name: split.unique(column) for name, split in splits.items()}
+    values = {name: _unique(split, column) for name, split in splits.items()}
     for name, found in values.items():
         if any(value is None for value in found):
             raise UserError(f"--data {source}: the {name} data has rows without a {called!r}")
@@ -94,9 +142,32 @@ def class_names(
                 f"--data {source}: labels out of range: {min(unknown)!r} in the {name} data; labels must be text or "
                 f"numbers from 0, and those of the training data are {some(map(repr, classes))}"
             )
+    _warn_of_alike(list(feature.names) if has_names else classes, called, source)
     if classes != list(range(len(classes))):
         splits = {name: _numbered(split, column, classes) for name, split in splits.items()}
     return splits, list(feature.names) if has_names else [str(value) for value in classes]
+
+
+def _unique(split: Any, column: str) -> list[Any]:
+    """Return the values of a column, in the order in which they appear."""
+    found: list[Any] = split.with_format("arrow", columns=[column])[:][column].unique().to_pylist()
+    return found
+
+
+def _warn_of_alike(classes: Sequence[Any], called: str, source: str) -> None:
+    """Warn of names of classes that differ in case, blanks or the way that a number is written only."""
+    alike: dict[str, list[str]] = {}
+    for name in filter(lambda name: isinstance(name, str), classes):
+        plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        with suppress(ValueError):
+            plain = repr(float(plain))
+        alike.setdefault(plain, []).append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            current().warnings.append(
+                f"--data {source}: {some(map(repr, names))} of column {called!r} are different classes; are they meant "
+                f"to be one?"
+            )
 
 
 def _numbered(split: Any, column: str, classes: Sequence[Any]) -> Any:

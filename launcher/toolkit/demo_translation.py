@@ -6,6 +6,8 @@ It needs word reordering, agreement and plurals, as real translation does. Its s
 import random
 from typing import Any
 
+from shardlaunch.launcher.reporting.notes import current
+
 NUM_TRAIN = 8000
 NUM_EVAL = 200
 
@@ -62,6 +64,8 @@ def toy_translations() -> dict[str, Any]:
     pairs: dict[str, str] = {}
     while len(pairs) < NUM_TRAIN + NUM_EVAL:
         pairs.update([_sentence(rng)])
+    current().data.append("sentences of a small grammar")
+    current().splits |= {"train": f"{NUM_TRAIN:,} rows", "eval": f"{NUM_EVAL:,} other rows"}
     rows = datasets.Dataset.from_dict({"de": list(pairs), "en": list(pairs.values())})
     return {
         "train": rows.select(range(NUM_TRAIN)),

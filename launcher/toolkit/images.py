@@ -1,32 +1,34 @@
 """Images: decoded once into uint8 tensors, then augmented and normalized in operations on whole batches."""
 
-import io
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 from shardlaunch.errors import UserError, some
-from shardlaunch.launcher.options import Options, flag, option
+from shardlaunch.launcher.options import flag, option
+from shardlaunch.launcher.reporting.notes import counted, current
 from shardlaunch.launcher.seeding import derive_seed
 from shardlaunch.launcher.tensor_data import TensorData
 from shardlaunch.launcher.toolkit import demo_data
+from shardlaunch.launcher.toolkit.cache import content_digest
+from shardlaunch.launcher.toolkit.column_types import ColumnKind
 from shardlaunch.launcher.toolkit.columns import class_names, select_columns
-from shardlaunch.launcher.toolkit.datasets import derived, load_splits
+from shardlaunch.launcher.toolkit.datasets import load_splits
+from shardlaunch.launcher.toolkit.derived import derived
+from shardlaunch.launcher.toolkit.files import FileOptions
+from shardlaunch.launcher.toolkit.pixels import MODES, WORDS, in_mode, opened, upright
 
 _GRAY = 128
-_MODES = {1: "L", 3: "RGB"}  # Pillow's modes by number of channels
 # Of ImageNet's training images scaled to 0..1, as pretrained nets expect.
 _MEAN, _STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
 
 
 @dataclass(kw_only=True)
-class ImageOptions(Options):
+class ImageOptions(FileOptions):
     """Options of every recipe that reads images."""
 
     image_column: str = option("", mark="free", group="image")
@@ -60,10 +62,11 @@ def load_images(options: ImageOptions, *, size: int, num_channels: int) -> tuple
         if unused:
             raise UserError(f"{', '.join(unused)}: has no effect with --data demo; remove it")
         return demo_data.digits(size=size, num_channels=num_channels), [str(digit) for digit in range(10)]
-    splits = load_splits(source, seed=options.seed)
+    splits = load_splits(source, seed=options.seed, columns=_columns(options), options=options)
     names = splits["train"].column_names
     column = options.image_column or ("img" if "img" in names and "image" not in names else "image")
-    splits = select_columns(splits, {"image": column, "label": options.label_column}, source=source)
+    columns = {"image": column, "label": options.label_column, **options.groups()}
+    splits = select_columns(splits, columns, source=source)
     splits, classes = class_names(splits, source=source, called=options.label_column)
     decoded = {
         name: _decoded(
@@ -78,69 +81,85 @@ def load_images(options: ImageOptions, *, size: int, num_channels: int) -> tuple
     return decoded, classes
 
 
+def _columns(options: ImageOptions) -> dict[str, ColumnKind]:
+    """Return the columns that may be used, with their kinds."""
+    images: tuple[str, ...] = (options.image_column,) if options.image_column else ("image", "img")
+    return {**dict.fromkeys(images, "any"), options.label_column: "label"}
+
+
 def _decoded(split: Any, *, size: int, num_channels: int, convert: bool, where: str) -> TensorData:
     import datasets
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    expected = f"{size}x{size} {_MODES[num_channels]}"
+    mode = MODES[num_channels]
+    expected = f"{size}x{size} {mode}"
 
     def pixels(images: list[Any], rows: list[int]) -> dict[str, Any]:
-        found, other = [], []
+        found, done, other = [], [], []
         for row, stored in zip(rows, images, strict=True):
             name = f"row {row} ({stored['path']})" if stored and stored["path"] else f"row {row}"
             try:
-                image: Any = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"])
-                image.load()
+                image, how = upright(opened(stored))
             except Exception as error:  # Pillow's decoders raise many kinds of errors
                 raise UserError(f"{where}: {name} is not a readable image ({error})") from error
-            if convert and image.mode.startswith(("I", "F")):
-                raise UserError(f"{where}: {name} has mode {image.mode}; only 8 bits per channel are supported")
             if convert:
-                image = ImageOps.exif_transpose(image)
-                image = ImageOps.fit(image.convert(_MODES[num_channels]), (size, size))
+                try:
+                    image, more = in_mode(image, mode)
+                except (ValueError, OSError) as error:
+                    raise UserError(f"{where}: {name} cannot be converted: {error}") from error
+                image, how = ImageOps.fit(image, (size, size)), how | more
             elif f"{image.width}x{image.height} {image.mode}" != expected:
                 other.append(f"{name} is {image.width}x{image.height} {image.mode}")
                 continue
             found.append(np.asarray(image).reshape(-1))
+            done.append(how)
         if other:
             raise UserError(
                 f"{where} must hold {expected} images: {some(other)}; --convert-images scales and converts them"
             )
-        return {"pixels": found}
+        return {"pixels": found, "done": done}
 
     try:
         split = split.cast_column("image", datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"{where} must hold images, not {split.features['image']}") from error
     row_type = datasets.List(datasets.Value("uint8"), length=size * size * num_channels)
+    kept = {name: datasets.Value("int64") for name in split.column_names if name != "image"}
     decoded = derived(
         split,
         pixels,
-        key=("pixels", size, num_channels, convert, *_state_of_files(split)),
+        key=("pixels", size, num_channels, convert, *_content_of_files(split)),
         doing="decoding images",
         input_columns=["image"],
         with_indices=True,
         remove_columns=["image"],
-        features=datasets.Features({"pixels": row_type, "label": datasets.Value("int64")}),
+        features=datasets.Features({"pixels": row_type, "done": datasets.Value("uint8"), **kept}),
     )
     # Read from the Arrow table: row by row, datasets would need 20 times the memory.
     stored = decoded.data.column("pixels").chunks
     flat = torch.from_numpy(np.concatenate([chunk.flatten().to_numpy() for chunk in stored]))
-    labels = torch.from_numpy(np.array(decoded.with_format("numpy")["label"][:]))
-    return TensorData(pixels=flat.view(-1, size, size, num_channels), labels=labels)
+    numbers = {name: torch.from_numpy(np.array(decoded.with_format("numpy")[name][:])) for name in kept}
+    _note_conversions(np.asarray(decoded.with_format("numpy")["done"][:]), where)
+    labels = numbers.pop("label")
+    return TensorData(pixels=flat.view(-1, size, size, num_channels), labels=labels, **numbers)
 
 
-def _state_of_files(split: Any) -> list[str]:
-    """Return a digest of times and sizes of the image files that a data set refers to by path, if any."""
-    digest = xxhash.xxh3_64()
-    has_files = False
-    for chunk in split.data.column("image").chunks:
-        for path in chunk.field("path").filter(chunk.field("bytes").is_null()).to_pylist():
-            with suppress(OSError, TypeError):  # a missing file is reported when it is read
-                state = os.stat(path)
-                digest.update(f"{path} {state.st_mtime_ns} {state.st_size}".encode())
-                has_files = True
-    return [digest.hexdigest()] if has_files else []
+def _note_conversions(done: np.ndarray, where: str) -> None:
+    """Note what was done to the images, for the start of the run."""
+    split = where.rpartition(" of the ")[2]
+    for bit, words in WORDS.items():
+        count = int(np.count_nonzero(done & bit))
+        if count:
+            current().remarks.append(f"{counted(count, 'image')} of the {split} {words}")
+
+
+def _content_of_files(split: Any) -> list[str]:
+    """Return a digest of the image files that a data set refers to by path, if any."""
+    paths = []
+    for chunk in split.with_format("arrow", columns=["image"])[:]["image"].chunks:
+        paths += [Path(path) for path in chunk.field("path").filter(chunk.field("bytes").is_null()).to_pylist() if path]
+    # A missing file is reported when it is read.
+    return [content_digest(path for path in paths if path.is_file())] if paths else []
 
 
 def select_classes(

@@ -1,12 +1,18 @@
 """Data sets from the Hub or from files, their columns and classes; stored weights."""
 
-from shardlaunch.launcher.toolkit.columns import class_names, class_weights, require_texts, select_columns
-from shardlaunch.launcher.toolkit.datasets import derived, load_splits
+from shardlaunch.launcher.toolkit.column_types import ColumnKind
+from shardlaunch.launcher.toolkit.columns import class_names, class_weights, column_kinds, require_texts, select_columns
+from shardlaunch.launcher.toolkit.datasets import load_splits
+from shardlaunch.launcher.toolkit.derived import derived
+from shardlaunch.launcher.toolkit.files import FileOptions
 from shardlaunch.launcher.toolkit.stored_weights import stored_weights
 
 __all__ = [
+    "ColumnKind",
+    "FileOptions",
     "class_names",
     "class_weights",
+    "column_kinds",
     "derived",
     "load_splits",
     "require_texts",

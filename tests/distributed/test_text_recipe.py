@@ -154,7 +154,7 @@ def test_weights_of_classes() -> None:
     [
         (("--text-column", "text"), ("no column 'text'", "it has 'review', 'opinion', 'mark'", "--text-column NAME")),
         (("--label-column", "review"), ("--text-column and --label-column: must be different columns",)),
-        (("--task", "regression"), ("the train data has rows whose 'opinion' is not a number",)),
+        (("--task", "regression"), ("row 1 has 'good' for 'opinion', which is not a number",)),
         (("--class-weights", "1", "2"), ("--class-weights 1 2: must be balanced, or 3 numbers", "'bad', 'fair'")),
         (("--metrics", "f3"), ("unknown metric 'f3'",)),
         (("--max-length", "2"), ("--max-length 2: must be at least 3",)),

@@ -107,7 +107,7 @@ CASES = (
     ),
     images("no rows in CSV", "header.csv", "header.csv", "no rows"),
     images("no bytes in JSON lines", "zero.jsonl", "zero.jsonl"),
-    images("no file in folder", "empty", "{inputs}/empty", "no .parquet, .csv, .json, .jsonl, .txt file"),
+    images("no file in folder", "empty", "{inputs}/empty", "no .csv, .tsv, .tab, .json, .jsonl"),
     images("no Parquet in Parquet file", "broken.parquet", "broken.parquet", "not readable"),
     images("no training data", "held_out_only", "{inputs}/held_out_only", "train"),
     images("Parquet without columns", "columns.parquet", "'image'", "'label'", "'pixels'", "'digit'"),

@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "short.txt").write_text("To be")
     (folder / "empty.txt").write_text("")
     (folder / "blank.jsonl").write_text('{"text": ""}\n' * 20)
-    (folder / "numbers.csv").write_text("text,other\n" + "1,a\n" * 20)
+    (folder / "numbers.jsonl").write_text('{"text": 1}\n' * 20)
     (folder / "gaps.csv").write_text("text,other\n" + "a b,a\n,b\n" * 20)
     (folder / "documents.jsonl").write_text("".join(f'{{"body": "Act {n}. {"Enter " * n}"}}\n' for n in range(40)))
     save_small_bert(folder / "bert")
@@ -121,7 +121,7 @@ def test_a_folder_of_texts_under_any_names(tmp_path: Path) -> None:
     assert sorted(splits["train"]["text"][:] + splits["eval"]["text"][:]) == names
     assert len(splits["eval"]) == 2
     (tmp_path / "test.txt").write_text("test")
-    with pytest.raises(UserError, match=r"chapter 0.txt must have a name that starts with train.*Rename it"):
+    with pytest.raises(UserError, match=r"chapter 0.txt, .* must have a name that starts with train.*Rename it"):
         load_splits(str(tmp_path), seed=0)
 
 
@@ -165,8 +165,8 @@ def test_documents_and_fine_tuning(folder: Path, tmp_path: Path) -> None:
         ("--data {f}/blank.jsonl --tokenizer {f}/bert", "no document in the data has a token to predict"),
         ("--data {f}/short.txt", "--context-length 16: all the training data is shorter"),
         ("--data {f}/documents.jsonl", "no column 'text'; it has 'body'. Choose with --text-column NAME"),
-        ("--data {f}/numbers.csv", "'text' is missing or not text"),
-        ("--data {f}/gaps.csv", "'text' is missing or not text"),
+        ("--data {f}/numbers.jsonl", "column 'text' of the train data must hold texts, not Value('int64')"),
+        ("--data {f}/gaps.csv", "gaps.csv: row 2 is without a 'text' (an empty cell)"),
         ("--data {f}/long.txt --vocab-size 100", "--vocab-size 100: must be at least 256"),
         ("--data {f}/long.txt --tokenizer {f}", "--tokenizer {f}: not a tokenizer folder"),
         ("--data {f}/long.txt --model {f}", "--model {f}: not a model folder"),

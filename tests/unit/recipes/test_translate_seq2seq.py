@@ -19,6 +19,8 @@ PAIRS = [{"de": f"Ein Hund, {number} Katzen.", "en": f"A dog, {number} cats."} f
 
 def _recipe(folder: Path, rows: list[dict[str, Any]] = PAIRS, **options: Any) -> TranslateSeq2Seq:
     """Return the recipe with the given rows as training data and valid evaluation data."""
+    folder = folder / "data"
+    folder.mkdir(exist_ok=True)
     for name, its_rows in (("train", rows), ("test", PAIRS)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in its_rows))
     small = {} if "model" in options else {"vocab_size": 300, "layers": 1, "width": 16}
@@ -94,8 +96,8 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("bad", [{"de": "Ein Hund."}, {"de": "Ein Hund.", "en": None}, {"de": " ", "en": "A dog."}])
 def test_unpaired_rows(tmp_path: Path, bad: dict[str, Any]) -> None:
-    column = "de" if bad.get("en") else "en"
-    with pytest.raises(UserError, match=f"row 5 of the train data has no text '{column}'"):
+    says = "row 5 of the train data has no text 'de'" if bad.get("en") else "train.jsonl: row 6 is without a 'en'"
+    with pytest.raises(UserError, match=says):
         _recipe(tmp_path, [*PAIRS[:5], bad, *PAIRS[5:]]).datasets()
 
 

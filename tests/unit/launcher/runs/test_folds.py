@@ -11,7 +11,8 @@ from torch.utils.data import IterableDataset, Subset
 
 from shardlaunch import Options, Recipe, TensorData, UserError
 from shardlaunch.launcher.runs.cross_validation import summarize
-from shardlaunch.launcher.runs.folds import checked_splits, fold_of_samples, fold_splits
+from shardlaunch.launcher.runs.folds import checked_splits, fold_splits
+from shardlaunch.launcher.splitting import fold_of_samples
 
 
 @pytest.mark.parametrize("num_samples", [5, 100, 103])

@@ -1,8 +1,10 @@
 """Images: reading, invalid images, augmentation by the sample's own seed, selected classes."""
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,7 @@ from PIL import Image
 
 from shardlaunch import TensorData, UserError, demo, images
 from shardlaunch.images import ImageOptions
+from shardlaunch.launcher.reporting.notes import collected
 from shardlaunch.launcher.seeding import sample_seeds
 
 SIZE = 8
@@ -125,6 +128,130 @@ def test_files_that_change_are_read_anew(tmp_path: Path) -> None:
         splits, _ = images.load_images(ImageOptions(data=str(tmp_path)), size=SIZE, num_channels=3)
         expected = torch.from_numpy(np.stack([np.asarray(_picture(first + number)) for number in range(4)]))
         assert torch.equal(splits["train"].columns["pixels"], expected)
+
+
+def _loaded(folder: Path) -> tuple[torch.Tensor, list[str]]:
+    """Return the converted training images of a folder as RGB, and what was said of them."""
+    with collected() as notes:
+        options = ImageOptions(data=str(folder), convert_images=True)
+        splits, _ = images.load_images(options, size=SIZE, num_channels=3)
+    return splits["train"].columns["pixels"], notes.remarks
+
+
+def _square(mode: str, ground: Any, mark: Any) -> Image.Image:
+    """Return an image with a mark in its upper left quarter."""
+    image = Image.new(mode, (SIZE, SIZE), ground)
+    image.paste(mark, (0, 0, SIZE // 2, SIZE // 2))
+    return image
+
+
+def _palette(alpha: bytes | int) -> Image.Image:
+    image = Image.new("P", (SIZE, SIZE), 0)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.paste(1, (0, 0, SIZE // 2, SIZE // 2))
+    image.info["transparency"] = alpha
+    return image
+
+
+RED, WHITE, BLACK, GRAY = [255, 0, 0], [255] * 3, [0] * 3, [128] * 3
+
+
+@pytest.mark.parametrize(
+    ("image", "suffix", "mark", "ground", "says"),
+    [
+        (_square("RGBA", (0, 0, 0, 0), (255, 0, 0, 255)), "png", RED, WHITE, "with transparency put on white"),
+        (_square("RGBA", (0, 0, 0, 255), (255, 0, 0, 255)), "png", RED, BLACK, ""),
+        (_square("LA", (0, 0), (0, 255)), "png", BLACK, WHITE, "with transparency put on white"),
+        (_palette(0), "png", RED, WHITE, "with transparency put on white"),
+        (_palette(bytes([0, 255])), "png", RED, WHITE, "with transparency put on white"),
+        (_square("I;16", 0, 128 * 257), "png", GRAY, BLACK, "of 16 bits scaled to 8"),
+        (_square("I;16B", 65535, 0), "tiff", BLACK, WHITE, "of 16 bits scaled to 8"),
+        (_square("CMYK", (0, 0, 0, 255), (0, 255, 255, 0)), "tiff", RED, BLACK, "of other colors converted"),
+        (_square("1", 0, 1), "png", WHITE, BLACK, ""),
+        (_square("L", 0, 128), "png", GRAY, BLACK, ""),
+    ],
+)
+def test_images_are_converted_as_they_are_seen(
+    tmp_path: Path, image: Image.Image, suffix: str, mark: list[int], ground: list[int], says: str
+) -> None:
+    for name in ("train/a", "train/b", "test/a"):
+        (tmp_path / name).mkdir(parents=True)
+        image.save(tmp_path / name / f"0.{suffix}")
+    pixels, remarks = _loaded(tmp_path)
+    assert pixels[0, 0, 0].tolist() == mark
+    assert pixels[0, -1, -1].tolist() == ground
+    assert (f"2 images of the train data {says}" in str(remarks)) if says else not remarks
+
+
+def test_photos_are_turned_upright_with_and_without_conversion(tmp_path: Path) -> None:
+    image = _square("RGB", (0, 0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees to the right
+    for name in ("train/a", "train/b", "test/a"):
+        (tmp_path / name).mkdir(parents=True)
+        image.save(tmp_path / name / "0.png", exif=exif)
+    pixels, remarks = _loaded(tmp_path)
+    assert pixels[0, 0, -1].tolist() == WHITE
+    assert pixels[0, 0, 0].tolist() == BLACK
+    assert "2 images of the train data turned by the EXIF orientation" in remarks
+    splits, _ = images.load_images(ImageOptions(data=str(tmp_path)), size=SIZE, num_channels=3)
+    assert torch.equal(splits["train"].columns["pixels"], pixels)
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (Image.new("F", (SIZE, SIZE), 0.5), "mode F, whose range of values is not known"),
+        (Image.new("I", (SIZE, SIZE), 70000), "mode I, whose range of values is not known"),
+        (Image.new("LAB", (SIZE, SIZE)), "mode LAB; store RGB"),
+        ([_picture(0), _picture(1)], "is not a readable image .it has 2 frames"),
+    ],
+    ids=str,
+)
+def test_images_without_one_conversion_are_refused(tmp_path: Path, image: Any, says: str) -> None:
+    (tmp_path / "a").mkdir()
+    first, *others = image if isinstance(image, list) else [image]
+    first.save(tmp_path / "a" / "0.tiff", **({"save_all": True, "append_images": others} if others else {}))
+    _folder(tmp_path, "b")
+    with pytest.raises(UserError, match=rf"row \d+ \(.*0.tiff\) .*{says}"):
+        _loaded(tmp_path)
+
+
+def test_every_file_and_folder_of_images_is_read_or_named(tmp_path: Path) -> None:
+    """Classes of any name, files of any name, links; what is no image is refused."""
+    _folder(tmp_path / "train", "__other__", "cat")
+    _folder(tmp_path / "elsewhere", "dog")
+    (tmp_path / "train" / "dog").symlink_to(tmp_path / "elsewhere" / "dog", target_is_directory=True)
+    (tmp_path / "train" / "cat" / "0.png").rename(tmp_path / "train" / "cat" / "no suffix")
+    (tmp_path / "train" / "cat" / ".DS_Store").write_text("")
+    options = ImageOptions(data=str(tmp_path / "train"))
+    splits, classes = images.load_images(options, size=SIZE, num_channels=3)
+    assert classes == ["__other__", "cat", "dog"]
+    assert sum(map(len, splits.values())) == 9
+    (tmp_path / "train" / "cat" / "notes.doc").write_text("")
+    with pytest.raises(UserError, match=r"notes.doc\) is not a readable image"):
+        images.load_images(options, size=SIZE, num_channels=3)
+    options.ignore_files = ("*.doc",)
+    assert sum(map(len, images.load_images(options, size=SIZE, num_channels=3)[0].values())) == 9
+    with pytest.raises(UserError, match=r"elsewhere/dog/0.png.* images are expected in train/CLASS/"):
+        images.load_images(ImageOptions(data=str(tmp_path), ignore_files=("*.doc",)), size=SIZE, num_channels=3)
+    (tmp_path / "train" / "fox").mkdir()
+    with pytest.raises(UserError, match="no images in fox; add some, or remove the folder"):
+        images.load_images(options, size=SIZE, num_channels=3)
+
+
+def test_images_replaced_with_the_same_time_are_read_anew(tmp_path: Path) -> None:
+    for first in (0, 10):
+        for number, name in enumerate(("a", "b")):
+            (tmp_path / name).mkdir(exist_ok=True)
+            for row in range(2):
+                path = tmp_path / name / f"{row}.bmp"
+                _picture(first + 2 * number + row).save(path)
+                os.utime(path, ns=(10**18, 10**18))
+        splits, _ = images.load_images(ImageOptions(data=str(tmp_path)), size=SIZE, num_channels=3)
+        found = torch.cat([split.columns["pixels"] for split in splits.values()])
+        expected = [np.asarray(_picture(first + number)).sum() for number in range(4)]
+        assert sorted(found.sum(dim=(1, 2, 3)).tolist()) == sorted(expected)
 
 
 def test_digits_are_enlarged_in_equal_channels() -> None:

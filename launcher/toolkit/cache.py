@@ -1,0 +1,101 @@
+"""The cache of data: one folder, files named by digests of the content they were made from, each filled once."""
+
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import xxhash
+
+from shardlaunch.errors import UserError
+
+READ_BYTES = 1 << 22
+READ_THREADS = 8
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def cache_dir() -> Path:
+    """Return the folder of the cache, below that of the datasets library (HF_HOME or HF_DATASETS_CACHE)."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "shardlaunch"
+
+
+def content_digest(paths: Iterable[Path]) -> str:
+    """Return a digest of the bytes of files, in this order."""
+    digest = xxhash.xxh3_128()
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        for one in threads.map(_digest_of_file, paths):
+            digest.update(one)
+    return digest.hexdigest()
+
+
+def _digest_of_file(path: Path) -> bytes:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while piece := file.read(READ_BYTES):
+            digest.update(piece)
+    return digest.digest()
+
+
+@contextmanager
+def writing_cache() -> Iterator[None]:
+    """Turn an error of the file system into a UserError that names the cache folder."""
+    try:
+        yield
+    except OSError as error:
+        problem = refusal(error)
+        if problem is None:
+            raise
+        raise problem from error
+
+
+def refusal(error: BaseException | None) -> UserError | None:
+    """Return the message for an error that means that the cache folder is full or cannot be written."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _FULL:
+        return UserError(f"no space left for the cache of data in {cache_dir()}: make room, or set HF_HOME")
+    if number in _NOT_WRITABLE:
+        reason = os.strerror(number)
+        return UserError(
+            f"the cache folder {cache_dir()} cannot be written ({reason}): set HF_HOME to a folder that can"
+        )
+    return None
+
+
+def filled(path: Path, fill: Callable[[Path], None]) -> Path:
+    """Return a file of the cache; if it is not there, `fill` writes it under another name first.
+
+    Of several processes one fills it, and the others wait. Raises UserError if the folder cannot be written.
+    """
+    with filling(path):
+        if not path.exists():
+            part = path.with_name(f"{path.name}.{os.getpid()}.part")
+            try:
+                with writing_cache():
+                    fill(part)
+                    part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def filling(path: Path) -> Iterator[None]:
+    """Hold the lock of a file of the cache, unless the file is there. Raises UserError if it cannot be written."""
+    if path.exists():  # also in a folder that is read-only
+        yield
+        return
+    from filelock import FileLock
+
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    with writing_cache():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

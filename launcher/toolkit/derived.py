@@ -1,0 +1,53 @@
+"""Data sets derived from others, kept in the cache."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import xxhash
+
+from shardlaunch.launcher.reporting.phases import Advance, phase
+from shardlaunch.launcher.toolkit.cache import cache_dir, filling, refusal
+
+CACHE_VERSION = 2  # increment it when a function passed to `derived` changes
+
+
+def derived(
+    dataset: Any,
+    function: Callable[..., dict[str, Any]],
+    *,
+    key: Sequence[object],
+    doing: str = "preparing",
+    **options: Any,
+) -> Any:
+    """Map a data set in batches, cached on disk under `key` and the data set's own fingerprint.
+
+    A person is shown a bar, with the words `doing`. The function runs in this process: tokenizers use all its cores by
+    themselves, for less than it costs to pass rows to other processes and back.
+
+    `key` must hold everything besides the data that the result depends on. By default datasets would hash the
+    function's closure, which differs between processes for tokenizers. The cache is one folder, whichever folder the
+    data set is in; of several processes one fills it.
+    """
+    fingerprint = xxhash.xxh3_128_hexdigest(repr((CACHE_VERSION, dataset._fingerprint, key)).encode())
+    path = cache_dir() / f"{fingerprint}.arrow"
+    with ExitStack() as stack:
+        advance: Advance | None = None
+
+        def shown(*columns: Any) -> dict[str, Any]:
+            nonlocal advance
+            if advance is None:  # not before there is something to do: the outcome may be cached
+                advance = stack.enter_context(phase(doing, num_rows=len(dataset)))
+            outcome = function(*columns)
+            first = columns[0]  # a column, or without input_columns all of them by name
+            advance(len(next(iter(first.values()))) if isinstance(first, Mapping) else len(first))
+            return outcome
+
+        stack.enter_context(filling(path))
+        try:
+            return dataset.map(shown, batched=True, new_fingerprint=fingerprint, cache_file_name=str(path), **options)
+        except OSError as error:
+            problem = refusal(error)
+            if problem is None:
+                raise
+            raise problem from error

@@ -1,0 +1,307 @@
+"""What lies at --data: every file is read, skipped and named, or refused."""
+
+import glob
+import os
+import shlex
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path, PurePath
+from typing import Literal
+
+from shardlaunch.errors import UserError, some
+from shardlaunch.launcher.options import Options, flag, option
+from shardlaunch.launcher.reporting.notes import current
+
+Kind = Literal["csv", "tsv", "json", "jsonl", "parquet", "arrow", "text", "other"]
+KINDS: dict[str, Kind] = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".txt": "text",
+}
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+KNOWN = f"{', '.join(KINDS)}, also in {', '.join(COMPRESSIONS)}"
+# Prefixes of file and split names of held-out data; the first one found is used.
+HELD_OUT = ("validation", "valid", "val", "dev", "eval", "test")
+# What lies in folders of data without being data: of systems, of repositories, of tools that write data.
+_JUNK = (
+    *(".*", "Thumbs.db", "desktop.ini", "__MACOSX", "_SUCCESS"),
+    *("README*", "LICEN[CS]E*", "dataset_info.json", "dataset_infos.json"),
+)
+MOST_NAMED = 3
+GROUP = "group"  # the column of --group-column, as whole numbers
+
+
+@dataclass(kw_only=True)
+class FileOptions(Options):
+    """Options of every recipe that reads files."""
+
+    ignore_files: tuple[str, ...] = option((), mark="free", group="data")
+    """Files and folders of --data that are not to be read: names or patterns, such as '*.md' or backup."""
+    delimiter: str = option("", mark="free", group="data")
+    """Delimiter of CSV and TSV files, such as ';' or tab (default: that of the first line)."""
+    encoding: str = option("", mark="free", group="data")
+    """Encoding of CSV, TSV, JSON and text files, such as cp1252 (default: UTF-8, or what a byte order mark says)."""
+    group_column: str = option("", mark="free", group="data")
+    """Column of rows that belong together, such as a patient or a film: an automatic split and --folds keep each value
+    on one side."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data == "demo":
+            for name in ("ignore_files", "delimiter", "encoding", "group_column"):
+                if getattr(self, name):
+                    raise UserError(f"{flag(name)}: has no effect with --data demo; remove it")
+        if self.encoding:
+            try:
+                "".encode(self.encoding)
+            except LookupError as error:
+                raise UserError(
+                    f"--encoding {self.encoding}: unknown; try utf-8, utf-16, cp1252, latin-1, shift_jis or gb18030"
+                ) from error
+        if self.delimiter in ("tab", r"\t"):
+            self.delimiter = "\t"
+        if len(self.delimiter.encode()) > 1 or self.delimiter in ('"', "\n", "\r"):
+            raise UserError(f"--delimiter {self.delimiter}: must be one character, such as ',' or ';', or tab")
+
+    def groups(self) -> dict[str, str]:
+        """Return the column of groups by name, to be selected beside others, if there is one."""
+        return {GROUP: GROUP} if self.group_column else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFile:
+    """A file to read: its kind, its compression (None: none), and the split that its name or a folder's names."""
+
+    path: Path
+    kind: Kind
+    compression: str | None = None
+    split: str | None = None
+
+
+@dataclass
+class Listing:
+    """The files of --data, each of a known kind or `other`, and the folder that they were found in, if it is one."""
+
+    source: str
+    files: list[DataFile] = field(default_factory=list)
+    folder: Path | None = None
+    skipped: list[str] = field(default_factory=list)
+    """Junk and what --ignore-files names, relative to the folder."""
+
+
+def paths_of(source: str) -> list[Path]:
+    """Return the files and folders of --data: one path, or several with blanks between; patterns name all they match.
+
+    Raises UserError for a path that is not there and does not look like a hub id; returns [] for one that does.
+    """
+    whole = Path(source).expanduser()
+    if _exists(whole):
+        return [whole]
+    try:
+        words = shlex.split(source)
+    except ValueError:  # a quote without its other half
+        words = [source]
+    found: list[Path] = []
+    for word in words:
+        path = Path(word).expanduser()
+        matches = [path] if _exists(path) else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        if not matches and len(words) == 1 and not _looks_like_a_path(word):
+            return []
+        if not matches:
+            raise UserError(f"--data {word}: no such file or folder")
+        found += [match for match in matches if match not in found]
+    return found
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return os.path.lexists(path)
+    except ValueError:  # a null byte
+        return False
+
+
+def _looks_like_a_path(source: str) -> bool:
+    """Return whether a source that does not exist looks like a path: a hub id is NAME or OWNER/NAME."""
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or glob.has_magic(source):
+        return True
+    return kind_of(PurePath(source))[0] != "other"
+
+
+def kind_of(path: PurePath) -> tuple[Kind, str | None]:
+    """Return a file's kind and compression, by its suffix in any case."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
+    if compression is not None:
+        suffixes = suffixes[:-1]
+    kind = KINDS.get(suffixes[-1], "other") if suffixes else "other"
+    return kind, compression if kind != "other" else None
+
+
+def split_of(*names: str) -> str | None:
+    """Return the split that the first of some names begins with, of those that begin with one."""
+    for name in names:
+        word = next((word for word in ("train", *HELD_OUT) if name.lower().startswith(word)), None)
+        if word is not None:
+            return word
+    return None
+
+
+def listed(source: str, paths: Sequence[Path], ignored: Sequence[str] = ()) -> Listing:
+    """List all files at some paths, links followed, in the order of their names.
+
+    Well-known junk and files that match a pattern of --ignore-files are left out, and noted for the run's start. Raises
+    UserError for links to nothing, for what is no file, and for patterns that match nothing.
+    """
+    listing = Listing(source, folder=paths[0] if len(paths) == 1 and paths[0].is_dir() else None)
+    junk = listing.skipped
+    used: set[str] = set()
+    for path in paths:
+        if not path.is_dir():
+            found: Iterable[tuple[str, ...]] = [()]
+        else:
+            found = _walk(path, (), junk, ignored, used, frozenset())
+        for parts in found:
+            file = path.joinpath(*parts)
+            _require_file(file, source)
+            kind, compression = kind_of(file)
+            split = split_of(*(parts or (path.name,)))
+            listing.files.append(DataFile(path=file, kind=kind, compression=compression, split=split))
+    unused = [pattern for pattern in ignored if pattern not in used]
+    if unused:
+        raise UserError(f"--ignore-files {' '.join(unused)}: no file of --data {source} has such a name; remove it")
+    if junk:
+        current().data.append(f"not read: {_named(junk)}")
+    listing.files.sort(key=lambda file: str(file.path))
+    return listing
+
+
+def _named(names: Sequence[str]) -> str:
+    if len(names) <= MOST_NAMED:
+        return ", ".join(names)
+    return f"{', '.join(names[:MOST_NAMED])} and {len(names) - MOST_NAMED} more"
+
+
+def _walk(
+    root: Path,
+    parts: tuple[str, ...],
+    junk: list[str],
+    ignored: Sequence[str],
+    used: set[str],
+    above: frozenset[tuple[int, int]],
+) -> Iterator[tuple[str, ...]]:
+    """Yield the files below a folder as the parts of their paths."""
+    folder = root.joinpath(*parts)
+    state = os.stat(folder)
+    if (state.st_dev, state.st_ino) in above:
+        raise UserError(f"--data {root}: {folder} is a link to a folder that it lies in; remove it")
+    above |= {(state.st_dev, state.st_ino)}
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"--data {root}: {folder} cannot be read: {error.strerror}") from error
+    for entry in entries:
+        inner = (*parts, entry.name)
+        relative = "/".join(inner)
+        patterns = {pattern for pattern in ignored if fnmatch(entry.name, pattern) or fnmatch(relative, pattern)}
+        used |= patterns
+        if patterns or any(fnmatch(entry.name.lower(), pattern.lower()) for pattern in _JUNK):
+            junk.append(relative)
+        elif entry.is_dir():
+            yield from _walk(root, inner, junk, ignored, used, above)
+        else:
+            yield inner
+
+
+def _require_file(path: Path, source: str) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        raise UserError(f"--data {source}: {path} is a link to nothing; remove it, or --ignore-files it") from error
+    except OSError as error:
+        raise UserError(f"--data {source}: {path} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"--data {source}: {path} is neither a file nor a folder; remove it, or --ignore-files it")
+
+
+def refuse_unread(source: str, files: Sequence[DataFile], why: str) -> None:
+    """Raise UserError for files that lie there and are not read, if there are any."""
+    if files:
+        raise UserError(
+            f"--data {source}: {some(str(file.path) for file in files)}: {why}. What lies there is read as a whole: "
+            f"remove what is no data, or name it with --ignore-files"
+        )
+
+
+def is_of_images(listing: Listing) -> bool:
+    """Return whether a folder is one of images: it has no tables, and files in folders that are no texts."""
+    if listing.folder is None or any(file.kind not in ("other", "text") for file in listing.files):
+        return False
+    depth = len(listing.folder.parts) + 1
+    return any(file.kind == "other" and len(file.path.parts) > depth for file in listing.files)
+
+
+def images_by_split(listing: Listing) -> dict[str, list[tuple[Path, str]]]:
+    """Return each split's images, (path, class), of a folder with train/CLASS/ and test/CLASS/, or CLASS/ alone.
+
+    Raises UserError for files elsewhere, and for classes of held-out images that the training images lack.
+    """
+    folder, source = listing.folder, listing.source
+    assert folder is not None
+    inner = {file.path: file.path.relative_to(folder).parts for file in listing.files}
+    tops = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name not in listing.skipped)
+    roots: dict[str, str] = {}
+    for name in tops:
+        word = split_of(name)
+        if word in roots:
+            raise UserError(f"--data {source}: two folders of {word} images: {roots[word]} and {name}; remove one")
+        if word:
+            roots[word] = name
+    if "train" not in roots:
+        roots = {"train": ""}
+    depth = 2 if roots["train"] else 1  # of the folders between --data and the images
+    splits = {name: word for word, name in roots.items()}
+    found: dict[str, list[tuple[Path, str]]] = {word: [] for word in roots}
+    elsewhere = []
+    for file in listing.files:
+        parts = inner[file.path]
+        if len(parts) == depth + 1 and (depth == 1 or parts[0] in splits):
+            found[splits[parts[0]] if depth == 2 else "train"].append((file.path, parts[-2]))
+        else:
+            elsewhere.append(file)
+    where = f"{roots['train']}/CLASS/" if roots["train"] else "CLASS/"
+    deeper = next((file.path for file in elsewhere if len(inner[file.path]) > depth + 1), None)
+    if deeper is not None and (depth == 1 or inner[deeper][0] in splits):
+        outer = inner[deeper][depth - 1]
+        raise UserError(f"--data {source}: put images directly into {outer}/, not into a subfolder: {deeper.parent}")
+    refuse_unread(source, elsewhere, f"images are expected in {where}, and nothing beside")
+    _require_same_classes(listing, roots, found)
+    return found
+
+
+def _require_same_classes(listing: Listing, roots: dict[str, str], found: dict[str, list[tuple[Path, str]]]) -> None:
+    source, folder = listing.source, listing.folder
+    assert folder is not None
+    known = {name for _, name in found["train"]}
+    for word, root in roots.items():
+        if not found[word]:
+            raise UserError(f"--data {source}: no class folders in {root}; put images into {root}/CLASS/")
+        unknown = sorted({name for _, name in found[word]} - known)
+        if unknown:
+            raise UserError(
+                f"--data {source}: the classes differ: {root}/{unknown[0]} exists, but "
+                f"{roots['train']}/{unknown[0]} does not, or has no images"
+            )
+    classes = {entry.name for entry in (folder / roots["train"]).iterdir() if entry.is_dir()}
+    prefix = f"{roots['train']}/" if roots["train"] else ""
+    empty = sorted(prefix + name for name in classes - known if prefix + name not in listing.skipped)
+    if empty:
+        raise UserError(f"--data {source}: no images in {some(empty)}; add some, or remove the folder")
