@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
@@ -58,7 +59,8 @@ class MetricsLog:
 def read_metrics(output_dir: Path, *, warn: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics.jsonl, without a last one that a crash cut short.
 
-    `warn` gets a message on any other line that is damaged, and so left out. Raises UserError if it is no regular file.
+    `warn` (default: a Python warning) gets a message on any other line that is damaged, and so left out. Raises
+    UserError if it is no regular file.
     """
     path = output_dir / METRICS_FILE
     if not os.path.lexists(path):
@@ -74,8 +76,7 @@ def read_metrics(output_dir: Path, *, warn: Callable[[str], None] | None = None)
             try:
                 lines.append(read_metrics_line(path, text))
             except DamagedRecord as error:
-                if warn is not None:
-                    warn(f"line {number} is left out: {error}")
+                (warn or warnings.warn)(f"line {number} is left out: {error}")
     return lines
 
 

@@ -13,6 +13,7 @@ import json
 import random
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -67,11 +68,12 @@ class Target:
 
     def read(self) -> dict[str, Any]:
         """Read all that a resume and a report read. Raises UserError."""
-        checkpoint = newest_valid(self.run_dir / CHECKPOINTS, peers=Peers(), warn=lambda text: None)
+        checkpoint = newest_valid(self.run_dir / CHECKPOINTS, peers=Peers(), warn=ignored)
         assert checkpoint is not None
         recipe = checkpoint.recipe
         Identity(identity=recipe.run.identity, warn=recipe.run.warn).check(recipe.run, "here", hint="")
-        result = Result.of_folder(self.run_dir)
+        with warnings.catch_warnings(action="ignore"):  # of lines that are left out
+            result = Result.of_folder(self.run_dir)
         looks_complete = newest_complete(self.run_dir / CHECKPOINTS)
         return {
             "step": checkpoint.step,
@@ -82,7 +84,7 @@ class Target:
             "run": identity_of_folder(self.run_dir),
             "complete": looks_complete,
             "result": (result.step, result.best_value, result.last_checkpoint),
-            "metrics": [line for line in read_metrics(self.run_dir) if line["step"] <= BEFORE],
+            "metrics": [line for line in read_metrics(self.run_dir, warn=ignored) if line["step"] <= BEFORE],
         }
 
     def sign(self, changed: Path | None = None) -> None:
@@ -96,6 +98,10 @@ class Target:
         body.pop("xxh3_128", None)
         text = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
         (self.step_dir / MANIFEST).write_text(json.dumps({**body, "xxh3_128": xxhash.xxh3_128_hexdigest(text)}))
+
+
+def ignored(text: str) -> None:
+    """Take a warning that is expected."""
 
 
 def outcome(target: Target, *, trains: bool = False) -> str:
@@ -114,7 +120,8 @@ def outcome(target: Target, *, trains: bool = False) -> str:
         copy = target.run_dir.with_name("copy")
         shutil.copytree(target.run_dir, copy)
         try:
-            fit(NetRecipe, output_dir=copy, **OPTIONS)
+            with warnings.catch_warnings(action="ignore"):
+                fit(NetRecipe, output_dir=copy, **OPTIONS)
         except UserError:
             return "other, and refused by the run"
         finally:

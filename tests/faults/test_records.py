@@ -227,6 +227,9 @@ def test_metrics_are_json_and_come_back_as_numbers(tmp_path: Path) -> None:
 def test_a_damaged_line_of_metrics_is_said_and_the_others_stay(tmp_path: Path) -> None:
     lines = ['{"step": 1, "loss": 1}', '{"step": 2, "lo', '{"step": 3, "loss": null}', '{"step": 4, "loss": 4}', '{"st']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    with pytest.warns(UserWarning, match="is left out") as caught:
+        assert [line["step"] for line in read_metrics(tmp_path)] == [1, 4]
+    assert len(caught) == 2
     warnings: list[str] = []
     MetricsLog(tmp_path, resumed_step=9, warn=warnings.append).close()
     assert [warning.partition(":")[0] for warning in warnings] == ["line 2 is left out", "line 3 is left out"]
