@@ -54,6 +54,15 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pyte
         _lengths(datasets.Dataset.from_dict(ROWS))
 
 
+def test_a_table_that_a_crash_cut_short_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\n" + "cut short,0\nnot,1\n" * 50)
+    first = load_splits(str(path), seed=0)["train"]["text"][:]
+    newest = max((cache_dir() / "tables").glob("*.arrow"), key=lambda file: file.stat().st_mtime_ns)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert load_splits(str(path), seed=0)["train"]["text"][:] == first
+
+
 def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
