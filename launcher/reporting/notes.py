@@ -49,7 +49,11 @@ class Notes:
         if self.remarks:
             rows["converted"] = "; ".join(self.remarks)
         if classes and class_names:
-            counts = [np.bincount(numbers, minlength=len(class_names)) for numbers in classes.values()]
+            num_classes = len(class_names)
+            counts = [
+                np.bincount(numbers[(numbers >= 0) & (numbers < num_classes)].astype(np.int64), minlength=num_classes)
+                for numbers in classes.values()
+            ]
             by_class = (
                 f"{name if name == name.strip() else repr(name)} {'/'.join(f'{count[number]:,}' for count in counts)}"
                 for number, name in enumerate(class_names)

@@ -361,7 +361,8 @@ class Run:
         """Return what the start says about the data; warnings about it are shown at once."""
         for text in self.notes.warnings:
             self.display.warn(text)
-        found = {name: self.recipe.classes_of(split) for name, split in self.data.splits.items()}
+        splits = self.data.splits if self.recipe.class_names else {}
+        found = {name: self.recipe.classes_of(split) for name, split in splits.items()}
         classes = {name: numbers for name, numbers in found.items() if numbers is not None}
         fold = (self.fold + 1, self.options.folds) if self.fold is not None else None
         return self.notes.rows(classes, self.recipe.class_names, fold=fold)

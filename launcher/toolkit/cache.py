@@ -4,15 +4,17 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.reporting.phases import phase
 
 READ_BYTES = 1 << 22
 READ_THREADS = 8
+UNSAID_WAIT_S = 1.0
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -89,12 +91,16 @@ def filling(path: Path) -> Iterator[None]:
     if path.exists():  # also in a folder that is read-only
         yield
         return
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     lock = FileLock(path.with_name(f"{path.name}.lock"))
-    with writing_cache():
+    with writing_cache(), suppress(NotImplementedError):  # without locks each fills it, and the last one's stays
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=UNSAID_WAIT_S)
+        except Timeout:
+            with phase("waiting for another run that prepares the same data"):
+                lock.acquire()
     try:
         yield
     finally:

@@ -103,30 +103,33 @@ def paths_of(source: str) -> list[Path]:
 
     Raises UserError for a path that is not there and does not look like a hub id; returns [] for one that does.
     """
-    whole = Path(source).expanduser()
-    if _exists(whole):
-        return [whole]
+    whole = _matches(source)
+    if whole:  # a name with blanks, perhaps
+        return whole
     try:
         words = shlex.split(source)
     except ValueError:  # a quote without its other half
         words = [source]
     found: list[Path] = []
     for word in words:
-        path = Path(word).expanduser()
-        matches = [path] if _exists(path) else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        matches = _matches(word)
         if not matches and len(words) == 1 and not _looks_like_a_path(word):
             return []
         if not matches:
-            raise UserError(f"--data {word}: no such file or folder")
+            raise UserError(f"--data {source}: no such file or folder{f': {word}' * (len(words) > 1)}")
         found += [match for match in matches if match not in found]
     return found
 
 
-def _exists(path: Path) -> bool:
+def _matches(word: str) -> list[Path]:
+    """Return the file or folder of a name, else those that it matches as a pattern."""
+    path = Path(word).expanduser()
     try:
-        return os.path.lexists(path)
+        return (
+            [path] if os.path.lexists(path) else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        )
     except ValueError:  # a null byte
-        return False
+        return []
 
 
 def _looks_like_a_path(source: str) -> bool:
@@ -164,14 +167,18 @@ def listed(source: str, paths: Sequence[Path], ignored: Sequence[str] = ()) -> L
     listing = Listing(source, folder=paths[0] if len(paths) == 1 and paths[0].is_dir() else None)
     junk = listing.skipped
     used: set[str] = set()
+    seen: set[str] = set()
     for path in paths:
-        if not path.is_dir():
-            found: Iterable[tuple[str, ...]] = [()]
-        else:
-            found = _walk(path, (), junk, ignored, used, frozenset())
+        if path.is_dir():
+            found: Iterable[tuple[str, ...]] = _walk(path, (), junk, ignored, used, frozenset())
+        else:  # of several files, a pattern may have named junk too
+            found = [] if _is_skipped(path.name, path.name, junk, ignored, used, is_junk=len(paths) > 1) else [()]
         for parts in found:
             file = path.joinpath(*parts)
             _require_file(file, source)
+            if os.path.abspath(file) in seen:
+                raise UserError(f"--data {source}: {file} is given twice; name it once")
+            seen.add(os.path.abspath(file))
             kind, compression = kind_of(file)
             split = split_of(*(parts or (path.name,)))
             listing.files.append(DataFile(path=file, kind=kind, compression=compression, split=split))
@@ -210,15 +217,24 @@ def _walk(
         raise UserError(f"--data {root}: {folder} cannot be read: {error.strerror}") from error
     for entry in entries:
         inner = (*parts, entry.name)
-        relative = "/".join(inner)
-        patterns = {pattern for pattern in ignored if fnmatch(entry.name, pattern) or fnmatch(relative, pattern)}
-        used |= patterns
-        if patterns or any(fnmatch(entry.name.lower(), pattern.lower()) for pattern in _JUNK):
-            junk.append(relative)
-        elif entry.is_dir():
+        if _is_skipped(entry.name, "/".join(inner), junk, ignored, used):
+            continue
+        if entry.is_dir():
             yield from _walk(root, inner, junk, ignored, used, above)
         else:
             yield inner
+
+
+def _is_skipped(
+    name: str, relative: str, junk: list[str], ignored: Sequence[str], used: set[str], *, is_junk: bool = True
+) -> bool:
+    """Return whether a file or folder is junk or meant by a pattern; add it to `junk`, and the patterns to `used`."""
+    patterns = {pattern for pattern in ignored if fnmatch(name, pattern) or fnmatch(relative, pattern)}
+    used |= patterns
+    if patterns or (is_junk and any(fnmatch(name.lower(), pattern.lower()) for pattern in _JUNK)):
+        junk.append(relative)
+        return True
+    return False
 
 
 def _require_file(path: Path, source: str) -> None:

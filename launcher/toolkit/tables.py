@@ -50,15 +50,26 @@ def read_file(file: DataFile, *, columns: Sequence[str] | None, delimiter: str =
         def fill(path: Path) -> None:
             batches, schema, facts = _batches(file, columns, delimiter=delimiter, encoding=encoding)
             schema = schema.with_metadata({**(schema.metadata or {}), _OURS: json.dumps(facts).encode()})
-            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as stream:
                 for batch in batches:
                     stream.write_batch(batch.replace_schema_metadata(schema.metadata))
 
-        path = filled(cache_dir() / "tables" / f"{digest}.arrow", fill)
-        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        path = cache_dir() / "tables" / f"{digest}.arrow"
+        filled(path, fill)
+        try:
+            table = _stored(path)
+        except (pa.ArrowInvalid, OSError):  # cut short by a crash of the machine: made anew, once
+            path.unlink()
+            table = _stored(filled(path, fill))
     metadata = dict(table.schema.metadata)
     facts = json.loads(metadata.pop(_OURS))
     return ReadFile(file=file, table=table.replace_schema_metadata(metadata), digest=digest, **facts)
+
+
+def _stored(path: Path) -> Any:
+    import pyarrow as pa
+
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 @contextmanager

@@ -69,6 +69,13 @@ def test_files_in_folders_several_files_and_patterns(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "my data", target_is_directory=True)
     assert len(_texts(tmp_path / "link" / "*.csv")["train"]) == 36
     assert len(_texts(tmp_path / "my data" / "a.csv")["train"]) == 18
+    with pytest.raises(UserError, match=r"a.csv is given twice; name it once"):
+        _texts(f"'{tmp_path}/my data' '{tmp_path}/my data/a.csv'")
+    (tmp_path / "my data" / "README.md").write_text("")
+    (tmp_path / "my data" / "b.doc").write_text("")
+    assert len(_texts(tmp_path / "my data" / "*", ignore_files=("*.doc",))["train"]) == 36
+    with pytest.raises(UserError, match=r"--data a.csv none.csv: no such file or folder: a.csv"):
+        _texts("a.csv none.csv")
     several = f"{tmp_path}/data/train/part_0.csv '{tmp_path}/my data/a.csv'"
     assert len(_texts(several)["train"]) == 36
 
