@@ -14,7 +14,7 @@ from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.reader import Checkpoint, open_checkpoint
 from shardlaunch.checkpoints.retention import sweep
 from shardlaunch.checkpoints.weight_files import open_weights
-from shardlaunch.errors import UserError
+from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe, recipe_name
 from shardlaunch.launcher.reporting.display import Display
@@ -312,7 +312,8 @@ class Run:
     def _show_start(self) -> None:
         options, world, assembly = self.options, self.world, self.assembly
         checkpoint, plan = self.resumed, self.data.plan
-        num_new = "" if checkpoint else f", {len(assembly.new)} of {assembly.num_tensors} tensors newly initialized"
+        new = [] if checkpoint else assembly.origins.new
+        num_new = "" if checkpoint else f", {len(new)} of {assembly.num_tensors} tensors newly initialized"
         say_start(
             self.display,
             {
@@ -332,9 +333,15 @@ class Run:
                 "starts at": f"step {checkpoint.step} ({checkpoint.step_dir})" if checkpoint else "step 0",
                 "output": str(self.output_dir),
             },
-            new=[] if checkpoint else assembly.new,
+            new=new,
             num_tensors=assembly.num_tensors,
+            origins=[] if checkpoint or self.init is not None else assembly.origins.rows(),
         )
+        if assembly.origins.stale and checkpoint is None:
+            self.display.warn(
+                f"the constructor copied values that weights() has replaced since: {some(assembly.origins.stale)}; "
+                f"return these from weights() too, or load the pretrained weights in model() before the copy"
+            )
         if self.init is not None and self.init.match is not None and checkpoint is None:
             match = self.init.match
             say_init(
