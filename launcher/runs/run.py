@@ -175,6 +175,7 @@ class Run:
             assert evaluator.higher_is_better in (True, False)  # checked now, to raise before any training
             if not self.position.is_finished:
                 with phase("checking the evaluation on one batch"):
+                    self.data.clock(recipe).set(self.position.step, is_evaluation=True)
                     evaluator.rehearse(self.strategy.replicas[0])
         elif options.early_stopping_patience or ("save_on_best" in options.explicitly_set and options.save_on_best):
             raise UserError(
@@ -211,7 +212,7 @@ class Run:
             self.name,
             self.options,
             num_steps=self.data.num_steps,
-            data={name: data_fingerprint(split) for name, split in self.data.splits.items()},
+            data={name: data_fingerprint(split, seed=self.options.seed) for name, split in self.data.splits.items()},
             plan_digest=self.data.plan.digest(),
             fold=self.fold,
             init_digest=f"{init_digest:016x}" if init_digest else None,
