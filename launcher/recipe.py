@@ -56,6 +56,8 @@ class Recipe:
     """The metric that decides which checkpoint is best."""
     class_names: Sequence[str] = ()
     """Names of the classes by number, for tables such as the confusion matrix; `datasets` may set them."""
+    loss_couples_samples: bool = False
+    """Whether the loss of a sample is meant to depend on the others in its micro-batch, as contrastive losses do."""
     layer_classes: ClassVar[tuple[str, ...]] = ()
     """Classes of the model's blocks, gathered one at a time under FSDP2. Hugging Face models declare theirs."""
 

@@ -47,6 +47,7 @@ from shardlaunch.launcher.runs.init_from import InitFrom
 from shardlaunch.launcher.runs.result import Result
 from shardlaunch.launcher.runs.saver import Saver
 from shardlaunch.launcher.training.evaluation import Evaluator
+from shardlaunch.launcher.training.loss_check import check_loss
 from shardlaunch.launcher.training.trainer import Hooks, Position, Trainer
 from shardlaunch.sharding.named_state import group_hyperparameters, restore_group_hyperparameters
 from shardlaunch.sharding.precision import apply_precision
@@ -198,6 +199,10 @@ class Run:
                 save=self.save,
             ),
         )
+        if not self.position.step:
+            with phase("checking the loss on one micro-batch"):
+                model, batches, warn = self.strategy.replicas[0], self.trainer.batches, self.display.warn
+                check_loss(recipe, model, batches, precision=self.precision, device=world.device, warn=warn)
 
     def _identity(self) -> Identity:
         self.init: InitFrom | None = None
