@@ -18,7 +18,7 @@ from shardlaunch.launcher.training.batches import Batches, MicroBatch, Slot
 from shardlaunch.launcher.training.forward import forward
 from shardlaunch.sharding.precision import Precision
 
-MOST_SAMPLES = 8
+MOST_SAMPLES = 4  # each forward pass costs, where an evaluation generates texts
 TOLERANCE = {"fp32": 2e-3}  # relative: kernels may round differently for other batch sizes
 LOW_TOLERANCE = 3e-2
 MEAN_WITHIN = 0.03  # how near to 1/2 the ratio of a mean is
@@ -53,7 +53,7 @@ def check_loss(
             base = losses.of(once)
             if not once.num_targets or not math.isfinite(base) or not base:
                 return
-            noise = max(abs(losses.of(once, seed) / base - 1) for seed in (1, 2))
+            noise = abs(losses.of(once, seed=1) / base - 1)
             ratio = losses.of(twice) / max(1, twice.num_targets) / (base / once.num_targets)
             is_exact = noise <= tolerance and _repeats(once, twice)
             if noise <= MOST_NOISE and abs(ratio - 0.5) <= MEAN_WITHIN:
