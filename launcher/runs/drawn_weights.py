@@ -124,11 +124,12 @@ def draw(model: nn.Module, names: Collection[str], seed: int) -> None:
 
     modules = dict(model.named_modules())
     owners = {name: owner for name in modules if (owner := _owner(modules, name, PreTrainedModel)) is not None}
-    # Loaded parameters are many, but flagged, and initializers skip those.
+    # Loaded parameters are many, but flagged, and transformers' initializers skip those; others do not.
+    beside = {name.rpartition(".")[0] for name in names}
     kept = {
         name: parameter.clone()
         for name, parameter in model.named_parameters()
-        if name not in names and name.rpartition(".")[0] in owners and not is_loaded(parameter)
+        if name not in names and (not is_loaded(parameter) or name.rpartition(".")[0] in beside)
     }
     with guard_torch_init_functions():
         for name in sorted(owners, key=lambda name: (-name.count(".") if name else 1, name)):

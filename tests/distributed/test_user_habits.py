@@ -130,9 +130,7 @@ def _of(dataset: type[Flickering]) -> type[Habits]:
 
 def test_rows_that_differ_at_a_second_look_are_named(tmp_path: Path) -> None:
     for dataset in (OwnGenerator, Counting):
-        with pytest.raises(
-            UserError, match=r"the train data is not the same at a second look: row 0, 12, "
-        ):
+        with pytest.raises(UserError, match=r"the train data is not the same at a second look: row 0, 12, "):
             fit(_of(dataset), max_steps=1, output_dir=str(tmp_path / "no"))
     fit(_of(SeededByTorch), max_steps=1, output_dir=str(tmp_path / "yes"))
 

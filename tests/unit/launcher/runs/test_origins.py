@@ -303,3 +303,53 @@ def test_a_copy_of_what_weights_replace_afterwards_is_named() -> None:
         lambda: {f"student.{name}": torch.full_like(model()["student"].get_parameter(name), 7.0) for name in names},
     )
     assert origins.stale == ["teacher.0.weight", "teacher.0.bias"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_a_head_that_peft_trains_beside_the_adapters_starts_as_the_pretrained_one(bert: str) -> None:
+    """peft trains a copy, which it makes before weights() is asked."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    def model() -> nn.Module:
+        config = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+        wanted: nn.Module = peft.get_peft_model(_classifier(bert), config)
+        return wanted
+
+    def weights() -> Mapping[str, torch.Tensor]:
+        stored = pretrained_weights(Auto, bert)
+        for old, new in (("query", "query.base_layer"), ("classifier", "classifier.original_module")):
+            stored = {name.replace(old, new): tensor for name, tensor in stored.items()}
+        return {f"base_model.model.{name}": tensor for name, tensor in stored.items()}
+
+    built, origins = _built(model, weights)
+    assert torch.equal(_logits(built), _logits(Auto.from_pretrained(bert)))
+    assert not origins.stale
+
+
+def test_loaded_weights_survive_an_initializer_that_writes_into_the_data(bert: str, tmp_path: Path) -> None:
+    """As models outside of transformers have it; the flags of loaded parameters do not stop it."""
+    from transformers import BertModel, BertPreTrainedModel
+
+    class Own(BertPreTrainedModel):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.bert = BertModel(config)
+            self.gate = nn.Parameter(torch.full((3,), 0.5))
+            self.head = nn.Linear(WIDTH, 2)
+            self.post_init()
+
+        def _init_weights(self, module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                module.weight.data.normal_(0, 0.3)
+                if module.bias is not None:
+                    module.bias.data.fill_(9.0)
+
+    model = Own(from_source(__import__("transformers").AutoConfig, bert))
+    nn.init.constant_(model.head.weight, 0.25)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "head.bias"}
+    built, origins = _built(lambda: Own(model.config), lambda: state)
+    assert origins.drawn == ["head.bias"]
+    assert built.get_parameter("head.weight").eq(0.25).all()
+    assert built.get_parameter("head.bias").eq(9).all()
+    assert built.get_parameter("gate").eq(0.5).all()
