@@ -82,7 +82,7 @@ def assemble(
         trained = list(parameters)
         optimizer = recipe.optimizer(trained)
         if not isinstance(optimizer, torch.optim.Optimizer):
-            several = isinstance(optimizer, list | tuple) and f"{len(optimizer)} things"
+            several = isinstance(optimizer, list | tuple) and f"a {type(optimizer).__name__} of {len(optimizer)}"
             raise UserError(
                 f"the recipe's optimizer() must return one torch.optim.Optimizer; it returned "
                 f"{several or type(optimizer).__name__}. For other settings of some parameters give it groups: "

@@ -99,6 +99,8 @@ def test_adapters_start_as_the_base_model_under_every_strategy(tmp_path: Path) -
     expected = losses(tmp_path / "single")
     assert expected[1] == losses(tmp_path / "base")[1]
     assert len(set(expected.values())) == 3
-    assert losses(tmp_path / "single-loaded") == expected
-    for name in (*several, "loaded"):
+    for name in several:
         assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-6), name
+    from_pretrained = losses(tmp_path / "single-loaded")  # without draws for the base model, the adapters' are others
+    assert from_pretrained[1] == expected[1]
+    assert losses(tmp_path / "loaded") == pytest.approx(from_pretrained, abs=1e-6)

@@ -73,6 +73,13 @@ class _Noisy(_Sum):
         return outputs + 0.05 * torch.randn_like(outputs)
 
 
+class _HardlyNoisy(_Sum):
+    """Random numbers change the loss by less than a neighbour may."""
+
+    def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return super().loss(outputs, batch) + 1e-2 * torch.randn(len(outputs)).sum()
+
+
 class _NoisyMean(_Noisy):
     loss = _Mean.loss
 
@@ -191,7 +198,20 @@ def _warnings(recipe_type: type[Recipe], micro_batch_size: int) -> list[str]:
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
 @pytest.mark.parametrize(
     "recipe_type",
-    [_Sum, _Weighted, _Squares, _Noisy, _VeryNoisy, _MeanOfMeans, _Declared, _Tokens, _RandomMasks, _Raising, _Zero],
+    [
+        _Sum,
+        _Weighted,
+        _Squares,
+        _Noisy,
+        _HardlyNoisy,
+        _VeryNoisy,
+        _MeanOfMeans,
+        _Declared,
+        _Tokens,
+        _RandomMasks,
+        _Raising,
+        _Zero,
+    ],
 )
 def test_sums_are_not_taken_for_anything_else(recipe_type: type[Recipe], micro_batch_size: int) -> None:
     assert _warnings(recipe_type, micro_batch_size) == []
