@@ -43,6 +43,8 @@ class RunOptions:
     """Number of cross-validation folds (0: no cross-validation)."""
     early_stopping_patience: int = option(0, minimum=0)
     """Stop after N evaluations without improvement of the best metric (0: never)."""
+    check: bool = option(False, mark="free")
+    """Before training, check that the recipe resumes exactly: two steps in one go, and two with a resume between."""
     debug: bool = option(False, mark="free")
     """Show the traceback of errors."""
 

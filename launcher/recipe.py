@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
@@ -20,6 +20,24 @@ from shardlaunch.launcher.options import Options, flag
 from shardlaunch.launcher.tensor_data import TensorData
 
 
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Where a run is, the same on any ranks and after a resume: `Recipe.moment` in collate, forward and loss."""
+
+    step: int = 0
+    """Steps done before this one; in an evaluation, steps done."""
+    epoch: int = 0
+    """Passes over the training data that are complete."""
+    num_steps: int = 1
+    """Steps of the whole run."""
+    is_evaluation: bool = False
+
+    @property
+    def progress(self) -> float:
+        """Return the part of the run that is done, from 0 to 1."""
+        return min(1.0, self.step / self.num_steps)
+
+
 class Recipe:
     """Base class of recipes, which define what to train: model, data, loss, metrics.
 
@@ -29,12 +47,17 @@ class Recipe:
     """
 
     options: Options
+    moment: Moment = Moment()
+    """Where the run is, for weights of the loss that ramp up, temperatures and the like: a value derived from it is
+    the same after a resume, one that the recipe counts itself is not. Set before each micro-batch."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named sets of option defaults, selected with --preset."""
     best_metric: str = "loss"
     """The metric that decides which checkpoint is best."""
     class_names: Sequence[str] = ()
     """Names of the classes by number, for tables such as the confusion matrix; `datasets` may set them."""
+    loss_couples_samples: bool = False
+    """Whether the loss of a sample is meant to depend on the others in its micro-batch, as contrastive losses do."""
     layer_classes: ClassVar[tuple[str, ...]] = ()
     """Classes of the model's blocks, gathered one at a time under FSDP2. Hugging Face models declare theirs."""
 

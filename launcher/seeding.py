@@ -1,5 +1,8 @@
 """The two random streams: seeds derived from the run's position, so that no generator state must be saved."""
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -35,15 +38,35 @@ def derive_seed(*parts: int | str) -> int:
     return seed >> 1
 
 
-def seed_model_stream(seed: int, step: int, micro_batch: int, device: torch.device) -> None:
-    """Seed the generators that the model draws from (dropout) for one micro-batch.
+def seed_generators(value: int) -> None:
+    """Seed the global generators of torch (CPU), numpy and Python, which user code draws from.
 
     The generators are seeded directly: torch.manual_seed visits every device and takes a hundred times as long.
     """
-    value = derive_seed(seed, step, micro_batch)
     torch.default_generator.manual_seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+    random.seed(value)
+
+
+def seed_model_stream(seed: int, step: int, micro_batch: int, device: torch.device) -> None:
+    """Seed the generators that the model draws from (dropout) for one micro-batch."""
+    value = derive_seed(seed, step, micro_batch)
+    seed_generators(value)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(value)
+
+
+@contextmanager
+def seeded(value: int) -> Iterator[None]:
+    """Seed the global generators of torch (CPU), numpy and Python, and restore them afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed_generators(value)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def sample_seeds(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:

@@ -257,7 +257,7 @@ class TranslateSeq2Seq(Recipe):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         shifted = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
         logits = model(**inputs, decoder_input_ids=shifted, use_cache=False).logits
-        return logits, None if model.training else generate(model, **inputs)
+        return logits, generate(model, **inputs) if self.moment.is_evaluation else None
 
     def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
         logits, generated = outputs

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.errors import UserError, some
 from shardlaunch.sharding.gradients import clip_factor
-from shardlaunch.sharding.layers import exact_modules, layers_to_wrap
+from shardlaunch.sharding.layers import exact_modules, layers_to_wrap, refuse_sparse_gradients
 from shardlaunch.sharding.lockstep import Lockstep
-from shardlaunch.sharding.named_state import check_optimizer, named_state, restore_named_state
+from shardlaunch.sharding.named_state import check_optimizer, named_state, optimized, restore_named_state, stand_in
 from shardlaunch.sharding.shards import local_shard
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, ONE_RANK, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
@@ -39,6 +40,7 @@ class Fsdp2(Strategy):
         self, model: nn.Module, build_optimizer: BuildOptimizer, *, world: World, settings: Settings = DEFAULT_SETTINGS
     ) -> None:
         _check_shapes(model)
+        refuse_sparse_gradients(model, "FSDP2")
         for parameter in model.parameters():
             if not parameter.is_contiguous():  # shards are contiguous in memory
                 parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
@@ -48,12 +50,13 @@ class Fsdp2(Strategy):
         self._num_replicas = mesh.size() // mesh.size(mesh.ndim - 1)
         self._wrap(model, mesh, settings)
         _materialise(model, world.device, offload=settings.cpu_offload)
+        self._scalars = _whole_scalars(model, mesh, world.device)
         self.model = model
         self.replicas = [model]
         self.devices = [world.device]
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._trainable = list(trainable.values())
-        self.optimizer = build_optimizer(trainable.items())
+        self._trainable = [p for p in trainable.values() if p.ndim]
+        self.optimizer = build_optimizer([(name, optimized(p)) for name, p in trainable.items()])
         check_optimizer(model, self.optimizer)
         if type(self.optimizer).__name__ in FULL_MATRIX_OPTIMIZERS:
             raise UserError(
@@ -91,6 +94,7 @@ class Fsdp2(Strategy):
                 reshard_after_forward=settings.reshard_after_forward,
                 mp_policy=its_policy,
                 offload_policy=offload,
+                ignored_params={parameter for parameter in model.parameters() if parameter.ndim == 0},
             )
         self._blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for block in self._blocks:
@@ -129,12 +133,28 @@ class Fsdp2(Strategy):
                 parameter.grad = torch.zeros_like(parameter)
         shards = [local_shard(p.grad) for p in self._trainable if p.grad is not None]
         square = torch.nn.utils.get_total_norm(shards).to(self._world.device, torch.float64).square()
-        norm = (self._world.sum(square) / self._num_replicas).sqrt().item() * unscale
+        total = self._world.sum(square) / self._num_replicas
+        if self._scalars:
+            scalars = self._sum_scalars()
+            total = total + scalars.double().square().sum()
+            shards.extend(scalars)
+        norm = total.sqrt().item() * unscale
         factor = unscale * clip_factor(norm, max_norm=max_norm)
         if factor != 1.0:
             for shard in shards:
                 shard.mul_(factor)
         return norm
+
+    def _sum_scalars(self) -> torch.Tensor:
+        """Sum the gradients of parameters without dimensions over the ranks; the optimizer gets views. All ranks."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._scalars]
+        total = self._world.sum(torch.stack(gradients))
+        for parameter, gradient in zip(self._scalars, total, strict=True):
+            view = optimized(parameter)
+            assert isinstance(view, DTensor)
+            view.grad = DTensor.from_local(gradient, view.device_mesh, view.placements, run_check=False)
+            parameter.grad = None
+        return total
 
     def optimizer_step(self) -> None:
         """Apply the optimizer to the shards."""
@@ -190,18 +210,40 @@ def _check_shapes(model: nn.Module) -> None:
     empty = [name for name, parameter in model.named_parameters() if parameter.numel() == 0]
     if empty:
         raise UserError(f"parameters without elements cannot be sharded: {some(empty)}; use --strategy ddp")
-    scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
-    if scalars:
+    dtypes = {parameter.dtype: name for name, parameter in model.named_parameters()}
+    if len(dtypes) > 1:
+        found = [f"{name} ({str(dtype).removeprefix('torch.')})" for dtype, name in dtypes.items()]
         raise UserError(
-            f"FSDP2 cannot shard parameters without dimensions: {some(scalars)}; use --strategy ddp, or zero1 to zero3"
+            f"FSDP2 gathers the parameters of a module together, which must be of one dtype: {some(found)}; "
+            f"convert them in model(), or use --strategy ddp"
         )
+
+
+def _whole_scalars(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> list[nn.Parameter]:
+    """Return the trained parameters without dimensions, which every rank keeps whole on its device.
+
+    Fused optimizers take either plain tensors or distributed ones, so theirs is a replicated view of each.
+    """
+    scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
+    for parameter in scalars:
+        parameter.data = parameter.data.to(device)
+    trained = [parameter for parameter in scalars if parameter.requires_grad]
+    for parameter in trained:
+        view = DTensor.from_local(parameter.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        stand_in(parameter, nn.Parameter(view))
+    return trained
 
 
 def _materialise(model: nn.Module, device: torch.device, *, offload: bool) -> None:
     """Allocate the parameters' shards without values, and move the buffers with their values to the device."""
+    scalars = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.ndim == 0}
     buffers = dict(model.named_buffers(remove_duplicate=False))
     moved = {id(buffer): buffer.to(device) for buffer in buffers.values()}
     model.to_empty(device=torch.device("cpu") if offload else device)
     for name, buffer in buffers.items():
         module, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(module), own_name, moved[id(buffer)])
+    first: dict[int, nn.Parameter] = {}
+    for name, scalar in scalars.items():  # FSDP2 keeps the ties of those that it shards
+        module, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(module), own_name, first.setdefault(id(scalar), model.get_parameter(name)))

@@ -56,3 +56,17 @@ def _shares_nothing(model: nn.Module, inner: str) -> bool:
 def _declared(model: nn.Module) -> set[str]:
     """Return the classes that Hugging Face models anywhere in the model declare in `_no_split_modules`."""
     return {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
+
+
+def refuse_sparse_gradients(model: nn.Module, who: str) -> None:
+    """Raise UserError for embeddings with sparse gradients, which `who` cannot reduce."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad
+    ]
+    if names:
+        raise UserError(
+            f"{who} cannot reduce sparse gradients, which {some(names)} has; build it with sparse=False, or use "
+            f"--strategy ddp, which makes them dense"
+        )

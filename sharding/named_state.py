@@ -17,6 +17,19 @@ from shardlaunch.errors import UserError, some
 from shardlaunch.sharding.buffers import persistent_buffers
 from shardlaunch.sharding.shards import fragment, local_shard, read_shard, shard_like
 
+_STAND_IN = "_shardlaunch_stand_in"
+
+
+def optimized(parameter: nn.Parameter) -> nn.Parameter:
+    """Return what the optimizer updates in place of a parameter: itself, or another view of its memory (`stand_in`)."""
+    found: nn.Parameter = getattr(parameter, _STAND_IN, parameter)
+    return found
+
+
+def stand_in(parameter: nn.Parameter, view: nn.Parameter) -> None:
+    """Let the optimizer update `view`, which shares its memory with the parameter, in the parameter's place."""
+    setattr(parameter, _STAND_IN, view)
+
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise UserError unless the optimizer has every trainable parameter exactly once."""
@@ -24,11 +37,13 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise UserError("SparseAdam takes sparse gradients only, but gradients are summed densely here; use Adam")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UserError(
             "LBFGS evaluates the loss several times per step, which is not supported; use another optimizer"
         )
-    wrong = [name for name, p in model.named_parameters() if p.requires_grad and seen.pop(id(p), 0) != 1]
+    wrong = [name for name, p in model.named_parameters() if p.requires_grad and seen.pop(id(optimized(p)), 0) != 1]
     if wrong:
         raise UserError(
             f"the recipe's optimizer() must include every trainable parameter exactly once; {some(wrong)} "
@@ -90,7 +105,7 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
     for name, tensor in (*model.named_parameters(), *persistent_buffers(model).items()):
         yield fragment(name, tensor)
     for name, parameter in model.named_parameters():
-        for entry, value in optimizer.state.get(parameter, {}).items():
+        for entry, value in optimizer.state.get(optimized(parameter), {}).items():
             if isinstance(value, torch.Tensor) and value.dtype in DTYPE_NAMES:
                 yield fragment(name, value, section=OPTIMIZER, entry=entry)
             elif value is not None:
@@ -116,7 +131,7 @@ def restore_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, read
     by_name = dict(model.named_parameters())
     for spec in specs:
         if spec.section == OPTIMIZER:
-            parameter = by_name.get(spec.name)
+            parameter = optimized(by_name[spec.name]) if spec.name in by_name else None
             if parameter is None or id(parameter) not in position:
                 raise UserError(
                     f"the checkpoint has {spec.entry} of {spec.name}, but this run does not train that parameter"

@@ -22,7 +22,7 @@ def flat_range(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the range [start, end) of this rank's shard among the elements of the whole tensor."""
     if not isinstance(tensor, DTensor):
         return 0, tensor.numel()
-    start, length = 0, tensor.shape[0]
+    start, length = 0, tensor.shape[0] if tensor.ndim else 1
     for dimension, placement in enumerate(tensor.placements):
         if isinstance(placement, Shard):
             assert placement.dim == 0, "only shards along dimension 0 are flat ranges"

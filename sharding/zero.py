@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import nn
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
-from shardlaunch.errors import UserError
+from shardlaunch.errors import UserError, some
 from shardlaunch.sharding.gradients import clip_factor
+from shardlaunch.sharding.layers import refuse_sparse_gradients
 from shardlaunch.sharding.lockstep import Lockstep
 from shardlaunch.sharding.named_state import check_optimizer
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, ONE_RANK, BuildOptimizer, Settings, Strategy
@@ -60,6 +61,8 @@ class Zero(Strategy):
         self.optimizer = build_optimizer([(name, p) for name, p in model.named_parameters() if p.requires_grad])
         check_optimizer(model, self.optimizer)
         _check_elementwise(self.optimizer)
+        refuse_sparse_gradients(model, "ZeRO")
+        _check_dtypes(model)
         if any(parameter.numel() == 0 for parameter in model.parameters()):
             raise UserError("ZeRO cannot shard parameters without elements; use --strategy ddp")
         config = _config(self.stage, world, settings)
@@ -178,6 +181,15 @@ def _check_elementwise(optimizer: torch.optim.Optimizer) -> None:
     if any(not group["params"] for group in optimizer.param_groups):
         raise UserError(
             "ZeRO does not support a parameter group without parameters; remove it from the recipe's optimizer()"
+        )
+
+
+def _check_dtypes(model: nn.Module) -> None:
+    other = [name for name, parameter in model.named_parameters() if parameter.dtype != torch.float32]
+    if other:
+        raise UserError(
+            f"ZeRO by DeepSpeed trains in float32, but these have another dtype: {some(other)}; convert them in "
+            f"model(), or use --strategy ddp or fsdp2"
         )
 
 

@@ -143,7 +143,8 @@ class UnseededNet(NetRecipe):
     """A net whose training data differs from rank to rank."""
 
     def datasets(self) -> Mapping[str, Any]:
-        return {"train": TensorData(inputs=torch.rand(9, NUM_FEATURES), labels=torch.zeros(9, dtype=torch.int64))}
+        inputs = torch.from_numpy(np.random.default_rng().random((9, NUM_FEATURES), dtype=np.float32))
+        return {"train": TensorData(inputs=inputs, labels=torch.zeros(9, dtype=torch.int64))}
 
 
 class PickyNet(NetRecipe):

@@ -38,6 +38,8 @@ class Outcome:
     weight_name: str = ""
     wall_s: float = 0.0
     problem: str = ""
+    warnings: tuple[str, ...] = ()
+    """What the run has warned of."""
 
 
 def compare_strategies(
@@ -51,8 +53,8 @@ def compare_strategies(
 ) -> int:
     """Run a recipe on one rank, then under each strategy on `ranks` ranks; print a table of differences.
 
-    Returns 1 when a run fails or a loss differs by more than `tolerance`, else 0. Raises UserError when the reference
-    run fails.
+    The run on one rank first checks that the recipe resumes exactly. Returns 1 when a run fails or a loss differs by
+    more than `tolerance`, else 0. Raises UserError when the reference run fails.
     """
     if ranks < 2 or steps < 1:
         raise UserError(f"--ranks {ranks} --steps {steps}: must be at least 2 ranks and 1 step")
@@ -72,11 +74,13 @@ def compare_strategies(
             names.append(name)
     with tempfile.TemporaryDirectory(prefix="shardlaunch-parity-") as folder:
         reference = Path(folder) / "single"
-        outcome = _run(recipe, recipe_argv, reference, "single", 1, steps)
+        outcome = _run(recipe, [*recipe_argv, "--check"], reference, "single", 1, steps)
         if outcome.problem:
             raise UserError(f"the reference run on one rank failed:\n{outcome.problem}")
         steps = max(_losses(reference))
         console.print(f"single, 1 rank: {steps} steps in {outcome.wall_s:.1f} s")
+        for warning in outcome.warnings:
+            console.print(escape(warning))
         outcomes = []
         for name in names:
             outcome = _run(recipe, recipe_argv, Path(folder) / name, name, ranks, steps)
@@ -121,7 +125,9 @@ def _run(recipe: Path, recipe_argv: Sequence[str], folder: Path, name: str, rank
     if ended.returncode:
         lines = (ended.stderr.strip() or ended.stdout.strip()).splitlines()
         problem = "\n".join(lines[-3:]) or f"exit status {ended.returncode}"
-    return Outcome(strategy=name, ranks=ranks, wall_s=time.monotonic() - started, problem=problem)
+    warnings = tuple(line for line in ended.stdout.splitlines() if line.startswith("warning:"))
+    wall_s = time.monotonic() - started
+    return Outcome(strategy=name, ranks=ranks, wall_s=wall_s, problem=problem, warnings=warnings)
 
 
 def _compare(outcome: Outcome, reference: Path, folder: Path) -> Outcome:

@@ -1,6 +1,6 @@
 """A table of how the parameters of a model are trained."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,3 +46,12 @@ def part_of(name: str) -> str:
     """Return a parameter's part of the model: its first two module names, without the number of a list item."""
     modules = name.split(".")[:-1][:2]
     return ".".join(module for number, module in enumerate(modules) if not (number and module.isdecimal()))
+
+
+def counts_by_part(columns: Sequence[Iterable[str]]) -> list[tuple[str, ...]]:
+    """Return table rows: a part of the model, and how many of each column's parameters are in it (empty: none)."""
+    counts: dict[str, list[int]] = {}
+    for column, names in enumerate(columns):
+        for name in names:
+            counts.setdefault(part_of(name) or name, [0] * len(columns))[column] += 1
+    return [(part, *(str(count) if count else "" for count in row)) for part, row in counts.items()]

@@ -18,11 +18,20 @@ def batch_text(*, global_batch: int, micro_batch: int, ranks: int, replicas: int
     return f"{global_batch} = micro-batch {micro_batch} x accumulation {accumulation} x {replicas} {holders}{uneven}"
 
 
-def say_start(display: Display, rows: Mapping[str, str], *, new: Sequence[str], num_tensors: int) -> None:
-    """Print the table of a run's start, and which tensors are newly initialized beside pretrained ones."""
+def say_start(
+    display: Display,
+    rows: Mapping[str, str],
+    *,
+    new: Sequence[str],
+    num_tensors: int,
+    origins: Sequence[Sequence[str]],
+) -> None:
+    """Print the table of a run's start, which tensors are new beside pretrained ones, and their origins by module."""
     display.summary(rows)
     if 0 < len(new) < num_tensors:
-        display.say(f"newly initialized: {', '.join(new)}")
+        display.say(f"newly initialized: {some(new)}")
+    if origins:
+        display.columns(("tensors of the model", "pretrained", "as constructed", "newly drawn"), origins)
 
 
 def say_init(

@@ -15,6 +15,7 @@ from shardlaunch.launcher.reporting.parameters import ParameterRow, parameter_ro
 from shardlaunch.launcher.reporting.phases import phase
 from shardlaunch.launcher.runs.init_from import InitFrom
 from shardlaunch.launcher.runs.model import (
+    Origins,
     build_empty_model,
     build_model,
     check_non_persistent_buffers,
@@ -35,8 +36,8 @@ class Assembly:
     model_class: str
     """Name of the class that the recipe built; FSDP2 gives the model another."""
     strategy: Strategy
-    new: list[str]
-    """Newly initialized parameters."""
+    origins: Origins
+    """Where the initial values of the parameters come from."""
     aliases: dict[str, str]
     """Other names of tied parameters, each with the name that it is saved under."""
     non_persistent_buffers: str
@@ -66,7 +67,7 @@ def assemble(
     """
     options = recipe.options
     with phase("building the model"):
-        model, new, initial = _build(recipe, world, strategy_name, run_digest, is_resumed=is_resumed, init=init)
+        model, origins, initial = _build(recipe, world, strategy_name, run_digest, is_resumed=is_resumed, init=init)
     buffers_digest = non_persistent_buffers_digest(model)
     convert_model(model, precision_name)
     if options.gradient_checkpointing:
@@ -80,9 +81,15 @@ def assemble(
     def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         trained = list(parameters)
         optimizer = recipe.optimizer(trained)
-        if isinstance(optimizer, torch.optim.Optimizer):
-            separate(optimizer, (parameter for name, parameter in trained if options.is_frozen(name)))
-            rows.extend(parameter_rows(numels, trained, optimizer))
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            several = isinstance(optimizer, list | tuple) and f"a {type(optimizer).__name__} of {len(optimizer)}"
+            raise UserError(
+                f"the recipe's optimizer() must return one torch.optim.Optimizer; it returned "
+                f"{several or type(optimizer).__name__}. For other settings of some parameters give it groups: "
+                f"AdamW([{{'params': some, 'lr': 1e-4}}, {{'params': others}}]); a learning-rate schedule is schedule()"
+            )
+        separate(optimizer, (parameter for name, parameter in trained if options.is_frozen(name)))
+        rows.extend(parameter_rows(numels, trained, optimizer))
         return optimizer
 
     model_class = type(model).__name__
@@ -98,7 +105,7 @@ def assemble(
         model=model,
         model_class=model_class,
         strategy=strategy,
-        new=new,
+        origins=origins,
         aliases=aliases,
         non_persistent_buffers=buffers_digest,
         rows=rows,
@@ -109,30 +116,30 @@ def assemble(
 
 def _build(
     recipe: Recipe, world: World, strategy_name: str, run_digest: int, *, is_resumed: bool, init: InitFrom | None
-) -> tuple[nn.Module, list[str], InitialWeights | None]:
-    """Build the model, whole or (if the strategy requires it) empty, and return its new parameters and initial weights.
+) -> tuple[nn.Module, Origins, InitialWeights | None]:
+    """Build the model, whole or (if the strategy requires it) empty; return it, its weights' origins, and its weights.
 
-    All ranks.
+    All ranks. The weights are those to restore: none if the model has them.
     """
     seed = recipe.options.seed
     if not STRATEGIES[strategy_name].starts_empty:
-        model, new = build_model(recipe, seed, is_resumed=is_resumed, init=init)
+        model, origins = build_model(recipe, seed, is_resumed=is_resumed, init=init)
         _check_ranks_agree(world, run_digest, model)
-        return model, new, None
+        return model, origins, None
     empty = world.peers.together(lambda: build_empty_model(recipe, seed))
     if is_resumed:
         _check_ranks_agree(world, run_digest, None)
-        return empty, [], None
+        return empty, Origins(), None
 
-    def build_whole() -> tuple[nn.Module, list[str]]:
-        whole, new = build_model(recipe, seed, is_resumed=False, init=init)
+    def build_whole() -> tuple[nn.Module, Origins]:
+        whole, origins = build_model(recipe, seed, is_resumed=False, init=init)
         check_non_persistent_buffers(whole, empty)
-        return whole, new
+        return whole, origins
 
     built = world.peers.together(lambda: build_whole() if world.is_local_main else None)
-    whole, new = built if built is not None else (None, [])
+    whole, origins = built if built is not None else (None, Origins())
     _check_ranks_agree(world, run_digest, whole)
-    return empty, new, InitialWeights(empty, whole, world=world)
+    return empty, origins, InitialWeights(empty, whole, world=world)
 
 
 def _check_ranks_agree(world: World, run_digest: int, whole: nn.Module | None) -> None:

@@ -9,7 +9,10 @@ from shardlaunch.launcher.optimization.schedules import require_extendable
 from shardlaunch.launcher.options import flag
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.runs.folds import checked_splits
+from shardlaunch.launcher.runs.second_look import check_second_look
+from shardlaunch.launcher.seeding import derive_seed, seeded
 from shardlaunch.launcher.training.batches import Batches, BatchPlan, EvaluationPlan
+from shardlaunch.launcher.training.clock import Clock
 from shardlaunch.sharding.world import World
 
 
@@ -25,9 +28,13 @@ class RunData:
     num_steps: int
     last_step: int
 
+    def clock(self, recipe: Recipe) -> Clock:
+        """Return what tells the recipe where the run is."""
+        return Clock(recipe=recipe, steps_per_epoch=self.plan.steps_per_epoch, num_steps=self.num_steps)
+
     def training_batches(self, recipe: Recipe, world: World) -> Batches:
         """Return this rank's batches of the training data."""
-        return _batches(recipe, world, self.splits["train"], self.plan, training=True)
+        return _batches(recipe, world, self.splits["train"], self.plan, clock=self.clock(recipe))
 
     def evaluation_batches(self, recipe: Recipe, world: World) -> Batches | None:
         """Return this rank's batches of the evaluation data, None if there is none."""
@@ -41,7 +48,7 @@ class RunData:
             seed=recipe.options.seed,
             lengths=recipe.lengths(split),
         )
-        return _batches(recipe, world, split, plan, training=False)
+        return _batches(recipe, world, split, plan)
 
 
 def load_data(recipe: Recipe, world: World, fold: int | None) -> RunData:
@@ -50,7 +57,14 @@ def load_data(recipe: Recipe, world: World, fold: int | None) -> RunData:
     Raises UserError for unsuitable data, and for options that do not fit the number of steps.
     """
     options = recipe.options
-    splits = world.main_first(lambda: checked_splits(recipe, fold))
+
+    def load() -> dict[str, Any]:
+        with seeded(derive_seed(options.seed, "data")):  # for random_split() and the like
+            return checked_splits(recipe, fold)
+
+    splits = world.main_first(load)
+    for name, split in splits.items():
+        check_second_look(split, name, seed=options.seed)
     plan = BatchPlan(
         num_samples=len(splits["train"]),
         global_batch_size=options.global_batch_size,
@@ -68,7 +82,8 @@ def load_data(recipe: Recipe, world: World, fold: int | None) -> RunData:
     return RunData(splits=splits, plan=plan, num_steps=num_steps, last_step=options.extend_to_steps or num_steps)
 
 
-def _batches(recipe: Recipe, world: World, dataset: Any, plan: BatchPlan, *, training: bool) -> Batches:
+def _batches(recipe: Recipe, world: World, dataset: Any, plan: BatchPlan, *, clock: Clock | None = None) -> Batches:
+    """Return batches for training, which has a clock, or for evaluation."""
     return Batches(
         dataset,
         plan,
@@ -77,6 +92,7 @@ def _batches(recipe: Recipe, world: World, dataset: Any, plan: BatchPlan, *, tra
         num_tokens=recipe.num_tokens,
         rank=world.rank,
         num_ranks=world.size,
-        training=training,
+        training=clock is not None,
         num_workers=recipe.options.num_workers,
+        clock=clock,
     )

@@ -98,6 +98,7 @@ def run_recipe_on(
 ) -> Result:
     """Run a recipe, or each of its folds, on connected ranks, and return the outcome. All ranks. Raises UserError."""
     from shardlaunch.launcher.runs.cross_validation import cross_validate
+    from shardlaunch.launcher.runs.resume_check import check_resume
     from shardlaunch.launcher.runs.run import Run
     from shardlaunch.sharding.resolve import check_ranks, check_settings
 
@@ -112,7 +113,7 @@ def run_recipe_on(
     )
     check_settings(choice.strategy, settings)
 
-    def new_recipe() -> Recipe:
+    def new_recipe(options: Options) -> Recipe:
         """Return a recipe without the state of other folds: recipes store facts about their data."""
         if isinstance(recipe, type):
             return recipe(options)
@@ -120,11 +121,16 @@ def run_recipe_on(
         copied.options = options
         return copied
 
-    check_in_effect(new_recipe())
+    check_in_effect(new_recipe(options))
+
+    def new_run(options: Options, display: Display, fold: int | None = None) -> "Run":
+        return Run(new_recipe(options), options, world, choice.strategy, choice.precision, settings, fold, display)
 
     def run_of(fold: int | None = None) -> "Run":
-        return Run(new_recipe(), options, world, choice.strategy, choice.precision, settings, fold, display)
+        return new_run(options, display, fold)
 
+    if options.check:
+        check_resume(new_run, options, display)
     return cross_validate(run_of, options.folds) if options.folds else run_of().run()
 
 

@@ -14,6 +14,8 @@ import xxhash
 from shardlaunch.checkpoints.records import IdentityRecord, as_written
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options, flag, marks
+from shardlaunch.launcher.seeding import seeded
+from shardlaunch.launcher.training.fetching import row_of
 
 _PACKAGES = ("shardlaunch", "torch", "accelerate", "transformers", "datasets", "numpy", "safetensors")
 # Number of rows to digest, evenly spaced, of a data set without a fingerprint() method.
@@ -127,23 +129,25 @@ def versions() -> dict[str, str]:
     return found
 
 
-def data_fingerprint(dataset: Any) -> str:
+def data_fingerprint(dataset: Any, *, seed: int = 0) -> str:
     """Return a digest of a data set's content, whatever its path.
 
     Calls the data set's `fingerprint()` if it has one. Digests all rows of Hugging Face data sets, those above 1 GiB in
-    the order in which they are stored, which is faster; of others the number of rows and 4,096 evenly spaced rows.
+    the order in which they are stored, which is faster; of others the number of rows and 4,096 evenly spaced rows, as
+    the first epoch of a run with this seed has them.
     """
     if hasattr(dataset, "fingerprint"):
         return str(dataset.fingerprint())
     digest = xxhash.xxh3_128(str(len(dataset)).encode())
     if hasattr(dataset, "with_format") and hasattr(dataset, "data"):
         if dataset.data.nbytes > FULL_DIGEST_BYTES and dataset._indices is not None:
-            _digest_value(digest, dataset._indices.column(0).to_numpy())
+            digest_value(digest, dataset._indices.column(0).to_numpy())
             dataset = type(dataset)(dataset.data, info=dataset.info, fingerprint=dataset._fingerprint)
         _digest_arrow(digest, dataset)
     else:
-        for row in _spread(len(dataset)):
-            _digest_value(digest, dataset[int(row)])
+        with seeded(seed):
+            for row in _spread(len(dataset)):
+                digest_value(digest, row_of(dataset, int(row), seed))
     return digest.hexdigest()
 
 
@@ -161,7 +165,8 @@ def _digest_arrow(digest: xxhash.xxh3_128, dataset: Any) -> None:
         digest.update(sink.getvalue())
 
 
-def _digest_value(digest: xxhash.xxh3_128, value: Any) -> None:
+def digest_value(digest: xxhash.xxh3_128, value: Any) -> None:
+    """Add a row's content to a digest; of objects that are not data, only their type."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().contiguous().numpy()
     elif not isinstance(value, np.ndarray) and hasattr(value, "__array_interface__"):  # an image
@@ -172,11 +177,11 @@ def _digest_value(digest: xxhash.xxh3_128, value: Any) -> None:
     elif isinstance(value, Mapping):
         for key in sorted(value):
             digest.update(str(key).encode())
-            _digest_value(digest, value[key])
+            digest_value(digest, value[key])
     elif isinstance(value, list | tuple):
         digest.update(str(len(value)).encode())
         for item in value:
-            _digest_value(digest, item)
+            digest_value(digest, item)
     elif isinstance(value, bytes | str | int | float | bool | None):
         digest.update(value if isinstance(value, bytes) else repr(value).encode())
     else:  # an object's repr may contain its address

@@ -8,7 +8,7 @@ from torch import nn
 
 from shardlaunch.checkpoints.weight_files import WeightFiles
 from shardlaunch.errors import UserError, some
-from shardlaunch.launcher.reporting.parameters import part_of
+from shardlaunch.launcher.reporting.parameters import counts_by_part
 
 # Prefixes that wrappers and other trainers add to tensor names.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
@@ -27,13 +27,9 @@ class Match:
     renaming: str = ""
     """How stored names differ from the model's (empty: they are the same)."""
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
+    def rows(self) -> list[tuple[str, ...]]:
         """Return table rows: part of the model, numbers of loaded, differently shaped and absent tensors."""
-        counts: dict[str, list[int]] = {}
-        for column, names in enumerate((self.stored_names, self.other_shapes, self.absent)):
-            for name in names:
-                counts.setdefault(part_of(name) or name, [0, 0, 0])[column] += 1
-        return [(part, *(str(count) if count else "" for count in three)) for part, three in counts.items()]  # type: ignore[misc]
+        return counts_by_part((self.stored_names, self.other_shapes, self.absent))
 
 
 @dataclass(kw_only=True)

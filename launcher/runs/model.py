@@ -1,41 +1,107 @@
 """Initial weights of a run, the same on every rank: pretrained weights by name, new weights from the seed."""
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 import xxhash
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
-from shardlaunch.errors import UserError, some
+from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES
+from shardlaunch.errors import MOST_NAMED, UserError, some
 from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.reporting.parameters import counts_by_part
+from shardlaunch.launcher.runs.drawn_weights import Drawn, draw, is_loaded, recorded_draws, value_digest
 from shardlaunch.launcher.runs.init_from import InitFrom
-from shardlaunch.launcher.seeding import derive_seed
-from shardlaunch.sharding.buffers import non_persistent_buffers
+from shardlaunch.launcher.seeding import derive_seed, seed_generators, seeded
+from shardlaunch.sharding.buffers import non_persistent_buffers, persistent_buffers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origins:
+    """Where the initial values of each parameter come from: parameters by name, each in one of the three."""
+
+    pretrained: list[str] = field(default_factory=list)
+    """From weights(), --init-from, or from_pretrained() in model()."""
+    constructed: list[str] = field(default_factory=list)
+    """As the constructor set them, or drew them at random."""
+    drawn: list[str] = field(default_factory=list)
+    """Drawn by (seed, name), as the Hugging Face model draws them."""
+    stale: list[str] = field(default_factory=list)
+    """Of the constructed: copies of values that weights() has replaced since."""
+
+    @property
+    def new(self) -> list[str]:
+        """Return the parameters without pretrained values."""
+        return [*self.constructed, *self.drawn]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return table rows if there are several origins: part of the model, numbers of tensors of each origin."""
+        origins = (self.pretrained, self.constructed, self.drawn)
+        return counts_by_part(origins) if sum(map(bool, origins)) > 1 else []
 
 
 def build_model(
     recipe: Recipe, seed: int, *, is_resumed: bool, init: InitFrom | None = None
-) -> tuple[nn.Module, list[str]]:
-    """Return the recipe's model on the CPU in fp32 with its initial weights, and the names of new parameters.
+) -> tuple[nn.Module, Origins]:
+    """Return the recipe's model on the CPU with its initial weights, and where they come from.
 
-    The result is the same on every rank. Pretrained weights are not loaded for a resumed run, whose weights come from
-    the checkpoint, nor if `init` has all tensors. Raises UserError if weights do not fit the model.
+    The result is the same on every rank. Of a Hugging Face model, the parameters that no pretrained weights set, and
+    that hold what the model itself drew, are drawn again by (seed, name); all else is kept as the constructor left it.
+    Pretrained weights are not loaded for a resumed run, whose weights come from the checkpoint, nor if `init` has all
+    tensors. Raises UserError if weights do not fit the model.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(seed, "model"))
-        model = recipe.model().float()
+    model_seed = derive_seed(seed, "model")
+    with seeded(model_seed):
+        with recorded_draws() as drawn:
+            model = _checked(recipe.model())
         from_init = init.find(model) if init is not None and not is_resumed else set()
         weights = {} if is_resumed or from_init >= model.state_dict().keys() else recipe.weights()
-        new = [name for name, _ in model.named_parameters() if name not in weights and name not in from_init]
-        initialize_modules(model, new, seed)
+        _check_weights(model, weights)
+        origins = _origins(model, {*weights, *from_init}, drawn)
+        if weights and origins.constructed and any(replaced := drawn.replaced(model, weights)):
+            # The constructor may have computed values from those that weights() replaces, as DoRA's magnitudes and a
+            # teacher that is a copy. Built again, it computes them from the pretrained ones.
+            seed_generators(model_seed)
+            with recorded_draws(replaced) as drawn:
+                model = _checked(recipe.model())
+        widen(model)
+        if origins.drawn:
+            draw(model, set(origins.drawn), seed)
+    origins.stale.extend(_stale(model, origins.constructed, weights))
     load_weights(model, weights)
     if init is not None and from_init:
         init.load(model)
-    return model, new
+    return model, origins
+
+
+def _origins(model: nn.Module, supplied: Collection[str], drawn: Drawn) -> Origins:
+    """Return the origins of a model's parameters, of which those of some names have been supplied with values."""
+    origins = Origins()
+    untouched = drawn.untouched(model)
+    tensors = model.state_dict(keep_vars=True)
+    loaded = {id(tensors[name]) for name in supplied}  # tied ones have several names
+    for name, parameter in model.named_parameters():
+        is_pretrained = id(parameter) in loaded or is_loaded(parameter)
+        kind = "pretrained" if is_pretrained else "drawn" if name in untouched else "constructed"
+        getattr(origins, kind).append(name)
+    return origins
+
+
+def _stale(model: nn.Module, constructed: list[str], weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the constructed parameters that equal a parameter whose value `weights` are about to replace."""
+    if not constructed or not weights:
+        return []
+    tensors = model.state_dict(keep_vars=True)
+    pairs = [(tensors[name].detach().flatten(), weight.flatten()) for name, weight in weights.items()]
+    replaced = [mine for mine, weight in pairs if not torch.equal(mine, weight.to(mine.dtype))]
+    digests = {value_digest(mine) for mine in replaced if (mine != mine[0]).any()}  # all new norms are alike
+    return [name for name in constructed if value_digest(tensors[name]) in digests]
 
 
 def build_empty_model(recipe: Recipe, seed: int) -> nn.Module:
@@ -43,10 +109,9 @@ def build_empty_model(recipe: Recipe, seed: int) -> nn.Module:
 
     Raises UserError if the model's constructor needs values of parameters.
     """
-    with torch.random.fork_rng(devices=[]), _parameters_on_meta():
-        torch.default_generator.manual_seed(derive_seed(seed, "model"))
+    with seeded(derive_seed(seed, "model")), _parameters_on_meta():
         try:
-            model = recipe.model().float()
+            model = _checked(recipe.model())
         except (NotImplementedError, RuntimeError) as error:
             if not str(error):
                 raise
@@ -55,6 +120,7 @@ def build_empty_model(recipe: Recipe, seed: int) -> nn.Module:
                 f"requires: {str(error).splitlines()[0]}. It may create and initialize parameters, but not read them "
                 f"or set their data; return your own values from weights(), or use --strategy ddp"
             ) from error
+    widen(model)
     lost = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if lost:
         raise UserError(
@@ -97,7 +163,7 @@ def _parameters_on_meta() -> Iterator[None]:
     seen = WeakIdKeyDictionary()  # a parameter that is registered twice (tied) stays one parameter
 
     def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
+        if param is not None and not param.is_meta and not is_lazy(param):
             if param not in seen:
                 seen[param] = type(param)(param.detach().to("meta"), requires_grad=param.requires_grad)
                 seen[param].__dict__.update(param.__dict__)
@@ -111,47 +177,81 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def initialize_modules(model: nn.Module, new: list[str], seed: int) -> None:
-    """Initialize the modules of Hugging Face models that have new parameters, seeded by (seed, module name).
+def _checked(model: Any) -> nn.Module:
+    """Return what model() returned. Raises UserError for what is not a module, or cannot be kept in a checkpoint."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the recipe's model() must return a torch module; it returned {type(model).__name__}")
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
+    if lazy:
+        raise UserError(
+            f"the model has layers that learn their sizes from the first batch, such as LazyLinear: {some(lazy)}; the "
+            f"optimizer needs the sizes before. Give them (Linear(in_features, ...)), or call the model once on an "
+            f"example batch in model()"
+        )
+    saved = dict(model.named_parameters()) | persistent_buffers(model)
+    odd = [
+        f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
+        for name, tensor in saved.items()
+        if tensor.dtype not in DTYPE_NAMES
+    ]
+    if odd:
+        raise UserError(
+            f"the model has tensors of a dtype that checkpoints do not hold: {some(odd)}. Keep complex numbers as real "
+            f"ones (torch.view_as_real; torch.view_as_complex in forward()), others in one of "
+            f"{', '.join(map(_dtype_name, DTYPE_NAMES))}, or register a buffer with persistent=False"
+        )
+    return model
 
-    Children come first. Modules outside of such models keep the values from their constructor, which ran with the run's
-    seed: the user chose that initialization.
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def widen(model: nn.Module) -> None:
+    """Convert bf16 and fp16 parameters to fp32, exactly, and buffers of the same dtypes with them.
+
+    Weights are trained in fp32 under every --precision. Float64 parameters and all other buffers stay as they are.
     """
-    modules = dict(model.named_modules())
-    for name in sorted(modules, key=lambda name: (-name.count(".") if name else 1, name)):
-        prefix = f"{name}." if name else ""
-        if any(parameter.startswith(prefix) for parameter in new):
-            reset = _initializer(modules, name)
-            if reset is not None:
-                torch.default_generator.manual_seed(derive_seed(seed, name))
-                reset()
-
-
-def _initializer(modules: Mapping[str, nn.Module], name: str) -> Callable[[], object] | None:
-    """Return a function that initializes a module as the nearest enclosing Hugging Face model does, or None."""
-    if "transformers" not in sys.modules:
-        return None
-    from transformers import PreTrainedModel
-
-    owner = name
-    while not isinstance(modules[owner], PreTrainedModel):
-        if not owner:
-            return None
-        owner = owner.rpartition(".")[0]
-    model: Any = modules[owner]
-    return lambda: model._init_weights(modules[name])
+    low = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < torch.float32.itemsize}
+    if low:
+        model._apply(lambda tensor: tensor.float() if tensor.dtype in low else tensor)
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copy weights into parameters and persistent buffers. Raises UserError for unknown names and other shapes."""
+    """Copy weights into parameters and persistent buffers of the same names and shapes."""
     targets = model.state_dict(keep_vars=True)
-    wrong = [
-        f"{name} {list(tensor.shape)}"
-        for name, tensor in weights.items()
-        if name not in targets or targets[name].shape != tensor.shape
-    ]
-    if wrong:
-        raise UserError(f"pretrained weights do not fit the model: {some(wrong)}")
     for name, tensor in weights.items():
         targets[name].copy_(tensor)
+
+
+def _check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise UserError for unknown names and other shapes than the model's."""
+    if not isinstance(weights, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise UserError("the recipe's weights() must return tensors by name, such as a state_dict()")
+    targets = model.state_dict(keep_vars=True)
+    unknown = [name for name in weights if name not in targets]
+    if unknown:
+        raise UserError(
+            f"weights() returns names that the model does not have: {some(_with_nearest(unknown, list(targets)))}. "
+            f"Rename or remove them"
+        )
+    wrong = [
+        f"{name} (returned {list(tensor.shape)}, here {list(targets[name].shape)})"
+        for name, tensor in weights.items()
+        if targets[name].shape != tensor.shape or (tensor.is_complex() and not targets[name].is_complex())
+    ]
+    if wrong:
+        raise UserError(
+            f"weights() returns tensors of another shape than the model's: {some(wrong)}. Remove those that are to "
+            f"start anew; to keep the rows of a table that has grown, copy them into one of the new size"
+        )
+
+
+def _with_nearest(unknown: list[str], targets: list[str]) -> Iterator[str]:
+    """Yield each unknown name with the nearest of the model's."""
+    for number, name in enumerate(unknown):
+        # Comparing with all names takes time, and only the first ones are shown.
+        nearest = get_close_matches(name, targets, n=1, cutoff=0.5) if number < MOST_NAMED else []
+        yield f"{name} (nearest: {nearest[0]})" if nearest else name

@@ -16,7 +16,7 @@ from shardlaunch.checkpoints.records import Position
 from shardlaunch.checkpoints.retention import sweep
 from shardlaunch.checkpoints.state import OPTIMIZER
 from shardlaunch.checkpoints.weight_files import open_weights
-from shardlaunch.errors import UserError
+from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe, recipe_name
 from shardlaunch.launcher.reporting.display import Display
@@ -48,6 +48,7 @@ from shardlaunch.launcher.runs.init_from import InitFrom
 from shardlaunch.launcher.runs.result import Result
 from shardlaunch.launcher.runs.saver import Saver
 from shardlaunch.launcher.training.evaluation import Evaluator
+from shardlaunch.launcher.training.loss_check import check_loss
 from shardlaunch.launcher.training.trainer import Hooks, Trainer
 from shardlaunch.sharding.named_state import group_hyperparameters, restore_group_hyperparameters
 from shardlaunch.sharding.precision import apply_precision
@@ -176,6 +177,7 @@ class Run:
             assert evaluator.higher_is_better in (True, False)  # checked now, to raise before any training
             if not self.position.is_finished:
                 with phase("checking the evaluation on one batch"):
+                    self.data.clock(recipe).set(self.position.step, is_evaluation=True)
                     evaluator.rehearse(self.strategy.replicas[0])
         elif options.early_stopping_patience or ("save_on_best" in options.explicitly_set and options.save_on_best):
             raise UserError(
@@ -198,6 +200,10 @@ class Run:
                 save=self.save,
             ),
         )
+        if not self.position.step:
+            with phase("checking the loss on one micro-batch"):
+                model, batches, warn = self.strategy.replicas[0], self.trainer.batches, self.display.warn
+                check_loss(recipe, model, batches, precision=self.precision, device=world.device, warn=warn)
 
     def _identity(self) -> Identity:
         self.init: InitFrom | None = None
@@ -212,7 +218,7 @@ class Run:
             self.name,
             self.options,
             num_steps=self.data.num_steps,
-            data={name: data_fingerprint(split) for name, split in self.data.splits.items()},
+            data={name: data_fingerprint(split, seed=self.options.seed) for name, split in self.data.splits.items()},
             plan_digest=self.data.plan.digest(),
             fold=self.fold,
             init_digest=f"{init_digest:016x}" if init_digest else None,
@@ -320,7 +326,8 @@ class Run:
     def _show_start(self) -> None:
         options, world, assembly = self.options, self.world, self.assembly
         checkpoint, plan = self.resumed, self.data.plan
-        num_new = "" if checkpoint else f", {len(assembly.new)} of {assembly.num_tensors} tensors newly initialized"
+        new = [] if checkpoint else assembly.origins.new
+        num_new = "" if checkpoint else f", {len(new)} of {assembly.num_tensors} tensors newly initialized"
         say_start(
             self.display,
             {
@@ -341,9 +348,15 @@ class Run:
                 "starts at": f"step {checkpoint.step} ({checkpoint.step_dir})" if checkpoint else "step 0",
                 "output": str(self.output_dir),
             },
-            new=[] if checkpoint else assembly.new,
+            new=new,
             num_tensors=assembly.num_tensors,
+            origins=[] if checkpoint or self.init is not None else assembly.origins.rows(),
         )
+        if assembly.origins.stale and checkpoint is None:
+            self.display.warn(
+                f"the constructor copied values that weights() has replaced since: {some(assembly.origins.stale)}; "
+                f"return these from weights() too, or load the pretrained weights in model() before the copy"
+            )
         if self.init is not None and self.init.match is not None and checkpoint is None:
             match = self.init.match
             say_init(

@@ -15,10 +15,13 @@ import xxhash
 from torch.utils.data import DataLoader
 
 from shardlaunch.errors import UserError
-from shardlaunch.launcher.seeding import derive_seed, sample_seeds
+from shardlaunch.launcher.seeding import derive_seed, sample_seeds, seed_generators
+from shardlaunch.launcher.training.clock import Clock
+from shardlaunch.launcher.training.fetching import EVALUATION, fetched
 
 # Samples are bucketed by length within this many global batches: enough to match lengths, few enough to stay shuffled.
 MEGA_BATCHES = 50
+_OF_COLLATE = 0x2545F4914F6CDD1D
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,7 +135,8 @@ class Batches:
     """Load the micro-batches of one rank in the plan's order.
 
     `collate(samples, seeds)` builds a batch from the data set's samples. The seeds, one per sample and derived from
-    (seed, epoch, sample), must be its only source of randomness; `seeds` is None when not `training`.
+    (seed, epoch, sample), are None when not `training`. The global generators are seeded from them too. `clock` sets
+    the moment of the step that a batch is collated for; without one, the moment is that of the caller.
     """
 
     def __init__(
@@ -147,6 +151,7 @@ class Batches:
         num_ranks: int,
         training: bool,
         num_workers: int = 0,
+        clock: Clock | None = None,
     ) -> None:
         self.plan = plan
         self._dataset = dataset
@@ -157,6 +162,7 @@ class Batches:
         self._num_ranks = num_ranks
         self._training = training
         self._num_workers = num_workers
+        self._clock = clock
 
     def steps(self, first: int, end: int) -> Iterator[GlobalBatch]:
         """Yield the batches of steps [first, end)."""
@@ -196,14 +202,13 @@ class Batches:
 
     def load(self, slot: Slot) -> MicroBatch:
         """Fetch and collate one micro-batch."""
-        if hasattr(self._dataset, "rows_at"):
-            fetched = self._dataset.rows_at(slot.samples)
-        elif hasattr(self._dataset, "__getitems__"):
-            fetched = self._dataset.__getitems__(slot.samples.tolist())
-        else:
-            fetched = [self._dataset[sample] for sample in slot.samples.tolist()]
-        seeds = sample_seeds(self.plan.seed, slot.epoch, slot.samples) if self._training else None
-        inputs = self._collate(fetched, seeds)
+        if self._clock is not None:
+            self._clock.set(slot.step)
+        seeds = sample_seeds(self.plan.seed, slot.epoch if self._training else EVALUATION, slot.samples)
+        rows = fetched(self._dataset, slot.samples, seeds)
+        # For a collate() that draws from the global generators; not by the first row's seed, to draw other numbers.
+        seed_generators(int(seeds[0]) ^ _OF_COLLATE)
+        inputs = self._collate(rows, seeds if self._training else None)
         return MicroBatch(
             index=slot.micro_batch,
             weight=slot.weight,

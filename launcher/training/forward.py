@@ -1,5 +1,6 @@
 """The forward pass of a micro-batch, in training and evaluation."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.training.batches import MicroBatch
 from shardlaunch.sharding.precision import Precision
+
+_IS_ABOUT_DTYPES = re.compile(r"same dtype|scalar type|Input type|data type", re.I)
 
 
 def forward(
@@ -24,6 +27,11 @@ def forward(
         try:
             outputs = recipe.forward(model, inputs)
         except RuntimeError as error:
+            if _IS_ABOUT_DTYPES.search(str(error)) and torch.float64 in _dtypes(inputs):
+                raise UserError(
+                    f"the batch has float64 numbers (numpy's default), which the model does not take: "
+                    f"{str(error).splitlines()[0]}. Convert them in the data set or in collate(): .float()"
+                ) from error
             if "mixed torch.Tensor and DTensor" not in str(error):
                 raise
             raise UserError(
@@ -35,6 +43,14 @@ def forward(
         got = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise UserError(f"the recipe's loss() must return a scalar tensor, the sum over targets; it returned {got}")
     return inputs, outputs, loss
+
+
+def _dtypes(value: Any) -> set[torch.dtype]:
+    """Return the dtypes of the tensors in a batch."""
+    if isinstance(value, torch.Tensor):
+        return {value.dtype}
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return {dtype for item in items for dtype in _dtypes(item)}
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -17,6 +17,7 @@ from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.reporting.recorder import StepReport
 from shardlaunch.launcher.seeding import seed_model_stream
 from shardlaunch.launcher.training.batches import Batches, GlobalBatch
+from shardlaunch.launcher.training.clock import Clock
 from shardlaunch.launcher.training.evaluation import Evaluation, Evaluator
 from shardlaunch.launcher.training.forward import forward
 from shardlaunch.sharding.buffers import BufferMean
@@ -65,6 +66,7 @@ class Trainer:
         self.num_steps = num_steps
         self.last_step = last_step or num_steps
         self.hooks = hooks
+        self.clock = Clock(recipe=recipe, steps_per_epoch=batches.plan.steps_per_epoch, num_steps=num_steps)
         self.buffers = BufferMean(strategy.replicas, world=world)
         self.peak_lrs = [group["lr"] for group in strategy.optimizer.param_groups]
         # Report the run's own learning rate, not that of a single parameter group.
@@ -107,10 +109,12 @@ class Trainer:
         scale = self.precision.loss_scale.value if self.precision.loss_scale is not None else 1.0
         replicas, devices = self.strategy.replicas, self.strategy.devices
         total: torch.Tensor | None = None
+        moment = self.clock.at(batch.step)
         self.buffers.begin_step()
         for slot, micro_batch in enumerate(batch.micro_batches):
             model, device = replicas[slot % len(replicas)], devices[slot % len(replicas)]
             seed_model_stream(self.options.seed, batch.step, micro_batch.index, device)
+            self.recipe.moment = moment
             _, _, loss = forward(self.recipe, model, micro_batch, self.precision, device)
             if micro_batch.weight:
                 total = loss.detach() if total is None else total + loss.detach().to(total.device)
@@ -194,6 +198,7 @@ class Trainer:
     def _evaluate(self, position: Position) -> bool:
         """Evaluate, update the best value, and return whether it improved."""
         assert self.evaluator is not None
+        self.clock.set(position.step, is_evaluation=True)
         results = self.evaluator.evaluate(self.strategy.replicas[0], self.hooks.on_evaluating)
         self.hooks.on_evaluation(position.step, results)
         if position.best_metric != self.recipe.best_metric:  # the best metric has changed

@@ -203,7 +203,6 @@ def test_a_step_is_that_of_the_whole_batch_at_once(num_ranks: int, tmp_path: Pat
 
 
 def _unseeded(argv: list[str]) -> tuple[int, str]:
-    torch.seed()
     return run_quietly(UnseededNet, argv)
 
 

@@ -95,15 +95,6 @@ def test_pretrained_weights_reach_every_shard(tmp_path: Path) -> None:
     assert evaluations[0][0]["eval/accuracy"] == evaluations[1][0]["eval/accuracy"]
 
 
-class ScaledNet(NetRecipe):
-    """A net with a 0-dimensional parameter."""
-
-    def model(self) -> nn.Module:
-        model = super().model()
-        model.scale = nn.Parameter(torch.tensor(1.0))
-        return model
-
-
 class PeekingNet(NetRecipe):
     """A net whose constructor reads values of its parameters."""
 
@@ -254,7 +245,6 @@ REFUSED: list[tuple[type[Recipe], tuple[str, ...], tuple[str, ...]]] = [
     (NetRecipe, ("--strategy", "fsdp2", "--layer-classes", "Nope"), ("--layer-classes Nope", "Linear")),
     (NetRecipe, ("--strategy", "ddp", "--cpu-offload"), ("ddp does not shard",)),
     (OddlyOptimized, ("--strategy", "zero2"), ("ShampooLike", "AdamW", "--strategy ddp or fsdp2")),
-    (ScaledNet, ("--strategy", "fsdp2"), ("without dimensions: scale",)),
     (EmptyParameterNet, ("--strategy", "fsdp2"), ("without elements", "nothing")),
     (EmptyParameterNet, ("--strategy", "zero3"), ("without elements", "ddp")),
     (RandomFeatures, ("--strategy", "fsdp2"), ("draws them at random: features", "persistent=True")),

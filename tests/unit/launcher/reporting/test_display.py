@@ -218,6 +218,7 @@ def test_a_run_from_its_first_line_to_its_last(tmp_path: Path, capsys: pytest.Ca
         "building the model ...",
         "placing the model ...",
         "checking the evaluation on one batch ...",
+        "checking the loss on one micro-batch ...",
         "first step ...",
     ]
     assert lines[0] == "loading libraries ..."

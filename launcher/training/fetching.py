@@ -1,0 +1,40 @@
+"""Fetch samples from a data set, with the generators that its transforms draw from seeded by (seed, epoch, sample)."""
+
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Subset
+
+from shardlaunch.launcher.seeding import sample_seeds, seed_generators
+from shardlaunch.launcher.tensor_data import TensorData
+
+EVALUATION = -1
+"""The epoch whose seeds all evaluations use."""
+
+
+def fetched(dataset: Any, samples: np.ndarray, seeds: np.ndarray) -> Any:
+    """Return rows of a data set, as its collate() takes them. `seeds` has one integer per sample.
+
+    The global generators of torch, numpy and Python are seeded before each row, or, where a data set fetches several
+    rows at a time, by the first row's seed before all of them.
+    """
+    if isinstance(dataset, TensorData):
+        return dataset.rows_at(samples)
+    if hasattr(dataset, "rows_at"):
+        seed_generators(int(seeds[0]))
+        return dataset.rows_at(samples)
+    by_row = isinstance(dataset, Subset) and not hasattr(dataset.dataset, "__getitems__")
+    if hasattr(dataset, "__getitems__") and not by_row:
+        seed_generators(int(seeds[0]))
+        return dataset.__getitems__(samples.tolist())
+    rows = []
+    for sample, seed in zip(samples.tolist(), seeds.tolist(), strict=True):
+        seed_generators(seed)
+        rows.append(dataset[sample])
+    return rows
+
+
+def row_of(dataset: Any, sample: int, seed: int) -> Any:
+    """Return one row as the first epoch has it."""
+    seed_generators(int(sample_seeds(seed, 0, np.array([sample]))[0]))
+    return dataset[sample]
