@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from shardlaunch.checkpoints.weight_files import WeightFiles
+from shardlaunch.checkpoints.weight_files import WeightFiles, open_weights
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.reporting.parameters import counts_by_part
 
@@ -38,6 +39,14 @@ class InitFrom:
 
     weights: WeightFiles
     match: Match | None = field(default=None)
+
+    @classmethod
+    def opened(cls, source: Path, *, warn: Callable[[str], None]) -> "InitFrom":
+        """Open the weights of a run, a checkpoint or a file. Raises UserError if there are none."""
+        try:
+            return cls(weights=open_weights(source, warn=warn))
+        except UserError as error:
+            raise UserError(f"--init-from {error}") from error
 
     def find(self, model: nn.Module) -> set[str]:
         """Match the weights with a model and return the names to load. Raises UserError if there are none."""

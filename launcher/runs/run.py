@@ -15,7 +15,6 @@ from shardlaunch.checkpoints.reader import Checkpoint, open_checkpoint
 from shardlaunch.checkpoints.records import Position
 from shardlaunch.checkpoints.retention import sweep
 from shardlaunch.checkpoints.state import OPTIMIZER
-from shardlaunch.checkpoints.weight_files import open_weights
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe, recipe_name
@@ -23,10 +22,11 @@ from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.reporting.notes import collected
 from shardlaunch.launcher.reporting.phases import phase
 from shardlaunch.launcher.reporting.recorder import Recorder
-from shardlaunch.launcher.reporting.summary import batch_text, say_end, say_init, say_start
+from shardlaunch.launcher.reporting.summary import batch_text, say_init, say_start
 from shardlaunch.launcher.reporting.trackers import tracker_names
 from shardlaunch.launcher.runs.assembly import assemble
 from shardlaunch.launcher.runs.data import load_data
+from shardlaunch.launcher.runs.ending import show_result
 from shardlaunch.launcher.runs.folder import (
     claim,
     find_checkpoint,
@@ -210,7 +210,9 @@ class Run:
         init_digest = 0
         if self.options.init_from:
             with phase("reading the weights of --init-from"):
-                init = self.init = self.world.peers.together(self._open_init)
+                init = self.init = self.world.peers.together(
+                    lambda: InitFrom.opened(Path(self.options.init_from), warn=self.display.warn)
+                )
                 # Rank 0 only: weights may be large, and the built models are compared later.
                 digest = self.world.peers.together(lambda: init.weights.digest() if self.world.is_main else "0")
                 init_digest = self.world.peers.gather([int(digest, 16) >> 65])[0][0]
@@ -229,12 +231,6 @@ class Run:
                 "torch": versions()["torch"],
             },
         )
-
-    def _open_init(self) -> InitFrom:
-        try:
-            return InitFrom(weights=open_weights(Path(self.options.init_from), warn=self.display.warn))
-        except UserError as error:
-            raise UserError(f"--init-from {error}") from error
 
     def _restore(self, checkpoint: Checkpoint | None) -> Position:
         if checkpoint is None:
@@ -387,24 +383,7 @@ class Run:
         result = self.world.main_first(lambda: Result.of_folder(self.output_dir, last=last))
         result = replace(result, is_finished=self.position.is_finished)
         if self.world.is_main:
-            metrics = self.recipe.metrics() if result.evaluations else {}
-            signatures = {name: metric.signature for name, metric in metrics.items() if hasattr(metric, "signature")}
-            confusions = [name for name, metric in metrics.items() if "ConfusionMatrix" in type(metric).__name__]
-            best = ""
-            if result.best_value is not None:
-                kept = result.best_checkpoint or "its checkpoint is not kept in this folder"
-                best = f"{result.best_metric} {result.best_value:.4f} at step {self.position.best_step}: {kept}"
-            shown = result.best_checkpoint or result.last_checkpoint
-            say_end(
-                self.display,
-                evaluation=result.evaluations[-1] if result.evaluations else {},
-                class_names=self.recipe.class_names,
-                confusions=confusions,
-                signatures=signatures,
-                best=best,
-                last=result.last_checkpoint,
-                usage=self.recipe.usage(shown) if shown is not None else "",
-            )
+            show_result(self.display, result, self.recipe, best_step=self.position.best_step)
         return result
 
 
