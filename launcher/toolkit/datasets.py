@@ -22,6 +22,7 @@ from shardlaunch.launcher.toolkit.files import (
     FileOptions,
     Listing,
     images_by_split,
+    is_no_text,
     is_of_images,
     listed,
     paths_of,
@@ -186,6 +187,7 @@ def _load_paths(
     if options.delimiter and not any(file.kind in ("csv", "tsv") for file in listing.files):
         raise UserError(f"--delimiter: has no effect, because --data {source} has no CSV or TSV file; remove it")
     if of_texts:
+        refuse_unread(source, [file for file in others if is_no_text(file.path)], "not text")
         return _load_tables(listing, columns, options)
     known = [file for file in listing.files if file.kind != "other"]
     splits = _load_tables(replace(listing, files=known), columns, options)

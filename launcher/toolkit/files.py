@@ -1,7 +1,9 @@
 """What lies at --data: every file is read, skipped and named, or refused."""
 
 import glob
+import mimetypes
 import os
+import re
 import shlex
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -147,6 +149,19 @@ def kind_of(path: PurePath) -> tuple[Kind, str | None]:
         suffixes = suffixes[:-1]
     kind = KINDS.get(suffixes[-1], "other") if suffixes else "other"
     return kind, compression if kind != "other" else None
+
+
+# Media types, by the suffix, whose content is no text to train on even where its bytes can be read as text.
+_NO_TEXT = re.compile(
+    r"(image|audio|video|font)/(?!svg)|application/"
+    r"(pdf|postscript|rtf|zip|gzip|java|msword|octet-stream|vnd\.|wasm|x-(7z|bcpio|cpio|dvi|hdf|netcdf|python-code|tar))"
+)
+
+
+def is_no_text(path: PurePath) -> bool:
+    """Return whether a file's suffix is that of documents, media, archives or programs in binary form."""
+    media_type, _ = mimetypes.guess_type(path.name, strict=False)
+    return bool(media_type and _NO_TEXT.match(media_type))
 
 
 def split_of(*names: str) -> str | None:

@@ -148,3 +148,15 @@ def test_content_decides_what_is_read_again(tmp_path: Path) -> None:
     copied = load_splits(str(tmp_path / "copy.csv"), seed=0, columns=COLUMNS)  # type: ignore[arg-type]
     assert copied["train"]._fingerprint == fingerprints[2]
     assert _texts(path, delimiter=",") == {name: split["text"][:] for name, split in copied.items()}
+
+
+@pytest.mark.parametrize("name", ["notes.pdf", "photo.JPEG", "old.tar.gz", "song.mp3", "report.docx", "weights.bin"])
+def test_what_is_no_text_is_not_read_as_text(name: str, tmp_path: Path) -> None:
+    """Its bytes could be read as text; source code, pages and files without a suffix are texts."""
+    _write(
+        tmp_path, story="Once.", code__py="print()", page__html="<p>", paper__tex="a", mark__svg="<svg/>", run__sh="a"
+    )
+    assert len(load_splits(str(tmp_path), seed=0, of_texts=True)["train"]) > 0
+    (tmp_path / name).write_text("%PDF")
+    with pytest.raises(UserError, match=rf"{name}: not text. .*--ignore-files"):
+        load_splits(str(tmp_path), seed=0, of_texts=True)
