@@ -110,7 +110,6 @@ def _loop(folder: Path) -> None:
         (lambda folder: _write(folder, train_2__jsonl='{"text": "a", "label": 1}'), None),
         (lambda folder: _write(folder, train_2__jsonl='{"text": "a", "label": "1"}'), r"column 'label' is text, but"),
     ],
-    ids=str,
 )
 def test_what_is_not_read_is_refused(tmp_path: Path, spoil: Callable[[Path], object], says: str | None) -> None:
     _write(tmp_path, train__csv=CSV, test__csv=CSV)

@@ -212,7 +212,6 @@ def test_photos_are_turned_upright_with_and_without_conversion(tmp_path: Path) -
         (Image.new("LAB", (SIZE, SIZE)), "mode LAB; store RGB"),
         ([_picture(0), _picture(1)], "is not a readable image .it has 2 frames"),
     ],
-    ids=str,
 )
 def test_images_without_one_conversion_are_refused(tmp_path: Path, image: Any, says: str) -> None:
     (tmp_path / "a").mkdir()
