@@ -15,7 +15,9 @@ import xxhash
 from torch.utils.data import DataLoader
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.seeding import derive_seed, sample_seeds, seed_generators
+from shardlaunch.launcher.tensor_data import TensorData
 from shardlaunch.launcher.training.clock import Clock
 from shardlaunch.launcher.training.fetching import EVALUATION, fetched
 
@@ -156,6 +158,8 @@ class Batches:
         self.plan = plan
         self._dataset = dataset
         self._collate = collate
+        # Tensors that are indexed, by no code of the user: seeding generators would be most of the work.
+        self._is_plain = isinstance(dataset, TensorData) and getattr(collate, "__func__", None) is Recipe.collate
         self._num_targets = num_targets
         self._num_tokens = num_tokens
         self._rank = rank
@@ -206,8 +210,9 @@ class Batches:
             self._clock.set(slot.step)
         seeds = sample_seeds(self.plan.seed, slot.epoch if self._training else EVALUATION, slot.samples)
         rows = fetched(self._dataset, slot.samples, seeds)
-        # For a collate() that draws from the global generators; not by the first row's seed, to draw other numbers.
-        seed_generators(int(seeds[0]) ^ _OF_COLLATE)
+        if not self._is_plain:
+            # For a collate() that draws from the global generators; not the first row's seed, to draw other numbers.
+            seed_generators(int(seeds[0]) ^ _OF_COLLATE)
         inputs = self._collate(rows, seeds if self._training else None)
         return MicroBatch(
             index=slot.micro_batch,

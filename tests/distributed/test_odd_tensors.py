@@ -12,11 +12,12 @@ from tests.distributed.ranks import run_on_ranks
 from tests.recipes import NUM_CLASSES, NUM_FEATURES, LinearNet, final_tensors, losses, run_quietly, run_well
 
 ARGV = ["--max-steps", "4", "--lr", "0.05", "--threads-per-rank", "1", "--save-every", "2"]
+ARGV += ["--global-batch-size", "12", "--micro-batch-size", "2"]  # sums of six tenths round in float64
 KEPT = {
     "large": torch.tensor([2**53 + 1, -(2**62) - 3, 7]),
     "flags": torch.tensor([True, False]),
     "bytes_": torch.arange(4, dtype=torch.uint8),
-    "third": torch.tensor([1 / 3, torch.inf], dtype=torch.float64),
+    "tenth": torch.tensor([0.1, torch.inf], dtype=torch.float64),
     "low": torch.tensor([1 / 3], dtype=torch.bfloat16),
 }
 
@@ -81,7 +82,7 @@ def test_odd_tensors_are_the_same_under_every_strategy(tmp_path: Path) -> None:
             assert torch.equal(found[key], value), (name, key)
         assert found["mean"].dtype == torch.float64
         for key, tensor in tensors.items():
-            torch.testing.assert_close(found[key], tensor, atol=1e-6, rtol=0)
+            torch.testing.assert_close(found[key], tensor, atol=1e-5, rtol=0)  # AdamW magnifies rounding
 
 
 class DoubleNet(LinearNet):
