@@ -104,9 +104,8 @@ def test_unpaired_rows(tmp_path: Path, bad: dict[str, Any]) -> None:
 def test_model_without_decoder(tmp_path: Path) -> None:
     save_small_bert(tmp_path / "bert")
     recipe = _recipe(tmp_path, model=str(tmp_path / "bert"))
-    recipe.datasets()
     with pytest.raises(UserError, match=r"model type 'bert' is not an encoder-decoder"):
-        recipe.model()
+        recipe.datasets()
 
 
 def test_pretrained_model(tmp_path: Path) -> None:
