@@ -16,7 +16,7 @@ test: $(VENV)/.dev  ## Run all tests
 test-fast: $(VENV)/.dev  ## Run the unit tests: two minutes at most
 	$(BIN)/python -m pytest --numprocesses 2 tests/unit
 
-test-families: $(VENV)/.dev  ## Compare all families of models with plain transformers: ten minutes
+test-families: $(VENV)/.dev  ## Compare all families of models with plain transformers: two minutes
 	SHARDLAUNCH_ALL_FAMILIES=1 $(BIN)/python -m pytest --numprocesses 2 tests/families
 
 check: $(VENV)/.dev  ## Lint, types, layers

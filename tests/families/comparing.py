@@ -157,7 +157,7 @@ def compare_translator(folder: Path, *options: str, num_new: int = 5) -> Path:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     columns = ["--source-column", "text", "--target-column", "target", "--num-beams", "1", "--metrics", "chrf"]
-    lengths = ["--max-source-length", "20", "--max-target-length", "20"]
+    lengths = ["--max-source-length", "62", "--max-target-length", "62"]
     argv = ["--model", str(folder / "model"), "--data", str(folder / "data"), *columns, *lengths, *options]
     found, checkpoint = trained("translate_seq2seq", argv, folder / "run")
     model = loaded(AutoModelForSeq2SeqLM, checkpoint)

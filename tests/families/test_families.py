@@ -16,7 +16,7 @@ ALL = bool(os.environ.get("SHARDLAUNCH_ALL_FAMILIES"))
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 # Those whose results depend on padding, or which transformers cannot train as this recipe does.
 REFUSED_CLASSIFIERS = ("convbert", "fnet", "funnel", "mobilebert", "nystromformer", "yoso")
-REFUSED_LANGUAGE_MODELS = ("bert", "electra", "roberta", "t5", "xlm", "xlnet", "xlstm")
+REFUSED_LANGUAGE_MODELS = ("bert", "electra", "roberta", "xlm", "xlnet", "xlstm")
 REFUSED_TRANSLATORS = ("fsmt", "nllb-moe")
 KINDS: dict[str, tuple[Callable[..., None], tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     # kind: (comparison, options, all families, one of each kind)
