@@ -1,5 +1,6 @@
 """BERT-like encoders for text classification and regression: movie reviews, or any labelled texts."""
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,17 +25,23 @@ from shardlaunch.data import (
 )
 from shardlaunch.metrics import CLASSIFICATION, REGRESSION, named_metrics
 from shardlaunch.text import (
+    CLASSIFIERS,
     from_config,
     from_source,
     longest_input,
     padded,
+    prepare_padding,
     pretrained_weights,
+    require_no_effect_of_padding,
     require_room,
+    require_vocabulary,
     save_config,
     tokenizer_key,
 )
 
 DEMO = demo.DEMO
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+GROW = "Make room with resize_token_embeddings(len(tokenizer)) of transformers, and save both anew"
 DEFAULT_METRICS = {"classification": ("accuracy",), "regression": ("mse", "r2")}
 METRICS_OF_TASK = {"classification": CLASSIFICATION, "regression": REGRESSION}
 
@@ -94,16 +101,22 @@ class BertImdb(Recipe):
     }
 
     def datasets(self) -> Mapping[str, Any]:
-        from transformers import AutoTokenizer  # what takes long to import is not imported for --help
+        from transformers import AutoConfig, AutoTokenizer  # what takes long to import is not imported for --help
 
         options = self.options
         source = demo.bert_dir() if options.model == DEMO else options.model
         self.source = source
         self.tokenizer = from_source(AutoTokenizer, source)
-        if self.tokenizer.pad_token_id is None:
-            raise UserError(
-                f"--model {options.model}: its tokenizer has no padding token; choose an encoder such as BERT"
-            )
+        self.config = from_source(AutoConfig, source)
+        require_no_effect_of_padding(
+            self.config,
+            CLASSIFIERS,
+            source=options.model,
+            longest=options.max_length,
+            micro_batch_size=options.micro_batch_size,
+        )
+        require_vocabulary(self.tokenizer, self.config, source=options.model, hint=GROW)
+        prepare_padding(self.tokenizer, self.config, source=options.model)
         require_room(self.tokenizer, "--max-length", options.max_length)
         columns = {"text": options.text_column, "label": options.label_column}
         kinds = column_kinds(columns, text="text", label="number" if options.task == "regression" else "label")
@@ -125,13 +138,16 @@ class BertImdb(Recipe):
 
     def _tokenized(self, split: Any) -> Any:
         def tokenize(texts: list[str]) -> dict[str, Any]:
-            ids = self.tokenizer(texts, truncation=True, max_length=self.options.max_length)["input_ids"]
-            return {"input_ids": ids, "length": [len(one) for one in ids]}
+            encoded = self.tokenizer(texts, truncation=True, max_length=self.options.max_length)
+            columns = {"input_ids": encoded["input_ids"], "length": [len(one) for one in encoded["input_ids"]]}
+            return {**columns, "token_type_ids": encoded["token_type_ids"]} if has_types else columns
+
+        has_types = any(self.tokenizer("a").get("token_type_ids", ()))  # XLNet's; those of most are all 0
 
         return derived(
             split,
             tokenize,
-            key=("tokens", tokenizer_key(self.tokenizer), self.options.max_length),
+            key=("tokens", tokenizer_key(self.tokenizer), self.options.max_length, *(["types"] if has_types else [])),
             doing="tokenizing",
             input_columns=["text"],
             remove_columns=["text"],
@@ -144,13 +160,13 @@ class BertImdb(Recipe):
         config = from_source(
             AutoConfig, self.source, id2label=names, label2id={name: number for number, name in names.items()}
         )
+        config.pad_token_id = self.config.pad_token_id  # some models look for the first padding token
         config.problem_type = "regression" if self.options.task == "regression" else "single_label_classification"
-        if config.pad_token_id is None:  # some models look for the first padding token
-            config.pad_token_id = self.tokenizer.pad_token_id
         model: nn.Module = from_config(AutoModelForSequenceClassification, config, self.source)
         longest = longest_input(model)
         if longest and self.options.max_length > longest:
             raise UserError(f"--max-length {self.options.max_length}: this model takes at most {longest} tokens")
+        self.inputs = set(INPUTS) & inspect.signature(model.forward).parameters.keys()
         return model
 
     def weights(self) -> Mapping[str, torch.Tensor]:
@@ -159,15 +175,18 @@ class BertImdb(Recipe):
         return pretrained_weights(AutoModelForSequenceClassification, self.source, num_labels=len(self.class_names))
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
-        ids, mask = padded([sample["input_ids"] for sample in samples], self.tokenizer.pad_token_id)
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "labels": torch.tensor([sample["label"] for sample in samples]),
-        }
+        tokenizer, rows = self.tokenizer, [sample["input_ids"] for sample in samples]
+        ids, mask = padded(rows, tokenizer.pad_token_id, side=tokenizer.padding_side)
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in tokenizer.model_input_names:
+            types = [sample.get("token_type_ids") or [0] * len(sample["input_ids"]) for sample in samples]
+            batch["token_type_ids"], _ = padded(types, tokenizer.pad_token_type_id, side=tokenizer.padding_side)
+        return {**batch, "labels": torch.tensor([sample["label"] for sample in samples])}
 
     def forward(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        logits: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits: torch.Tensor = model(
+            **{name: batch[name] for name in INPUTS if name in self.inputs & batch.keys()}
+        ).logits
         return logits.squeeze(-1) if self.options.task == "regression" else logits
 
     def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:

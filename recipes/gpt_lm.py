@@ -11,17 +11,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardlaunch import Recipe, UserError, demo, launch, option
-from shardlaunch.data import FileOptions, column_kinds, derived, load_splits, require_texts, select_columns
+from shardlaunch.data import FileOptions, derived, load_splits, require_texts, select_columns
 from shardlaunch.text import (
+    NO_TARGET,
     causal_config,
     cut_blocks,
     from_config,
     from_source,
+    note_longer,
     pack,
+    padded,
     positions,
     pretrained_weights,
+    rows_of_documents,
     save_config,
     tokenized,
+    tokenized_chats,
     tokenizer_key,
     train_tokenizer,
 )
@@ -49,6 +54,11 @@ class GptOptions(FileOptions):
     """Maximum vocabulary size of a bpe tokenizer."""
     context_length: int = option(256, minimum=1)
     """Tokens per block; documents are packed into blocks, and attention does not cross documents."""
+    no_packing: bool = False
+    """One document per row, padded, for models that cannot keep packed documents apart (OPT, BLOOM, Mamba, ...)."""
+    messages_column: str = option("", mark="free")
+    """Column of conversations, as lists of messages with role and content: rendered by the tokenizer's chat template,
+    one per row; the loss is on the assistant's answers only."""
     layers: int = option(6, minimum=1)
     """Layers of a model from scratch."""
     heads: int = option(6, minimum=1)
@@ -74,6 +84,13 @@ class GptOptions(FileOptions):
             raise UserError(
                 f"--tokenizer {self.tokenizer}: --model {self.model} already has a vocabulary; remove --tokenizer"
             )
+        one_per_row = "--no-packing" if self.no_packing else "--messages-column" if self.messages_column else ""
+        if one_per_row and self.shift_blocks:
+            raise UserError(f"--shift-blocks: {one_per_row} has no blocks to shift; remove one of the two")
+        if self.messages_column and "text_column" in self.explicitly_set:
+            raise UserError("--text-column: --messages-column replaces it; remove one of the two")
+        if self.messages_column and not (self.model or self.tokenizer not in ("", *TRAINED)):
+            raise UserError("--messages-column: needs a tokenizer with a chat template; give --model or --tokenizer")
         if self.folds and self.shift_blocks:
             raise UserError(
                 "--shift-blocks: shifted blocks would overlap those that --folds holds out; remove one of the two"
@@ -86,6 +103,17 @@ class GptLm(Recipe):
     """Train a causal language model on packed documents (AdamW, warm-up and cosine schedule)."""
 
     options: GptOptions
+
+    @property
+    def is_packed(self) -> bool:
+        """Return whether several documents share a row."""
+        return not (self.options.no_packing or self.options.messages_column)
+
+    @property
+    def chats(self) -> bool:
+        """Return whether the data are conversations."""
+        return bool(self.options.messages_column)
+
     presets = {
         DEMO: {
             "data": DEMO,
@@ -117,23 +145,39 @@ class GptLm(Recipe):
             raise UserError(f"{', '.join(unused)}: only for a model from scratch, not with --model {options.model}")
         if (options.tokenizer or options.model or "bpe") != "bpe" and self.explicitly_set_flags("vocab_size"):
             raise UserError("--vocab-size: only for a new bpe tokenizer; remove it")
-        kinds = column_kinds({"text": options.text_column}, text="text")
+        role, column = ("messages", options.messages_column) if self.chats else ("text", options.text_column)
         splits = (
             demo.film_reviews()
             if options.data == DEMO
-            else load_splits(options.data, seed=options.seed, columns=kinds, options=options, of_texts=True)
+            else load_splits(
+                options.data,
+                seed=options.seed,
+                columns={column: "any" if self.chats else "text"},
+                options=options,
+                of_texts=not self.chats,
+            )
         )
-        splits = select_columns(splits, {"text": options.text_column}, source=options.data)
-        require_texts(splits, source=options.data, called=options.text_column)
+        splits = select_columns(splits, {role: column}, source=options.data)
         self.unit: Unit = "character" if options.tokenizer == "characters" else "byte"
+        if self.chats:
+            self.tokenizer = self._tokenizer([], framed=False)
+            splits = tokenized_chats(splits, self.tokenizer, unit=self.unit, source=options.data, called=column)
+            note_longer(splits, options.context_length)
+            return {name: self._rows(split) for name, split in splits.items()}
+        require_texts(splits, source=options.data, called=options.text_column)
         is_one_text = all(len(split) == 1 for split in splits.values())  # excerpts of it have no beginning or end
         self.tokenizer = self._tokenizer(splits["train"]["text"], framed=not is_one_text)
         splits = {name: self._tokenized(split, framed=not is_one_text) for name, split in splits.items()}
+        if options.no_packing:
+            return {name: self._rows(split) for name, split in splits.items()}
         length = options.context_length
         train = pack(splits["train"], block_length=length, window=length * (2 if options.shift_blocks else 1))
         if (train.columns["labels"][0, :length] < 0).any():
             raise UserError(f"--context-length {length}: all the training data is shorter. Choose a smaller one.")
         return {"train": train, "eval": pack(splits["eval"], block_length=length)}
+
+    def _rows(self, split: Any) -> Any:
+        return rows_of_documents(split, block_length=self.options.context_length, key=())
 
     def _tokenizer(self, texts: Iterable[str], *, framed: bool) -> Any:
         options = self.options
@@ -167,7 +211,9 @@ class GptLm(Recipe):
 
         options = self.options
         if options.model:
-            config = causal_config(options.model, self.tokenizer, context_length=options.context_length)
+            config = causal_config(
+                options.model, self.tokenizer, context_length=options.context_length, packed=self.is_packed
+            )
         else:
             config = GPT2Config(
                 vocab_size=len(self.tokenizer),
@@ -191,6 +237,11 @@ class GptLm(Recipe):
         return pretrained_weights(AutoModelForCausalLM, self.options.model) if self.options.model else {}
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
+        if not self.is_packed:
+            inputs, mask = padded([row["inputs"] for row in samples], self.tokenizer.pad_token_id or 0)
+            labels, _ = padded([row["labels"] for row in samples], NO_TARGET)
+            units = torch.tensor([row["units"] for row in samples]).sum()
+            return {"input_ids": inputs, "labels": labels, "attention_mask": mask, "num_units": units}
         blocks = cut_blocks(samples, seeds, block_length=self.options.context_length)
         return {
             "input_ids": blocks["inputs"].long(),
@@ -207,7 +258,8 @@ class GptLm(Recipe):
 
     def forward(self, model: nn.Module, batch: Any) -> torch.Tensor:
         # Position ids that restart separate the documents; this only works without a cache.
-        outputs = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        which = "position_ids" if self.is_packed else "attention_mask"
+        outputs = model(input_ids=batch["input_ids"], **{which: batch[which]}, use_cache=False)
         logits: torch.Tensor = outputs.logits
         return logits
 

@@ -17,19 +17,26 @@ from shardlaunch.data import FileOptions, column_kinds, derived, load_splits, se
 from shardlaunch.demo import toy_translations
 from shardlaunch.metrics import TEXT_METRICS, text_metrics
 from shardlaunch.text import (
+    TRANSLATORS,
     from_config,
     from_source,
     generate,
+    language_arguments,
     padded,
     pretrained_weights,
+    require_no_effect_of_padding,
     require_room,
+    require_vocabulary,
     save_config,
     set_search,
+    shifted_right,
     tokenizer_key,
     train_tokenizer,
+    write_language,
 )
 
 DEMO = demo.DEMO
+GROW = "Make room with resize_token_embeddings(len(tokenizer)) of transformers, and save both anew"
 IGNORED = -100  # the label that the loss ignores
 
 
@@ -60,6 +67,10 @@ class TranslateOptions(FileOptions):
     """Column of the target texts."""
     source_prefix: str = ""
     """Prefix of each source, such as "translate German to English: " for T5."""
+    source_language: str = ""
+    """Language of the sources, for models of several languages (mBART, M2M100, NLLB): a code such as de_DE."""
+    target_language: str = ""
+    """Language of the targets, for models of several languages: a code of the model's tokenizer, such as en_XX."""
     max_source_length: int = option(128, minimum=1)
     """Maximum number of tokens per source; longer texts are truncated."""
     max_target_length: int = option(128, minimum=1)
@@ -90,6 +101,8 @@ class TranslateOptions(FileOptions):
             raise UserError(
                 f"--eval-split {self.eval_split}: --folds evaluates on training data; remove one of the two"
             )
+        if (self.source_language or self.target_language) and not self.model:
+            raise UserError("--source-language, --target-language: only for a pretrained model; remove them")
         if not self.metrics:
             raise UserError(f"--metrics: set at least one of {', '.join(TEXT_METRICS)}")
 
@@ -124,8 +137,6 @@ class TranslateSeq2Seq(Recipe):
     }
 
     def datasets(self) -> Mapping[str, Any]:
-        from transformers import AutoTokenizer  # what takes long to import is not imported for --help
-
         options = self.options
         unused = self.explicitly_set_flags("vocab_size", "layers", "heads", "width", "dropout")
         if options.model and unused:
@@ -143,7 +154,7 @@ class TranslateSeq2Seq(Recipe):
         splits = {name: split.flatten() for name, split in splits.items()}
         splits = select_columns(splits, {**columns, **options.groups()}, source=options.data)
         self.tokenizer = (
-            from_source(AutoTokenizer, options.model)
+            self._pretrained_tokenizer()
             if options.model
             else train_tokenizer(
                 _texts(splits["train"]),
@@ -155,8 +166,35 @@ class TranslateSeq2Seq(Recipe):
         )
         require_room(self.tokenizer, "--max-source-length", options.max_source_length)
         require_room(self.tokenizer, "--max-target-length", options.max_target_length)
-        key = tokenizer_key(self.tokenizer)
+        key = tokenizer_key(self.tokenizer) + options.source_language + options.target_language
         return {name: self._tokenized(split, name, key) for name, split in splits.items()}
+
+    def _pretrained_tokenizer(self) -> Any:
+        from transformers import AutoConfig, AutoTokenizer
+
+        options = self.options
+        config, tokenizer = from_source(AutoConfig, options.model), from_source(AutoTokenizer, options.model)
+        if not config.is_encoder_decoder:
+            raise UserError(
+                f"--model {options.model}: model type {config.model_type!r} is not an encoder-decoder such as "
+                f"T5; choose another"
+            )
+        require_no_effect_of_padding(
+            config,
+            TRANSLATORS,
+            source=options.model,
+            longest=options.max_source_length,
+            micro_batch_size=options.micro_batch_size,
+        )
+        languages = language_arguments(
+            tokenizer, read=options.source_language, written=options.target_language, source=options.model
+        )
+        if languages:
+            tokenizer = from_source(AutoTokenizer, options.model, **languages)
+        require_vocabulary(tokenizer, config, source=options.model, hint=GROW)
+        if tokenizer.pad_token_id is None:
+            raise UserError(f"--model {options.model}: its tokenizer has no padding token; add one")
+        return tokenizer
 
     def _tokenized(self, split: Any, name: str, key: str) -> Any:
         options = self.options
@@ -187,11 +225,6 @@ class TranslateSeq2Seq(Recipe):
 
         options = self.options
         config = from_source(AutoConfig, options.model) if options.model else self._small_config()
-        if not config.is_encoder_decoder:
-            raise UserError(
-                f"--model {options.model}: model type {config.model_type!r} is not an encoder-decoder such as "
-                f"T5; choose another"
-            )
         longest = getattr(config, "max_position_embeddings", None) or math.inf
         if max(options.max_source_length, options.max_target_length) > longest:
             raise UserError(
@@ -202,11 +235,11 @@ class TranslateSeq2Seq(Recipe):
         if options.model:
             with suppress(OSError):  # not every model folder has a generation config
                 model.generation_config = GenerationConfig.from_pretrained(options.model)
-        if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-            raise UserError(
-                f"--model {options.model}: model type {config.model_type!r} cannot build decoder inputs from "
-                f"labels; choose another"
-            )
+        self.start = config.decoder_start_token_id
+        if not hasattr(model, "prepare_decoder_input_ids_from_labels") and self.start is None:
+            raise UserError(f"--model {options.model}: its config.json has no decoder_start_token_id; add it")
+        if options.model:
+            write_language(model, self.tokenizer)
         set_search(model, num_beams=options.num_beams, most=("--max-target-length", options.max_target_length))
         return cast(nn.Module, model)
 
@@ -255,9 +288,15 @@ class TranslateSeq2Seq(Recipe):
     def forward(self, model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the logits of the targets (teacher forcing), and in evaluation the generated tokens."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        shifted = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        shifted = self._decoder_inputs(model, batch["labels"])
         logits = model(**inputs, decoder_input_ids=shifted, use_cache=False).logits
         return logits, generate(model, **inputs) if self.moment.is_evaluation else None
+
+    def _decoder_inputs(self, model: Any, labels: torch.Tensor) -> torch.Tensor:
+        """Return the labels shifted as the model's own loss does it: mBART begins with their last token."""
+        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            return cast(torch.Tensor, model.prepare_decoder_input_ids_from_labels(labels=labels))
+        return shifted_right(labels, start=self.start, padding=self.tokenizer.pad_token_id)
 
     def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
         logits, generated = outputs

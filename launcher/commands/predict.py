@@ -7,6 +7,7 @@ import torch
 
 from shardlaunch.errors import UserError, printable
 from shardlaunch.launcher.commands.text_models import all_texts, in_use, open_text_model, whole_model
+from shardlaunch.launcher.toolkit.families import CLASSIFIERS
 
 BATCH_SIZE = 32
 
@@ -27,8 +28,9 @@ def predict_texts(path: Path, *, texts: Sequence[str], file: Path | None) -> Non
     is_regression = model.config.problem_type == "regression"
     names = (model.config.id2label.get(number, number) for number in range(model.config.num_labels))
     labels = [printable(str(name), is_name=True) for name in names]
-    for first in range(0, len(texts), BATCH_SIZE):
-        chunk = texts[first : first + BATCH_SIZE]
+    size = BATCH_SIZE if model.config.model_type in CLASSIFIERS else 1  # padding may change what others predict
+    for first in range(0, len(texts), size):
+        chunk = texts[first : first + size]
         with torch.no_grad(), in_use(checkpoint):
             inputs = tokenizer(chunk, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
             logits = model(**inputs).logits.float()

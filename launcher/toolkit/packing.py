@@ -8,6 +8,7 @@ import torch
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.tensor_data import TensorData
+from shardlaunch.launcher.toolkit.derived import derived
 
 Unit = Literal["byte", "character"]
 Rows = Mapping[str, torch.Tensor]
@@ -32,7 +33,7 @@ def tokenized(texts: Sequence[str], tokenizer: Any, *, unit: Unit, framed: bool)
     )
     columns: dict[str, list[np.ndarray]] = {"tokens": [], "units": []}
     for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        before = np.cumsum(_units(text, unit))
+        before = np.cumsum(units_before(text, unit))
         ends = np.maximum.accumulate(np.array([0, *(last for _, last in offsets)]))
         ends[-1] = len(text)
         columns["tokens"].append(np.array([*start, *ids, *end], dtype=np.int32))
@@ -40,7 +41,7 @@ def tokenized(texts: Sequence[str], tokenizer: Any, *, unit: Unit, framed: bool)
     return columns
 
 
-def _units(text: str, unit: Unit) -> np.ndarray:
+def units_before(text: str, unit: Unit) -> np.ndarray:
     """Return 0, then for each character of a text 1, or the number of its UTF-8 bytes."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     sizes = np.ones(len(points) + 1, dtype=np.int64)
@@ -82,6 +83,42 @@ def pack(documents: Any, *, block_length: int, window: int = 0) -> TensorData:
     )
 
 
+def rows_of_documents(documents: Any, *, block_length: int, key: Sequence[object]) -> Any:
+    """Return a data set of rows that each hold one document, or a part of one that is longer than `block_length`.
+
+    Columns as those of `pack`, of each row's own length, and `length`. With a column `is_target` (0 or 1 per token),
+    other tokens have no label, and a longer document is cut off; rows without a label are left out.
+    """
+    chosen = "is_target" in documents.column_names
+
+    def cut(*columns: list[list[int]]) -> dict[str, Any]:
+        rows: dict[str, list[Any]] = {"inputs": [], "labels": [], "units": [], "length": []}
+        for tokens, units, *target in zip(*columns, strict=True):
+            labels = [*tokens] if not chosen else np.where(target[0], tokens, NO_TARGET).tolist()
+            counted = [*units] if not chosen else np.where(target[0], units, 0).tolist()
+            for first in range(0, min(len(tokens) - 1, 1) if chosen else len(tokens) - 1, block_length):
+                last = min(first + block_length, len(tokens) - 1)
+                if max(labels[first + 1 : last + 1]) >= 0:
+                    rows["inputs"].append(tokens[first:last])
+                    rows["labels"].append(labels[first + 1 : last + 1])
+                    rows["units"].append(sum(counted[first + 1 : last + 1]))
+                    rows["length"].append(last - first)
+        return rows
+
+    columns = ["tokens", "units", *(["is_target"] if chosen else [])]
+    rows = derived(
+        documents,
+        cut,
+        key=("rows", block_length, *key),
+        doing="cutting documents",
+        input_columns=columns,
+        remove_columns=documents.column_names,
+    )
+    if not len(rows):
+        raise UserError("no document in the data has a token to predict")
+    return rows
+
+
 def _flat(dataset: Any, column: str) -> tuple[np.ndarray, np.ndarray]:
     """Return a column of lists as one array, and the lists' lengths."""
     lists = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
@@ -108,12 +145,19 @@ def positions(documents: torch.Tensor) -> torch.Tensor:
     return places - places.where(is_first, 0).cummax(dim=1).values
 
 
-def padded(rows: Sequence[Sequence[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids right-padded with `value`, and their attention mask (both int64, [rows, longest])."""
+def padded(rows: Sequence[Sequence[int]], value: int, *, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids padded with `value` on a side, and their attention mask (both int64, [rows, longest])."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), value)
     mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
-        mask[number, : len(row)] = 1
+        places = slice(longest - len(row), longest) if side == "left" else slice(len(row))
+        ids[number, places] = torch.tensor(row)
+        mask[number, places] = 1
     return ids, mask
+
+
+def shifted_right(labels: torch.Tensor, *, start: int, padding: int) -> torch.Tensor:
+    """Return decoder inputs: `start`, then the labels but the last; `padding` where there is no label."""
+    inputs = torch.nn.functional.pad(labels, (1, 0), value=start)[:, :-1]
+    return inputs.masked_fill(inputs == NO_TARGET, padding)

@@ -11,6 +11,9 @@ import xxhash
 from torch import nn
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.toolkit.families import PACKING_MODELS, ROW_MODELS, require_vocabulary
+
+_POSITIONS = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
 
 
 def from_source(auto_class: Any, source: str | Path, *, flag: str = "--model", **options: Any) -> Any:
@@ -95,42 +98,36 @@ def require_room(tokenizer: Any, flag: str, num_tokens: int) -> None:
 
 
 def longest_input(model: nn.Module) -> int:
-    """Return the size of an encoder's position embeddings in tokens; 0: it has none, and no limit."""
+    """Return the size of a model's position embeddings in tokens; 0: it has none, and no limit."""
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa-like models count positions from padding_idx + 1.
-            return module.num_embeddings - (module.padding_idx + 1 if module.padding_idx is not None else 0)
+        if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
+            # RoBERTa-like models count positions from padding_idx + 1, BART-like ones from their offset.
+            unused = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
+            return int(module.num_embeddings - unused)
     return 0
 
 
-# Model types that separate packed documents by position ids that restart, each one tested. Others accept position ids
-# but attend to earlier documents (OPT, BLOOM), or carry a state across them (Jamba).
-PACKING_MODELS = (
-    *("cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj"),
-    *("granite", "llama", "ministral", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2"),
-    *("qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2"),
-)
-
-
-def causal_config(source: str | Path, tokenizer: Any, *, context_length: int) -> Any:
-    """Return the configuration of a causal language model.
+def causal_config(source: str | Path, tokenizer: Any, *, context_length: int, packed: bool = True) -> Any:
+    """Return the configuration of a causal language model, for documents that are `packed`, or one per row.
 
     Raises UserError for another model type, a tokenizer with more tokens than the model, or a too long context.
     """
     from transformers import AutoConfig
 
     config = from_source(AutoConfig, source)
-    if config.model_type not in PACKING_MODELS:
+    kind = config.model_type
+    if packed and kind in ROW_MODELS:
         raise UserError(
-            f"--model {source}: model type {config.model_type!r} is not a causal language model that is known to "
-            f"separate packed documents; supported: {', '.join(PACKING_MODELS)}"
+            f"--model {source}: model type {kind!r} is not known to separate packed documents; use --no-packing (one "
+            f"document per row)"
         )
-    if len(tokenizer) > config.vocab_size:
+    if kind not in PACKING_MODELS + ROW_MODELS:
         raise UserError(
-            f"--model {source}: it has {config.vocab_size:,} tokens, but the tokenizer has {len(tokenizer):,}. "
-            f"Remove --tokenizer, or use the model's own"
+            f"--model {source}: model type {kind!r} is not a causal language model that is known to work here; "
+            f"supported: {', '.join(PACKING_MODELS)}; with --no-packing also {', '.join(ROW_MODELS)}"
         )
-    longest = getattr(config, "max_position_embeddings", context_length)
+    require_vocabulary(tokenizer, config, source=str(source), hint="Remove --tokenizer, or use the model's own")
+    longest = getattr(config, "max_position_embeddings", None) or context_length
     if context_length > longest:
         raise UserError(f"--context-length {context_length}: this model takes at most {longest} tokens")
     return config

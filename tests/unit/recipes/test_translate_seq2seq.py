@@ -104,9 +104,8 @@ def test_unpaired_rows(tmp_path: Path, bad: dict[str, Any]) -> None:
 def test_model_without_decoder(tmp_path: Path) -> None:
     save_small_bert(tmp_path / "bert")
     recipe = _recipe(tmp_path, model=str(tmp_path / "bert"))
-    recipe.datasets()
     with pytest.raises(UserError, match=r"model type 'bert' is not an encoder-decoder"):
-        recipe.model()
+        recipe.datasets()
 
 
 def test_pretrained_model(tmp_path: Path) -> None:
@@ -151,7 +150,7 @@ def test_more_tokens_than_positions(tmp_path: Path) -> None:
     save_small_bert(tmp_path / "bert")
     config = json.loads((tmp_path / "bert" / "config.json").read_text())
     (tmp_path / "bert" / "config.json").write_text(json.dumps({**config, "is_encoder_decoder": True}))
-    recipe = _recipe(tmp_path, model=str(tmp_path / "bert"), max_source_length=600)
+    recipe = _recipe(tmp_path, model=str(tmp_path / "bert"), max_source_length=600, micro_batch_size=1)
     recipe.datasets()
     with pytest.raises(UserError, match=r"--max-source-length 600 .* at most 512 tokens"):
         recipe.model()

@@ -11,8 +11,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from shardlaunch import TensorData, UserError
 from shardlaunch.launcher.toolkit.demo_data import bert_dir
+from shardlaunch.launcher.toolkit.families import PACKING_MODELS
 from shardlaunch.launcher.toolkit.packing import NO_TARGET
-from shardlaunch.launcher.toolkit.pretrained import PACKING_MODELS
 from shardlaunch.text import cut_blocks, pack, positions, tokenized, train_tokenizer
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
