@@ -87,6 +87,8 @@ def options_from_keywords(
         origins = {name: place for name, place in base.origins.items() if name not in keywords}
         explicitly_set |= base.explicitly_set
     with naming_origins(origins):
+        if isinstance(keywords.get("data"), list | tuple):
+            keywords = {**keywords, "data": shlex.join(map(str, keywords["data"]))}
         options = replace(default, **{**config, **keywords})
         options = for_its_optimizer(options, default, explicitly_set=explicitly_set)
     options.explicitly_set = explicitly_set
@@ -157,10 +159,13 @@ def _typed_words(options_type: type[Options], words: Sequence[str]) -> dict[str,
                 )
             typed[name] = is_on
         else:
-            if name == "data" and len(texts) > 1:  # several files, as a shell makes them of a pattern
-                texts = [shlex.join(texts)]
-            typed[name] = _value(options_type, name, texts)
+            typed[name] = _value(options_type, name, _one_text(name, texts))
     return typed
+
+
+def _one_text(name: str, texts: Sequence[str]) -> Sequence[str]:
+    """Return several paths of --data, as a shell makes them of a pattern, as one text."""
+    return [shlex.join(texts)] if name == "data" and len(texts) > 1 else texts
 
 
 def _config(options_type: type[Options], keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -197,7 +202,7 @@ def _value_of_file(options_type: type[Options], name: str, given: "Given") -> An
         raise UserError(f"an options file cannot include another; remove {given.key!r}")
     if given.problem:
         raise UserError(f"option {given.key!r} {given.problem}")
-    if given.is_list != is_list(hint):
+    if given.is_list != is_list(hint) and name != "data":
         wanted = "a list of values" if is_list(hint) else "a single value"
         raise UserError(f"option {given.key!r} takes {wanted}, not {given.shown!r}")
     if hint is bool and given.switch is not None:
@@ -208,7 +213,7 @@ def _value_of_file(options_type: type[Options], name: str, given: "Given") -> An
     if given.texts == ("~",) and is_path(options_type, name):
         raise UserError(f"option {given.key!r}: a bare ~ means nothing in YAML; write ~/ for your home folder")
     texts = given.texts if hint is str else [_NON_FINITE.get(text.lower(), text) for text in given.texts]
-    return check_value(options_type, name, _value(options_type, name, texts))
+    return check_value(options_type, name, _value(options_type, name, _one_text(name, texts)))
 
 
 # As YAML writes them, and as numbers are written on the command line.

@@ -53,6 +53,16 @@ def test_each_option_makes_of_a_text_what_the_command_line_makes(tmp_path: Path)
     assert options.words == ("null", "true", "~", "")
 
 
+def test_several_files_of_data_are_the_same_on_every_way(tmp_path: Path) -> None:
+    paths = ["a.csv", "my data/b.csv"]
+    by_file = _read(f"data: [{paths[0]}, {paths[1]}]", tmp_path)
+    by_words = _read("", tmp_path, "--data", *paths)
+    by_keyword = options_from_keywords(_Options, {}, {"data": paths})
+    assert by_file.data == by_words.data == by_keyword.data == "a.csv 'my data/b.csv'"
+    with pytest.raises(UserError, match="takes a single value"):
+        _read("data: {a: b}", tmp_path)
+
+
 def test_null_stands_for_the_default_and_none_where_an_option_may_be_none(tmp_path: Path) -> None:
     preset = {"share": 0.25, "seed": 7}
     options = _read("preset: p\nshare: null\nseed: null\nrun_name: Null\n", tmp_path, preset=preset)
