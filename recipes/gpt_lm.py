@@ -87,8 +87,6 @@ class GptOptions(FileOptions):
         one_per_row = "--no-packing" if self.no_packing else "--messages-column" if self.messages_column else ""
         if one_per_row and self.shift_blocks:
             raise UserError(f"--shift-blocks: {one_per_row} has no blocks to shift; remove one of the two")
-        if self.messages_column and "text_column" in self.explicitly_set:
-            raise UserError("--text-column: --messages-column replaces it; remove one of the two")
         if self.messages_column and not (self.model or self.tokenizer not in ("", *TRAINED)):
             raise UserError("--messages-column: needs a tokenizer with a chat template; give --model or --tokenizer")
         if self.folds and self.shift_blocks:
@@ -145,6 +143,8 @@ class GptLm(Recipe):
             raise UserError(f"{', '.join(unused)}: only for a model from scratch, not with --model {options.model}")
         if (options.tokenizer or options.model or "bpe") != "bpe" and self.explicitly_set_flags("vocab_size"):
             raise UserError("--vocab-size: only for a new bpe tokenizer; remove it")
+        if self.chats and self.explicitly_set_flags("text_column"):
+            raise UserError("--text-column: --messages-column replaces it; remove one of the two")
         role, column = ("messages", options.messages_column) if self.chats else ("text", options.text_column)
         splits = (
             demo.film_reviews()

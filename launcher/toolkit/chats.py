@@ -9,7 +9,7 @@ import numpy as np
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.reporting.notes import current
 from shardlaunch.launcher.toolkit.derived import derived
-from shardlaunch.launcher.toolkit.packing import Unit, units_before
+from shardlaunch.launcher.toolkit.packing import Unit, units_of
 from shardlaunch.launcher.toolkit.pretrained import tokenizer_key
 
 Messages = Sequence[Mapping[str, Any]]
@@ -110,7 +110,7 @@ def chat_tokens(messages: Messages, tokenizer: Any, *, unit: Unit) -> tuple[list
         is_target = np.zeros(len(offsets), dtype=np.int32)
         for first, last in _answers(messages, text, tokenizer):
             is_target |= (offsets[:, 1] > first) & (offsets[:, 0] < last)
-    before = units_before(text, unit)
+    before = np.cumsum(units_of(text, unit))
     return encoded["input_ids"], (before[offsets[:, 1]] - before[offsets[:, 0]]).astype(np.int32), is_target
 
 

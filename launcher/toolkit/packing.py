@@ -33,7 +33,7 @@ def tokenized(texts: Sequence[str], tokenizer: Any, *, unit: Unit, framed: bool)
     )
     columns: dict[str, list[np.ndarray]] = {"tokens": [], "units": []}
     for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        before = np.cumsum(units_before(text, unit))
+        before = np.cumsum(units_of(text, unit))
         ends = np.maximum.accumulate(np.array([0, *(last for _, last in offsets)]))
         ends[-1] = len(text)
         columns["tokens"].append(np.array([*start, *ids, *end], dtype=np.int32))
@@ -41,7 +41,7 @@ def tokenized(texts: Sequence[str], tokenizer: Any, *, unit: Unit, framed: bool)
     return columns
 
 
-def units_before(text: str, unit: Unit) -> np.ndarray:
+def units_of(text: str, unit: Unit) -> np.ndarray:
     """Return 0, then for each character of a text 1, or the number of its UTF-8 bytes."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     sizes = np.ones(len(points) + 1, dtype=np.int64)
