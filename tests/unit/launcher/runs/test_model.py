@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from shardlaunch import Options, Recipe, UserError
 from shardlaunch.launcher.runs.model import Origins, build_empty_model, build_model
@@ -82,7 +83,9 @@ def test_an_empty_model_has_names_ties_and_buffers_but_no_values() -> None:
 def test_a_new_head_on_a_pretrained_encoder(tmp_path: Path) -> None:
     save_small_bert(tmp_path)
     recipe = BertImdb(BertOptions(model=str(tmp_path)))
+    # As datasets() leaves it.
     recipe.source, recipe.class_names = str(tmp_path), ["bad", "good", "mixed"]
+    recipe.config = AutoConfig.from_pretrained(tmp_path)
     state, fresh = _build(recipe, 1)
     assert fresh.drawn == ["classifier.weight", "classifier.bias"]
     other, _ = _build(recipe, 2)
