@@ -18,6 +18,7 @@ from shardlaunch.launcher.toolkit.files import (
     GROUP,
     HELD_OUT,
     KNOWN,
+    MOST_FILES,
     DataFile,
     FileOptions,
     Listing,
@@ -30,7 +31,6 @@ from shardlaunch.launcher.toolkit.files import (
 )
 from shardlaunch.launcher.toolkit.tables import ReadFile, read_file
 
-MOST_NAMED = 3  # files
 LONGEST_PATH = 4096
 
 
@@ -304,8 +304,8 @@ def _note_files(
     notes = current()
     for word, files in read.items():
         how = [" ".join((file.file.path.name, *(f"({word})" for word in file.how))) for file in files]
-        more = f" and {len(how) - MOST_NAMED} more files" if len(how) > MOST_NAMED else ""
-        notes.data.append(f"{word}: {', '.join(how[:MOST_NAMED])}{more}, {counted(len(splits[word]), 'row')}")
+        files_word = " files" if len(how) > MOST_FILES else ""
+        notes.data.append(f"{word}: {some(how, MOST_FILES)}{files_word}, {counted(len(splits[word]), 'row')}")
     names = dict.fromkeys(name for files in read.values() for file in files for name in file.names)
     used = {part for name in columns or names for part in (name, name.split(".")[0])}
     unused = [name for name in names if name not in used]

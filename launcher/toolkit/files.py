@@ -38,7 +38,7 @@ _JUNK = (
     *(".*", "Thumbs.db", "desktop.ini", "__MACOSX", "_SUCCESS"),
     *("README*", "LICEN[CS]E*", "dataset_info.json", "dataset_infos.json"),
 )
-MOST_NAMED = 3
+MOST_FILES = 3  # named in a line of the run's start
 GROUP = "group"  # the column of --group-column, as whole numbers
 
 
@@ -201,15 +201,9 @@ def listed(source: str, paths: Sequence[Path], ignored: Sequence[str] = ()) -> L
     if unused:
         raise UserError(f"--ignore-files {' '.join(unused)}: no file of --data {source} has such a name; remove it")
     if junk:
-        current().data.append(f"not read: {_named(junk)}")
+        current().data.append(f"not read: {some(junk, MOST_FILES)}")
     listing.files.sort(key=lambda file: str(file.path))
     return listing
-
-
-def _named(names: Sequence[str]) -> str:
-    if len(names) <= MOST_NAMED:
-        return ", ".join(names)
-    return f"{', '.join(names[:MOST_NAMED])} and {len(names) - MOST_NAMED} more"
 
 
 def _walk(

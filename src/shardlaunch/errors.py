@@ -38,8 +38,8 @@ def _escaped(character: re.Match[str]) -> str:
     return character[0].encode("unicode_escape").decode("ascii")
 
 
-def some(names: Iterable[str]) -> str:
-    """Join names for a message: at most ten, and the number of the others."""
+def some(names: Iterable[str], most: int = MOST_NAMED) -> str:
+    """Join names for a message: at most `most`, and the number of the others."""
     names = [printable(name, is_name=True) for name in names]
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
