@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.errors import UserError, some
 from shardlaunch.sharding.gradients import clip_factor
-from shardlaunch.sharding.layers import exact_modules, layers_to_wrap, refuse_sparse_gradients
+from shardlaunch.sharding.layers import exact_modules, layers_to_wrap, refuse_layer_dropping, refuse_sparse_gradients
 from shardlaunch.sharding.lockstep import Lockstep
 from shardlaunch.sharding.named_state import check_optimizer, named_state, optimized, restore_named_state, stand_in
 from shardlaunch.sharding.shards import local_shard
@@ -41,6 +41,8 @@ class Fsdp2(Strategy):
     ) -> None:
         _check_shapes(model)
         refuse_sparse_gradients(model, "FSDP2")
+        if world.size > 1:
+            refuse_layer_dropping(model, "FSDP2")
         for parameter in model.parameters():
             if not parameter.is_contiguous():  # shards are contiguous in memory
                 parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)

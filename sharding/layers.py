@@ -70,3 +70,19 @@ def refuse_sparse_gradients(model: nn.Module, who: str) -> None:
             f"{who} cannot reduce sparse gradients, which {some(names)} has; build it with sparse=False, or use "
             f"--strategy ddp, which makes them dense"
         )
+
+
+def refuse_layer_dropping(model: nn.Module, who: str) -> None:
+    """Raise UserError for a model that skips layers at random, by the names that Hugging Face's give to the rates."""
+    rates = {
+        f"{name}={rate:g}"
+        for module in model.modules()
+        for holder in (module, getattr(module, "config", None))
+        for name, rate in getattr(holder, "__dict__", {}).items()
+        if name.endswith("layerdrop") and isinstance(rate, int | float) and rate > 0
+    }
+    if rates:
+        raise UserError(
+            f"{who} gathers layers as they run, so on several ranks it cannot train a model that skips layers at "
+            f"random: {some(sorted(rates))}. Set this to 0 in its config.json, or use --strategy ddp, zero1 or zero2"
+        )

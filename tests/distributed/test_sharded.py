@@ -124,6 +124,18 @@ class DroppedBert(MaskedBert):
         return model
 
 
+class LayerDroppingBart(MaskedBert):
+    """A model whose configuration says that it skips layers."""
+
+    def model(self) -> nn.Module:
+        from transformers import BartConfig, BartForConditionalGeneration
+
+        sizes = {"vocab_size": 101, "d_model": 8, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        return BartForConditionalGeneration(
+            BartConfig(**sizes, encoder_layers=1, decoder_layers=1, decoder_layerdrop=0.1)
+        )
+
+
 class Skipping(nn.Module):
     """A block that is sometimes skipped."""
 
@@ -244,6 +256,8 @@ class OddlyOptimized(NetRecipe):
 REFUSED: list[tuple[type[Recipe], tuple[str, ...], tuple[str, ...]]] = [
     (NetRecipe, ("--strategy", "fsdp2", "--layer-classes", "Nope"), ("--layer-classes Nope", "Linear")),
     (NetRecipe, ("--strategy", "ddp", "--cpu-offload"), ("ddp does not shard",)),
+    (LayerDroppingBart, ("--strategy", "fsdp2"), ("decoder_layerdrop=0.1", "Set this to 0")),
+    (LayerDroppingBart, ("--strategy", "zero3"), ("decoder_layerdrop=0.1", "zero1 or zero2")),
     (OddlyOptimized, ("--strategy", "zero2"), ("ShampooLike", "AdamW", "--strategy ddp or fsdp2")),
     (EmptyParameterNet, ("--strategy", "fsdp2"), ("without elements", "nothing")),
     (EmptyParameterNet, ("--strategy", "zero3"), ("without elements", "ddp")),
