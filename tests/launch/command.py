@@ -15,6 +15,7 @@ from tests.distributed.ranks import FORKING, free_port, rank_environment
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 MNIST, BERT = str(RECIPES / "mnist_mlp.py"), str(RECIPES / "bert_imdb.py")
+PLAIN = str(Path(__file__).with_name("plain_recipe.py"))
 PYTHON = (sys.executable,)
 SHARDLAUNCH = (str(Path(sys.executable).parent / "shardlaunch"),)
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")

@@ -118,9 +118,9 @@ def test_loss_not_finite(tmp_path: Path, hf_home: Path, cause: str) -> None:
     run_dir = tmp_path / "run"
     words += ["--output-dir", str(run_dir)]
     if cause == "data":
-        ended = forked_end_of([*PYTHON, recipe, *words], environment(hf_home), num_ranks=2)
-    else:
         ended = end_of([*SHARDLAUNCH, "run", recipe, "--ranks", "2", "--", *words], environment(hf_home))
+    else:
+        ended = forked_end_of([*PYTHON, recipe, *words], environment(hf_home), num_ranks=2)
     assert_one_message(ended, ["loss nan", "before the update", "--lr"])
     step = int(ended.message.split("step ")[1].split(":")[0])
     assert step > 1, "the case needs a checkpoint before the bad step"

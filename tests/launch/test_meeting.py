@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.command import MNIST, PYTHON, TRACEBACK, end_of, environment
+from tests.launch.command import PLAIN, PYTHON, TRACEBACK, end_of, environment, forked_end_of
 
-WORDS = (*PYTHON, MNIST, "--preset", "demo", "--max-steps", "2", "--tracker", "none")
+WORDS = (*PYTHON, PLAIN)
 
 
 def free_port() -> str:
@@ -21,7 +21,7 @@ def free_port() -> str:
 @pytest.mark.parametrize("variables", [{}, {"MASTER_ADDR": "127.0.0.1"}, {"MASTER_PORT": "29500"}], ids=str)
 def test_no_address(variables: dict[str, str], tmp_path: Path) -> None:
     extra = {"RANK": "0", "WORLD_SIZE": "2", **variables}
-    ended = end_of([*WORDS, "--output-dir", str(tmp_path / "out")], environment(tmp_path, extra))
+    ended = forked_end_of([*WORDS, "--output-dir", str(tmp_path / "out")], environment(tmp_path, extra))
     assert ended.status == 2, ended.both
     assert ended.err.count("\n") == 1, ended.both
     for text in ("RANK=0 and WORLD_SIZE=2", "shardlaunch run RECIPE --ranks 2", "unset RANK"):
@@ -60,5 +60,5 @@ def test_rank_0_that_comes_late(tmp_path: Path) -> None:
 
 def test_one_rank_needs_no_address(tmp_path: Path) -> None:
     extra = {"RANK": "0", "WORLD_SIZE": "1"}
-    ended = end_of([*WORDS, "--output-dir", str(tmp_path / "out")], environment(tmp_path, extra))
+    ended = forked_end_of([*WORDS, "--output-dir", str(tmp_path / "out")], environment(tmp_path, extra))
     assert ended.status == 0, ended.both

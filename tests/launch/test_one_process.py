@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.command import ACCELERATE, MNIST, PYTHON, RECIPES, end_of, environment
+from tests.launch.command import ACCELERATE, PLAIN, PYTHON, RECIPES, end_of, environment, forked_end_of
 
 CONFIGS = RECIPES.parent / "accelerate_configs"
-WORDS = ("--preset", "demo", "--max-steps", "2", "--tracker", "none")
 
 
 def configured(name: str) -> tuple[str, ...]:
@@ -28,8 +27,9 @@ def configured(name: str) -> tuple[str, ...]:
 def test_one_process(
     command: tuple[str, ...], options: tuple[str, ...], variables: dict[str, str], strategy: str, tmp_path: Path
 ) -> None:
-    words = [*command, MNIST, *WORDS, *options, "--output-dir", str(tmp_path / "out")]
-    ended = end_of(words, environment(tmp_path, variables))
+    words = [*command, PLAIN, *options, "--output-dir", str(tmp_path / "out")]
+    run = forked_end_of if command == PYTHON else end_of
+    ended = run(words, environment(tmp_path, variables))
     assert ended.status == 0, ended.both
     (line,) = [line for line in ended.out.splitlines() if line.startswith("strategy")]
     assert line.split(maxsplit=1)[1].startswith(f"{strategy}: one rank: nothing is sharded"), ended.both
