@@ -31,6 +31,7 @@ def _as_found() -> Iterator[None]:
     environment = dict(os.environ)
     threads = torch.get_num_threads()
     folder = os.getcwd()
+    before = set(psutil.Process().children(recursive=True))  # that a module's fixture has started
     yield
     os.environ.clear()
     os.environ.update(environment)
@@ -39,18 +40,18 @@ def _as_found() -> Iterator[None]:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         pytest.fail("left a process group")
-    left = _processes_left()
+    left = _processes_left(before)
     for process in left:
         process.kill()
     if left:
         pytest.fail(f"left processes: {left}")
 
 
-def _processes_left() -> list[psutil.Process]:
-    """Return what still runs of this process's descendants, some time after it was to end."""
+def _processes_left(before: set[psutil.Process]) -> list[psutil.Process]:
+    """Return what still runs of this process's further descendants, some time after it was to end."""
     me = psutil.Process()
     servers = {child.pid for child in me.children() if _is_server(child)}
-    left = [process for process in me.children(recursive=True) if process.pid not in servers]
+    left = [process for process in set(me.children(recursive=True)) - before if process.pid not in servers]
     return psutil.wait_procs(left, timeout=END_WITHIN_S)[1] if left else []
 
 

@@ -61,6 +61,11 @@ def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     }
 
 
+def start_workers_as_usual() -> None:
+    """Let this process fork its own, as one that a launcher starts would, and not start a fork server for them."""
+    multiprocessing.set_start_method(None, force=True)
+
+
 def _answer(receiver: Connection) -> tuple[Any, str]:
     if not receiver.poll(TIMEOUT_S):
         return None, f"no answer within {TIMEOUT_S} s"
@@ -75,6 +80,7 @@ def _rank(
     rank: int, num_ranks: int, port: int, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     os.environ |= rank_environment(rank, num_ranks, port)
+    start_workers_as_usual()
     try:
         sender.send((function(*args), ""))
     except BaseException:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.distributed.ranks import FORKING, free_port, rank_environment
+from tests.distributed.ranks import FORKING, free_port, rank_environment, start_workers_as_usual
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 MNIST, BERT = str(RECIPES / "mnist_mlp.py"), str(RECIPES / "bert_imdb.py")
@@ -125,6 +125,7 @@ def _run_script(script: list[str], env: Mapping[str, str], out: Path, err: Path)
             os.dup2(file.fileno(), descriptor)
     os.environ.clear()
     os.environ.update(env)
+    start_workers_as_usual()
     sys.argv = script
     sys.path.insert(0, str(Path(script[0]).parent))
     runpy.run_path(script[0], run_name="__main__")

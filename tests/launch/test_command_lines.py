@@ -11,7 +11,7 @@ import pytest
 from shardlaunch.sharding.environment import LaunchEnvironment
 from shardlaunch.sharding.resolve import resolve_strategy
 from tests.distributed.ranks import free_port
-from tests.launch.command import ACCELERATE, PLAIN, PYTHON, SHARDLAUNCH, TORCHRUN, end_of, environment
+from tests.launch.command import ACCELERATE, PLAIN, PYTHON, SHARDLAUNCH, TORCHRUN, end_of, environment, forked_end_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"
@@ -135,7 +135,7 @@ def test_the_recipe_in_the_readme_works_outside_the_repo(hf_home: Path, tmp_path
     words = (*SHARDLAUNCH, "run", str(tmp_path / "my_recipe.py"), "--ranks", "2", "--")
     ended = end_of((*words, "--max-steps", "5", "--output-dir", str(tmp_path / "run")), environment(hf_home))
     assert ended.status == 0, ended.both
-    helped = end_of((*PYTHON, str(tmp_path / "my_recipe.py"), "--help"), environment(hf_home))
+    helped = forked_end_of((*PYTHON, str(tmp_path / "my_recipe.py"), "--help"), environment(hf_home))
     assert helped.status == 0
     assert "--global-batch-size" in helped.out
 
