@@ -21,7 +21,7 @@ from tests.conftest import TABLE
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import MaskedBert, MaskedOptions, final_tensors, losses, training_lines
 
-NUM_STEPS, SAVED = 30, 15
+NUM_STEPS, SAVED = 24, 12
 LOSS_BOUND = 1e-6
 ARGV = ["--max-steps", str(NUM_STEPS), "--save-every", str(SAVED), "--keep", "0", "--threads-per-rank", "1"]
 

@@ -15,7 +15,7 @@ WEIGHT_BOUND = 5e-5
 
 NET = ["--max-steps", "50", "--lr", "0.003", "--eval-every", "25", "--threads-per-rank", "1"]
 REVIEWS = [
-    *("--preset", "demo", "--max-steps", "50", "--global-batch-size", "16", "--micro-batch-size", "2"),
+    *("--preset", "demo", "--max-steps", "30", "--global-batch-size", "16", "--micro-batch-size", "2"),
     *("--max-length", "32", "--tracker", "none", "--threads-per-rank", "1"),
 ]
 

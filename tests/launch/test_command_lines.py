@@ -104,15 +104,19 @@ def test_every_configuration_is_tested_and_has_a_twin_for_several_machines() -> 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
 def test_two_machines(strategy: str, hf_home: Path, tmp_path: Path) -> None:
-    """Two launchers on one machine, with a rank each, stand in for two machines."""
+    """Two launchers on one machine, with a rank each, stand in for two machines. They train under FSDP2 alone."""
     port = free_port()
+    (tmp_path / "probe.py").write_text(PROBE)
+    (tmp_path / "ranks").mkdir()
+    trained = (PLAIN, "--output-dir", str(tmp_path))
+    started = trained if strategy == "fsdp2" else (str(tmp_path / "probe.py"), str(tmp_path / "ranks"))
     env = environment(hf_home, {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"})
     launchers = [
         subprocess.Popen(
             [
                 *(*ACCELERATE, "--config_file", str(CONFIGS / "multi_node" / f"{strategy}.yaml")),
                 *("--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)),
-                *("--machine_rank", str(machine), PLAIN, "--output-dir", str(tmp_path)),
+                *("--machine_rank", str(machine), *started),
             ],
             env=env,
             stdout=subprocess.PIPE,
@@ -123,8 +127,13 @@ def test_two_machines(strategy: str, hf_home: Path, tmp_path: Path) -> None:
     ]
     outputs = [launcher.communicate(timeout=120)[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
-    record = json.loads((tmp_path / "run.json").read_text())
-    assert (record["ranks"], record["strategy"]) == (2, strategy)
+    if started is trained:
+        record = json.loads((tmp_path / "run.json").read_text())
+        assert (record["ranks"], record["strategy"]) == (2, strategy)
+    else:
+        told = [LaunchEnvironment(**json.loads(path.read_text())) for path in (tmp_path / "ranks").iterdir()]
+        assert sorted(env.rank for env in told) == [0, 1]
+        assert {(env.world_size, resolve_strategy("auto", env)) for env in told} == {(2, strategy)}
 
 
 def test_the_recipe_in_the_readme_works_outside_the_repo(hf_home: Path, tmp_path: Path) -> None:
