@@ -112,7 +112,7 @@ def check_values(options: Any) -> None:
     """
     for f in fields(options):
         value = getattr(options, f.name)
-        if value is not None or f.default is not None:
+        if value is not None or not (f.default is None or _may_be_none(type(options), f.name)):
             setattr(options, f.name, check_value(type(options), f.name, value))
 
 
@@ -149,6 +149,12 @@ def expanded(path: PathT, called: str) -> PathT:
     if str(text).startswith("~"):
         raise UserError(f"{called} {path}: no home folder of that name; for a file whose name begins with ~ write ./~")
     return type(path)(text)
+
+
+def _may_be_none(options_type: type, name: str) -> bool:
+    """Return whether a class that declares an option, or a base of it, allows None: no value of the launcher's."""
+    hints = [get_type_hints(owner).get(name) for owner in options_type.__mro__ if is_dataclass(owner)]
+    return any(NoneType in get_args(hint) for hint in hints)
 
 
 def _without_none(hints: Mapping[str, Any]) -> dict[str, Any]:
