@@ -28,8 +28,8 @@ AUTO = {"bert_imdb": "SequenceClassification", "gpt_lm": "CausalLM", "translate_
 
 
 def run(recipe: str, argv: list[str], output_dir: Path) -> tuple[float, dict[int, float]]:
-    """Train for three steps; return the evaluation loss and those of the steps. All ranks."""
-    found, _ = trained(recipe, [*argv, "--max-steps", "3", "--micro-batch-size", "2"], output_dir)
+    """Train for six steps; return the evaluation loss and those of the steps. All ranks."""
+    found, _ = trained(recipe, [*argv, "--max-steps", "6", "--micro-batch-size", "2"], output_dir)
     return found, losses(output_dir)
 
 
@@ -50,4 +50,4 @@ def test_strategies(family: str, recipe: str, kind: str, options: tuple[str, ...
         words = [*argv, "--strategy", strategy]
         (found, steps), *_ = run_on_ranks(2, run, recipe, words, tmp_path / strategy)
         assert found == pytest.approx(expected, abs=1e-5), strategy
-        assert steps == pytest.approx(expected_steps, abs=1e-5), strategy
+        assert steps == pytest.approx(expected_steps, abs=1e-6), strategy
