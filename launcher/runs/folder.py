@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,9 @@ def claim(output_dir: Path) -> Iterator[None]:
     """Create the folder and lock it. Rank 0. Raises UserError if it cannot be created or another run has locked it.
 
     The lock is a POSIX record lock: it ends with the process, however that ends, and child processes do not inherit it.
+    A folder that is new and was not used, because the run was refused, is removed at the end.
     """
+    is_new = not os.path.lexists(output_dir)
     try:
         (output_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         descriptor = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT)
@@ -57,13 +59,27 @@ def claim(output_dir: Path) -> Iterator[None]:
     try:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            os.stat(output_dir / LOCK)  # the run that had it may have just removed it
+        except (BlockingIOError, PermissionError, FileNotFoundError):
             raise UserError(
                 f"--output-dir {output_dir}: another run is using it. Wait for it, or choose another folder."
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            if is_new:
+                _remove_unused(output_dir)
     finally:
         os.close(descriptor)
+
+
+def _remove_unused(output_dir: Path) -> None:
+    """Remove a folder that holds nothing but what `claim` has put there."""
+    with suppress(OSError):
+        if set(os.listdir(output_dir)) == {CHECKPOINTS, LOCK}:
+            (output_dir / CHECKPOINTS).rmdir()  # an error if there are any
+            (output_dir / LOCK).unlink()
+            output_dir.rmdir()
 
 
 def write_run(output_dir: Path, record: Mapping[str, Any], *, least_bytes: int) -> None:
