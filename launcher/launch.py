@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_USER_ERROR, UserError
+from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from shardlaunch.launcher.command_line.parsing import naming_origins, parse_options
 from shardlaunch.launcher.launched import mark_launched
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe, options_type_of, recipe_name
+from shardlaunch.launcher.training.stopping import Stopped, signals_kept
 from shardlaunch.sharding.environment import has_agent, is_main_process, read_environment
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ def launch(recipe_type: type[Recipe]) -> None:
 def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
     """Run a recipe with the given command-line words and return the exit status. All ranks.
 
-    0: success; 1: lost contact with another rank; 2: UserError, printed as one message; 130: interrupted. Other errors
-    are raised.
+    0: success; 1: lost contact with another rank; 2: UserError, printed as one message; 75: stopped when asked to;
+    130: interrupted. Other errors are raised.
     """
     world: World | None = None
     is_debug = "--debug" in argv
@@ -80,6 +81,7 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         with ExitStack() as stack:
             stack.enter_context(naming_origins(options.origins))
             stack.enter_context(silent_libraries())
+            stack.enter_context(signals_kept(is_main=env.rank == 0))
             display = new_display(env, show=True)
             stack.enter_context(shown_by(display.phases))
             choice = choose(options, env)
@@ -93,13 +95,20 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         if world is not None:
             world.await_others_at("report", most_s=LINGER_S)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
+    except Stopped as stop:
+        assert world is not None
+        if world.is_main:
+            print(stop, flush=True)
+        world.is_first_to("stop")
+        world.await_others_at("stop", most_s=LINGER_S)
+        return EXIT_STOPPED
+    except KeyboardInterrupt as interrupt:
         _report(
             world,
             "interrupted; the same command resumes from the last checkpoint, if there is one",
             with_traceback=False,
         )
-        return EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED if interrupt.args in ((), ("SIGINT",)) else EXIT_STOPPED
     except RuntimeError as error:
         is_alone = world is not None and world.size == 1
         if is_alone or not _LOST_CONTACT.search(str(error)):

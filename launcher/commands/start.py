@@ -9,14 +9,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 
-from shardlaunch.errors import EXIT_USER_ERROR, UserError
+from shardlaunch.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from shardlaunch.launcher.runs.result import Result
+from shardlaunch.launcher.training.stopping import SIGNALS
 from shardlaunch.sharding.environment import (
     RANKS_VARIABLE,
     RESULT_VARIABLE,
@@ -72,13 +76,29 @@ def _run_agent(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    passed_on = False
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        nonlocal passed_on
+        ranks = psutil.Process().children()
+        if not ranks:  # not yet, or no longer
+            raise KeyboardInterrupt
+        passed_on = True
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+
     logging.disable(logging.CRITICAL)  # in this process only, not in the ranks
+    # torch's agent would end the ranks 30 s after the signal, however long a step and a save take.
+    for number in SIGNALS:
+        signal.signal(number, pass_on)
     try:
-        run.run(run.parse_args(argv))
+        run.run(run.parse_args(["--signals-to-handle", "SIGHUP,SIGQUIT", *argv]))
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         # Negative codes are of ranks that a signal ended, mostly the agent's: a rank's own exit status tells more.
-        return next((code for code in codes if code > 0), None) or 128 + abs(codes[0])
+        own = next((code for code in codes if code > 0), None)
+        return own or (EXIT_STOPPED if passed_on else 128 + abs(codes[0]))
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0

@@ -12,11 +12,13 @@ import torch
 from shardlaunch.launcher.command_line.parsing import naming_origins, options_from_keywords
 from shardlaunch.launcher.launched import mark_launched
 from shardlaunch.launcher.options import Options
-from shardlaunch.launcher.recipe import Recipe, check_in_effect, options_type_of
+from shardlaunch.launcher.recipe import Recipe, check_in_effect, options_type_of, recipe_name
 from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.reporting.phases import phase, shown_by
+from shardlaunch.launcher.runs.folder import run_folder
 from shardlaunch.launcher.runs.result import Result
 from shardlaunch.launcher.runs.session import preserved_process, silent_libraries
+from shardlaunch.launcher.training.stopping import Stopped
 from shardlaunch.sharding.environment import LaunchEnvironment, read_environment
 from shardlaunch.sharding.precision import PRECISIONS, resolve_precision
 from shardlaunch.sharding.strategy import Settings
@@ -46,6 +48,8 @@ def fit(recipe: Recipe | type[Recipe], *, show: bool = False, **options: Any) ->
             with joined_ranks(env, parsed, choice) as world:
                 try:
                     return run_recipe_on(recipe, parsed, env, world, choice, display)
+                except Stopped:
+                    return Result.of_folder(run_folder(parsed, recipe_name(recipe_type)))
                 except BaseException:
                     abandon(world)
                     raise

@@ -49,6 +49,7 @@ from shardlaunch.launcher.runs.result import Result
 from shardlaunch.launcher.runs.saver import Saver
 from shardlaunch.launcher.training.evaluation import Evaluator
 from shardlaunch.launcher.training.loss_check import check_loss
+from shardlaunch.launcher.training.stopping import Requests, raise_if_stopped, until_the_end_of_a_step
 from shardlaunch.launcher.training.trainer import Hooks, Trainer
 from shardlaunch.sharding.named_state import group_hyperparameters, restore_group_hyperparameters
 from shardlaunch.sharding.precision import apply_precision
@@ -83,6 +84,7 @@ class Run:
         if fold is not None:
             self.output_dir /= f"fold-{fold + 1}"
         self.trackers = tracker_names(options.tracker)
+        self.requests = Requests(self.output_dir if world.is_main else None)
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -193,6 +195,7 @@ class Run:
             precision=self.precision,
             num_steps=self.data.num_steps,
             last_step=self.data.last_step,
+            requests=self.requests,
             hooks=Hooks(
                 on_step=self.recorder.on_step,
                 on_evaluating=self.recorder.on_evaluating,
@@ -297,8 +300,10 @@ class Run:
         )
 
     def _train_to(self, end: int) -> None:
-        self.trainer.run(self.position, end=end)
+        with until_the_end_of_a_step():
+            cause = self.trainer.run(self.position, end=end)
         self.saver.require_saved(self.position.step)
+        raise_if_stopped(cause, self.position.step)
 
     def _unfreeze(self) -> None:
         """Continue with all parameters trainable, exactly as a resume from this step's checkpoint would."""

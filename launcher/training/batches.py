@@ -20,6 +20,7 @@ from shardlaunch.launcher.seeding import derive_seed, sample_seeds, seed_generat
 from shardlaunch.launcher.tensor_data import TensorData
 from shardlaunch.launcher.training.clock import Clock
 from shardlaunch.launcher.training.fetching import EVALUATION, fetched
+from shardlaunch.launcher.training.stopping import SIGNALS
 
 # Samples are bucketed by length within this many global batches: enough to match lengths, few enough to stay shuffled.
 MEGA_BATCHES = 50
@@ -262,5 +263,5 @@ class _Sampler:
 
 def _ignore_signals(_: int) -> None:
     """Leave signals to the rank: if its workers died first, it could not save."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -20,6 +20,7 @@ from shardlaunch.launcher.training.batches import Batches, GlobalBatch
 from shardlaunch.launcher.training.clock import Clock
 from shardlaunch.launcher.training.evaluation import Evaluation, Evaluator
 from shardlaunch.launcher.training.forward import forward
+from shardlaunch.launcher.training.stopping import Asked, Requests
 from shardlaunch.sharding.buffers import BufferMean
 from shardlaunch.sharding.precision import Precision
 from shardlaunch.sharding.strategy import Strategy
@@ -55,6 +56,7 @@ class Trainer:
         num_steps: int,
         hooks: Hooks,
         last_step: int = 0,
+        requests: Requests | None = None,
     ) -> None:
         self.recipe = recipe
         self.options = options
@@ -66,14 +68,18 @@ class Trainer:
         self.num_steps = num_steps
         self.last_step = last_step or num_steps
         self.hooks = hooks
+        self.requests = requests or Requests()
         self.clock = Clock(recipe=recipe, steps_per_epoch=batches.plan.steps_per_epoch, num_steps=num_steps)
         self.buffers = BufferMean(strategy.replicas, world=world)
         self.peak_lrs = [group["lr"] for group in strategy.optimizer.param_groups]
         # Report the run's own learning rate, not that of a single parameter group.
         self.peak_lr = options.lr if options.lr in self.peak_lrs else float(max(self.peak_lrs))
 
-    def run(self, position: Position, *, end: int) -> None:
-        """Train from `position` to step `end` and save there. All ranks."""
+    def run(self, position: Position, *, end: int) -> str:
+        """Train from `position` to step `end` and save there. All ranks.
+
+        When a rank is asked to stop, all save and return after the same step. Returns what asked for it, or "".
+        """
         if self.precision.loss_scale is not None and position.loss_scale:
             self.precision.loss_scale.restore(position.loss_scale)
         for model in self.strategy.replicas:
@@ -90,10 +96,14 @@ class Trainer:
                 is_first = False
             self.hooks.on_step(position.step, report)
             has_improved = self._is_evaluation_due(position.step) and self._evaluate(position)
-            self._save_if_due(position, end, has_improved=has_improved)
+            self._save_if_due(position, end, is_asked=any(upcoming.asked), has_improved=has_improved)
+            cause = self.requests.met() if any(upcoming.asked) else ""
             if position.is_finished:
-                return
+                return ""
+            if upcoming.asked.stop:
+                return cause
             begun = time.perf_counter()
+        return ""
 
     def train_step(
         self, counted: "CountedBatch", batches: Iterator[GlobalBatch], begun: float
@@ -150,11 +160,12 @@ class Trainer:
     ) -> Callable[[], tuple[float, "CountedBatch"]]:
         """Start to sum this step's loss and the next batch's counts; return a function to get them. All ranks."""
         counts = _counts(following)
+        asked = self.requests.now()
         if self.world.size == 1:
             assert loss is not None
-            return lambda: (loss.item(), CountedBatch(following, *counts))
+            return lambda: (loss.item(), CountedBatch(following, *counts, asked))
         # float64 holds the loss and integers up to 2**53 exactly.
-        sums = torch.tensor([0.0, *counts], dtype=torch.float64, device=self.world.device)
+        sums = torch.tensor([0.0, *counts, *asked], dtype=torch.float64, device=self.world.device)
         if loss is not None:
             sums[0] = loss
         work = self.world.begin_sum(sums)
@@ -162,8 +173,10 @@ class Trainer:
         def finish() -> tuple[float, CountedBatch]:
             assert work is not None
             work.wait()
-            loss_sum, num_targets, num_tokens = sums.tolist()
-            return loss_sum, CountedBatch(following, int(num_targets), int(num_tokens))
+            loss_sum, num_targets, num_tokens, *asked = sums.tolist()
+            return loss_sum, CountedBatch(
+                following, int(num_targets), int(num_tokens), Asked(*(each > 0 for each in asked))
+            )
 
         return finish
 
@@ -214,22 +227,24 @@ class Trainer:
         position.has_stopped_early = bool(patience) and position.evaluations_since_best >= patience
         return False
 
-    def _save_if_due(self, position: Position, end: int, *, has_improved: bool) -> None:
+    def _save_if_due(self, position: Position, end: int, *, is_asked: bool, has_improved: bool) -> None:
         every = self.options.save_every
         position.is_finished = position.has_stopped_early or position.step == self.last_step
         is_due = position.step == end or position.is_finished or (every and position.step % every == 0)
-        if is_due or (has_improved and self.options.save_on_best):
+        if is_due or is_asked or (has_improved and self.options.save_on_best):
             if self.precision.loss_scale is not None:
                 position.loss_scale = self.precision.loss_scale.state()
             self.hooks.save(position)
 
 
 class CountedBatch(NamedTuple):
-    """This rank's micro-batches of a global batch (None: the run is over) and its counts over all ranks."""
+    """This rank's micro-batches of a global batch (None: the run is over), and what all ranks know of it."""
 
     batch: GlobalBatch | None
     num_targets: int
     num_tokens: int
+    asked: Asked = Asked()
+    """What any rank has been asked for, before this batch."""
 
 
 def _counts(batch: GlobalBatch | None) -> tuple[int, int]:

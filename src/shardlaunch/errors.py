@@ -4,9 +4,11 @@ import re
 from collections.abc import Iterable
 
 MOST_NAMED = 10
-# Exit statuses: lost contact with another rank (or any other error), a UserError, and Ctrl-C.
+# Exit statuses: lost contact with another rank (or any other error), a UserError, a run that was asked to stop and is
+# to be started again, and one that was ended at once.
 EXIT_OTHER_ERROR = 1
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # as EX_TEMPFAIL of sysexits.h
 EXIT_INTERRUPTED = 130
 
 

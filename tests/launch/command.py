@@ -99,6 +99,7 @@ def forked(words: Sequence[str], env: Mapping[str, str], *, num_ranks: int = 1) 
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
+        out.touch(), err.touch()
         processes = []
         for rank in range(num_ranks):
             its_env = {**env, **(rank_environment(rank, num_ranks, port) if num_ranks > 1 else {})}
