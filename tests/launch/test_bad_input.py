@@ -1,15 +1,14 @@
 """Bad input: one clear message on stderr, a non-zero exit status, no traceback, and nothing is lost."""
 
 import shutil
-import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from tests.launch.checks import DEMO, STEPS, assert_one_message, content_of, flip_byte, write_table
-from tests.launch.command import BERT, MNIST, PYTHON, SHARDLAUNCH, STUCK_S, Ended, end_of, environment, forked_end_of
+from tests.launch.command import BERT, MNIST, PYTHON, SHARDLAUNCH, end_of, environment, forked_end_of
 
 TEXTS = ("--model", "demo", "--max-steps", "1", "--tracker", "none")
 # One of each way out, as processes of their own: tyro's message, a recipe's before and after its data, the console
@@ -60,19 +59,6 @@ def resumed(name: str, *words: str, says: tuple[str, ...], damaged: tuple[int, .
     all_words = (*PYTHON, MNIST, *DEMO, "--output-dir", "{run}", *words)
     return Case(name=name, words=all_words, says=says, damaged=damaged)
 
-
-HUB_CASES = (
-    Case(
-        name="hub data not reachable",
-        words=(*PYTHON, MNIST, *STEPS, "--data", "ylecun/mnist", "--output-dir", "{out}"),
-        says=("--data ylecun/mnist", "hub", "local path", "--preset demo"),
-    ),
-    texts(
-        "hub model not reachable",
-        *("--model", "google-bert/bert-base-uncased", "--data", "{inputs}/texts.csv"),
-        says=("--model google-bert/bert-base-uncased", "hub", "local folder", "--preset demo"),
-    ),
-)
 
 CASES = (
     # Options
@@ -206,38 +192,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A command that asks the hub, what it must say, and the files of its output."""
-
-    process: subprocess.Popen[bytes]
-    says: list[str]
-    folder: Path
-
-    def end(self) -> Ended:
-        """Wait until it has ended."""
-        status = self.process.wait(STUCK_S)
-        return Ended(status=status, out=(self.folder / "stdout").read_text(), err=(self.folder / "stderr").read_text())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unreachable_hub(inputs: Path, hf_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sequence[Asked]]:
-    """Start what asks the hub before the first test of this file: the client waits between its retries."""
-    asked = []
-    for case in HUB_CASES:
-        folder = tmp_path_factory.mktemp("hub")
-        places = {"inputs": str(inputs), "out": str(folder / "run")}
-        words = [word.format(**places) for word in case.words]
-        with open(folder / "stdout", "wb") as out, open(folder / "stderr", "wb") as err:
-            env = environment(hf_home)
-            process = subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-        asked.append(Asked(process=process, says=[text.format(**places) for text in case.says], folder=folder))
-    yield asked
-    for one in asked:
-        one.process.kill()
-        one.process.wait()
-
-
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_one_message(case: Case, inputs: Path, finished: Path, hf_home: Path, tmp_path: Path) -> None:
     """One message that says what, where and what to do, before any step, and no file of an earlier run is touched."""
@@ -256,13 +210,3 @@ def test_one_message(case: Case, inputs: Path, finished: Path, hf_home: Path, tm
     assert "step 1/" not in ended.out, ended.both
     assert not output_dir.exists()
     assert content_of(run_dir) == files_before
-
-
-def test_hub_not_reachable(unreachable_hub: Sequence[Asked]) -> None:
-    """The output ends with one message; the Hub's client prints its retries, between which it waits, before it."""
-    all_ended = [asked.end() for asked in unreachable_hub]
-    if not any(ended.status for ended in all_ended):
-        pytest.skip("the hub is within reach here")
-    for asked, ended in zip(unreachable_hub, all_ended, strict=True):
-        ours = [line for line in ended.err.splitlines() if "Retry" not in line and "thrown while" not in line]
-        assert_one_message(Ended(status=ended.status, out="", err="\n".join(ours)), asked.says)

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from shardlaunch.checkpoints.reader import checkpoint_steps
 from tests.launch.checks import DEMO, STEPS, assert_one_message, assert_valid, content_of, flip_byte, write_table
 from tests.launch.command import (
     ACCELERATE,
+    BERT,
     MNIST,
     PYTHON,
     SHARDLAUNCH,
@@ -27,6 +29,7 @@ from tests.launch.command import (
     Ended,
     end_of,
     environment,
+    forked,
     forked_end_of,
 )
 
@@ -243,12 +246,11 @@ def test_disk_filled_by_others(small_disk: Callable[[str], Path], tmp_path: Path
     """Not even the metrics find room: both ranks end with a message, the checkpoint stays."""
     disk = small_disk("2m")
     run_dir = disk / "run"
-    words = [*SHARDLAUNCH, "run", MNIST, "--ranks", "2", "--", *DEMO, "--max-steps", "600", "--save-every", "100"]
-    with started([*words, "--output-dir", str(run_dir)], tmp_path, hf_home) as process:
-        wait_for(lambda: checkpoint_steps(run_dir / "checkpoints"), process)
+    words = [*PYTHON, MNIST, *DEMO, "--max-steps", "600", "--save-every", "100", "--output-dir", str(run_dir)]
+    with forked(words, environment(hf_home), num_ranks=2) as run:
+        wait_for(lambda: checkpoint_steps(run_dir / "checkpoints"), run.ranks[0].is_alive)
         fill(disk)
-        status = process.wait(timeout=STUCK_S)
-    ended = Ended(status=status, out=(tmp_path / "out").read_text(), err=(tmp_path / "err").read_text())
+        ended = run.end()
     assert_one_message(ended, ["run"])
     assert "No space left" in ended.out + ended.err, ended.both
     steps = checkpoint_steps(run_dir / "checkpoints")
@@ -278,10 +280,10 @@ def started(words: Sequence[str], folder: Path, hf_home: Path) -> Iterator[subpr
         process.wait(timeout=STUCK_S)
 
 
-def wait_for(happened: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
-    """Wait until something has happened, while a process runs."""
+def wait_for(happened: Callable[[], object], is_running: Callable[[], bool]) -> None:
+    """Wait until something has happened, while a run goes on."""
     while not happened():
-        assert process.poll() is None, "it ended before"
+        assert is_running(), "it ended before"
         time.sleep(POLL_INTERVAL_S)
 
 
@@ -290,7 +292,65 @@ def test_two_runs_in_one_folder(tmp_path: Path, hf_home: Path) -> None:
     run_dir = tmp_path / "run"
     words = [*PYTHON, MNIST, *DEMO, "--output-dir", str(run_dir), "--save-every", "0"]
     with started([*words, "--max-steps", "1000000"], tmp_path, hf_home) as process:
-        wait_for((run_dir / "metrics.jsonl").exists, process)
+        wait_for((run_dir / "metrics.jsonl").exists, lambda: process.poll() is None)
         ended = forked_end_of(words, environment(hf_home))
         assert process.poll() is None
     assert_one_message(ended, [f"--output-dir {run_dir}", "another run is using it", "choose another folder"])
+
+
+# The hub
+
+HUB_CASES = (
+    ((*PYTHON, MNIST, "--data", "ylecun/mnist"), ("--data ylecun/mnist", "hub", "local path", "--preset demo")),
+    (
+        (*PYTHON, BERT, "--model", "google-bert/bert-base-uncased", "--data", "{folder}/texts.csv"),
+        ("--model google-bert/bert-base-uncased", "hub", "local folder", "--preset demo"),
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A command that asks the hub, what it must say, and the files of its output."""
+
+    process: subprocess.Popen[bytes]
+    says: tuple[str, ...]
+    folder: Path
+
+    def end(self) -> Ended:
+        """Wait until it has ended."""
+        status = self.process.wait(STUCK_S)
+        return Ended(status=status, out=(self.folder / "stdout").read_text(), err=(self.folder / "stderr").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unreachable_hub(hf_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sequence[Asked]]:
+    """Start what asks the hub before the first test of this file: the client waits between its retries."""
+    asked = []
+    for words, says in HUB_CASES:
+        folder = tmp_path_factory.mktemp("hub")
+        write_table(folder / "texts.csv", {"text": ["good", "bad"] * 9, "label": [1, 0] * 9})
+        words = [*words, *STEPS, "--output-dir", str(folder / "run")]
+        with open(folder / "stdout", "wb") as out, open(folder / "stderr", "wb") as err:
+            process = subprocess.Popen(
+                [word.format(folder=folder) for word in words],
+                env=environment(hf_home),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+            )
+        asked.append(Asked(process=process, says=says, folder=folder))
+    yield asked
+    for one in asked:
+        one.process.kill()
+        one.process.wait()
+
+
+def test_hub_not_reachable(unreachable_hub: Sequence[Asked]) -> None:
+    """The output ends with one message; the Hub's client prints its retries, between which it waits, before it."""
+    all_ended = [asked.end() for asked in unreachable_hub]
+    if not any(ended.status for ended in all_ended):
+        pytest.skip("the hub is within reach here")
+    for asked, ended in zip(unreachable_hub, all_ended, strict=True):
+        ours = [line for line in ended.err.splitlines() if "Retry" not in line and "thrown while" not in line]
+        assert_one_message(Ended(status=ended.status, out="", err="\n".join(ours)), asked.says)

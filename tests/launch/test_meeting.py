@@ -51,7 +51,7 @@ def test_rank_0_that_comes_late(tmp_path: Path) -> None:
     with subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as waiting:
         assert waiting.stderr is not None
         line = waiting.stderr.readline()
-        ended = end_of(words, environment(tmp_path, {"RANK": "0", "WORLD_SIZE": "2", **where}))
+        ended = forked_end_of(words, environment(tmp_path, {"RANK": "0", "WORLD_SIZE": "2", **where}))
         rest = waiting.stderr.read()
     assert line.startswith(f"rank 1 waits at 127.0.0.1:{where['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT) for rank 0;")
     assert rest == ""

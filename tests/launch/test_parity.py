@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.command import SHARDLAUNCH, end_of, environment, forked_end_of
+from tests.launch.command import SHARDLAUNCH, environment, forked_end_of
 
 RECIPE = """
 import os
@@ -46,7 +46,7 @@ def test_parity(factor: str, status: int, said: str, tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.py"
     recipe.write_text(RECIPE.replace("FACTOR", factor))
     words = (*SHARDLAUNCH, "parity", str(recipe), "--steps", "2", "--strategies", "fsdp2", "--", "--lr", "0.01")
-    ended = end_of(words, environment(tmp_path))
+    ended = forked_end_of(words, environment(tmp_path))
     assert ended.status == status, ended.both
     assert said in ended.out
     assert "2 steps in" in ended.out
