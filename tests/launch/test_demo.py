@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from tests.launch.checks import last_evaluation
 from tests.launch.command import BERT, PYTHON, SHARDLAUNCH, Ended, end_of, environment, forked_end_of
 
-# Of the 353 of the README; the accuracy was 0.7804 after these, with torch 2.13.
+# Of the 353 of the README; the accuracy was 0.754 after these, with torch 2.13.
 NUM_STEPS = 48
 
 
@@ -38,7 +38,7 @@ def demo(hf_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 
 def test_it_learns(demo: Demo) -> None:
-    assert last_evaluation(demo.output_dir)["eval/accuracy"] >= 0.65
+    assert last_evaluation(demo.output_dir)["eval/accuracy"] >= 0.735
     newest = max((demo.output_dir / "checkpoints").iterdir())
     model = AutoModelForSequenceClassification.from_pretrained(newest)
     assert model.config.id2label == {0: "rotten", 1: "fresh"}
