@@ -4,14 +4,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressBar, SpinnerColumn, Task, TimeElapsedColumn
-from rich.text import Text
+if TYPE_CHECKING:  # a recipe's --help needs none of it
+    from rich.console import Console
+    from rich.progress import Progress
 
 PLAIN_LINE_S = 10.0  # between two plain lines of progress
 LEAST_S = 1.0  # a phase that took less leaves no line
-BAR_WIDTH = 20  # characters
 
 Advance = Callable[[int], None]
 """Told how many more rows are done."""
@@ -23,7 +23,7 @@ class Phases:
     A phase of a second or more leaves a line with its time, without the time of the phases inside it.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: "Console") -> None:
         self._console = console
         self._live: Progress | None = None
         self._inner_s = [0.0]  # per open phase, innermost last: seconds of the phases inside it
@@ -59,8 +59,9 @@ class Phases:
         """Show a phase in the live line, in the place of the phase around it."""
         live, outer = self._live, self._live.task_ids[-1:] if self._live is not None else []
         if live is None:
-            columns = ("{task.description}", _RowsBar(BAR_WIDTH), "{task.fields[count]}", TimeElapsedColumn())
-            live = self._live = Progress(SpinnerColumn(), *columns, console=self._console, transient=True)
+            from shardlaunch.launcher.reporting.live import live_line
+
+            live = self._live = live_line(self._console)
             live.start()
         for task in outer:
             live.update(task, visible=False)
@@ -98,13 +99,6 @@ class Phases:
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False)
-
-
-class _RowsBar(BarColumn):
-    """A bar for phases that count rows, nothing for the others."""
-
-    def render(self, task: Task) -> ProgressBar | Text:  # type: ignore[override]
-        return super().render(task) if task.total else Text()
 
 
 _CURRENT: ContextVar[Phases | None] = ContextVar("phases", default=None)
