@@ -4,14 +4,13 @@ import json
 import random
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+from tests.launch.checks import wait_for_step
 from tests.launch.command import MNIST, PYTHON, SHARDLAUNCH, end_of, environment, forked, forked_end_of
 from tests.recipes import final_tensors, training_lines
 
@@ -38,20 +37,11 @@ def _launched_words(strategy: str, num_ranks: int, output_dir: Path) -> list[str
     return [*SHARDLAUNCH, "run", MNIST, *ranks, "--", *_words(output_dir)]
 
 
-def _wait_for_step(step: int, output_dir: Path, still_runs: Callable[[], bool]) -> None:
-    log = output_dir / "metrics.jsonl"
-    begun = time.monotonic()
-    while not log.exists() or log.read_bytes().count(b"\n") < step:
-        assert still_runs()
-        assert time.monotonic() - begun < TIMEOUT_S
-        time.sleep(0.001)
-
-
 def _kill_at(step: int, topology: Topology, output_dir: Path, hf_home: Path) -> None:
     """Start the run, kill one of its ranks when its log has reached `step`, and see the others end by themselves."""
     strategy, num_ranks = topology
     with forked(_forked_words(strategy, output_dir), environment(hf_home), num_ranks=num_ranks) as run:
-        _wait_for_step(step, output_dir, lambda: all(rank.is_alive() for rank in run.ranks))
+        wait_for_step(step, output_dir, lambda: all(rank.is_alive() for rank in run.ranks))
         random.Random(step).choice(run.ranks).kill()
         ended = run.end()
     assert ended.status != 0
@@ -63,7 +53,7 @@ def _kill_launched_at(step: int, num_ranks: int, output_dir: Path, hf_home: Path
     """Do the same to a run that `shardlaunch run` has started, which ends too."""
     words = _launched_words("ddp", num_ranks, output_dir)
     launcher = subprocess.Popen(words, env=environment(hf_home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    _wait_for_step(step, output_dir, lambda: launcher.poll() is None)
+    wait_for_step(step, output_dir, lambda: launcher.poll() is None)
     random.Random(step).choice(psutil.Process(launcher.pid).children(recursive=True)).send_signal(signal.SIGKILL)
     output = launcher.communicate(timeout=TIMEOUT_S)[0].decode()
     assert launcher.returncode != 0

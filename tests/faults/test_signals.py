@@ -11,7 +11,7 @@ import pytest
 
 from shardlaunch.checkpoints.reader import checkpoint_steps
 from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_STOPPED
-from tests.launch.checks import assert_valid
+from tests.launch.checks import assert_valid, logged_steps, wait_for_step
 from tests.launch.command import (
     PYTHON,
     SHARDLAUNCH,
@@ -69,15 +69,6 @@ def recipe(tmp_path: Path) -> str:
     return str(path)
 
 
-def wait_for_step(step: int, run_dir: Path) -> None:
-    wait_until(lambda: logged_steps(run_dir) >= step)
-
-
-def logged_steps(run_dir: Path) -> int:
-    log = run_dir / "metrics.jsonl"
-    return log.read_bytes().count(b"\n") if log.exists() else 0
-
-
 def wait_until(happened: Callable[[], object]) -> None:
     end = time.monotonic() + STUCK_S
     while not happened():
@@ -128,7 +119,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     run_dir = tmp_path / "run"
     words = [*PYTHON, recipe, "--strategy", strategy, *options]
     with forked([*words, "--output-dir", str(run_dir)], environment(hf_home), num_ranks=num_ranks) as run:
-        wait_for_step(3, run_dir)
+        wait_for_step(3, run_dir, run.ranks[0].is_alive)
         os.kill(_pid(run, num_ranks - 1), number)
         ended = run.end()
         assert {rank.exitcode for rank in run.ranks} == {EXIT_STOPPED}, ended.both
@@ -153,7 +144,7 @@ def test_a_signal_to_the_launcher(number: signal.Signals, recipe: str, hf_home: 
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        wait_for_step(3, run_dir)
+        wait_for_step(3, run_dir, lambda: process.poll() is None)
         process.send_signal(number)
         out, err = process.communicate(timeout=STUCK_S)
     ended = Ended(status=process.returncode, out=out, err=err)
@@ -165,7 +156,7 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(recipe: str, hf_home
     run_dir = tmp_path / "run"
     words = [*PYTHON, recipe, "--strategy", "ddp", "--output-dir", str(run_dir)]
     with forked(words, environment(hf_home, {"STUCK_AT": "5"}), num_ranks=2) as run:
-        wait_for_step(5, run_dir)
+        wait_for_step(5, run_dir, run.ranks[0].is_alive)
         os.kill(_pid(run, 0), signal.SIGTERM)
         wait_until(lambda: "a second signal ends it at once" in run.err.read_text())
         os.kill(_pid(run, 0), signal.SIGTERM)
@@ -195,7 +186,7 @@ def test_files_that_ask_to_save_and_to_stop(recipe: str, hf_home: Path, tmp_path
     Path(recipe).write_text(RECIPE.replace("sleep(0.01)", "sleep(0.1)"))
     words = [*PYTHON, recipe, "--strategy", "ddp"]
     with forked([*words, "--output-dir", str(run_dir)], environment(hf_home), num_ranks=2) as run:
-        wait_for_step(1, run_dir)
+        wait_for_step(1, run_dir, run.ranks[0].is_alive)
         (run_dir / "save-now").touch()
         wait_until(lambda: checkpoint_steps(run_dir / "checkpoints"))
         wait_until(lambda: not (run_dir / "save-now").exists())

@@ -1,7 +1,8 @@
 """Checks of output and files of runs for the tests of command lines, a run to damage, and data files."""
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pandas as pd
 
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import checkpoint_steps, open_checkpoint
-from tests.launch.command import TRACEBACK, Ended
+from tests.launch.command import STUCK_S, TRACEBACK, Ended
 
 STEPS = ("--max-steps", "3", "--save-every", "1", "--keep", "0", "--tracker", "none", "--threads-per-rank", "1")
 DEMO = ("--preset", "demo", *STEPS)
@@ -65,3 +66,18 @@ def last_evaluation(output_dir: Path) -> dict[str, Any]:
     """Return the last line of a run's metrics with an accuracy."""
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "eval/accuracy" in line][-1]
+
+
+def logged_steps(run_dir: Path) -> int:
+    """Return how many lines the metrics of a run have."""
+    log = run_dir / "metrics.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def wait_for_step(step: int, run_dir: Path, is_running: Callable[[], bool]) -> None:
+    """Wait until the metrics of a run that goes on have reached a step."""
+    end = time.monotonic() + STUCK_S
+    while logged_steps(run_dir) < step:
+        assert is_running(), "it ended before"
+        assert time.monotonic() < end
+        time.sleep(0.001)
