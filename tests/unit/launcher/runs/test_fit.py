@@ -35,6 +35,15 @@ def test_a_sweep_in_a_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert len({result.evaluations[-1]["loss"] for result in results}) == 3
 
 
+def test_a_file_that_asks_to_stop(tmp_path: Path) -> None:
+    (tmp_path / "stop").touch()
+    stopped = fit(NetRecipe, output_dir=tmp_path, **SHORT)
+    assert (stopped.step, stopped.is_finished) == (1, False)
+    assert not (tmp_path / "stop").exists()
+    assert (whole := fit(NetRecipe, output_dir=tmp_path, **SHORT)).is_finished
+    assert list(whole.history()["step"]) == [1, 2, 3, 4]
+
+
 def test_the_process_is_left_as_it_was_found(tmp_path: Path) -> None:
     def state() -> Any:
         numpy_state = np.random.get_state()[1].tolist()  # type: ignore[union-attr,index]
