@@ -15,16 +15,16 @@ from shardlaunch.checkpoints.reader import Checkpoint, open_checkpoint
 from shardlaunch.checkpoints.records import Position
 from shardlaunch.checkpoints.retention import sweep
 from shardlaunch.checkpoints.state import OPTIMIZER
-from shardlaunch.errors import UserError, some
+from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe, recipe_name
 from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.reporting.notes import collected
 from shardlaunch.launcher.reporting.phases import phase
 from shardlaunch.launcher.reporting.recorder import Recorder
-from shardlaunch.launcher.reporting.summary import batch_text, say_init, say_start
 from shardlaunch.launcher.reporting.trackers import tracker_names
 from shardlaunch.launcher.runs.assembly import assemble
+from shardlaunch.launcher.runs.beginning import show_start
 from shardlaunch.launcher.runs.data import load_data
 from shardlaunch.launcher.runs.ending import show_result
 from shardlaunch.launcher.runs.folder import (
@@ -325,61 +325,24 @@ class Run:
         return f"{self.data.num_steps}" + (f", extended to {extended_to}" if extended_to > self.data.num_steps else "")
 
     def _show_start(self) -> None:
-        options, world, assembly = self.options, self.world, self.assembly
-        checkpoint, plan = self.resumed, self.data.plan
-        new = [] if checkpoint else assembly.origins.new
-        num_new = "" if checkpoint else f", {len(new)} of {assembly.num_tensors} tensors newly initialized"
-        say_start(
-            self.display,
-            {
-                "recipe": f"{self.name} ({type(self.recipe).__name__}), {assembly.model_class}",
-                "parameters": f"{assembly.num_elements:,}{num_new}",
-                "ranks": f"{world.size} x {_device_name(world)}, threads per rank: {torch.get_num_threads()}",
-                "strategy": ": ".join(filter(None, (self.strategy_name, self.strategy.describe()))),
-                "precision": self.precision.name,
-                "global batch": batch_text(
-                    global_batch=options.global_batch_size,
-                    micro_batch=options.micro_batch_size,
-                    ranks=world.size,
-                    replicas=world.size * len(self.strategy.replicas),
-                ),
-                "steps": f"{self._steps_text()} ({plan.steps_per_epoch} per epoch, {plan.num_samples:,} samples)",
-                **({"fold": f"{self.fold + 1} of {options.folds}"} if self.fold is not None else {}),
-                **self._data_rows(),
-                "starts at": f"step {checkpoint.step} ({checkpoint.step_dir})" if checkpoint else "step 0",
-                "output": str(self.output_dir),
-            },
-            new=new,
-            num_tensors=assembly.num_tensors,
-            origins=[] if checkpoint or self.init is not None else assembly.origins.rows(),
-        )
-        if assembly.origins.stale and checkpoint is None:
-            self.display.warn(
-                f"the constructor copied values that weights() has replaced since: {some(assembly.origins.stale)}; "
-                f"return these from weights() too, or load the pretrained weights in model() before the copy"
-            )
-        if self.init is not None and self.init.match is not None and checkpoint is None:
-            match = self.init.match
-            say_init(
-                self.display,
-                str(self.init.weights.source),
-                match.rows(),
-                other_shapes=match.other_shapes,
-                unused=match.unused,
-                renaming=match.renaming,
-            )
-        if any(row.lr is None for row in assembly.rows) or options.lr_factors:
-            self.display.parameters(assembly.rows)
-
-    def _data_rows(self) -> dict[str, str]:
-        """Return what the start says about the data; warnings about it are shown at once."""
-        for text in self.notes.warnings:
+        for text in self.notes.warnings:  # about the data
             self.display.warn(text)
-        splits = self.data.splits if self.recipe.class_names else {}
-        found = {name: self.recipe.classes_of(split) for name, split in splits.items()}
-        classes = {name: numbers for name, numbers in found.items() if numbers is not None}
-        fold = (self.fold + 1, self.options.folds) if self.fold is not None else None
-        return self.notes.rows(classes, self.recipe.class_names, fold=fold)
+        show_start(
+            self.display,
+            self.recipe,
+            self.data,
+            self.assembly,
+            name=self.name,
+            world=self.world,
+            strategy_name=self.strategy_name,
+            precision_name=self.precision.name,
+            steps=self._steps_text(),
+            fold=self.fold,
+            notes=self.notes,
+            checkpoint=self.resumed,
+            init=self.init,
+            output_dir=self.output_dir,
+        )
 
     def _end(self) -> Result:
         """Print the last lines and return the outcome. All ranks."""
@@ -394,7 +357,3 @@ class Run:
 
 def _digest(record: Mapping[str, Any]) -> int:
     return xxhash.xxh3_64_intdigest(json.dumps(record).encode()) >> 1
-
-
-def _device_name(world: World) -> str:
-    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"

@@ -1,0 +1,92 @@
+"""The first lines of a run."""
+
+from pathlib import Path
+
+import torch
+
+from shardlaunch.checkpoints.reader import Checkpoint
+from shardlaunch.errors import some
+from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.reporting.display import Display
+from shardlaunch.launcher.reporting.notes import Notes
+from shardlaunch.launcher.reporting.summary import batch_text, say_init, say_start
+from shardlaunch.launcher.runs.assembly import Assembly
+from shardlaunch.launcher.runs.data import RunData
+from shardlaunch.launcher.runs.init_from import InitFrom
+from shardlaunch.sharding.world import World
+
+
+def show_start(
+    display: Display,
+    recipe: Recipe,
+    data: RunData,
+    assembly: Assembly,
+    *,
+    name: str,
+    world: World,
+    strategy_name: str,
+    precision_name: str,
+    steps: str,
+    fold: int | None,
+    notes: Notes,
+    checkpoint: Checkpoint | None,
+    init: InitFrom | None,
+    output_dir: Path,
+) -> None:
+    """Print what the run is, where it starts, and where its weights come from. All ranks; rank 0 prints."""
+    options, plan, strategy = recipe.options, data.plan, assembly.strategy
+    new = [] if checkpoint else assembly.origins.new
+    num_new = "" if checkpoint else f", {len(new)} of {assembly.num_tensors} tensors newly initialized"
+    say_start(
+        display,
+        {
+            "recipe": f"{name} ({type(recipe).__name__}), {assembly.model_class}",
+            "parameters": f"{assembly.num_elements:,}{num_new}",
+            "ranks": f"{world.size} x {_device_name(world)}, threads per rank: {torch.get_num_threads()}",
+            "strategy": ": ".join(filter(None, (strategy_name, strategy.describe()))),
+            "precision": precision_name,
+            "global batch": batch_text(
+                global_batch=options.global_batch_size,
+                micro_batch=options.micro_batch_size,
+                ranks=world.size,
+                replicas=world.size * len(strategy.replicas),
+            ),
+            "steps": f"{steps} ({plan.steps_per_epoch} per epoch, {plan.num_samples:,} samples)",
+            **({"fold": f"{fold + 1} of {options.folds}"} if fold is not None else {}),
+            **_data_rows(recipe, data, notes, fold=fold),
+            "starts at": f"step {checkpoint.step} ({checkpoint.step_dir})" if checkpoint else "step 0",
+            "output": str(output_dir),
+        },
+        new=new,
+        num_tensors=assembly.num_tensors,
+        origins=[] if checkpoint or init is not None else assembly.origins.rows(),
+    )
+    if assembly.origins.stale and checkpoint is None:
+        display.warn(
+            f"the constructor copied values that weights() has replaced since: {some(assembly.origins.stale)}; "
+            f"return these from weights() too, or load the pretrained weights in model() before the copy"
+        )
+    if init is not None and init.match is not None and checkpoint is None:
+        match = init.match
+        say_init(
+            display,
+            str(init.weights.source),
+            match.rows(),
+            other_shapes=match.other_shapes,
+            unused=match.unused,
+            renaming=match.renaming,
+        )
+    if any(row.lr is None for row in assembly.rows) or options.lr_factors:
+        display.parameters(assembly.rows)
+
+
+def _data_rows(recipe: Recipe, data: RunData, notes: Notes, *, fold: int | None) -> dict[str, str]:
+    """Return what was noted while the data was read."""
+    splits = data.splits if recipe.class_names else {}
+    found = {name: recipe.classes_of(split) for name, split in splits.items()}
+    classes = {name: numbers for name, numbers in found.items() if numbers is not None}
+    return notes.rows(classes, recipe.class_names, fold=(fold + 1, recipe.options.folds) if fold is not None else None)
+
+
+def _device_name(world: World) -> str:
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
