@@ -91,9 +91,10 @@ def _run_agent(argv: list[str]) -> int:
     logging.disable(logging.CRITICAL)  # in this process only, not in the ranks
     # torch's agent would end the ranks 30 s after the signal, however long a step and a save take.
     for number in SIGNALS:
-        signal.signal(number, pass_on)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, pass_on)
     try:
-        run.run(run.parse_args(["--signals-to-handle", "SIGHUP,SIGQUIT", *argv]))
+        run.run(run.parse_args(["--signals-to-handle", "SIGQUIT", *argv]))
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         # Negative codes are of ranks that a signal ended, mostly the agent's: a rank's own exit status tells more.
