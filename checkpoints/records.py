@@ -45,6 +45,14 @@ class Record(Struct, kw_only=True, forbid_unknown_fields=True):
     """Base of the schemas."""
 
 
+class LeftOut(Record):
+    """Steps whose global batches a run does not train on, the last of which had a bad loss."""
+
+    first: Annotated[int, Meta(ge=1, le=_LARGEST)]
+    last: Annotated[int, Meta(ge=1, le=_LARGEST)]
+    cause: str
+
+
 class Position(Record):
     """The position of a run: everything that a checkpoint keeps besides tensors, in trainer_state.json."""
 
@@ -56,6 +64,8 @@ class Position(Record):
     is_finished: bool = False
     is_evaluation_due: bool = False  # of this step; the run was stopped before the end of it
     has_stopped_early: bool = False  # by --early-stopping-patience: an extension does not go on from there
+    left_out: list[LeftOut] = []  # by --on-nonfinite and --on-spike rollback
+    recent_losses: list[float] = []  # that --on-spike judges by
     loss_scale: dict[str, int | float] = {}
     group_hyperparameters: list[dict[str, Any]] = []  # of the optimizer
     non_persistent_buffers: str = ""  # digest of their values
@@ -155,6 +165,7 @@ class RunRecord(IdentityRecord, kw_only=True):
     machine: dict[str, str]
     tracking_id: Annotated[str, Meta(pattern="^[0-9A-Za-z_-]{1,64}$")] | UnsetType = UNSET  # release 0.1.0 has none
     extended_to_steps: Count | UnsetType = UNSET
+    left_out: list[LeftOut] = []
 
 
 _NAMES: Mapping[Any, str] = {
@@ -236,12 +247,13 @@ def read_position(path: Path, *, is_first_version: bool) -> Position:
     if is_first_version:
         renamed = {_RENAMED.get(name, name): value for name, value in saved.items()}
         saved = {**msgspec.structs.asdict(Position()), **renamed}
-    missing = [name for name in Position.__struct_fields__ if name not in saved]
+    missing = [name for name in Position.__struct_fields__ if name not in saved and name not in _ADDED]
     if missing:
         raise _unreadable(path, Position, f"it has no {', '.join(missing)}")
     return decode(path, msgspec.json.encode(saved), Position)
 
 
+_ADDED = ("is_evaluation_due", "left_out", "recent_losses")  # since the third version of the manifest
 _RENAMED = {"group_numbers": "group_hyperparameters", "constants": "non_persistent_buffers"}
 
 

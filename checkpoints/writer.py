@@ -159,7 +159,7 @@ def _commit(
         }
         index_name = index_file_name(section)
         records[index_name] = write_file(staging / index_name, json.dumps(index, indent=1).encode())
-    saved = msgspec.structs.asdict(position)
+    saved = msgspec.to_builtins(position)
     records[TRAINER_STATE] = write_file(staging / TRAINER_STATE, to_json(saved, indent=1))
     manifest = Manifest(step=position.step, files=records, tensors=tensors, aliases=aliases)
     write_file(staging / MANIFEST, manifest.to_json())

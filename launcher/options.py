@@ -42,6 +42,14 @@ class RunOptions:
     """auto (newest valid checkpoint in the output folder), never, or a checkpoint or run folder."""
     max_grad_norm: float = option(0.0, group="optimization", minimum=0)
     """Clip the gradient to this L2 norm (0: no clipping)."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = option("stop", mark="free", group="optimization")
+    """When a loss or gradient is not finite: stop, skip the update, or go back to a checkpoint without the batch."""
+    on_spike: Literal["off", "stop", "skip", "rollback"] = option("off", mark="free", group="optimization")
+    """The same when the loss is far above the last 64."""
+    spike_threshold: float = option(10.0, mark="free", group="optimization", above=0)
+    """What is far: so many robust standard deviations above their median."""
+    leave_out: int = option(1, mark="free", group="optimization", minimum=1)
+    """Global batches that a rollback leaves out: the one whose loss was bad, and those just before it."""
     seed: int = option(0, minimum=0)
     """Random seed for data order, weight initialization, dropout and augmentation."""
     folds: int = option(0, minimum=0)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -49,7 +50,7 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    @property
+    @cached_property
     def peers(self) -> Peers:
         """Return these ranks in the form that checkpoints use."""
         return Peers(rank=self.rank, num_ranks=self.size, group=self.host_group)
@@ -130,10 +131,16 @@ def connect(env: LaunchEnvironment, *, needs_group: bool = False) -> World:
 
 
 def abandon(world: World) -> None:
-    """Leave the ranks after an error, without waiting for them."""
+    """Leave the ranks after an error, without waiting for them.
+
+    They notice when the sockets of the group are closed, with the last reference to it: the frames of the error, which
+    its caller may keep, have some to the world.
+    """
     if world.host_group is not None:
         with suppress(RuntimeError):
             dist.destroy_process_group(None if world.owns_group else world.host_group)
+        object.__setattr__(world.peers, "group", None)
+        object.__setattr__(world, "host_group", None)
 
 
 def disconnect(world: World) -> None:

@@ -52,6 +52,7 @@ class Recorder:
         *,
         trackers: Sequence[str],
         step: int,
+        is_evaluation_due: bool,
         end: int,
         options: Mapping[str, Any],
     ) -> None:
@@ -60,7 +61,9 @@ class Recorder:
         `stack` closes them. Raises OSError when metrics.jsonl cannot be written, UserError when a tracker cannot be
         started.
         """
-        self._log = MetricsLog(run.output_dir, resumed_step=step, warn=self._display.warn)
+        self._log = MetricsLog(
+            run.output_dir, resumed_step=step, is_evaluation_due=is_evaluation_due, warn=self._display.warn
+        )
         stack.callback(self._log.close)
         self.last_evaluation = last_evaluation(run.output_dir)
         self._trackers = Trackers(
@@ -95,6 +98,11 @@ class Recorder:
         if step % self._track_every == 0 or step == self._last_step:
             self._trackers.log({**values, **_speed(self._since_tracked), "memory_bytes": _peak_memory_bytes()}, step)
             self._since_tracked.clear()
+
+    def on_left_out(self, step: int) -> None:
+        """Record a step whose global batch the run does not train on."""
+        if self._log is not None:
+            self._log.write({**self._where(step), "left_out": True})
 
     def on_evaluating(self, num_done: int, num_samples: int) -> None:
         """Show how far an evaluation is."""

@@ -17,12 +17,17 @@ EVAL_PREFIX = "eval/"
 class MetricsLog:
     """Append lines to metrics.jsonl, after cutting it back to the step that the run resumes from. Rank 0.
 
-    `warn` gets a message on each damaged line, which the cut leaves out.
+    The evaluation of that step goes too if the run has yet to do it. `warn` gets a message on each damaged line, which
+    the cut leaves out.
     """
 
-    def __init__(self, output_dir: Path, *, resumed_step: int, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, output_dir: Path, *, resumed_step: int, is_evaluation_due: bool = False, warn: Callable[[str], None]
+    ) -> None:
         self.path = output_dir / METRICS_FILE
         lines = [line for line in read_metrics(output_dir, warn=warn) if line["step"] <= resumed_step]
+        while is_evaluation_due and lines and lines[-1]["step"] == resumed_step and _is_evaluation(lines[-1]):
+            lines.pop()
         staged = self.path.with_suffix(".staged")
         staged.unlink(missing_ok=True)
         with open(staged, "xb") as file:
@@ -54,6 +59,10 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith(EVAL_PREFIX) for name in line)
 
 
 def read_metrics(output_dir: Path, *, warn: Callable[[str], None] | None = None) -> list[dict[str, Any]]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import xxhash
+from msgspec.structs import asdict
 
 from shardlaunch.checkpoints.layout import CHECKPOINTS
-from shardlaunch.checkpoints.reader import Checkpoint, open_checkpoint
+from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, open_checkpoint
 from shardlaunch.checkpoints.records import Position
 from shardlaunch.checkpoints.retention import sweep
-from shardlaunch.checkpoints.state import OPTIMIZER
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.durations import seconds_of
 from shardlaunch.launcher.options import Options
@@ -47,8 +47,11 @@ from shardlaunch.launcher.runs.identity import (
     versions,
 )
 from shardlaunch.launcher.runs.init_from import InitFrom
+from shardlaunch.launcher.runs.restoring import restore
 from shardlaunch.launcher.runs.result import Result
+from shardlaunch.launcher.runs.rollback import delete_superseded, left_out_of, with_rollback
 from shardlaunch.launcher.runs.saver import Saver
+from shardlaunch.launcher.training.bad_numbers import RollBack
 from shardlaunch.launcher.training.evaluation import Evaluator
 from shardlaunch.launcher.training.loss_check import check_loss
 from shardlaunch.launcher.training.stopping import (
@@ -59,7 +62,6 @@ from shardlaunch.launcher.training.stopping import (
 )
 from shardlaunch.launcher.training.time_left import TimeLeft
 from shardlaunch.launcher.training.trainer import Hooks, Trainer
-from shardlaunch.sharding.named_state import group_hyperparameters, restore_group_hyperparameters
 from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
 from shardlaunch.sharding.world import World
@@ -116,8 +118,8 @@ class Run:
             elif 0 < stop_at_step <= self.position.step:
                 self.display.say(f"already at step {self.position.step} (--stop-at-step {stop_at_step}); nothing to do")
             else:
-                with ExitStack() as records:
-                    self._train(records)
+                while back := self._train():
+                    self._roll_back(back)
             return self._end()
 
     def prepare(self) -> None:
@@ -156,8 +158,10 @@ class Run:
         found = world.peers.together(lambda: identity_of_folder(self.output_dir))
         if found is not None:
             self.identity.check(found, str(self.output_dir), hint=new_folder_hint(options, self.output_dir))
+        self.left_out = world.peers.together(lambda: left_out_of(self.output_dir, self.identity))
         if world.is_main:
             sweep(self.checkpoints_dir)
+            delete_superseded(self.output_dir, self.left_out)
         checkpoint = find_checkpoint(options.resume, self.output_dir, peers=world.peers, display=self.display)
         if checkpoint is not None:
             where = str(checkpoint.step_dir)
@@ -180,7 +184,9 @@ class Run:
             init=self.init,
         )
         self.strategy = self.assembly.strategy
-        self.position = self._restore(checkpoint)
+        self.position = restore(checkpoint, self.assembly, self.options, self.data, warn=self.display.warn)
+        known = self.position.left_out
+        self.left_out = self.position.left_out = [*known, *(each for each in self.left_out if each not in known)]
 
     def _build_trainer(self) -> None:
         options, world, recipe = self.options, self.world, self.recipe
@@ -210,6 +216,7 @@ class Run:
             requests=self.requests,
             hooks=Hooks(
                 on_step=self.recorder.on_step,
+                on_left_out=self.recorder.on_left_out,
                 on_evaluating=self.recorder.on_evaluating,
                 on_evaluation=self.recorder.on_evaluation,
                 save=self.save,
@@ -247,41 +254,12 @@ class Run:
             },
         )
 
-    def _restore(self, checkpoint: Checkpoint | None) -> Position:
-        if checkpoint is None:
-            # Read now, so that an optimizer whose groups cannot be saved is refused before any training.
-            return Position(
-                group_hyperparameters=group_hyperparameters(self.strategy.optimizer),
-                non_persistent_buffers=self.assembly.non_persistent_buffers,
-            )
-        position = checkpoint.position
-        if position.non_persistent_buffers != self.assembly.non_persistent_buffers:
-            raise UserError(
-                f"{checkpoint.step_dir}: the model's non-persistent buffers differ from the checkpoint's: its "
-                f"constructor has changed or draws them at random. Register them with persistent=True"
-            )
-        with phase("loading the checkpoint"):
-            self.strategy.restore(checkpoint)
-        if position.step and not any(spec.section == OPTIMIZER for spec in checkpoint.specs()):
-            kind = type(self.strategy.optimizer)
-            if kind is not torch.optim.SGD or any(group["momentum"] for group in self.strategy.optimizer.param_groups):
-                self.display.warn(
-                    f"{checkpoint.step_dir}: holds no optimizer state, so that {kind.__name__} starts anew; this is "
-                    f"right only if it keeps none"
-                )
-        if position.step != self.options.unfreeze_at_step:  # there, the parameter groups change
-            restore_group_hyperparameters(self.strategy.optimizer, position.group_hyperparameters)
-        # A run also ends by early stopping. A run that is extended is no longer finished at its original end, and an
-        # extended run may be further than the last step of this command.
-        ended_early = position.is_finished and position.step < self.data.num_steps
-        is_at_end = position.step >= self.data.last_step and not position.is_evaluation_due
-        position.is_finished = position.has_stopped_early or ended_early or is_at_end
-        return position
-
     def _write_run(self) -> None:
         record = run_record(self.identity, self.options, self.world.size, self.strategy_name)
         if max(self.data.last_step, self.position.step) > self.data.num_steps:
             record["extended_to_steps"] = max(self.data.last_step, self.position.step)
+        if self.left_out:
+            record["left_out"] = [asdict(each) for each in self.left_out]
         self.world.peers.together(lambda: self._write_record(record) if self.world.is_main else None)
 
     def _write_record(self, record: dict[str, Any]) -> None:
@@ -291,18 +269,49 @@ class Run:
         record["tracking_id"] = self.tracked.tracking_id
         write_run(folder, record, least_bytes=4 * self.assembly.num_elements)
 
-    def _train(self, stack: ExitStack) -> None:
+    def _train(self) -> RollBack | None:
+        """Train to the end, or until a loss asks for a rollback, which is returned. All ranks."""
         end = min(self.data.last_step, self.options.stop_at_step or self.data.last_step)
-        self.world.peers.together(lambda: self._open_records(stack, end) if self.world.is_main else None)
-        # Weights and two values of the optimizer, until a save is measured.
-        self.requests.time_left.assume_save_of(12 * self.assembly.num_elements // self.world.size)
-        unfreeze_at = self.options.unfreeze_at_step
-        if self.position.step < unfreeze_at < end:
-            self._train_to(unfreeze_at)
-            if self.position.is_finished:
-                return
-            self._unfreeze()
-        self._train_to(end, is_last=self.fold is None or self.fold == self.options.folds - 1)
+        with ExitStack() as records:
+            self.world.peers.together(lambda: self._open_records(records, end) if self.world.is_main else None)
+            # Weights and two values of the optimizer, until a save is measured.
+            self.requests.time_left.assume_save_of(12 * self.assembly.num_elements // self.world.size)
+            unfreeze_at = self.options.unfreeze_at_step
+            try:
+                if self.position.step < unfreeze_at < end:
+                    self._train_to(unfreeze_at)
+                    if self.position.is_finished:
+                        return None
+                    self._unfreeze()
+                self._train_to(end, is_last=self.fold is None or self.fold == self.options.folds - 1)
+            except RollBack as back:
+                return RollBack(back.step, back.cause)  # without the frames of this one, which hold the loader
+        return None
+
+    def _roll_back(self, back: RollBack) -> None:
+        """Go back to the newest checkpoint before the batches that are left out from now on. All ranks.
+
+        Those are recorded first, so that a start after a crash leaves them out too.
+        """
+        first = max(1, back.step - self.options.leave_out + 1)
+        steps = [step for step in checkpoint_steps(self.checkpoints_dir) if step < first]
+        known = with_rollback(self.left_out, back, count=self.options.leave_out, newest=steps[-1] if steps else 0)
+        self.world.peers.together(lambda: None)  # all have looked
+        self.left_out = known
+        self._write_run()
+        self.world.peers.together(
+            lambda: delete_superseded(self.output_dir, self.left_out) if self.world.is_main else None
+        )
+        resume = self.options.resume if not steps and self.options.resume != "never" else "auto"
+        checkpoint = find_checkpoint(resume, self.output_dir, peers=self.world.peers, display=self.display)
+        start = checkpoint.step if checkpoint is not None else 0
+        self.display.warn(
+            f"{back}: going back to step {start}, and from there on without the global "
+            f"{f'batches of steps {first} to {back.step}' if first < back.step else f'batch of step {back.step}'}"
+        )
+        del self.trainer, self.strategy, self.assembly  # free memory for the next
+        self._assemble(checkpoint)
+        self._build_trainer()
 
     def _open_records(self, stack: ExitStack, end: int) -> None:
         self.recorder.open(
@@ -310,6 +319,7 @@ class Run:
             self.tracked,
             trackers=self.trackers,
             step=self.position.step,
+            is_evaluation_due=self.position.is_evaluation_due,
             end=end,
             options=option_values(self.options),
         )

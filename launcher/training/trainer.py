@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 
 from shardlaunch.checkpoints.records import Position
-from shardlaunch.errors import UserError
 from shardlaunch.launcher.optimization.freezing import train_mode
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.reporting.recorder import StepReport
 from shardlaunch.launcher.seeding import seed_model_stream
+from shardlaunch.launcher.training.bad_numbers import Judge
 from shardlaunch.launcher.training.batches import Batches, GlobalBatch
 from shardlaunch.launcher.training.clock import Clock
 from shardlaunch.launcher.training.evaluation import Evaluation, Evaluator
@@ -32,6 +32,7 @@ class Hooks:
     """Functions that the trainer calls during a run, on all ranks."""
 
     on_step: Callable[[int, StepReport], None]
+    on_left_out: Callable[[int], None]
     on_evaluating: Callable[[int, int], None]
     on_evaluation: Callable[[int, Evaluation], None]
     save: Callable[[Position], None]
@@ -68,6 +69,7 @@ class Trainer:
         self.num_steps = num_steps
         self.last_step = last_step or num_steps
         self.hooks = hooks
+        self.judge = Judge(options, has_loss_scale=precision.loss_scale is not None)
         requests = self.requests = requests or Requests()
         self._step_polls = Polls(world.peers, lambda: requests.now().stop and not requests.may_finish_step())
         self._evaluation_polls = Polls(world.peers, lambda: requests.now().stop)
@@ -94,20 +96,27 @@ class Trainer:
         is_first = True
         batches = self.batches.steps(position.step, end)
         upcoming = self._counted(next(batches, None))
+        self.judge.restore(position.recent_losses)
+        left_out = {step for each in position.left_out for step in range(each.first, each.last + 1)}
         while upcoming.batch is not None:
             self.requests.time_left.step_begins()
-            try:
-                report, upcoming = self.train_step(upcoming, batches, begun)
-            except BrokenOff:
-                if not is_first:
-                    self._save(position)
-                return self.requests.met()
-            position.step += 1
-            if is_first:
-                deque(self.strategy.state(), maxlen=0)  # fails now if the optimizer's state cannot be saved
-                is_first = False
-            self.requests.time_left.step_took(report.step_s)
-            self.hooks.on_step(position.step, report)
+            if position.step + 1 in left_out:
+                upcoming = self._begin_sums(torch.zeros(()), next(batches, None))()[1]
+                position.step += 1
+                self.hooks.on_left_out(position.step)
+            else:
+                try:
+                    report, upcoming = self.train_step(upcoming, batches, begun)
+                except BrokenOff:
+                    if not is_first:
+                        self._save(position)
+                    return self.requests.met()
+                position.step += 1
+                if is_first:
+                    deque(self.strategy.state(), maxlen=0)  # fails now if the optimizer's state cannot be saved
+                    is_first = False
+                self.requests.time_left.step_took(report.step_s)
+                self.hooks.on_step(position.step, report)
             cause = self._end_step(position, end, upcoming.asked)
             if cause or position.is_finished:
                 return cause
@@ -142,8 +151,8 @@ class Trainer:
         """Train on one global batch and load the next. All ranks.
 
         The next batch's counts are summed over the ranks with this batch's loss: one small collective per step. Raises
-        UserError on all ranks when the loss or gradient is not finite, BrokenOff between two micro-batches if the run
-        has no time left to finish the step; the state is then that before the step.
+        UserError or RollBack on all ranks when the loss or gradient is bad, BrokenOff between two micro-batches if the
+        run has no time left to finish the step; the state is then that before the step.
         """
         batch, num_targets = counted.batch, max(1, counted.num_targets)
         assert batch is not None
@@ -171,13 +180,15 @@ class Trainer:
         norm = self.strategy.finish_gradients(unscale=1.0 / scale, max_norm=self.options.max_grad_norm)
         loss_sum, upcoming = sums()
         loss_value = loss_sum / num_targets
-        is_skipped = self._is_skipped(batch.step, loss_value, norm)
+        is_bad = self.judge.skips(batch.step + 1, loss_value, norm)
+        is_skipped = is_bad or self._is_scaled_too_high(norm)
         lr = self._set_lr(batch.step)
         if is_skipped:
             self.strategy.discard()
         else:
             self.strategy.optimizer_step()
-        self.buffers.end_step(num_micro_batches=batch.num_micro_batches)
+        if not is_bad:  # buffers too would be
+            self.buffers.end_step(num_micro_batches=batch.num_micro_batches)
         report = StepReport(
             loss=loss_value,
             lr=lr,
@@ -219,13 +230,8 @@ class Trainer:
         counts = self.world.sum(torch.tensor(_counts(batch), device=self.world.device))
         return CountedBatch(batch, *counts.tolist())
 
-    def _is_skipped(self, step: int, loss: float, norm: float) -> bool:
-        """Return whether to skip the step's update, decided from values that are equal on all ranks."""
-        if not math.isfinite(loss) or (self.precision.loss_scale is None and not math.isfinite(norm)):
-            raise UserError(
-                f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before the update. "
-                f"Try a smaller --lr, --max-grad-norm or another --precision; the last checkpoint is still valid."
-            )
+    def _is_scaled_too_high(self, norm: float) -> bool:
+        """Return whether the loss scale is too high for this step, and adapt it. The same on all ranks."""
         if self.precision.loss_scale is None:
             return False
         overflow = not math.isfinite(norm)
@@ -265,6 +271,7 @@ class Trainer:
         return False
 
     def _save(self, position: Position) -> None:
+        position.recent_losses = self.judge.recent
         if self.precision.loss_scale is not None:
             position.loss_scale = self.precision.loss_scale.state()
         self.hooks.save(position)
