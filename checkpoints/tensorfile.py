@@ -5,22 +5,19 @@ then the tensors' raw bytes; offsets count from the end of the header).
 """
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from shardlaunch.checkpoints.digests import DigestingFile
 from shardlaunch.checkpoints.digests import FileRecord as FileRecord
 from shardlaunch.checkpoints.digests import digest_file as digest_file
 from shardlaunch.checkpoints.digests import write_file as write_file
-from shardlaunch.checkpoints.records import HeaderEntry, decode, open_regular
-from shardlaunch.errors import UserError
+from shardlaunch.checkpoints.headers import read_stored
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -36,8 +33,6 @@ DTYPE_NAMES = {
 }
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 BYTES_PER_ELEMENT = {dtype: torch.empty((), dtype=dtype).element_size() for dtype in DTYPE_NAMES}
-
-MAX_HEADER_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,34 +69,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
     The tensors fill the file: each begins where another ends.
     """
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
-            raise UserError(f"{path}: not a safetensors file")
-        data = file.read(header_bytes)
-    start = 8 + header_bytes
-    entries: dict[str, TensorEntry] = {}
-    ranges = []
-    for key, value in decode(path, data, dict[str, msgspec.Raw]).items():
-        if key == "__metadata__":
-            decode(path, bytes(value), dict[str, str])
-            continue
-        entry = decode(path, bytes(value), HeaderEntry)
-        begin, end = entry.data_offsets
-        dtype = DTYPES.get(entry.dtype)
-        if dtype is None or end - begin != prod(entry.shape) * BYTES_PER_ELEMENT[dtype]:
-            raise UserError(f"{path}: tensor {key!r} has an unknown dtype, or a size that does not match its shape")
-        entries[key] = TensorEntry(shape=tuple(entry.shape), dtype=dtype, offset=start + begin)
-        ranges.append((begin, end))
-    position = 0
-    for begin, end in sorted(ranges):
-        if begin != position:
-            break
-        position = end
-    if position != size - start or any(end > position for _, end in ranges):
-        raise UserError(f"{path}: its tensors overlap, leave gaps, or go beyond its end")
-    return entries
+    return {
+        key: TensorEntry(shape=stored.shape, dtype=DTYPES[stored.dtype], offset=stored.offset)
+        for key, stored in read_stored(path).items()
+    }
 
 
 def read_range(path: Path, entry: TensorEntry, flat_start: int, flat_end: int) -> torch.Tensor:
