@@ -54,7 +54,11 @@ def merged(checkpoint: Checkpoint) -> list[Weight]:
                 else:
                     saved[f"{match[1]}.{match[3]}"] = weight
     if len(adapters) != 1:
-        found = f"{len(adapters)} adapters ({some(sorted(adapters))})" if adapters else "no LoRA adapter"
+        found = (
+            f"{len(adapters)} adapters ({some(sorted(adapters))})"
+            if adapters
+            else "no LoRA adapter of layers with a weight matrix"
+        )
         raise UserError(f"--merge: {where} holds {found}; exactly one can be merged")
     taken = {weight.name for pair in lora.values() for weight in pair.values()} | {one.name for one in saved.values()}
     result = []
@@ -83,7 +87,7 @@ def _scale(path: Path) -> tuple[float, bool]:
     config = decode(path, read_bytes(path), dict[str, Any])
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"--merge: {path} is of a {kind} adapter; only LORA can be merged")
+        raise UserError(f"--merge: {path} is of an adapter of type {kind}; only LORA can be merged")
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if used:
         raise UserError(f"--merge: {path} uses {some(used)}, which cannot be merged here; merge_and_unload of peft can")

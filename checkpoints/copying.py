@@ -205,6 +205,8 @@ class _Work:
                 reason += f". What is copied stays in {staging.path}; the same copy goes on from there"
             else:
                 shutil.rmtree(staging.path, ignore_errors=True)
+            if isinstance(error, DamagedCheckpoint):
+                raise
             raise UserError(reason) from error
         return len(self.files) - len(wrong)
 

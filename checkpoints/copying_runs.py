@@ -1,16 +1,18 @@
 """Copy the checkpoints of a run, with its records, to and from other places. Imports no torch."""
 
+import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from shardlaunch.checkpoints.copying import Copied, copy_checkpoint
 from shardlaunch.checkpoints.listing import DamagedCheckpoint
 from shardlaunch.checkpoints.names import CHECKPOINTS, MANIFEST, step_dir_name, step_of_dir_name
-from shardlaunch.checkpoints.places import LocalPlace, Place, committed_steps, digest_at, place_at
+from shardlaunch.checkpoints.places import LocalPlace, Place, digest_at, place_at
 from shardlaunch.checkpoints.records import DamagedRecord, RunRecord, decode
-from shardlaunch.checkpoints.run_lock import locked
+from shardlaunch.checkpoints.run_lock import LOCK, locked
 from shardlaunch.errors import UserError
 
 RUN = "run.json"
@@ -70,23 +72,36 @@ def _copy_run(
     source: Place, target: Place, step: int | None, copied: CopiedRun, on_copied: Callable[[Copied], None]
 ) -> None:
     _refuse_another_run(source, target)
-    if isinstance(target, LocalPlace):
-        try:
-            (target.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{error.filename or target.shown}: {error.strerror}") from error
-        with locked(target.path):
-            _copy_steps(source.child(CHECKPOINTS), target.child(CHECKPOINTS), step, copied, on_copied)
-            _copy_records(source, target, RECORDS, copied)
-    else:
+    with ExitStack() as stack:
+        if isinstance(target, LocalPlace):
+            stack.enter_context(_run_folder(target.path))
         _copy_steps(source.child(CHECKPOINTS), target.child(CHECKPOINTS), step, copied, on_copied)
         _copy_records(source, target, RECORDS, copied)
+
+
+@contextmanager
+def _run_folder(path: Path) -> Iterator[None]:
+    """Make and lock the output folder of a run. One that is new and stays empty is removed at the end."""
+    is_new = not os.path.lexists(path)
+    try:
+        (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror}") from error
+    try:
+        with locked(path):
+            yield
+    finally:
+        if is_new and set(os.listdir(path)) <= {CHECKPOINTS, LOCK}:
+            with suppress(OSError):  # there are checkpoints
+                (path / CHECKPOINTS).rmdir()
+                (path / LOCK).unlink(missing_ok=True)
+                path.rmdir()
 
 
 def _copy_steps(
     source: Place, target: Place, step: int | None, copied: CopiedRun, on_copied: Callable[[Copied], None]
 ) -> None:
-    steps = committed_steps(source)
+    steps = sorted(found for name in source.names() if (found := step_of_dir_name(name)) is not None)
     if step is not None:
         if step not in steps:
             raise UserError(

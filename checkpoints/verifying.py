@@ -96,28 +96,22 @@ def verify(step_dir: Path, *, num_threads: int = 2) -> Verdict:
     try:
         record = _manifest(step_dir)
     except UserError as error:
-        what = _without_path(error, step_dir / MANIFEST, step_dir)
-        damage = Damage(file=MANIFEST, what=what)
-        return Verdict(
-            step_dir=step_dir,
-            num_files=0,
-            num_bytes=0,
-            damages=(damage,),
-            unlisted=(),
-            is_gone=not os.path.lexists(step_dir),
-        )
+        is_gone = not os.path.lexists(step_dir)
+        damage = Damage(file=MANIFEST, what=_without_path(error, step_dir / MANIFEST, step_dir))
+        damages = () if is_gone else (damage,)
+        return Verdict(step_dir=step_dir, num_files=0, num_bytes=0, damages=damages, unlisted=(), is_gone=is_gone)
     files = file_records(record)
     with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
         found = pool.map(partial(_file_damage, step_dir, record), files.items())
-        damages = [Damage(file=name, what=what) for name, what in zip(files, found, strict=True) if what]
-    damaged = {damage.file for damage in damages}
-    damages += [damage for damage in _record_damages(step_dir, record) if damage.file not in damaged]
+        of_files = [Damage(file=name, what=what) for name, what in zip(files, found, strict=True) if what]
+    damaged = {damage.file for damage in of_files}
+    of_files += [damage for damage in _record_damages(step_dir, record) if damage.file not in damaged]
     is_gone = not os.path.lexists(step_dir / MANIFEST)
     return Verdict(
         step_dir=step_dir,
         num_files=len(files),
         num_bytes=sum(file.num_bytes for file in files.values()),
-        damages=() if is_gone else tuple(damages),
+        damages=() if is_gone else tuple(of_files),
         unlisted=() if is_gone else _unlisted(step_dir, files),
         is_gone=is_gone,
     )

@@ -130,7 +130,7 @@ def _print_rows(run: Run, rows: list[_Row], *, verified: bool) -> None:
     shown = names[:MOST_METRICS]
     table = [["step", "size", "age", *shown, ""]]
     for row in rows:
-        state = row.reason and f"damaged: {row.reason}"
+        state = row.reason and f"not valid: {row.reason}"
         table.append(
             [
                 "?" if row.step is None else f"{row.step:,}",
