@@ -28,6 +28,7 @@ class FailingFileSystem(MemoryFileSystem):
     store: ClassVar[dict[str, Any]] = {}
     pseudo_dirs: ClassVar[list[str]] = [""]
     calls_left = -1
+    loses_bytes = False
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -49,11 +50,13 @@ class FailingFileSystem(MemoryFileSystem):
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         self._count()
+        folder = path.rpartition("/")[0]
+        assert mode == "rb" or f"{folder}/{MANIFEST}" not in self.store, "written below a manifest"
         file = super()._open(path, mode, **kwargs)
         if mode == "rb":
             return CountedReads(file.getvalue(), self._count)
         write = file.write
-        file.write = lambda data: (self._count(), write(data))[1]
+        file.write = lambda data: (self._count(), write(data[:-1] if self.loses_bytes else data))[1]
         return file
 
 
@@ -143,6 +146,22 @@ def test_a_copy_out_that_fails_at_any_call_is_no_checkpoint_and_is_completed(tmp
         there = {Path(name).name: bytes(file.getvalue()) for name, file in FailingFileSystem.store.items()}
         assert there == _contents(step_dir)
     assert num_failed > 20
+
+
+def test_what_does_not_read_back_is_no_copy(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FailingFileSystem, "loses_bytes", True)
+    with pytest.raises(UserError, match="does not read back as it was written"):
+        copy_out(save_step(tmp_path, 5), f"{place}/{STEP}")
+    assert steps_at(place) == []
+
+
+def test_a_damaged_copy_is_no_checkpoint_while_it_is_written_anew(tmp_path: Path, place: str) -> None:
+    step_dir, url = save_step(tmp_path, 5), f"{place}/{STEP}"
+    copy_out(step_dir, url)
+    name = next(name for name in FailingFileSystem.store if name.endswith(".safetensors"))
+    FailingFileSystem.store[name].write(b"X")
+    assert copy_out(step_dir, url).num_skipped == 5
+    assert copy_out(step_dir, url).num_skipped == 6
 
 
 def test_a_copy_in_that_fails_at_any_call_leaves_what_the_next_one_uses(tmp_path: Path, place: str) -> None:

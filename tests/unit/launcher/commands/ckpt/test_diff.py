@@ -41,7 +41,7 @@ def test_differences_of_tensors_are_counted_and_measured(
     others = {name: tensor.clone() for name, tensor in weights.items() if name != "gone"}
     others["a"] = torch.tensor([1.0, 2.5, 3.0, math.nan, 0.0, math.inf])
     others["nan"][2] = math.nan
-    others["half"][4] = 0
+    others["half"][0], others["half"][4] = 0, 0.5
     others["count"][1] = 7
     others["mask"][0] = False
     others["shape"] = torch.ones(2, 2)
@@ -63,7 +63,7 @@ def test_differences_of_tensors_are_counted_and_measured(
         ("nan", 1, 4, "Infinity", "Infinity"),
         ("count", 1, 2, 2.0, pytest.approx(2 / 7)),
         ("a", 2, 6, 1.0, 0.25),
-        ("half", 1, 5, 1.0, 1.0),
+        ("half", 2, 5, 1.0, 1.0),
         ("mask", 1, 2, 1.0, 1.0),
     ]
     assert found["position"] == found["identity"] == {}
