@@ -80,7 +80,8 @@ def _rows(run: Run, *, verified: bool) -> list[_Row]:
         except UserError as error:
             if step_dir.exists():  # else the run has deleted it just now
                 reason = str(error).removeprefix(f"{step_dir}: ").removeprefix(f"{step_dir}/")
-                rows.append(_Row(path=step_dir, step=step, reason=reason, metrics=metrics.get(step, {})))
+                of_step = metrics.get(step, {})
+                rows.append(_Row(path=step_dir, step=step, is_best=step == best, reason=reason, metrics=of_step))
             continue
         reason = ""
         if verified:
