@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from shardlaunch.checkpoints.exporting import Weight, weights_of
+from shardlaunch.checkpoints.exporting import Weight, all_finite, weights_of
 from shardlaunch.checkpoints.reader import Checkpoint
 from shardlaunch.errors import UserError, some
 
@@ -69,9 +69,9 @@ def _reader(name: str, parts: Sequence[Weight], shares: Sequence[float]) -> Call
         total = torch.zeros(end - start, dtype=torch.float64)
         for part, share in zip(parts, shares, strict=True):
             piece = part.read(start, end)
-            if not piece.isfinite().all():
+            if not all_finite(piece):
                 raise UserError(f"{name}: holds values that are not finite in one of the checkpoints; leave it out")
-            total.add_(piece.double(), alpha=share)
+            total.add_(piece, alpha=share)  # in float64, as the sum is
         return total.to(parts[-1].dtype)
 
     return read

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -209,12 +210,19 @@ def _write_weight(writer: TensorWriter, weight: Weight, dtype: torch.dtype, expo
         piece = weight.read(start, end)
         written = piece.to(dtype)
         if dtype.is_floating_point:
-            was_finite, is_finite = piece.isfinite(), written.isfinite()
-            num_overflows += int((was_finite & ~is_finite).sum())
-            exported.not_finite += int((~was_finite).sum())
-            exported.became_zero += int(((piece != 0) & (written == 0)).sum())
+            if not all_finite(written):
+                was_finite, is_finite = piece.isfinite(), written.isfinite()
+                num_overflows += int((was_finite & ~is_finite).sum())
+                exported.not_finite += int((~was_finite).sum())
+            if dtype != weight.dtype:
+                exported.became_zero += int(piece.count_nonzero() - written.count_nonzero())
         writer.write(written.contiguous().view(torch.uint8).numpy().data)
     return num_overflows
+
+
+def all_finite(piece: torch.Tensor) -> bool:
+    """Return whether no element is NaN or infinite, in one pass."""
+    return piece.numel() == 0 or all(math.isfinite(bound.item()) for bound in piece.aminmax())
 
 
 def _others(checkpoint: Checkpoint) -> list[str]:
