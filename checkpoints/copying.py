@@ -185,6 +185,7 @@ class _Work:
     def to_local(self, target: LocalPlace) -> int:
         """Write what is missing or wrong into a staging folder, and rename it. Return how many files were right."""
         path = Path(os.path.realpath(target.path))  # where a link leads, so that the rename stays on one disk
+        shutil.rmtree(_trash(path), ignore_errors=True)  # of a copy that was killed
         if target.size(MANIFEST) is not None and target.read(MANIFEST) == self.manifest:
             wrong = self._wrong_files(target)
         else:
@@ -299,13 +300,17 @@ class _Work:
 def _publish(staging: Path, target: Path) -> None:
     """Give a complete staging folder its name, in place of a damaged one or of an empty folder."""
     _fsync(staging)
-    trash = target.with_name(f"{TRASH_PREFIX}{target.name}")
+    trash = _trash(target)
     if os.path.lexists(target):
         shutil.rmtree(trash, ignore_errors=True)
         target.rename(trash)
     staging.rename(target)
     _fsync(target.parent)
     shutil.rmtree(trash, ignore_errors=True)
+
+
+def _trash(path: Path) -> Path:
+    return path.with_name(f"{TRASH_PREFIX}{path.name}")
 
 
 def _fsync(path: Path) -> None:
