@@ -17,7 +17,7 @@ from shardlaunch.checkpoints.digests import FileRecord
 from shardlaunch.checkpoints.listing import DamagedCheckpoint, file_records, listing_of
 from shardlaunch.checkpoints.names import MANIFEST, STAGING_PREFIX, TRASH_PREFIX, step_dir_name, step_of_dir_name
 from shardlaunch.checkpoints.places import LocalPlace, Place, committed_steps, digest_at, place_at
-from shardlaunch.checkpoints.records import ManifestRecord
+from shardlaunch.checkpoints.records import DamagedRecord, ManifestRecord
 from shardlaunch.errors import UserError, some
 
 
@@ -206,7 +206,7 @@ class _Work:
                 reason += f". What is copied stays in {staging.path}; the same copy goes on from there"
             else:
                 shutil.rmtree(staging.path, ignore_errors=True)
-            if isinstance(error, DamagedCheckpoint):
+            if isinstance(error, DamagedCheckpoint | DamagedRecord):
                 raise
             raise UserError(reason) from error
         return len(self.files) - len(wrong)

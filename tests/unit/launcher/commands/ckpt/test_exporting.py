@@ -101,7 +101,7 @@ def test_what_a_dtype_cannot_hold_is_refused_or_said(tmp_path: Path, ckpt: Ckpt)
     small = {"b": torch.tensor([1e-30, 65504.0, float("inf"), float("nan")])}
     ended = ckpt("export", save_step(tmp_path / "b", 2, weights=small), tmp_path / "small", "--dtype", "fp16")
     assert ended.status == 0
-    assert "1 values that are not 0 became 0" in ended.out
+    assert "  1 values that are not 0 became 0" in ended.out
     assert "2 values are not finite, as in the checkpoint" in ended.out
 
 
