@@ -177,6 +177,7 @@ class _Work:
         wrong = self._wrong_files(self.target)
         is_whole = self.target.size(MANIFEST) is not None and self.target.read(MANIFEST) == self.manifest
         if wrong or not is_whole:
+            self.target.make()
             self.target.remove(MANIFEST)  # first, so that a half copy is no checkpoint
             self._in_threads(lambda name: self._copy(name, self.target), wrong)
             self._write_manifest(self.target)
