@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shardlaunch.checkpoints.layout import step_dir_name
 from shardlaunch.checkpoints.reader import checkpoint_steps
-from shardlaunch.checkpoints.writer import STAGING_PREFIX, TRASH_PREFIX
+from shardlaunch.checkpoints.writer import REPLACED_PREFIX, STAGING_PREFIX, TRASH_PREFIX
 
 
 def prune(checkpoints_dir: Path, *, newest: int, keep: int, protected: Collection[int] = ()) -> None:
@@ -27,7 +27,13 @@ def prune(checkpoints_dir: Path, *, newest: int, keep: int, protected: Collectio
 
 
 def sweep(checkpoints_dir: Path) -> None:
-    """Delete the staging and trash folders that a crashed process left."""
+    """Delete the staging and trash folders that a crashed process left; restore what it had no time to replace."""
+    for replaced in checkpoints_dir.glob(f"{REPLACED_PREFIX}*"):
+        target = checkpoints_dir / replaced.name.removeprefix(REPLACED_PREFIX)
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(target)
     for prefix in (STAGING_PREFIX, TRASH_PREFIX):
         for path in checkpoints_dir.glob(f"{prefix}*"):
             shutil.rmtree(path, ignore_errors=True)

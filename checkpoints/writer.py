@@ -19,6 +19,7 @@ from shardlaunch.checkpoints.layout import (
     step_dir_name,
 )
 from shardlaunch.checkpoints.manifest import Manifest
+from shardlaunch.checkpoints.names import REPLACED_PREFIX as REPLACED_PREFIX
 from shardlaunch.checkpoints.names import STAGING_PREFIX as STAGING_PREFIX
 from shardlaunch.checkpoints.names import TRASH_PREFIX as TRASH_PREFIX
 from shardlaunch.checkpoints.peers import Peers
@@ -44,10 +45,11 @@ def save(
     addition, a rank needs memory for two incoming buckets of 16 MiB, and for two outgoing ones per other rank: at most
     32 MiB and 512 MiB, since buckets are smaller with more than 16 ranks.
     `export` writes the other files of a model folder (configuration, tokenizer) on rank 0. A valid checkpoint of the
-    same step is kept. Raises UserError on all ranks, and leaves nothing behind, when any rank cannot write.
+    same step is kept, unless the evaluation that it lacks has been done since. Raises UserError on all ranks, and
+    leaves nothing behind, when any rank cannot write.
     """
     target = checkpoints_dir / step_dir_name(position.step)
-    if _is_committed(target, peers):
+    if _is_committed(target, position, peers):
         return target
     fragments = fragments_by_key(state)
     files = plan_files([fragment.spec for fragment in fragments.values()], peers.num_ranks)
@@ -66,16 +68,16 @@ def save(
     return target
 
 
-def _is_committed(target: Path, peers: Peers) -> bool:
-    """Return whether `target` is a valid checkpoint, with all digests checked. All ranks."""
+def _is_committed(target: Path, position: Position, peers: Peers) -> bool:
+    """Return whether `target` is a valid checkpoint of this position, with all digests checked. All ranks."""
     (exists,) = peers.gather([target.exists()])[0]
     if not exists:
         return False
     try:
-        open_checkpoint(target, peers=peers)
+        saved = open_checkpoint(target, peers=peers).position
     except UserError:
         return False
-    return True
+    return saved.is_evaluation_due <= position.is_evaluation_due
 
 
 def _make_staging(staging: Path) -> None:
@@ -161,13 +163,18 @@ def _commit(
     manifest = Manifest(step=position.step, files=records, tensors=tensors, aliases=aliases)
     write_file(staging / MANIFEST, manifest.to_json())
     _fsync(staging)
-    if target.exists():  # it is damaged (see _is_committed); move it aside, since rename needs a free name
-        trash = target.with_name(f"{TRASH_PREFIX}{target.name}")
-        shutil.rmtree(trash, ignore_errors=True)
-        target.rename(trash)
-    staging.rename(target)
+    replaced = target.with_name(f"{REPLACED_PREFIX}{target.name}")
+    if target.exists():  # see _is_committed; move it aside, since rename needs a free name
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    try:
+        staging.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
     _fsync(target.parent)
-    shutil.rmtree(target.with_name(f"{TRASH_PREFIX}{target.name}"), ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

@@ -13,6 +13,7 @@ from shardlaunch.launcher.recipe import Recipe, recipe_name
 from shardlaunch.launcher.runs.assembly import Assembly
 from shardlaunch.launcher.runs.identity import Identity, option_values
 from shardlaunch.launcher.runs.model_card import CARD, CardFacts, model_card
+from shardlaunch.sharding.environment import report_checkpoint
 from shardlaunch.sharding.named_state import group_hyperparameters
 from shardlaunch.sharding.world import World
 
@@ -45,6 +46,7 @@ class Saver:
     def save(self, position: Position, assembly: Assembly) -> None:
         """Save a checkpoint; a save that fails is dropped on all ranks, and the run goes on. All ranks."""
         position.group_hyperparameters = group_hyperparameters(assembly.strategy.optimizer)
+        is_new = not (self._checkpoints_dir / step_dir_name(position.step)).exists()
         try:
             self._world.peers.together(self._before_save)
             self.last_saved = save(
@@ -58,6 +60,8 @@ class Saver:
         except UserError as error:
             self._warn(str(error))
             return
+        if is_new and self._world.is_local_main:
+            report_checkpoint()
         if self._world.is_main:
             self._prune(position)
 
