@@ -95,8 +95,8 @@ def write_model_folder(
     """Write weights to the folder `out`, with the files of `beside` that are no state of a run. Appears by one rename.
 
     `dtype` is that of floating-point tensors (None: their own), `shard_bytes` the most of a file (0: one file). Needs
-    memory for pieces of tensors. `about` is added to the model card; `out` may not be in one of `sources`. Raises UserError, and leaves nothing, where
-    `out` holds something, a value becomes infinite, or a file cannot be written.
+    memory for pieces of tensors. `about` is added to the model card; `out` may not be in one of `sources`. Raises
+    UserError, and leaves nothing, where `out` holds something, a value becomes infinite, or a file cannot be written.
     """
     out = Path(os.path.realpath(out))
     for source in (beside.step_dir, *sources):
