@@ -15,7 +15,7 @@ from shardlaunch.checkpoints.verifying import verify
 from tests.unit.checkpoints.saved import flip, save_step, weights_file
 
 KILLED = 9
-STRIDE = int(os.environ.get("SHARDLAUNCH_KILL_STRIDE", "4"))
+STRIDE = int(os.environ.get("SHARDLAUNCH_KILL_STRIDE", "6"))
 """Of the calls, one in so many; 1: all of them."""
 
 
