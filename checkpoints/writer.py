@@ -19,16 +19,15 @@ from shardlaunch.checkpoints.layout import (
     step_dir_name,
 )
 from shardlaunch.checkpoints.manifest import Manifest
+from shardlaunch.checkpoints.names import REPLACED_PREFIX as REPLACED_PREFIX
+from shardlaunch.checkpoints.names import STAGING_PREFIX as STAGING_PREFIX
+from shardlaunch.checkpoints.names import TRASH_PREFIX as TRASH_PREFIX
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
 from shardlaunch.checkpoints.records import Position, to_json
 from shardlaunch.checkpoints.state import Fragment, fragments_by_key, specs_by_section
 from shardlaunch.checkpoints.tensorfile import FileRecord, TensorWriter, digest_file, write_file
 from shardlaunch.errors import UserError
-
-STAGING_PREFIX = ".staging-"
-TRASH_PREFIX = ".trash-"
-REPLACED_PREFIX = ".replaced-"  # until the checkpoint that replaces it is there
 
 
 def save(
