@@ -1,7 +1,6 @@
 """The manifest: the contents of a committed checkpoint. A folder without a valid manifest is not a checkpoint."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 import msgspec
 import xxhash
 
+from shardlaunch.checkpoints.files import is_there
 from shardlaunch.checkpoints.layout import MANIFEST, TRAINER_STATE, is_plain_file_name
 from shardlaunch.checkpoints.records import ManifestHead, ManifestRecord, TensorListing, decode, read_bytes
 from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, TensorSpec
@@ -67,7 +67,11 @@ class Manifest:
 def read_manifest(step_dir: Path) -> Manifest:
     """Read and check the manifest of a checkpoint. Raises UserError when it is missing or not valid."""
     path = step_dir / MANIFEST
-    if not os.path.lexists(path):
+    try:
+        is_missing = not is_there(path)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
+    if is_missing:
         raise DamagedCheckpoint(f"{step_dir}: no {MANIFEST}, so this is not a checkpoint")
     data = read_bytes(path)
     head = decode(path, data, ManifestHead)

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from shardlaunch.checkpoints.files import error_text
 from shardlaunch.errors import UserError
 
 T = TypeVar("T")
@@ -30,6 +31,11 @@ class Peers:
         everyone = [torch.empty_like(mine) for _ in range(self.num_ranks)]
         dist.all_gather(everyone, mine, group=self.group)
         return [one.tolist() for one in everyone]
+
+    def of_first(self, values: Sequence[int]) -> list[int]:
+        """Return rank 0's values (64-bit, any number of them) on every rank. All ranks."""
+        counts = [count for (count,) in self.gather([len(values)])]
+        return self.gather([*values, *[0] * (max(counts) - len(values))])[0][: counts[0]]
 
     def share_error(self, error: str | None) -> str | None:
         """Return the error of the lowest rank that has one, on every rank; None if no rank has. All ranks."""
@@ -56,9 +62,7 @@ class Peers:
         try:
             result = work()
         except (UserError, OSError) as failure:
-            error = str(failure) or repr(failure)
-            if isinstance(failure, OSError) and failure.filename:
-                error = f"{failure.filename}: {failure.strerror}"
+            error = error_text(failure) if isinstance(failure, OSError) else str(failure) or repr(failure)
         error = self.share_error(error)
         if error is not None:
             raise UserError(error)

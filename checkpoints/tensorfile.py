@@ -7,6 +7,7 @@ then the tensors' raw bytes; offsets count from the end of the header).
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,6 +17,7 @@ import msgspec
 import torch
 import xxhash
 
+from shardlaunch.checkpoints.files import naming, retried
 from shardlaunch.checkpoints.records import HeaderEntry, decode, open_regular
 from shardlaunch.errors import UserError
 
@@ -70,12 +72,10 @@ class DigestingFile:
         """Append bytes."""
         self._hash.update(data)
         self._num_bytes += len(data)
-        try:
+        with naming(self._path):
             while data:
                 data = data[self._file.write(data) :]
-            self._begin_write_back()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        self._begin_write_back()
 
     def _begin_write_back(self) -> None:
         """Start write-back to disk in the background, instead of leaving all of it to the fsync.
@@ -84,16 +84,15 @@ class DigestingFile:
         """
         num_waiting = self._num_bytes - self._num_bytes_started
         if num_waiting >= WRITE_BACK_BYTES and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), self._num_bytes_started, num_waiting, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # it is advice
+                os.posix_fadvise(self._file.fileno(), self._num_bytes_started, num_waiting, os.POSIX_FADV_DONTNEED)
             self._num_bytes_started = self._num_bytes
 
     def finish(self) -> FileRecord:
         """Make the file durable and return its record."""
-        try:
+        with naming(self._path):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
-        self._file.close()
+            self._file.close()
         return FileRecord(num_bytes=self._num_bytes, digest=self._hash.hexdigest())
 
     def close(self) -> None:
@@ -136,7 +135,7 @@ def digest_file(path: Path, *, follows_links: bool = False) -> FileRecord:
     digest = xxhash.xxh3_128()
     num_bytes = 0
     buffer = memoryview(bytearray(DIGEST_BYTES))
-    with open_regular(path, follows_links=follows_links) as file:
+    with open_regular(path, follows_links=follows_links) as file, naming(path):
         num_left = os.fstat(file.fileno()).st_size
         while count := file.readinto(buffer[: min(num_left, DIGEST_BYTES)]):
             digest.update(buffer[:count])
@@ -150,7 +149,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
     The tensors fill the file: each begins where another ends.
     """
-    with open_regular(path) as file:
+    with open_regular(path) as file, naming(path):
         size = os.fstat(file.fileno()).st_size
         header_bytes = int.from_bytes(file.read(8), "little")
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
@@ -182,10 +181,14 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 def read_range(path: Path, entry: TensorEntry, flat_start: int, flat_end: int) -> torch.Tensor:
     """Read only elements [flat_start, flat_end) of a tensor, as a flat tensor on the CPU."""
+    return retried(lambda: _read_range(path, entry, flat_start, flat_end))
+
+
+def _read_range(path: Path, entry: TensorEntry, flat_start: int, flat_end: int) -> torch.Tensor:
     item_bytes = BYTES_PER_ELEMENT[entry.dtype]
     flat = torch.empty(flat_end - flat_start, dtype=entry.dtype)
     view = flat.view(torch.uint8).numpy().data
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0) as file, naming(path):
         file.seek(entry.offset + flat_start * item_bytes)
         done = 0
         while done < len(view):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.reporting.lasting import LastingFile
 
 MLFLOW_TAG = "shardlaunch.tracking_id"
 
@@ -59,7 +60,9 @@ class Trackers:
             start = _STARTS.get(name, _start_other)
             try:
                 with self._output():
-                    self._trackers[name] = start(name, run, resumed_step=resumed_step, options=options, silent=silent)
+                    self._trackers[name] = start(
+                        name, run, resumed_step=resumed_step, options=options, silent=silent, warn=warn
+                    )
             except Exception as error:  # each tracker's package raises its own
                 if not resumed_step:
                     self.close()
@@ -107,10 +110,43 @@ def tracker_names(option: str) -> list[str]:
     return names
 
 
-def _start_tensorboard(kind: str, run: TrackedRun, *, resumed_step: int, **_: Any) -> _Tracker:
+def _start_tensorboard(
+    kind: str, run: TrackedRun, *, resumed_step: int, warn: Callable[[str], None], **_: Any
+) -> _Tracker:
     # It drops what an earlier process logged after the step resumed from. It is not given the options: its summary of
     # them would show as a run of its own.
-    return _started(kind, "tensorboard", run.output_dir, purge_step=resumed_step + 1)
+    started = _started(kind, "tensorboard", run.output_dir, purge_step=resumed_step + 1)
+    _make_lasting(started.tracker.writer.file_writer.event_writer, warn)
+    return started
+
+
+def _make_lasting(event_writer: Any, warn: Callable[[str], None]) -> None:
+    """Let TensorBoard's file outlast errors, which otherwise end its thread with a traceback."""
+    event_writer.flush()
+    records: Any = getattr(getattr(event_writer, "_async_writer", None), "_writer", None)
+    path = getattr(event_writer, "_file_name", None)
+    if path is not None and hasattr(records, "_writer"):
+        records._writer = _LastingEvents(Path(path), warn)
+
+
+class _LastingEvents:
+    """The file that TensorBoard writes its records to."""
+
+    closed = False
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        num_bytes = path.stat().st_size
+        self._file = LastingFile(path, prepare=lambda: num_bytes, warn=warn)
+
+    def write(self, data: bytes) -> None:
+        self._file.append(data)
+
+    def flush(self) -> None:
+        self._file.attempt()
+
+    def close(self) -> None:
+        self._file.close()
+        self.closed = True
 
 
 def _start_wandb(kind: str, run: TrackedRun, *, options: Mapping[str, Any], silent: bool, **_: Any) -> _Tracker:

@@ -13,7 +13,6 @@ import xxhash
 from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.reader import Checkpoint, open_checkpoint
 from shardlaunch.checkpoints.records import Position
-from shardlaunch.checkpoints.retention import sweep
 from shardlaunch.checkpoints.state import OPTIMIZER
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
@@ -26,7 +25,7 @@ from shardlaunch.launcher.reporting.trackers import tracker_names
 from shardlaunch.launcher.runs.assembly import assemble
 from shardlaunch.launcher.runs.beginning import show_start
 from shardlaunch.launcher.runs.data import load_data
-from shardlaunch.launcher.runs.ending import show_result
+from shardlaunch.launcher.runs.ending import result_of, show_result
 from shardlaunch.launcher.runs.folder import (
     claim,
     find_checkpoint,
@@ -45,8 +44,10 @@ from shardlaunch.launcher.runs.identity import (
     versions,
 )
 from shardlaunch.launcher.runs.init_from import InitFrom
+from shardlaunch.launcher.runs.preflight import Room, check_shared
 from shardlaunch.launcher.runs.result import Result
 from shardlaunch.launcher.runs.saver import Saver
+from shardlaunch.launcher.runs.upkeep import Upkeep
 from shardlaunch.launcher.training.evaluation import Evaluator
 from shardlaunch.launcher.training.loss_check import check_loss
 from shardlaunch.launcher.training.stopping import Requests, raise_if_stopped, until_the_end_of_a_step
@@ -85,6 +86,8 @@ class Run:
             self.output_dir /= f"fold-{fold + 1}"
         self.trackers = tracker_names(options.tracker)
         self.requests = Requests(self.output_dir if world.is_main else None)
+        self.room = Room(self.output_dir, options, world, warn=self.display.warn)
+        self.upkeep = Upkeep(self.checkpoints_dir, options, warn=self.display.warn)
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -94,8 +97,11 @@ class Run:
         """Run from the newest checkpoint, or from the beginning, to the end, and return the outcome. All ranks."""
         with ExitStack() as stack:
             self.world.peers.together(
-                lambda: stack.enter_context(claim(self.output_dir)) if self.world.is_main else None
+                lambda: (
+                    stack.enter_context(claim(self.output_dir, warn=self.display.warn)) if self.world.is_main else None
+                )
             )
+            check_shared(self.output_dir, self.world, warn=self.display.warn)
             self.prepare()
             stop_at_step = self.options.stop_at_step
             if self.position.is_finished:
@@ -117,10 +123,12 @@ class Run:
         with phase("looking for a checkpoint"):
             self.resumed = self._find_checkpoint()
         self._assemble(self.resumed)
+        self._prepare_folder()
         self._write_run()
         self._show_start()
         self.saver = Saver(
             self.checkpoints_dir,
+            self.upkeep,
             recipe=self.recipe,
             identity=self.identity,
             world=self.world,
@@ -145,7 +153,7 @@ class Run:
         if found is not None:
             self.identity.check(found, str(self.output_dir), hint=new_folder_hint(options, self.output_dir))
         if world.is_main:
-            sweep(self.checkpoints_dir)
+            self.upkeep.sweep()
         checkpoint = find_checkpoint(options.resume, self.output_dir, peers=world.peers, display=self.display)
         if checkpoint is not None:
             where = str(checkpoint.step_dir)
@@ -201,6 +209,7 @@ class Run:
                 on_evaluating=self.recorder.on_evaluating,
                 on_evaluation=self.recorder.on_evaluation,
                 save=self.save,
+                on_first_state=lambda num_bytes: self._check_room(num_bytes, is_exact=True),
             ),
         )
         if not self.position.step:
@@ -265,6 +274,24 @@ class Run:
         position.is_finished = position.has_stopped_early or ended_early or position.step >= self.data.last_step
         return position
 
+    def _prepare_folder(self) -> None:
+        """Delete superfluous checkpoints of the run that is resumed, and check that there is room for more. All ranks.
+
+        Rank 0 alone deletes, once the checkpoint is loaded.
+        """
+        resumed = self.resumed
+        is_here = resumed is not None and resumed.step_dir.parent == self.checkpoints_dir
+        if is_here and self.world.is_main:
+            self.upkeep.prune(self.position)
+        sizes = resumed.manifest.files.values() if resumed is not None else ()
+        num_bytes = sum(record.num_bytes for record in sizes) or 4 * self.assembly.num_elements
+        self._check_room(num_bytes, is_exact=resumed is not None)
+
+    def _check_room(self, num_bytes: int, *, is_exact: bool) -> None:
+        if not self.position.is_finished:
+            steps_left = self.data.last_step - self.position.step
+            self.room.check(num_bytes, steps_left=steps_left, is_exact=is_exact)
+
     def _write_run(self) -> None:
         record = run_record(self.identity, self.options, self.world.size, self.strategy_name)
         if max(self.data.last_step, self.position.step) > self.data.num_steps:
@@ -276,7 +303,7 @@ class Run:
         name = folder.name if self.fold is None else f"{folder.parent.name}/{folder.name}"
         self.tracked = tracked_run(folder, self.identity, project=self.options.project or self.name, name=name)
         record["tracking_id"] = self.tracked.tracking_id
-        write_run(folder, record, least_bytes=4 * self.assembly.num_elements)
+        write_run(folder, record)
 
     def _train(self, stack: ExitStack) -> None:
         end = min(self.data.last_step, self.options.stop_at_step or self.data.last_step)
@@ -302,7 +329,7 @@ class Run:
     def _train_to(self, end: int) -> None:
         with until_the_end_of_a_step():
             cause = self.trainer.run(self.position, end=end)
-        self.saver.require_saved(self.position.step)
+        self.saver.require_saved(self.position, self.assembly)
         raise_if_stopped(cause, self.position.step)
 
     def _unfreeze(self) -> None:
@@ -348,7 +375,9 @@ class Run:
         """Print the last lines and return the outcome. All ranks."""
         last = self.saver.last_saved or (self.resumed.step_dir if self.resumed is not None else None)
         # Rank 0 first: then it has deleted old checkpoints, and all ranks find the same ones.
-        result = self.world.main_first(lambda: Result.of_folder(self.output_dir, last=last))
+        result = self.world.main_first(
+            lambda: result_of(self.output_dir, self.position, last=last, warn=self.display.warn)
+        )
         result = replace(result, is_finished=self.position.is_finished)
         if self.world.is_main:
             show_result(self.display, result, self.recipe, best_step=self.position.best_step)

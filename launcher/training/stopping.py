@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from shardlaunch.checkpoints.files import retried
 from shardlaunch.errors import EXIT_INTERRUPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -159,7 +161,7 @@ class Requests:
         """Return what this rank is asked for."""
         if self._output_dir is not None and time.monotonic() - self._looked_at > POLL_INTERVAL_S:
             self._looked_at = time.monotonic()
-            self._files = {name for name in (STOP_FILE, SAVE_FILE) if (self._output_dir / name).exists()}
+            self._files = {name for name in (STOP_FILE, SAVE_FILE) if os.path.lexists(self._output_dir / name)}
         is_signalled = _signals is not None and _signals.first is not None
         return Asked(stop=is_signalled or STOP_FILE in self._files, save=SAVE_FILE in self._files)
 
@@ -168,8 +170,9 @@ class Requests:
         cause = f"the file {STOP_FILE}" if STOP_FILE in self._files else "a signal to another rank"
         for name in self._files:
             assert self._output_dir is not None
+            path = self._output_dir / name
             with suppress(OSError):
-                (self._output_dir / name).unlink()
+                retried(partial(path.unlink, missing_ok=True))
         self._files = set()
         return _signals.first.name if _signals is not None and _signals.first is not None else cause
 

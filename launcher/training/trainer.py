@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,6 +34,8 @@ class Hooks:
     on_evaluating: Callable[[int, int], None]
     on_evaluation: Callable[[int, Evaluation], None]
     save: Callable[[Position], None]
+    on_first_state: Callable[[int], None] = lambda num_bytes: None
+    """Told how many bytes the state has, all of it, after the first step."""
 
 
 class Trainer:
@@ -92,7 +93,8 @@ class Trainer:
             report, upcoming = self.train_step(upcoming, batches, begun)
             position.step += 1
             if is_first:
-                deque(self.strategy.state(), maxlen=0)  # fails now if the optimizer's state cannot be saved
+                # Fails now if the optimizer's state cannot be saved.
+                self.hooks.on_first_state(sum(fragment.spec.num_bytes for fragment in self.strategy.state()))
                 is_first = False
             self.hooks.on_step(position.step, report)
             has_improved = self._is_evaluation_due(position.step) and self._evaluate(position)

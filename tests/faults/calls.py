@@ -35,6 +35,9 @@ class Fault(NamedTuple):
     """The errno."""
 
 
+NO_FAULT = Fault()
+
+
 class Call(NamedTuple):
     """A file-system call below the folder of a run."""
 
@@ -75,7 +78,7 @@ def under_the_shim() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
     del os.environ["LD_PRELOAD"]
     shutil.rmtree(os.environ.pop(_PRELOADED))
-    import tests.distributed.preloaded  # noqa: F401
+    import tests.distributed.preloaded
     import tests.recipes  # noqa: F401
 
     gc.collect()
@@ -88,7 +91,7 @@ def run_ranks(
     *,
     num_ranks: int = 1,
     armed_rank: int = 0,
-    fault: Fault = Fault(),
+    fault: Fault = NO_FAULT,
     records_data: bool = False,
     work: Callable[[], None] | None = None,
 ) -> Trial:

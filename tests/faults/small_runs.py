@@ -1,10 +1,8 @@
 """Small runs for the campaigns: a new one and a resume, what they must end with, and what must not be left."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -75,14 +73,16 @@ class Reference:
 
 def scenarios(folder: Path) -> list[Scenario]:
     """Return the runs; what they resume from is written below `folder`."""
-    template = folder / "template"
-    words = [*_WORDS, "--save-every", "1", "--keep", "0", "--stop-at-step", "4", "--output-dir", str(template)]
-    trial = run_ranks(words, template)
-    assert not any(trial.statuses), trial.output
-    for name in (".staging-step-00000005", ".trash-step-00000001"):
-        shutil.copytree(template / CHECKPOINTS / "step-00000004", template / CHECKPOINTS / name)
-    return [
-        Scenario(name=f"{kind} on {num_ranks}", num_ranks=num_ranks, template=of)
-        for num_ranks in (1, 2)
-        for kind, of in (("new run", None), ("resume", template))
-    ]
+    found = []
+    for num_ranks in (1, 2):
+        template = folder / f"template-{num_ranks}"
+        words = [*_WORDS, "--save-every", "1", "--keep", "0", "--stop-at-step", "4", "--output-dir", str(template)]
+        trial = run_ranks(words, template, num_ranks=num_ranks)
+        assert not any(trial.statuses), trial.output
+        for name in (".staging-step-00000005", ".trash-step-00000001"):
+            shutil.copytree(template / CHECKPOINTS / "step-00000004", template / CHECKPOINTS / name)
+        found += [
+            Scenario(name=f"new run on {num_ranks}", num_ranks=num_ranks),
+            Scenario(name=f"resume on {num_ranks}", num_ranks=num_ranks, template=template),
+        ]
+    return found
