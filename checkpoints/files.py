@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shardlaunch.errors import UserError
+
 T = TypeVar("T")
 
 STAGING_PREFIX = ".staging-"
@@ -16,6 +18,7 @@ TRASH_PREFIX = ".trash-"
 STAGED_SUFFIX = ".staged"
 # What a network or a bus causes, and another try may not meet; a full disk is none of them.
 TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EREMOTEIO})
+COME_AGAIN = "See to the disk, or the network that it is on; then the same command resumes"
 PAUSES_S = (0.0, 0.1, 0.5)
 """Before each other try."""
 
@@ -54,11 +57,22 @@ def retried(work: Callable[[], T]) -> T:
     return work()
 
 
+class PassingError(UserError):
+    """Raised for an error of the file system that another try, or another start, may not meet."""
+
+
 def is_transient(error: BaseException | None) -> bool:
     """Return whether an error, or one that caused it, may not be met again."""
-    while error is not None and not (isinstance(error, OSError) and error.errno in TRANSIENT):
+    while error is not None:
+        if isinstance(error, PassingError) or (isinstance(error, OSError) and error.errno in TRANSIENT):
+            return True
         error = error.__cause__
-    return error is not None
+    return False
+
+
+def come_again(error: BaseException) -> PassingError:
+    """Return an error, for which a start cannot go on, with what to do."""
+    return PassingError(f"{error_text(error)}. {COME_AGAIN}")
 
 
 def is_there(path: Path) -> bool:
@@ -136,7 +150,8 @@ def delete_tree(folder: Path) -> None:
             if not isinstance(error, FileNotFoundError):
                 errors.append(OSError(error.errno, error.strerror, path))
 
-        shutil.rmtree(folder, onerror=on_error)
+        with naming(folder):
+            shutil.rmtree(folder, onerror=on_error)
         if not errors:
             return
         time.sleep(pause_s)

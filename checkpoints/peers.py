@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from shardlaunch.checkpoints.files import error_text
+from shardlaunch.checkpoints.files import PassingError, error_text, is_transient
 from shardlaunch.errors import UserError
 
 T = TypeVar("T")
@@ -55,15 +55,18 @@ class Peers:
     def together(self, work: Callable[[], T]) -> T:
         """Run `work`; raise on every rank if it failed on any. All ranks.
 
-        Raises UserError with the lowest failing rank's message if `work` raised a UserError or OSError on any rank.
+        Raises UserError with the lowest failing rank's message if `work` raised a UserError or OSError on any rank,
+        and as a PassingError if that may pass.
         """
         error: str | None = None
+        may_pass = False
         result: T | None = None
         try:
             result = work()
         except (UserError, OSError) as failure:
             error = error_text(failure) if isinstance(failure, OSError) else str(failure) or repr(failure)
+            may_pass = is_transient(failure)
         error = self.share_error(error)
         if error is not None:
-            raise UserError(error)
+            raise PassingError(error) if any(passes for (passes,) in self.gather([may_pass])) else UserError(error)
         return result  # type: ignore[return-value]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from shardlaunch.checkpoints.files import naming, retried
+from shardlaunch.checkpoints.files import come_again, is_transient, naming, retried
 from shardlaunch.checkpoints.layout import (
     CHECKPOINTS,
     RECIPE,
@@ -154,8 +154,14 @@ def checkpoint_steps(checkpoints_dir: Path) -> list[int]:
 
 def shared_steps(checkpoints_dir: Path, *, peers: Peers) -> list[int]:
     """Return the steps that rank 0 finds in `checkpoints_dir`, on every rank. All ranks."""
-    found = peers.together(lambda: retried(lambda: checkpoint_steps(checkpoints_dir)) if peers.rank == 0 else [])
-    return peers.of_first(found)
+
+    def listed() -> list[int]:
+        try:
+            return retried(lambda: checkpoint_steps(checkpoints_dir))
+        except OSError as error:
+            raise come_again(error) from error
+
+    return peers.of_first(peers.together(lambda: listed() if peers.rank == 0 else []))
 
 
 def newest_complete(checkpoints_dir: Path) -> Path | None:
@@ -223,14 +229,16 @@ def newest_valid(checkpoints_dir: Path, *, peers: Peers, warn: Callable[[str], N
     Raises DamagedCheckpoint when there are checkpoints but all are damaged.
     """
     steps = shared_steps(checkpoints_dir, peers=peers)
-    damaged: list[str] = []
+    damaged: list[UserError] = []
 
     def on_damaged(error: UserError) -> None:
-        damaged.append(str(error))
+        damaged.append(error)
         warn(f"skipped a damaged checkpoint: {error}")
 
     step_dirs = [checkpoints_dir / step_dir_name(step) for step in reversed(steps)]
     checkpoint = latest_checkpoint(step_dirs, peers=peers, on_damaged=on_damaged)
+    if checkpoint is None and any(map(is_transient, damaged)):
+        raise come_again(next(filter(is_transient, damaged)))
     if checkpoint is None and damaged:
         raise DamagedCheckpoint(f"no valid checkpoint in {checkpoints_dir} ({damaged[0]})")
     return checkpoint

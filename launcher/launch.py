@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from shardlaunch.checkpoints.files import error_text
+from shardlaunch.checkpoints.files import COME_AGAIN, error_text
 from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from shardlaunch.launcher.command_line.parsing import naming_origins, parse_options
 from shardlaunch.launcher.launched import mark_launched
@@ -124,8 +124,8 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         return EXIT_OTHER_ERROR
     except OSError as error:
         message = (
-            f"error: {error_text(error)}{_place(error)}. If a disk or a network has failed, see to it; the same "
-            f"command resumes from the last checkpoint, if there is one. --debug shows more"
+            f"error: {error_text(error)}{_place(error)}. {COME_AGAIN} from the last checkpoint, if there is one. "
+            f"--debug shows more"
         )
         _report(world, message, with_traceback=is_debug)
         if world is not None:

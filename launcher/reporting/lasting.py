@@ -87,7 +87,7 @@ class LastingFile:
     def _write(self) -> None:
         if self._descriptor is None:
             self._durable = self._prepare()
-            self._descriptor = os.open(self.path, os.O_WRONLY)
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
         with naming(self.path):
             while self._num_written < len(self._kept):
                 with memoryview(self._kept) as kept:

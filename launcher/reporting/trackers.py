@@ -5,9 +5,11 @@ import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from shardlaunch.checkpoints.files import error_text
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.reporting.lasting import LastingFile
 
@@ -115,18 +117,20 @@ def _start_tensorboard(
 ) -> _Tracker:
     # It drops what an earlier process logged after the step resumed from. It is not given the options: its summary of
     # them would show as a run of its own.
-    started = _started(kind, "tensorboard", run.output_dir, purge_step=resumed_step + 1)
-    _make_lasting(started.tracker.writer.file_writer.event_writer, warn)
-    return started
+    with _lasting_events(warn):
+        return _started(kind, "tensorboard", run.output_dir, purge_step=resumed_step + 1)
 
 
-def _make_lasting(event_writer: Any, warn: Callable[[str], None]) -> None:
-    """Let TensorBoard's file outlast errors, which otherwise end its thread with a traceback."""
-    event_writer.flush()
-    records: Any = getattr(getattr(event_writer, "_async_writer", None), "_writer", None)
-    path = getattr(event_writer, "_file_name", None)
-    if path is not None and hasattr(records, "_writer"):
-        records._writer = _LastingEvents(Path(path), warn)
+@contextlib.contextmanager
+def _lasting_events(warn: Callable[[str], None]) -> Iterator[None]:
+    """Let the file that TensorBoard opens outlast errors, which otherwise end its thread with a traceback."""
+    module: Any = import_module("tensorboard.summary.writer.event_file_writer")
+    of_records = module.RecordWriter
+    module.RecordWriter = lambda file: of_records(_LastingEvents(Path(os.fsdecode(file.filename)), warn))
+    try:
+        yield
+    finally:
+        module.RecordWriter = of_records
 
 
 class _LastingEvents:
@@ -135,8 +139,7 @@ class _LastingEvents:
     closed = False
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
-        num_bytes = path.stat().st_size
-        self._file = LastingFile(path, prepare=lambda: num_bytes, warn=warn)
+        self._file = LastingFile(path, prepare=lambda: 0, warn=warn)
 
     def write(self, data: bytes) -> None:
         self._file.append(data)
@@ -210,7 +213,7 @@ def _started(kind: str, /, *arguments: Any, **keywords: Any) -> _Tracker:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(error_text(error).split())[:300]
 
 
 _STARTS: Mapping[str, Callable[..., _Tracker]] = {

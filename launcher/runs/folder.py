@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from shardlaunch.checkpoints.files import is_there, make_folder, replace_file, retried
+from shardlaunch.checkpoints.files import come_again, is_there, is_transient, make_folder, replace_file, retried
 from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.manifest import DamagedCheckpoint
 from shardlaunch.checkpoints.peers import Peers
@@ -173,7 +173,9 @@ def identity_of_folder(output_dir: Path) -> IdentityRecord | None:
     path = output_dir / RUN
     try:
         return retried(lambda: read_record(path, RunRecord) if _holds_run(output_dir) else None)
-    except DamagedRecord as error:
+    except (OSError, DamagedRecord) as error:
+        if is_transient(error) or isinstance(error, OSError):
+            raise come_again(error) from error
         raise UserError(
             f"{error}. Choose another --output-dir; or delete this file, for each checkpoint says which run it is of"
         ) from error

@@ -88,11 +88,9 @@ def outcome(case: Case, reference: Reference, folder: Path) -> tuple[str, Trial]
             reasons.append("not resumed")
             trial = Trial(statuses=trial.statuses, output=trial.output + "\nAGAIN\n" + again.output, calls=trial.calls)
         else:
-            found = reference.differences(run_dir)
             missing = "was not saved" in trial.output
-            reasons += [
-                f"{reason} after a resume" for reason in found if not (reason == "other checkpoints" and missing)
-            ]
+            found = [one for one in reference.differences(run_dir) if not (one == "other checkpoints" and missing)]
+            reasons += [f"{reason} after a resume" for reason in found]
             reasons += ["leftovers after a resume"] * bool(scenario.leftovers(run_dir))
     if reasons:
         return f"BAD: {', '.join(dict.fromkeys(reasons))}", trial

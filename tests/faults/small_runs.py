@@ -1,6 +1,7 @@
 """Small runs for the campaigns: a new one and a resume, what they must end with, and what must not be left."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,10 +72,10 @@ class Reference:
         return found
 
 
-def scenarios(folder: Path) -> list[Scenario]:
+def scenarios(folder: Path, *, ranks: Sequence[int] = (1, 2)) -> list[Scenario]:
     """Return the runs; what they resume from is written below `folder`."""
     found = []
-    for num_ranks in (1, 2):
+    for num_ranks in ranks:
         template = folder / f"template-{num_ranks}"
         words = [*_WORDS, "--save-every", "1", "--keep", "0", "--stop-at-step", "4", "--output-dir", str(template)]
         trial = run_ranks(words, template, num_ranks=num_ranks)
