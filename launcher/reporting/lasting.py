@@ -90,9 +90,8 @@ class LastingFile:
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
         with naming(self.path):
             while self._num_written < len(self._kept):
-                with memoryview(self._kept) as kept:
-                    at = self._durable + self._num_written
-                    self._num_written += os.pwrite(self._descriptor, kept[self._num_written :], at)
+                at = self._durable + self._num_written
+                self._num_written += os.pwrite(self._descriptor, bytes(self._kept[self._num_written :]), at)
 
     def close(self) -> None:
         """Close the file; say what is lost, if the last attempt fails too."""

@@ -105,9 +105,7 @@ def run(count: int, seed: int, *, only: str = "", say: Callable[[str], object] =
         folder = Path(name).resolve()
         cases: list[Case] = []
         references = {}
-        for scenario in scenarios(folder):
-            if only and not re.search(only, scenario.name):
-                continue
+        for scenario in scenarios(folder, only):
             references[scenario.name] = Reference(scenario, folder / "reference")
             for rank in range(scenario.num_ranks):
                 scenario.prepare(folder / "run")

@@ -54,9 +54,7 @@ def run(count: int, seed: int, *, is_twice: bool = False, only: str = "", say: C
         folder = Path(name).resolve()
         points = []
         references = {}
-        for scenario in scenarios(folder):
-            if not re.search(only, scenario.name):
-                continue
+        for scenario in scenarios(folder, only):
             references[scenario.name] = Reference(scenario, folder / "reference")
             for rank in range(scenario.num_ranks):
                 scenario.prepare(folder / "run")

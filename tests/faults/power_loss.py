@@ -5,7 +5,8 @@
 The calls of a run are recorded (a new run, and a resume with retention and leftovers). An image is what a disk may hold
 if the power is cut after one of them: all that an fsync has made durable, and of the rest any part, in any order:
 writes that are dropped or torn at a sector, entries of folders that are dropped or undone. Nothing is taken for granted
-that POSIX does not promise: the fsync of a file does not make its name durable. `--resume` also trains on from some images.
+that POSIX does not promise: the fsync of a file does not make its name durable. `--resume` also trains on from some
+images.
 """
 
 import argparse
@@ -220,13 +221,15 @@ def problem(image: Path, recording: Recording, committed: int) -> str:
     return "" if (image / RUN).exists() else f"no {RUN}"
 
 
-def run(count: int, seed: int, *, num_resumed: int = 0, say: Callable[[str], object] = print) -> int:
+def run(
+    count: int, seed: int, *, num_resumed: int = 0, only: str = "on 1", say: Callable[[str], object] = print
+) -> int:
     """Make and check `count` images and return how many were bad."""
     counts: Counter[str] = Counter()
     shm = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as name:
         folder = Path(name).resolve()
-        recordings = [Recording(one, folder / "run") for one in scenarios(folder, ranks=(1,))]
+        recordings = [Recording(one, folder / "run") for one in scenarios(folder, only)]
         reference = Reference(recordings[0].scenario, folder / "reference")
         for recording in recordings:
             say(f"{recording.scenario.name}: {len(recording.calls)} calls that change something")

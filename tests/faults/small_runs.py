@@ -1,7 +1,7 @@
 """Small runs for the campaigns: a new one and a resume, what they must end with, and what must not be left."""
 
+import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,18 +72,18 @@ class Reference:
         return found
 
 
-def scenarios(folder: Path, *, ranks: Sequence[int] = (1, 2)) -> list[Scenario]:
-    """Return the runs; what they resume from is written below `folder`."""
+def scenarios(folder: Path, only: str = "") -> list[Scenario]:
+    """Return the runs whose names match `only`; what they resume from is written below `folder`."""
     found = []
-    for num_ranks in ranks:
-        template = folder / f"template-{num_ranks}"
-        words = [*_WORDS, "--save-every", "1", "--keep", "0", "--stop-at-step", "4", "--output-dir", str(template)]
-        trial = run_ranks(words, template, num_ranks=num_ranks)
-        assert not any(trial.statuses), trial.output
-        for name in (".staging-step-00000005", ".trash-step-00000001"):
-            shutil.copytree(template / CHECKPOINTS / "step-00000004", template / CHECKPOINTS / name)
-        found += [
-            Scenario(name=f"new run on {num_ranks}", num_ranks=num_ranks),
-            Scenario(name=f"resume on {num_ranks}", num_ranks=num_ranks, template=template),
-        ]
+    for num_ranks in (1, 2):
+        if re.search(only, f"new run on {num_ranks}"):
+            found.append(Scenario(name=f"new run on {num_ranks}", num_ranks=num_ranks))
+        if re.search(only, f"resume on {num_ranks}"):
+            template = folder / f"template-{num_ranks}"
+            words = [*_WORDS, "--save-every", "1", "--keep", "0", "--stop-at-step", "4", "--output-dir", str(template)]
+            trial = run_ranks(words, template, num_ranks=num_ranks)
+            assert not any(trial.statuses), trial.output
+            for name in (".staging-step-00000005", ".trash-step-00000001"):
+                shutil.copytree(template / CHECKPOINTS / "step-00000004", template / CHECKPOINTS / name)
+            found.append(Scenario(name=f"resume on {num_ranks}", num_ranks=num_ranks, template=template))
     return found
