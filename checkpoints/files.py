@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 from shardlaunch.errors import UserError
 
 T = TypeVar("T")
+_PASSED_ON = re.compile(r"\[Errno \d+\] (.+): '(.+)'$")
 
 STAGING_PREFIX = ".staging-"
 TRASH_PREFIX = ".trash-"
@@ -31,7 +33,11 @@ def error_text(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | Path) else ""
         return f"{path}: {error.strerror}" if path else error.strerror
-    return (str(error).split("\n")[-1] if isinstance(error, OSError) else str(error)) or type(error).__name__
+    if not isinstance(error, OSError):
+        return str(error) or type(error).__name__
+    last = str(error).strip().split("\n")[-1]
+    passed_on = _PASSED_ON.search(last)
+    return f"{passed_on[2]}: {passed_on[1]}" if passed_on else last or type(error).__name__
 
 
 @contextmanager

@@ -91,25 +91,25 @@ class Room:
         )
 
     def _check(self, num_bytes: int, steps_left: int, is_exact: bool) -> None:
-        where = f"--output-dir {self._output_dir}"
+        where = self._output_dir
         try:
             free_bytes = shutil.disk_usage(self._output_dir).free
             num_there = len(checkpoint_steps(self._output_dir / CHECKPOINTS))
         except OSError as error:
-            self._say(f"{where}: the room on its disk cannot be found out: {error.strerror}")
+            self._say(f"--output-dir {where}: the room on its disk cannot be found out: {error.strerror}")
             return
         size = f"{'' if is_exact else 'at least '}{_bytes_text(num_bytes)}"
         if free_bytes < num_bytes:
             raise UserError(
-                f"{where}: {_bytes_text(free_bytes)} are free; one checkpoint takes {size}. Make room, or choose "
-                f"another folder."
+                f"--output-dir {where}: {_bytes_text(free_bytes)} are free; one checkpoint takes {size}. Make room, "
+                f"or choose another folder."
             )
         num_more = self._num_more(num_there, steps_left)
         if free_bytes < num_more * num_bytes:
             there = f", beside the {num_there} that {'is' if num_there == 1 else 'are'} there" if num_there else ""
             self._say(
-                f"{where}: {_bytes_text(free_bytes)} are free, but {num_more} more checkpoints of {size} are to come "
-                f"at the same time{there}. Saves will fail when the disk is full: make room, or lower --keep"
+                f"--output-dir {where}: {_bytes_text(free_bytes)} are free, but {num_more} more checkpoints of {size} are "
+                f"to come at the same time{there}. Saves will fail when the disk is full: make room, or lower --keep"
             )
 
     def _num_more(self, num_there: int, steps_left: int) -> int:
