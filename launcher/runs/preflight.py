@@ -107,9 +107,10 @@ class Room:
         num_more = self._num_more(num_there, steps_left)
         if free_bytes < num_more * num_bytes:
             there = f", beside the {num_there} that {'is' if num_there == 1 else 'are'} there" if num_there else ""
+            free = _bytes_text(free_bytes)
             self._say(
-                f"--output-dir {where}: {_bytes_text(free_bytes)} are free, but {num_more} more checkpoints of {size} "
-                f"are to come at the same time{there}. Saves will fail when the disk is full: make room, or lower --keep"
+                f"--output-dir {where}: {free} are free, but {num_more} more checkpoints of {size} are to come at the "
+                f"same time{there}. Saves will fail when the disk is full: make room, or lower --keep"
             )
 
     def _num_more(self, num_there: int, steps_left: int) -> int:
