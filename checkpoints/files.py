@@ -10,13 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shardlaunch.checkpoints.names import TRASH_PREFIX
 from shardlaunch.errors import UserError
 
 T = TypeVar("T")
 _PASSED_ON = re.compile(r"\[Errno \d+\] (.+): '(.+)'$")
 
-STAGING_PREFIX = ".staging-"
-TRASH_PREFIX = ".trash-"
 STAGED_SUFFIX = ".staged"
 # What a network or a bus causes, and another try may not meet; a full disk is none of them.
 TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EREMOTEIO})

@@ -1,39 +1,17 @@
 """Where each tensor of a checkpoint is: folder names, file names, and which rank writes what."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shardlaunch.checkpoints.names import CHECKPOINTS as CHECKPOINTS
+from shardlaunch.checkpoints.names import MANIFEST as MANIFEST
+from shardlaunch.checkpoints.names import RECIPE as RECIPE
+from shardlaunch.checkpoints.names import TRAINER_STATE as TRAINER_STATE
+from shardlaunch.checkpoints.names import index_file_name as index_file_name
+from shardlaunch.checkpoints.names import is_plain_file_name as is_plain_file_name
+from shardlaunch.checkpoints.names import step_dir_name as step_dir_name
+from shardlaunch.checkpoints.names import step_of_dir_name as step_of_dir_name
 from shardlaunch.checkpoints.state import TensorSpec, specs_by_section
-
-CHECKPOINTS = "checkpoints"  # folder of a run, with one folder per saved step
-MANIFEST = "manifest.json"
-TRAINER_STATE = "trainer_state.json"
-RECIPE = "recipe.json"
-
-_STEP_DIR = re.compile(r"step-([0-9]{8,})")
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@ -]*")
-
-
-def step_dir_name(step: int) -> str:
-    """Return the folder name of a step's checkpoint."""
-    return f"step-{step:08d}"
-
-
-def step_of_dir_name(name: str) -> int | None:
-    """Return the step of a checkpoint's folder name, None for other names."""
-    match = _STEP_DIR.fullmatch(name)
-    return int(match[1]) if match and step_dir_name(int(match[1])) == name else None
-
-
-def index_file_name(section: str) -> str:
-    """Return the name of the index file of a section, which maps each tensor to its file."""
-    return f"{section}.safetensors.index.json"
-
-
-def is_plain_file_name(name: str) -> bool:
-    """Return whether a name read from a file is safe to append to a folder: no separators, not hidden."""
-    return _FILE_NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, kw_only=True)

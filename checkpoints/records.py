@@ -204,7 +204,7 @@ def read_bytes(path: Path, *, most_bytes: int = MOST_BYTES, follows_links: bool 
             raise DamagedRecord(f"{path}: {error.strerror}") from error
 
 
-def decode(path: Path, data: bytes, schema: type[T]) -> T:
+def decode(path: Path | str, data: bytes, schema: type[T]) -> T:
     """Return the record that JSON data holds. Raises DamagedRecord, which says what of it the schema does not allow."""
     try:
         try:
@@ -292,7 +292,7 @@ def as_meant(value: Any) -> Any:
     return value
 
 
-def _unreadable(path: Path, schema: Any, reason: str) -> DamagedRecord:
+def _unreadable(path: Path | str, schema: Any, reason: str) -> DamagedRecord:
     return DamagedRecord(f"{path}: not a readable {_NAMES.get(schema, 'record')} ({reason})")
 
 

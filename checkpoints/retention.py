@@ -3,8 +3,9 @@
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from shardlaunch.checkpoints.files import STAGING_PREFIX, TRASH_PREFIX, delete_tree, discard
+from shardlaunch.checkpoints.files import delete_tree, discard
 from shardlaunch.checkpoints.layout import step_dir_name
+from shardlaunch.checkpoints.names import STAGING_PREFIX, TRASH_PREFIX
 from shardlaunch.checkpoints.reader import checkpoint_steps
 
 

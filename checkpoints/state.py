@@ -7,11 +7,10 @@ from typing import Protocol
 
 import torch
 
+from shardlaunch.checkpoints.listing import tensor_key
+from shardlaunch.checkpoints.names import MODEL as MODEL
+from shardlaunch.checkpoints.names import OPTIMIZER as OPTIMIZER
 from shardlaunch.checkpoints.tensorfile import BYTES_PER_ELEMENT
-
-# Sections of a run's state, each in separate files: weights and buffers, and optimizer state.
-MODEL = "model"
-OPTIMIZER = "optimizer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class TensorSpec:
     @property
     def key(self) -> str:
         """Return the tensor's name in its file: `name` in the model section, `entry/name` in all others."""
-        return self.name if self.section == MODEL else f"{self.entry or self.section}/{self.name}"
+        return tensor_key(self.name, self.section, self.entry)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from shardlaunch.checkpoints.files import STAGING_PREFIX, TRASH_PREFIX, delete_tree, fsync, is_there
+from shardlaunch.checkpoints.files import delete_tree, fsync, is_there
 from shardlaunch.checkpoints.gather import gather
 from shardlaunch.checkpoints.layout import (
     MANIFEST,
@@ -19,6 +19,8 @@ from shardlaunch.checkpoints.layout import (
     step_dir_name,
 )
 from shardlaunch.checkpoints.manifest import Manifest
+from shardlaunch.checkpoints.names import STAGING_PREFIX as STAGING_PREFIX
+from shardlaunch.checkpoints.names import TRASH_PREFIX as TRASH_PREFIX
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
 from shardlaunch.checkpoints.records import Position, to_json

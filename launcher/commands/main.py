@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ _DESCRIPTION = f"""shardlaunch {version("shardlaunch")}: one run, any shards.
   shardlaunch parity bert_imdb --ranks 2 --steps 20 -- --preset demo
   shardlaunch predict outputs/bert_imdb-demo --text "a wonderful film"
   shardlaunch generate outputs/gpt_lm-demo --prompt "The film" --temperature 0.8
+  shardlaunch ckpt list outputs/bert_imdb-demo
 """
 _Recipe = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
 
@@ -128,17 +130,32 @@ def main() -> None:
         generate_texts(checkpoint, prompts=prompt, file=file, max_new_tokens=max_new_tokens, sampling=sampling)
         return 0
 
+    def ckpt() -> int:
+        """List, verify, show, compare, export, average, prune and copy checkpoints; see `shardlaunch ckpt --help`."""
+        refuse_recipe_words("ckpt")
+        from shardlaunch.launcher.commands.ckpt.main import ckpt_command
+
+        return ckpt_command(argv[1:])
+
     def refuse_recipe_words(command: str) -> None:
         if recipe_argv:
             raise UserError(f"{command}: takes no words after ` -- `; remove them")
 
+    commands: dict[str, Callable[..., int]] = {
+        "run": run,
+        "recipes": recipes,
+        "parity": parity,
+        "predict": predict,
+        "generate": generate,
+        "ckpt": ckpt,
+    }
     try:
-        status = tyro.extras.subcommand_cli_from_dict(
-            {"run": run, "recipes": recipes, "parity": parity, "predict": predict, "generate": generate},
-            prog="shardlaunch",
-            description=_DESCRIPTION,
-            args=argv,
-        )
+        if argv[:1] == ["ckpt"]:  # it has commands of its own
+            status = ckpt()
+        else:
+            status = tyro.extras.subcommand_cli_from_dict(
+                commands, prog="shardlaunch", description=_DESCRIPTION, args=argv
+            )
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

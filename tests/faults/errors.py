@@ -80,7 +80,7 @@ def outcome(case: Case, reference: Reference, folder: Path) -> tuple[str, Trial]
         found = reference.differences(run_dir)
         has_said = re.search("was not saved|could not be deleted", trial.output)
         reasons += [reason for reason in found if not (reason == "other checkpoints" and has_said)]
-        if left and not all(Path(path).name in trial.output for path in left):
+        if left and "could not be deleted" not in trial.output:
             reasons.append("left without a word")
     if status or left or reasons:
         again = run_ranks(scenario.words(run_dir), run_dir, num_ranks=scenario.num_ranks)

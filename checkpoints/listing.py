@@ -1,0 +1,112 @@
+"""The manifest as it stands in a file: read, and checked by names and numbers alone. Imports no torch."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import xxhash
+from msgspec import UNSET
+
+from shardlaunch.checkpoints.digests import FileRecord
+from shardlaunch.checkpoints.files import is_there
+from shardlaunch.checkpoints.names import MANIFEST, MODEL, NUM_BYTES, OPTIMIZER, TRAINER_STATE, is_plain_file_name
+from shardlaunch.checkpoints.records import ManifestHead, ManifestRecord, TensorListing, decode, read_bytes
+from shardlaunch.errors import UserError
+
+FORMAT = "shardlaunch-checkpoint"
+VERSION = 3  # version 2 had no `num_tensors`; version 1 `kind` (`weight` or the optimizer's) for section and entry
+
+
+class DamagedCheckpoint(UserError):
+    """Raised for a checkpoint whose files are missing, damaged or inconsistent."""
+
+
+def read_listing(step_dir: Path) -> ManifestRecord:
+    """Read and check the manifest of a checkpoint. Raises UserError when it is missing or not valid."""
+    path = step_dir / MANIFEST
+    try:
+        is_missing = not is_there(path)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
+    if is_missing:
+        raise DamagedCheckpoint(f"{step_dir}: no {MANIFEST}, so this is not a checkpoint")
+    return listing_of(path, read_bytes(path))
+
+
+def listing_of(path: Path | str, data: bytes) -> ManifestRecord:
+    """Return the manifest in `data`, of which every tensor has section and entry. Raises UserError that names `path`.
+
+    Its files have plain names, its tensors are in its files, and its parts agree with each other.
+    """
+    head = decode(path, data, ManifestHead)
+    if head.format != FORMAT or not 1 <= head.version <= VERSION:
+        raise DamagedCheckpoint(
+            f"{path}: {head.format} version {head.version} is not supported; this release reads {FORMAT} versions 1 to "
+            f"{VERSION}"
+        )
+    record = decode(path, data, ManifestRecord)
+    body = msgspec.to_builtins(record)
+    if body.pop("xxh3_128") != body_digest(body):
+        raise DamagedCheckpoint(f"{path}: the manifest does not match its own digest")
+    try:
+        _check(record)
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path}: {error}") from error
+    return record
+
+
+def file_records(record: ManifestRecord) -> dict[str, FileRecord]:
+    """Return size and digest of each file of a manifest, by name."""
+    return {name: FileRecord(num_bytes=entry.bytes, digest=entry.xxh3_128) for name, entry in record.files.items()}
+
+
+def body_digest(body: Mapping[str, Any]) -> str:
+    """Return the digest that a manifest has of all that it says."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+
+
+def tensor_key(name: str, section: str, entry: str) -> str:
+    """Return a tensor's name in its file: `name` in the model section, `entry/name` in all others."""
+    return name if section == MODEL else f"{entry or section}/{name}"
+
+
+def _check(record: ManifestRecord) -> None:
+    """Check that the parts of a manifest agree. Raises ValueError that says which do not."""
+    for name in record.files:
+        if not is_plain_file_name(name) or name == MANIFEST:
+            raise ValueError(f"{name!r} is not a plain file name")
+    keys = set()
+    sections: Counter[str] = Counter()
+    for listing in record.tensors:
+        if listing.file not in record.files:
+            raise ValueError(f"tensor {listing.name!r} is in {listing.file!r}, which is not among the files")
+        section, entry = _place(listing, record.version)
+        listing.section, listing.entry, listing.kind = section, entry, UNSET
+        keys.add(tensor_key(listing.name, section, entry))
+        sections[section] += 1
+    if len(keys) < len(record.tensors):
+        raise ValueError("a tensor is listed twice")
+    if record.version >= 3 and sections != record.num_tensors:
+        raise ValueError(f"lists other tensors than the {record.num_tensors} that were saved")
+    if TRAINER_STATE not in record.files:
+        raise ValueError(f"lists no {TRAINER_STATE}")
+    names = {listing.name for listing in record.tensors if listing.section == MODEL}
+    for alias, name in record.aliases.items():
+        if name not in names or alias in names:
+            raise ValueError(f"{alias!r} cannot be another name of {name!r}")
+
+
+def _place(tensor: TensorListing, version: int) -> tuple[Literal["model", "optimizer"], str]:
+    """Return a tensor's section and entry. Raises ValueError for one that has none, or of an unknown dtype."""
+    section: object = tensor.section
+    entry, kind = tensor.entry, tensor.kind
+    if version == 1 and isinstance(kind, str):
+        section, entry = (MODEL, "") if kind == "weight" else (OPTIMIZER, kind)
+    if not isinstance(section, str) or not isinstance(entry, str) or (version > 1) is isinstance(kind, str):
+        raise ValueError(f"tensor {tensor.name!r} has not the fields of version {version}")
+    if (section == MODEL) is bool(entry) or tensor.dtype not in NUM_BYTES:
+        raise ValueError(f"tensor {tensor.name!r} has an unknown entry or dtype: {entry!r}, {tensor.dtype!r}")
+    return ("model" if section == MODEL else "optimizer"), entry

@@ -1,0 +1,41 @@
+"""Names of the files and folders of checkpoints. Imports no torch."""
+
+import re
+
+STAGING_PREFIX = ".staging-"
+TRASH_PREFIX = ".trash-"
+CHECKPOINTS = "checkpoints"  # folder of a run, with one folder per saved step
+MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state.json"
+RECIPE = "recipe.json"
+
+# Sections of a run's state, each in separate files: weights and buffers, and optimizer state.
+MODEL = "model"
+OPTIMIZER = "optimizer"
+
+NUM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""Bytes per element, by the name of a dtype in safetensors files."""
+
+_STEP_DIR = re.compile(r"step-([0-9]{8,})")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@ -]*")
+
+
+def step_dir_name(step: int) -> str:
+    """Return the folder name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_of_dir_name(name: str) -> int | None:
+    """Return the step of a checkpoint's folder name, None for other names."""
+    match = _STEP_DIR.fullmatch(name)
+    return int(match[1]) if match and step_dir_name(int(match[1])) == name else None
+
+
+def index_file_name(section: str) -> str:
+    """Return the name of the index file of a section, which maps each tensor to its file."""
+    return f"{section}.safetensors.index.json"
+
+
+def is_plain_file_name(name: str) -> bool:
+    """Return whether a name read from a file is safe to append to a folder: no separators, not hidden."""
+    return _FILE_NAME.fullmatch(name) is not None

@@ -1,0 +1,1 @@
+"""The commands `shardlaunch ckpt`: list, verify, show, diff, export, average, prune and copy checkpoints."""
