@@ -11,7 +11,8 @@ from pathlib import Path
 
 from shardlaunch.checkpoints.files import is_there, retried
 from shardlaunch.checkpoints.layout import CHECKPOINTS
-from shardlaunch.checkpoints.reader import checkpoint_steps
+from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps
+from shardlaunch.checkpoints.records import Position
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.runs.folder import LOCK, lock
@@ -81,6 +82,13 @@ class Room:
         self._warn = warn
         self._is_said = False
 
+    def check_start(self, resumed: Checkpoint | None, num_elements: int, position: Position, *, last_step: int) -> None:
+        """Check it by the size of the checkpoint that is resumed, or by that of the weights. All ranks."""
+        if not position.is_finished:
+            sizes = resumed.manifest.files.values() if resumed is not None else ()
+            num_bytes = sum(record.num_bytes for record in sizes) or 4 * num_elements
+            self.check(num_bytes, steps_left=last_step - position.step, is_exact=resumed is not None)
+
     def check(self, num_bytes: int, *, steps_left: int, is_exact: bool) -> None:
         """Check that there is room for checkpoints of a size, or of at least it. All ranks.
 
@@ -119,7 +127,8 @@ class Room:
         num_saves = -(-steps_left // options.save_every) if options.save_every else 1
         if not options.keep:
             return max(1, num_saves)
-        return max(1, min(options.keep + 1 + options.save_on_best - num_there, num_saves + options.save_on_best))
+        most = options.keep + 1 + options.save_on_best + bool(options.save_to)  # one that is being copied stays too
+        return max(1, min(most - num_there, num_saves + options.save_on_best))
 
     def _say(self, text: str) -> None:
         if not self._is_said:

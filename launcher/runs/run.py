@@ -47,6 +47,7 @@ from shardlaunch.launcher.runs.init_from import InitFrom
 from shardlaunch.launcher.runs.preflight import Room, check_shared
 from shardlaunch.launcher.runs.result import Result
 from shardlaunch.launcher.runs.saver import Saver
+from shardlaunch.launcher.runs.second_place import SecondPlace
 from shardlaunch.launcher.runs.upkeep import Upkeep
 from shardlaunch.launcher.training.evaluation import Evaluator
 from shardlaunch.launcher.training.loss_check import check_loss
@@ -88,6 +89,8 @@ class Run:
         self.requests = Requests(self.output_dir if world.is_main else None)
         self.room = Room(self.output_dir, options, world, warn=self.display.warn)
         self.upkeep = Upkeep(self.checkpoints_dir, options, warn=self.display.warn)
+        self.second = SecondPlace(options, self.output_dir, world, self.display, fold=fold)
+        self.upkeep.busy = self.second.busy
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -102,6 +105,7 @@ class Run:
                 )
             )
             check_shared(self.output_dir, self.world, warn=self.display.warn)
+            stack.callback(self.second.close)
             self.prepare()
             stop_at_step = self.options.stop_at_step
             if self.position.is_finished:
@@ -112,6 +116,7 @@ class Run:
             else:
                 with ExitStack() as records:
                     self._train(records)
+            self.second.finish()
             return self._end()
 
     def prepare(self) -> None:
@@ -123,7 +128,9 @@ class Run:
         with phase("looking for a checkpoint"):
             self.resumed = self._find_checkpoint()
         self._assemble(self.resumed)
-        self._prepare_folder()
+        if self.world.is_main:
+            self.upkeep.prune_resumed(self.resumed, self.position)
+        self.room.check_start(self.resumed, self.assembly.num_elements, self.position, last_step=self.data.last_step)
         self._write_run()
         self._show_start()
         self.saver = Saver(
@@ -135,6 +142,7 @@ class Run:
             num_samples={name: len(split) for name, split in self.data.splits.items()},
             newest_evaluation=lambda: self.recorder.last_evaluation,
             before_save=lambda: self.recorder.sync(),
+            on_saved=self.second.copy,
             warn=self.display.warn,
         )
         self.recorder = Recorder(
@@ -154,7 +162,11 @@ class Run:
             self.identity.check(found, str(self.output_dir), hint=new_folder_hint(options, self.output_dir))
         if world.is_main:
             self.upkeep.sweep()
-        checkpoint = find_checkpoint(options.resume, self.output_dir, peers=world.peers, display=self.display)
+        checkpoint = self.second.find(
+            lambda: find_checkpoint(options.resume, self.output_dir, peers=world.peers, display=self.display),
+            self.identity,
+            hint=new_folder_hint(options, self.output_dir),
+        )
         if checkpoint is not None:
             where = str(checkpoint.step_dir)
             saved = checkpoint.recipe.run
@@ -209,7 +221,9 @@ class Run:
                 on_evaluating=self.recorder.on_evaluating,
                 on_evaluation=self.recorder.on_evaluation,
                 save=self.save,
-                on_first_state=lambda num_bytes: self._check_room(num_bytes, is_exact=True),
+                on_first_state=lambda num_bytes: self.room.check(
+                    num_bytes, steps_left=self.data.last_step - self.position.step, is_exact=True
+                ),
             ),
         )
         if not self.position.step:
@@ -274,24 +288,6 @@ class Run:
         position.is_finished = position.has_stopped_early or ended_early or position.step >= self.data.last_step
         return position
 
-    def _prepare_folder(self) -> None:
-        """Delete superfluous checkpoints of the run that is resumed, and check that there is room for more. All ranks.
-
-        Rank 0 alone deletes, once the checkpoint is loaded.
-        """
-        resumed = self.resumed
-        is_here = resumed is not None and resumed.step_dir.parent == self.checkpoints_dir
-        if is_here and self.world.is_main:
-            self.upkeep.prune(self.position)
-        sizes = resumed.manifest.files.values() if resumed is not None else ()
-        num_bytes = sum(record.num_bytes for record in sizes) or 4 * self.assembly.num_elements
-        self._check_room(num_bytes, is_exact=resumed is not None)
-
-    def _check_room(self, num_bytes: int, *, is_exact: bool) -> None:
-        if not self.position.is_finished:
-            steps_left = self.data.last_step - self.position.step
-            self.room.check(num_bytes, steps_left=steps_left, is_exact=is_exact)
-
     def _write_run(self) -> None:
         record = run_record(self.identity, self.options, self.world.size, self.strategy_name)
         if max(self.data.last_step, self.position.step) > self.data.num_steps:
@@ -330,6 +326,7 @@ class Run:
         with until_the_end_of_a_step():
             cause = self.trainer.run(self.position, end=end)
         self.saver.require_saved(self.position, self.assembly)
+        self.second.finish()
         raise_if_stopped(cause, self.position.step)
 
     def _unfreeze(self) -> None:

@@ -35,6 +35,7 @@ class Saver:
         num_samples: Mapping[str, int],
         newest_evaluation: Callable[[], Mapping[str, Any]],
         before_save: Callable[[], None],
+        on_saved: Callable[[Position], None],
         warn: Callable[[str], None],
     ) -> None:
         self._checkpoints_dir = checkpoints_dir
@@ -45,6 +46,7 @@ class Saver:
         self._num_samples = num_samples
         self._newest_evaluation = newest_evaluation
         self._before_save = before_save
+        self._on_saved = on_saved
         self._warn = warn
         self.last_saved: Path | None = None
 
@@ -72,6 +74,8 @@ class Saver:
         )
 
     def _tidy(self, position: Position) -> None:
+        if self._is_saved(position.step):
+            self._on_saved(position)
         if self._world.is_main:
             self._upkeep.prune(position) if self._is_saved(position.step) else self._upkeep.sweep()
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shardlaunch.checkpoints.files import error_text
+from shardlaunch.checkpoints.reader import Checkpoint
 from shardlaunch.checkpoints.records import Position
 from shardlaunch.checkpoints.retention import prune, sweep
 from shardlaunch.launcher.options import Options
@@ -17,6 +18,8 @@ class Upkeep:
         self._options = options
         self._warn = warn
         self._said: set[str] = set()
+        self.busy: Callable[[], list[int]] = list
+        """Returns steps whose checkpoints are being read, and so stay for now."""
 
     def sweep(self) -> None:
         """Delete the staging and trash folders."""
@@ -25,9 +28,14 @@ class Upkeep:
     def prune(self, position: Position) -> None:
         """Delete checkpoints as --keep says, after the one of `position` was committed or has been resumed from."""
         options = self._options
-        protected = [position.best_step] if options.save_on_best else []
+        protected = [*self.busy(), *([position.best_step] if options.save_on_best else [])]
         errors = prune(self._checkpoints_dir, newest=position.step, keep=options.keep, protected=protected)
         self._say(errors + sweep(self._checkpoints_dir))
+
+    def prune_resumed(self, resumed: Checkpoint | None, position: Position) -> None:
+        """Do so at the start of a resume, if it is from this folder, once the checkpoint is loaded."""
+        if resumed is not None and resumed.step_dir.parent == self._checkpoints_dir:
+            self.prune(position)
 
     def _say(self, errors: list[OSError]) -> None:
         for text in dict.fromkeys(map(error_text, errors)):

@@ -24,6 +24,8 @@ class Scenario:
     name: str
     num_ranks: int = 1
     template: Path | None = None
+    has_second_place: bool = False
+    """It saves to a folder inside the run's too, whose calls count."""
 
     def prepare(self, run_dir: Path) -> None:
         """Put the folder of the run into the state in which it starts."""
@@ -33,7 +35,8 @@ class Scenario:
 
     def words(self, run_dir: Path) -> list[str]:
         """Return the words of its command line."""
-        return [*_WORDS, *_SAVES, "--output-dir", str(run_dir)]
+        second = ("--save-to", str(run_dir / "second")) if self.has_second_place else ()
+        return [*_WORDS, *_SAVES, *second, "--output-dir", str(run_dir)]
 
     def leftovers(self, run_dir: Path) -> list[Path]:
         """Return what a run must not leave: files that are staged, or to be deleted, and superfluous checkpoints."""
@@ -52,6 +55,7 @@ class Reference:
         self.tensors = final_tensors(run_dir)
         self.lines = training_lines(run_dir)
         self.steps = checkpoint_steps(run_dir / CHECKPOINTS)
+        self.second_steps = checkpoint_steps(run_dir / "second" / CHECKPOINTS)
         assert not scenario.leftovers(run_dir)
 
     def differences(self, run_dir: Path) -> list[str]:
@@ -69,7 +73,16 @@ class Reference:
             found.append("other lines")
         if checkpoint_steps(run_dir / CHECKPOINTS) != self.steps:
             found.append("other checkpoints")
+        second = run_dir / "second" / CHECKPOINTS
+        if self.second_steps and newest_step(second) != self.second_steps[-1]:
+            found.append("other copies")
         return found
+
+
+def newest_step(checkpoints_dir: Path) -> int:
+    """Return the step of the newest checkpoint in a folder, -1 for none."""
+    checkpoint = newest_valid(checkpoints_dir, peers=Peers(), warn=lambda text: None)
+    return checkpoint.step if checkpoint is not None else -1
 
 
 def scenarios(folder: Path, only: str = "") -> list[Scenario]:
@@ -86,4 +99,6 @@ def scenarios(folder: Path, only: str = "") -> list[Scenario]:
             for name in (".staging-step-00000005", ".trash-step-00000001"):
                 shutil.copytree(template / CHECKPOINTS / "step-00000004", template / CHECKPOINTS / name)
             found.append(Scenario(name=f"resume on {num_ranks}", num_ranks=num_ranks, template=template))
+    if re.search(only, "second place"):
+        found.append(Scenario(name="second place", has_second_place=True))
     return found
