@@ -327,6 +327,8 @@ class Run:
             cause = self.trainer.run(self.position, end=end)
         self.saver.require_saved(self.position, self.assembly)
         self.second.finish()
+        if self.world.is_main:
+            self.upkeep.prune(self.position)  # what was being copied before
         raise_if_stopped(cause, self.position.step)
 
     def _unfreeze(self) -> None:

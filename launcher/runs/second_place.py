@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shardlaunch.checkpoints.copying import copy_checkpoint
 from shardlaunch.checkpoints.copying_runs import RECORDS, RUN
+from shardlaunch.checkpoints.files import make_folder, replace_file
 from shardlaunch.checkpoints.listing import DamagedCheckpoint, listing_of
 from shardlaunch.checkpoints.names import CHECKPOINTS, MANIFEST, step_dir_name, step_of_dir_name
 from shardlaunch.checkpoints.places import LocalPlace, Place, committed_steps, join, place_at
@@ -129,7 +130,7 @@ class SecondPlace:
         here, there = self._here.child(CHECKPOINTS).child(name), self._place.child(CHECKPOINTS).child(name)
         try:
             for record in RECORDS:
-                self._place.write(record, self._here.chunks(record))
+                _write_record(self._place, record, self._here)
             _make_way(here, there)
             copy_checkpoint(here, there)
             self._prune(step)
@@ -201,12 +202,13 @@ class SecondPlace:
             return False
         if record is not None:
             where = f"{self._place.shown}/{RUN}"
-            identity.check(decode(Path(where), record, RunRecord), self._place.shown, hint=hint)
+            with suppress(DamagedRecord):  # each checkpoint says too which run it is of
+                identity.check(decode(Path(where), record, RunRecord), self._place.shown, hint=hint)
         for step in reversed(steps):
             there = self._place.child(CHECKPOINTS).child(step_dir_name(step))
             try:
                 for name in RECORDS:  # first: the log must know of all that the checkpoint does
-                    self._here.write(name, self._place.chunks(name))
+                    _write_record(self._here, name, self._place)
                 copy_checkpoint(there, folder.child(step_dir_name(step)))
                 self._bring_back_best(position_of(folder.path / step_dir_name(step)).best_step)
             except (DamagedCheckpoint, DamagedRecord) as error:
@@ -221,6 +223,15 @@ class SecondPlace:
         here, there = (place.child(CHECKPOINTS).child(step_dir_name(step)) for place in (self._here, self._place))
         if here.size(MANIFEST) is None and there.size(MANIFEST) is not None:
             copy_checkpoint(there, here)
+
+
+def _write_record(to: Place, name: str, of: Place) -> None:
+    """Write a record of the run, at once as a whole where the place is a folder; an object store does so itself."""
+    if isinstance(to, LocalPlace):
+        make_folder(to.path)
+        replace_file(to.path / name, b"".join(map(bytes, of.chunks(name))))
+    else:
+        to.write(name, of.chunks(name))
 
 
 def _make_way(here: Place, there: Place) -> None:
