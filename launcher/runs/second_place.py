@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shardlaunch.checkpoints.copying import copy_checkpoint
 from shardlaunch.checkpoints.copying_runs import RECORDS, RUN
-from shardlaunch.checkpoints.files import make_folder, replace_file
+from shardlaunch.checkpoints.files import is_there, make_folder, replace_file
 from shardlaunch.checkpoints.listing import DamagedCheckpoint, listing_of
 from shardlaunch.checkpoints.names import CHECKPOINTS, MANIFEST, step_dir_name, step_of_dir_name
 from shardlaunch.checkpoints.places import LocalPlace, Place, committed_steps, join, place_at
@@ -116,8 +116,6 @@ class SecondPlace:
             error = self._error_of_copy(step)
             with self._changed:
                 self._copying = None
-                if error and not self._here.child(CHECKPOINTS).child(step_dir_name(step)).path.is_dir():
-                    continue  # it was superfluous, and is deleted
                 self._error = error
                 if error:
                     self._waiting.append(step)
@@ -135,6 +133,9 @@ class SecondPlace:
             copy_checkpoint(here, there)
             self._prune(step)
         except Exception as error:  # the packages behind fsspec have errors of their own
+            with suppress(OSError):
+                if not is_there(here.path):  # it was superfluous, and is deleted
+                    return ""
             return " ".join(str(error).split()) or type(error).__name__
         return ""
 

@@ -112,6 +112,7 @@ def test_a_place_that_fails_to_the_end_is_one_error_and_the_same_command_copies(
     says = r"--save-to memory://run: the last checkpoint could not be .*access denied"
     with monkeypatch.context() as patch, warnings.catch_warnings(action="ignore"):
         patch.setattr(MemoryFileSystem, "_open", fails)
+        patch.setattr(second_place, "is_there", fails)  # the disk of the first fails too
         with pytest.raises(UserError, match=says):
             fit(NetRecipe, output_dir=run_dir, save_to=url, **OPTIONS)
     assert_same(run_dir, without)
