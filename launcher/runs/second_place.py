@@ -133,7 +133,7 @@ class SecondPlace:
             copy_checkpoint(here, there)
             self._prune(step)
         except Exception as error:  # the packages behind fsspec have errors of their own
-            with suppress(OSError):
+            with suppress(Exception):  # nothing ends this thread
                 if not is_there(here.path):  # it was superfluous, and is deleted
                     return ""
             return " ".join(str(error).split()) or type(error).__name__
