@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shardlaunch.checkpoints.copying import copy_checkpoint
 from shardlaunch.checkpoints.copying_runs import RECORDS, RUN
-from shardlaunch.checkpoints.files import is_there, make_folder, replace_file
+from shardlaunch.checkpoints.files import error_text, is_there, make_folder, replace_file
 from shardlaunch.checkpoints.listing import DamagedCheckpoint, listing_of
 from shardlaunch.checkpoints.names import CHECKPOINTS, MANIFEST, step_dir_name, step_of_dir_name
 from shardlaunch.checkpoints.places import LocalPlace, Place, committed_steps, join, place_at
@@ -136,7 +136,7 @@ class SecondPlace:
             with suppress(Exception):  # nothing ends this thread
                 if not is_there(here.path):  # it was superfluous, and is deleted
                     return ""
-            return " ".join(str(error).split()) or type(error).__name__
+            return " ".join(error_text(error).split())
         return ""
 
     def _prune(self, newest: int) -> None:
