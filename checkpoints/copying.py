@@ -17,7 +17,7 @@ from shardlaunch.checkpoints.digests import FileRecord
 from shardlaunch.checkpoints.listing import DamagedCheckpoint, file_records, listing_of
 from shardlaunch.checkpoints.names import MANIFEST, STAGING_PREFIX, TRASH_PREFIX, step_dir_name, step_of_dir_name
 from shardlaunch.checkpoints.places import LocalPlace, Place, committed_steps, digest_at, place_at
-from shardlaunch.checkpoints.records import ManifestRecord
+from shardlaunch.checkpoints.records import DamagedRecord, ManifestRecord
 from shardlaunch.errors import UserError, some
 
 
@@ -177,6 +177,7 @@ class _Work:
         wrong = self._wrong_files(self.target)
         is_whole = self.target.size(MANIFEST) is not None and self.target.read(MANIFEST) == self.manifest
         if wrong or not is_whole:
+            self.target.make()
             self.target.remove(MANIFEST)  # first, so that a half copy is no checkpoint
             self._in_threads(lambda name: self._copy(name, self.target), wrong)
             self._write_manifest(self.target)
@@ -185,6 +186,7 @@ class _Work:
     def to_local(self, target: LocalPlace) -> int:
         """Write what is missing or wrong into a staging folder, and rename it. Return how many files were right."""
         path = Path(os.path.realpath(target.path))  # where a link leads, so that the rename stays on one disk
+        shutil.rmtree(_trash(path), ignore_errors=True)  # of a copy that was killed
         if target.size(MANIFEST) is not None and target.read(MANIFEST) == self.manifest:
             wrong = self._wrong_files(target)
         else:
@@ -205,7 +207,7 @@ class _Work:
                 reason += f". What is copied stays in {staging.path}; the same copy goes on from there"
             else:
                 shutil.rmtree(staging.path, ignore_errors=True)
-            if isinstance(error, DamagedCheckpoint):
+            if isinstance(error, DamagedCheckpoint | DamagedRecord):
                 raise
             raise UserError(reason) from error
         return len(self.files) - len(wrong)
@@ -299,13 +301,17 @@ class _Work:
 def _publish(staging: Path, target: Path) -> None:
     """Give a complete staging folder its name, in place of a damaged one or of an empty folder."""
     _fsync(staging)
-    trash = target.with_name(f"{TRASH_PREFIX}{target.name}")
+    trash = _trash(target)
     if os.path.lexists(target):
         shutil.rmtree(trash, ignore_errors=True)
         target.rename(trash)
     staging.rename(target)
     _fsync(target.parent)
     shutil.rmtree(trash, ignore_errors=True)
+
+
+def _trash(path: Path) -> Path:
+    return path.with_name(f"{TRASH_PREFIX}{path.name}")
 
 
 def _fsync(path: Path) -> None:

@@ -139,6 +139,7 @@ def _refuse_another_run(source: Place, target: Place) -> None:
 
 def _copy_records(source: Place, target: Place, names: tuple[str, ...], copied: CopiedRun) -> None:
     """Copy the files beside the checkpoints, as they are now, and read them back."""
+    target.make()
     for name in names:
         if source.size(name) is None:
             continue

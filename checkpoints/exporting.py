@@ -88,17 +88,19 @@ def write_model_folder(
     beside: Checkpoint,
     dtype: torch.dtype | None = None,
     shard_bytes: int = 0,
+    sources: Iterable[Path] = (),
     leave_out: Iterable[str] = (),
     about: str = "",
 ) -> Exported:
     """Write weights to the folder `out`, with the files of `beside` that are no state of a run. Appears by one rename.
 
     `dtype` is that of floating-point tensors (None: their own), `shard_bytes` the most of a file (0: one file). Needs
-    memory for pieces of tensors. `about` is added to the model card. Raises UserError, and leaves nothing, where
-    `out` holds something, a value becomes infinite, or a file cannot be written.
+    memory for pieces of tensors. `about` is added to the model card; `out` may not be in one of `sources`. Raises
+    UserError, and leaves nothing, where `out` holds something, a value becomes infinite, or a file cannot be written.
     """
     out = Path(os.path.realpath(out))
-    _check_out(out, beside.step_dir)
+    for source in (beside.step_dir, *sources):
+        _check_out(out, source)
     staging = out.with_name(f"{STAGING_PREFIX}{out.name}")
     exported = Exported()
     try:

@@ -13,6 +13,7 @@ from shardlaunch.checkpoints.listing import DamagedCheckpoint
 from shardlaunch.checkpoints.names import (
     CHECKPOINTS,
     MANIFEST,
+    REPLACED_PREFIX,
     STAGING_PREFIX,
     TRASH_PREFIX,
     step_dir_name,
@@ -53,7 +54,11 @@ class Run:
         if self.only is not None:
             return []
         names = _names(self.checkpoints_dir)
-        return [self.checkpoints_dir / name for name in names if name.startswith((STAGING_PREFIX, TRASH_PREFIX))]
+        return [
+            self.checkpoints_dir / name
+            for name in names
+            if name.startswith((STAGING_PREFIX, TRASH_PREFIX, REPLACED_PREFIX))
+        ]
 
 
 def runs_at(path: Path) -> list[Run]:

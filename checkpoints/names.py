@@ -4,6 +4,7 @@ import re
 
 STAGING_PREFIX = ".staging-"
 TRASH_PREFIX = ".trash-"
+REPLACED_PREFIX = ".replaced-"  # until the checkpoint that replaces it is there
 CHECKPOINTS = "checkpoints"  # folder of a run, with one folder per saved step
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"

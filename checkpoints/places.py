@@ -48,6 +48,9 @@ class Place(Protocol):
     def remove(self, name: str) -> None:
         """Delete a file, if there is one."""
 
+    def make(self) -> None:
+        """Create the folder, where it is none yet and the file system has folders."""
+
 
 def place_at(url: str | Path) -> Place:
     """Return the folder at a local path or at a URL. Raises UserError for a URL that cannot be used here."""
@@ -135,7 +138,6 @@ class LocalPlace:
     def write(self, name: str, chunks: Iterator[memoryview]) -> FileRecord:
         path = self.path / name
         with _failures_named(str(path)):
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
             file = DigestingFile(path)
             try:
@@ -150,6 +152,10 @@ class LocalPlace:
     def remove(self, name: str) -> None:
         with _failures_named(str(self.path / name)):
             (self.path / name).unlink(missing_ok=True)
+
+    def make(self) -> None:
+        with _failures_named(self.shown):
+            self.path.mkdir(parents=True, exist_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +205,6 @@ class RemotePlace:
     def write(self, name: str, chunks: Iterator[memoryview]) -> FileRecord:
         digest, num_bytes = xxhash.xxh3_128(), 0
         with _failures_named(f"{self.shown}/{name}"):
-            self._make_folder()
             try:
                 with self.file_system.open(f"{self.path}/{name}", "wb") as file:
                     for chunk in chunks:
@@ -218,10 +223,19 @@ class RemotePlace:
             self.file_system.rm_file(f"{self.path}/{name}")
             self.file_system.invalidate_cache()
 
-    def _make_folder(self) -> None:
-        """Create the folder, where the file system has folders; what only looks like one needs none."""
-        with suppress(FileExistsError, NotImplementedError):
-            self.file_system.makedirs(self.path, exist_ok=True)
+    def make(self) -> None:
+        # Object stores have no folders, and their paths no leading slash: their first part is a bucket, which is not
+        # created, because a wrong letter would make a new one.
+        is_rooted = self.path.startswith("/")
+        missing: list[str] = []
+        path = self.path
+        with _failures_named(self.shown):
+            while path.strip("/") and (is_rooted or "/" in path) and not self.file_system.exists(path):
+                missing.append(path)
+                path = path.rpartition("/")[0]
+            for folder in reversed(missing):
+                with suppress(FileExistsError, NotImplementedError):
+                    self.file_system.mkdir(folder, create_parents=False)
 
 
 @contextmanager

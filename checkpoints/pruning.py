@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shardlaunch.checkpoints.finding import Run, newest_valid
 from shardlaunch.checkpoints.listing import DamagedCheckpoint
-from shardlaunch.checkpoints.names import TRASH_PREFIX
+from shardlaunch.checkpoints.names import REPLACED_PREFIX, TRASH_PREFIX
 from shardlaunch.checkpoints.verifying import ListedCheckpoint, look_at, verify
 from shardlaunch.errors import UserError
 
@@ -76,7 +76,10 @@ def carry_out(pruning: Pruning, *, on_deleted: Callable[[Path], None] = lambda _
     Raises UserError where something cannot be deleted.
     """
     for path in pruning.leftovers:
-        _delete(path)
+        if path.name.startswith(REPLACED_PREFIX):
+            _restore_or_delete(path)
+        else:
+            _delete(path)
     for checkpoint in reversed(pruning.deleted):
         # Rename first: a crash midway must not leave half a folder under a checkpoint's name.
         trash = checkpoint.step_dir.with_name(f"{TRASH_PREFIX}{checkpoint.step_dir.name}")
@@ -86,6 +89,18 @@ def carry_out(pruning: Pruning, *, on_deleted: Callable[[Path], None] = lambda _
             raise UserError(f"{checkpoint.step_dir}: cannot be deleted: {error.strerror}") from error
         _delete(trash)
         on_deleted(checkpoint.step_dir)
+
+
+def _restore_or_delete(replaced: Path) -> None:
+    """Give a checkpoint that a save had no time to replace its name again, as the next start of the run would."""
+    target = replaced.with_name(replaced.name.removeprefix(REPLACED_PREFIX))
+    if target.exists():
+        _delete(replaced)
+        return
+    try:
+        replaced.rename(target)
+    except OSError as error:
+        raise UserError(f"{replaced}: cannot be renamed: {error.strerror}") from error
 
 
 def _delete(path: Path) -> None:

@@ -54,6 +54,7 @@ class Position(Record):
     best_metric: str = ""
     evaluations_since_best: Count = 0
     is_finished: bool = False
+    is_evaluation_due: bool = False  # of this step; the run was stopped before the end of it
     has_stopped_early: bool = False  # by --early-stopping-patience: an extension does not go on from there
     loss_scale: dict[str, int | float] = {}
     group_hyperparameters: list[dict[str, Any]] = []  # of the optimizer

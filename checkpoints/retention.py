@@ -3,9 +3,9 @@
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from shardlaunch.checkpoints.files import delete_tree, discard
+from shardlaunch.checkpoints.files import delete_tree, discard, fsync, is_there
 from shardlaunch.checkpoints.layout import step_dir_name
-from shardlaunch.checkpoints.names import STAGING_PREFIX, TRASH_PREFIX
+from shardlaunch.checkpoints.names import REPLACED_PREFIX, STAGING_PREFIX, TRASH_PREFIX
 from shardlaunch.checkpoints.reader import checkpoint_steps
 
 
@@ -26,14 +26,28 @@ def prune(checkpoints_dir: Path, *, newest: int, keep: int, protected: Collectio
 
 
 def sweep(checkpoints_dir: Path) -> list[OSError]:
-    """Delete the staging and trash folders that a crash or an error left. Returns the errors of those that stay."""
+    """Delete the staging and trash folders that a crash or an error left; restore what it had no time to replace.
+
+    Returns the errors of those that stay.
+    """
     try:
         paths = list(checkpoints_dir.iterdir())
     except FileNotFoundError:
         return []
     except OSError as error:
         return [error]
-    return _without(delete_tree, [path for path in paths if path.name.startswith((STAGING_PREFIX, TRASH_PREFIX))])
+    replaced = [path for path in paths if path.name.startswith(REPLACED_PREFIX)]
+    others = [path for path in paths if path.name.startswith((STAGING_PREFIX, TRASH_PREFIX))]
+    return _without(_restore, replaced) + _without(delete_tree, others)
+
+
+def _restore(replaced: Path) -> None:
+    target = replaced.with_name(replaced.name.removeprefix(REPLACED_PREFIX))
+    if is_there(target):
+        delete_tree(replaced)
+    else:
+        replaced.rename(target)
+        fsync(target.parent)
 
 
 def _without(delete: Callable[[Path], None], folders: list[Path]) -> list[OSError]:

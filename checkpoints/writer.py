@@ -19,6 +19,7 @@ from shardlaunch.checkpoints.layout import (
     step_dir_name,
 )
 from shardlaunch.checkpoints.manifest import Manifest
+from shardlaunch.checkpoints.names import REPLACED_PREFIX as REPLACED_PREFIX
 from shardlaunch.checkpoints.names import STAGING_PREFIX as STAGING_PREFIX
 from shardlaunch.checkpoints.names import TRASH_PREFIX as TRASH_PREFIX
 from shardlaunch.checkpoints.peers import Peers
@@ -44,15 +45,15 @@ def save(
     addition, a rank needs memory for two incoming buckets of 16 MiB, and for two outgoing ones per other rank: at most
     32 MiB and 512 MiB, since buckets are smaller with more than 16 ranks.
     `export` writes the other files of a model folder (configuration, tokenizer) on rank 0. A valid checkpoint of the
-    same step is kept. Raises UserError on all ranks when any rank cannot write; then nothing is left behind but what
-    cannot be deleted either, under a name that `sweep` knows.
+    same step is kept, unless the evaluation that it lacks has been done since. Raises UserError on all ranks when any
+    rank cannot write; then nothing is left behind but what cannot be deleted either, under a name that `sweep` knows.
     """
     target = checkpoints_dir / step_dir_name(position.step)
     fragments = fragments_by_key(state)
     files = plan_files([fragment.spec for fragment in fragments.values()], peers.num_ranks)
     staging = checkpoints_dir / f"{STAGING_PREFIX}{target.name}"
     try:
-        if _is_committed(target, peers):
+        if _is_committed(target, position, peers):
             peers.together(lambda: fsync(checkpoints_dir) if peers.rank == 0 else None)
             return target
         peers.together(lambda: _make_staging(staging) if peers.rank == 0 else None)
@@ -69,16 +70,16 @@ def save(
     return target
 
 
-def _is_committed(target: Path, peers: Peers) -> bool:
-    """Return whether `target` is a valid checkpoint, with all digests checked. All ranks."""
+def _is_committed(target: Path, position: Position, peers: Peers) -> bool:
+    """Return whether `target` is a valid checkpoint of this position, with all digests checked. All ranks."""
     exists = peers.together(lambda: peers.rank == 0 and is_there(target))
     if not peers.gather([exists])[0][0]:
         return False
     try:
-        open_checkpoint(target, peers=peers)
+        saved = open_checkpoint(target, peers=peers).position
     except UserError:
         return False
-    return True
+    return saved.is_evaluation_due <= position.is_evaluation_due
 
 
 def _make_staging(staging: Path) -> None:
@@ -162,12 +163,17 @@ def _commit(
     records[TRAINER_STATE] = write_file(staging / TRAINER_STATE, to_json(saved, indent=1))
     manifest = Manifest(step=position.step, files=records, tensors=tensors, aliases=aliases)
     write_file(staging / MANIFEST, manifest.to_json())
-    trash = target.with_name(f"{TRASH_PREFIX}{target.name}")
     fsync(staging)
-    if is_there(target):  # it is damaged (see _is_committed); move it aside, since rename needs a free name
-        delete_tree(trash)
-        target.rename(trash)
-    staging.rename(target)
+    replaced = target.with_name(f"{REPLACED_PREFIX}{target.name}")
+    if is_there(target):  # see _is_committed; move it aside, since rename needs a free name
+        delete_tree(replaced)
+        target.rename(replaced)
+    try:
+        staging.rename(target)
+    except OSError:
+        if is_there(replaced):
+            replaced.rename(target)
+        raise
     fsync(target.parent)
     with suppress(OSError):
-        delete_tree(trash)
+        delete_tree(replaced)

@@ -17,6 +17,7 @@ from shardlaunch.launcher.command_line.parsing import naming_origins, parse_opti
 from shardlaunch.launcher.launched import mark_launched
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe, options_type_of, recipe_name
+from shardlaunch.launcher.reporting.streams import survive_closed_output
 from shardlaunch.launcher.training.stopping import Stopped, signals_kept
 from shardlaunch.sharding.environment import has_agent, is_main_process, read_environment
 
@@ -47,6 +48,7 @@ def launch(recipe_type: type[Recipe]) -> None:
             f"launch({recipe_type.__name__}) reads a command line and exits; in a notebook or an interactive session "
             f"call shardlaunch.fit({recipe_type.__name__}, lr=..., ...) instead"
         )
+    survive_closed_output()
     try:
         status = main(recipe_type, sys.argv[1:])
     except SystemExit as exit_:  # from --help or the recipe's own code

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from shardlaunch.errors import UserError, printable
+from shardlaunch.launcher.durations import seconds_of
 from shardlaunch.launcher.optimization.freezing import FreezingOptions
 from shardlaunch.launcher.optimization.optimizers import OptimizerOptions
 from shardlaunch.launcher.optimization.schedules import ScheduleOptions
@@ -33,6 +34,10 @@ class RunOptions:
     """Save and stop after this step; the run can be resumed (0: run to the end)."""
     extend_to_steps: int = option(0, mark="free", minimum=0)
     """Continue past the run's end to this step; needs a schedule that does not end at a learning rate of 0 (0: off)."""
+    max_time: str = option("", mark="free")
+    """Time from the launch on, such as 90m, 12h or 1-12:00:00, within which the run saves and stops (default: none)."""
+    grace_s: float = option(30.0, mark="free", minimum=0)
+    """Seconds from a signal that ends the run to the kill that may follow; a step that takes longer is broken off."""
     resume: str = option("auto", mark="free", is_path=True)
     """auto (newest valid checkpoint in the output folder), never, or a checkpoint or run folder."""
     max_grad_norm: float = option(0.0, group="optimization", minimum=0)
@@ -54,6 +59,8 @@ class RunOptions:
         for name, value in (("run_name", self.run_name), ("output_dir", self.output_dir)):
             if printable(value, is_name=True) != value:
                 raise UserError(f"{flag(name)} {printable(value, is_name=True)}: must have no control characters")
+        if self.max_time:
+            seconds_of(self.max_time)  # raises
         if self.folds == 1:
             raise UserError("--folds 1: must be at least 2, or 0 for no cross-validation")
         if self.folds and self.resume != "auto":

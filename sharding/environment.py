@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from shardlaunch.errors import UserError
@@ -10,6 +11,7 @@ from shardlaunch.errors import UserError
 STRATEGY_VARIABLE = "SHARDLAUNCH_STRATEGY"
 RANKS_VARIABLE = "SHARDLAUNCH_RANKS"
 RESULT_VARIABLE = "SHARDLAUNCH_RESULT_FILE"
+PROGRESS_VARIABLE = "SHARDLAUNCH_PROGRESS_FILE"
 JOIN_TIMEOUT_VARIABLE = "SHARDLAUNCH_JOIN_TIMEOUT_S"
 JOIN_TIMEOUT_S = 600
 MOST_PORT = 65535
@@ -205,6 +207,13 @@ def is_main_process() -> bool:
 def has_agent() -> bool:
     """Return whether a launcher such as torchrun watches the ranks of this launch."""
     return _has_agent(os.environ)
+
+
+def report_checkpoint() -> None:
+    """Tell `shardlaunch run` on this machine that there is a new checkpoint. One rank per machine."""
+    if path := os.environ.get(PROGRESS_VARIABLE):
+        with suppress(OSError), open(path, "ab") as file:  # the launcher may be gone
+            file.write(b".")
 
 
 def _is_true(text: str | None) -> bool:

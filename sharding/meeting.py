@@ -37,9 +37,11 @@ def meet(env: LaunchEnvironment) -> dist.Store:
     elif not env.uses_agent_store:
         _wait(lambda: [] if _listens(address, port) else ["rank 0"], env, where, prints=env.local_rank == 0)
     try:
-        # One prefix per attempt and run, so that no rank finds keys of an earlier worker group or an earlier run.
+        # One prefix per attempt and run, so that no rank finds keys of an earlier worker group or an earlier run. A
+        # store of rank 0's own is new in each attempt, which machines may count differently.
         base = _open_store(address, port, is_host=is_host, limit=limit)
-        store = dist.PrefixStore(f"attempt{env.attempt}/run{next(_RUN_NUMBERS)}", base)
+        attempt = env.attempt if env.uses_agent_store else 0
+        store = dist.PrefixStore(f"attempt{attempt}/run{next(_RUN_NUMBERS)}", base)
         store.set(_joined(env.rank), "")
         if env.rank == 0:
             ranks = range(env.world_size)

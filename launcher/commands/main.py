@@ -39,18 +39,39 @@ def main() -> None:
         print(f"shardlaunch {version('shardlaunch')}")
         return
 
-    def run(recipe: _Recipe, ranks: int = 0, strategy: str = "auto") -> int:
+    def run(
+        recipe: _Recipe,
+        ranks: int = 0,
+        strategy: str = "auto",
+        max_restarts: int = 0,
+        min_ranks: int = 0,
+        hosts: str = "",
+        rendezvous: str = "",
+    ) -> int:
         """Run a recipe; words after ` -- ` are its options.
 
         Args:
             recipe: A recipe file, or the name of an installed recipe (see `shardlaunch recipes`).
             ranks: Number of processes on this machine (0: one per GPU, or one without GPUs).
             strategy: single, dp, ddp, fsdp2, hsdp, zero1, zero2, zero3, or auto (ddp on several ranks).
+            max_restarts: How often in a row a run that fails starts again; a new checkpoint begins a new count.
+            min_ranks: Least number of processes on this machine when some cannot be started again (0: all of them).
+            hosts: Number of machines, or least and most (1:4); the same command runs on each.
+            rendezvous: HOST:PORT where the machines meet; one of them is HOST.
         """
         path = find_recipe(recipe)
         from shardlaunch.launcher.commands.start import run_recipe
 
-        return run_recipe(path, recipe_argv, ranks=ranks, strategy=strategy)
+        return run_recipe(
+            path,
+            recipe_argv,
+            ranks=ranks,
+            strategy=strategy,
+            max_restarts=max_restarts,
+            min_ranks=min_ranks,
+            hosts=hosts,
+            rendezvous=rendezvous,
+        )
 
     def recipes() -> int:
         """List the installed recipes with their presets."""

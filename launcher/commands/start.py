@@ -1,7 +1,6 @@
 """Start a recipe file on several processes of this machine: `shardlaunch run`, and `start` for notebooks."""
 
 import json
-import logging
 import os
 import re
 import shlex
@@ -9,18 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 
-from shardlaunch.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from shardlaunch.errors import EXIT_USER_ERROR, UserError
 from shardlaunch.launcher.runs.result import Result
-from shardlaunch.launcher.training.stopping import SIGNALS
 from shardlaunch.sharding.environment import (
     RANKS_VARIABLE,
     RESULT_VARIABLE,
@@ -32,10 +27,22 @@ from shardlaunch.sharding.resolve import STRATEGIES, check_strategy_name
 from shardlaunch.sharding.world import available_cores
 
 COMMAND = (sys.executable, "-c", "from shardlaunch.launcher.commands.main import main; main()")
+LAST_CALL_S = 10  # how long the least number of machines waits for more
+KEEP_ALIVE_S = 2  # a machine that has been silent for three times as long is lost
 MOST_QUOTED = 2000  # characters of what a failed run printed
 
 
-def run_recipe(recipe: Path, recipe_argv: Sequence[str], *, ranks: int, strategy: str) -> int:
+def run_recipe(
+    recipe: Path,
+    recipe_argv: Sequence[str],
+    *,
+    ranks: int,
+    strategy: str,
+    max_restarts: int = 0,
+    min_ranks: int = 0,
+    hosts: str = "",
+    rendezvous: str = "",
+) -> int:
     """Start a recipe on `ranks` processes of this machine, print the command, and return its exit status.
 
     Without a GPU, the ranks use the CPU and divide its cores. Raises UserError for an unknown strategy, and for more
@@ -55,53 +62,57 @@ def run_recipe(recipe: Path, recipe_argv: Sequence[str], *, ranks: int, strategy
             f"--ranks {ranks}: this machine has {num_gpus} GPUs. Start at most one rank per GPU, "
             f"or set ACCELERATE_USE_CPU=true."
         )
-    environment = {RANKS_VARIABLE: str(ranks)}
+    if max_restarts < 0:
+        raise UserError(f"--max-restarts {max_restarts}: must be at least 0")
+    if not 0 <= min_ranks <= ranks:
+        raise UserError(f"--min-ranks {min_ranks}: must be from 1 to --ranks, {ranks}, or 0 for always {ranks}")
+    if min_ranks and not max_restarts:
+        raise UserError("--min-ranks: needs --max-restarts, since nothing is started again without")
+    environment = {}
+    if not hosts:
+        environment[RANKS_VARIABLE] = str(ranks)
     if strategy != "auto":
         environment[STRATEGY_VARIABLE] = strategy
     if not num_gpus:
         environment["ACCELERATE_USE_CPU"] = "true"
         environment["OMP_NUM_THREADS"] = str(max(1, available_cores() // ranks))
-    # --standalone chooses a free port, so that several runs can share a machine; a numeric address needs no host name.
-    agent_argv = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
+    agent_argv = [*_meeting_words(hosts, rendezvous), "--nproc-per-node", str(ranks)]
+    if hosts:
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a shared one holds what lost ranks have written
     worker_argv = [str(recipe), *recipe_argv]
     settings = [f"{name}={value}" for name, value in environment.items()]
     print(f"$ {shlex.join([*settings, 'torchrun', *agent_argv, *worker_argv])}", flush=True)
     os.environ.update(environment)
-    return _run_agent([*agent_argv, *worker_argv])
+    from shardlaunch.launcher.commands.agent import run_agent
+
+    return run_agent(
+        [*agent_argv, *worker_argv],
+        ranks=ranks,
+        max_restarts=max_restarts,
+        min_ranks=min_ranks,
+        uses_gpus=bool(num_gpus),
+    )
 
 
-def _run_agent(argv: list[str]) -> int:
-    """Do what the torchrun command does, without its own error report: the ranks print theirs."""
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    passed_on = False
-
-    def pass_on(number: int, _: FrameType | None) -> None:
-        nonlocal passed_on
-        ranks = psutil.Process().children()
-        if not ranks:  # not yet, or no longer
-            raise KeyboardInterrupt
-        passed_on = True
-        for rank in ranks:
-            with suppress(psutil.NoSuchProcess):
-                rank.send_signal(number)
-
-    logging.disable(logging.CRITICAL)  # in this process only, not in the ranks
-    # torch's agent would end the ranks 30 s after the signal, however long a step and a save take.
-    for number in SIGNALS:
-        signal.signal(number, pass_on)
-    try:
-        run.run(run.parse_args(["--signals-to-handle", "SIGHUP,SIGQUIT", *argv]))
-    except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        # Negative codes are of ranks that a signal ended, mostly the agent's: a rank's own exit status tells more.
-        own = next((code for code in codes if code > 0), None)
-        return own or (EXIT_STOPPED if passed_on else 128 + abs(codes[0]))
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    return 0
+def _meeting_words(hosts: str, rendezvous: str) -> list[str]:
+    """Return torchrun's words for where the agents of all machines meet. Raises UserError if they are contradictory."""
+    if not hosts:
+        if rendezvous:
+            raise UserError(f"--rendezvous {rendezvous}: needs --hosts, the number of machines")
+        # A free port, so that several runs can share a machine; a numeric address needs no host name.
+        return ["--standalone", "--local-addr", "127.0.0.1"]
+    least, _, most = hosts.partition(":")
+    most = most or least
+    if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
+        raise UserError(f"--hosts {hosts}: must be the number of machines, or the least and the most, such as 1:4")
+    host, _, port = rendezvous.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError("--hosts: needs --rendezvous HOST:PORT, the same on all machines, where one of them listens")
+    timeouts = f"last_call_timeout={LAST_CALL_S},keep_alive_interval={KEEP_ALIVE_S}"
+    return [
+        *("--nnodes", f"{least}:{most}", "--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous),
+        *("--rdzv-conf", timeouts),
+    ]
 
 
 def start(recipe: str | Path, *, ranks: int = 0, strategy: str = "auto", show: bool = False, **options: Any) -> Result:

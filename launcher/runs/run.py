@@ -1,6 +1,7 @@
 """One launch of a run: load the data, build or restore the state, train, report."""
 
 import json
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,8 +14,8 @@ import xxhash
 from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.reader import Checkpoint, open_checkpoint
 from shardlaunch.checkpoints.records import Position
-from shardlaunch.checkpoints.state import OPTIMIZER
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.durations import seconds_of
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe, recipe_name
 from shardlaunch.launcher.reporting.display import Display
@@ -45,15 +46,21 @@ from shardlaunch.launcher.runs.identity import (
 )
 from shardlaunch.launcher.runs.init_from import InitFrom
 from shardlaunch.launcher.runs.preflight import Room, check_shared
+from shardlaunch.launcher.runs.restoring import restored
 from shardlaunch.launcher.runs.result import Result
 from shardlaunch.launcher.runs.saver import Saver
 from shardlaunch.launcher.runs.second_place import SecondPlace
 from shardlaunch.launcher.runs.upkeep import Upkeep
 from shardlaunch.launcher.training.evaluation import Evaluator
 from shardlaunch.launcher.training.loss_check import check_loss
-from shardlaunch.launcher.training.stopping import Requests, raise_if_stopped, until_the_end_of_a_step
+from shardlaunch.launcher.training.stopping import (
+    Requests,
+    nothing_left_to_stop,
+    raise_if_stopped,
+    until_the_end_of_a_step,
+)
+from shardlaunch.launcher.training.time_left import TimeLeft
 from shardlaunch.launcher.training.trainer import Hooks, Trainer
-from shardlaunch.sharding.named_state import group_hyperparameters, restore_group_hyperparameters
 from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
 from shardlaunch.sharding.world import World
@@ -86,7 +93,11 @@ class Run:
         if fold is not None:
             self.output_dir /= f"fold-{fold + 1}"
         self.trackers = tracker_names(options.tracker)
-        self.requests = Requests(self.output_dir if world.is_main else None)
+        folders = {self.output_dir, run_folder(options, self.name)} if world.is_main else set()
+        time_left = TimeLeft(
+            max_time_s=seconds_of(options.max_time) if options.max_time else 0, grace_s=options.grace_s
+        )
+        self.requests = Requests(sorted(folders), time_left)
         self.room = Room(self.output_dir, options, world, warn=self.display.warn)
         self.upkeep = Upkeep(self.checkpoints_dir, options, warn=self.display.warn)
         self.second = SecondPlace(options, self.output_dir, world, self.display, fold=fold)
@@ -188,7 +199,14 @@ class Run:
             init=self.init,
         )
         self.strategy = self.assembly.strategy
-        self.position = self._restore(checkpoint)
+        self.position = restored(
+            checkpoint,
+            self.assembly,
+            unfreeze_at_step=self.options.unfreeze_at_step,
+            num_steps=self.data.num_steps,
+            last_step=self.data.last_step,
+            warn=self.display.warn,
+        )
 
     def _build_trainer(self) -> None:
         options, world, recipe = self.options, self.world, self.recipe
@@ -258,36 +276,6 @@ class Run:
             },
         )
 
-    def _restore(self, checkpoint: Checkpoint | None) -> Position:
-        if checkpoint is None:
-            # Read now, so that an optimizer whose groups cannot be saved is refused before any training.
-            return Position(
-                group_hyperparameters=group_hyperparameters(self.strategy.optimizer),
-                non_persistent_buffers=self.assembly.non_persistent_buffers,
-            )
-        position = checkpoint.position
-        if position.non_persistent_buffers != self.assembly.non_persistent_buffers:
-            raise UserError(
-                f"{checkpoint.step_dir}: the model's non-persistent buffers differ from the checkpoint's: its "
-                f"constructor has changed or draws them at random. Register them with persistent=True"
-            )
-        with phase("loading the checkpoint"):
-            self.strategy.restore(checkpoint)
-        if position.step and not any(spec.section == OPTIMIZER for spec in checkpoint.specs()):
-            kind = type(self.strategy.optimizer)
-            if kind is not torch.optim.SGD or any(group["momentum"] for group in self.strategy.optimizer.param_groups):
-                self.display.warn(
-                    f"{checkpoint.step_dir}: holds no optimizer state, so that {kind.__name__} starts anew; this is "
-                    f"right only if it keeps none"
-                )
-        if position.step != self.options.unfreeze_at_step:  # there, the parameter groups change
-            restore_group_hyperparameters(self.strategy.optimizer, position.group_hyperparameters)
-        # A run also ends by early stopping. A run that is extended is no longer finished at its original end, and an
-        # extended run may be further than the last step of this command.
-        ended_early = position.is_finished and position.step < self.data.num_steps
-        position.is_finished = position.has_stopped_early or ended_early or position.step >= self.data.last_step
-        return position
-
     def _write_run(self) -> None:
         record = run_record(self.identity, self.options, self.world.size, self.strategy_name)
         if max(self.data.last_step, self.position.step) > self.data.num_steps:
@@ -304,13 +292,15 @@ class Run:
     def _train(self, stack: ExitStack) -> None:
         end = min(self.data.last_step, self.options.stop_at_step or self.data.last_step)
         self.world.peers.together(lambda: self._open_records(stack, end) if self.world.is_main else None)
+        # Weights and two values of the optimizer, until a save is measured.
+        self.requests.time_left.assume_save_of(12 * self.assembly.num_elements // self.world.size)
         unfreeze_at = self.options.unfreeze_at_step
         if self.position.step < unfreeze_at < end:
             self._train_to(unfreeze_at)
             if self.position.is_finished:
                 return
             self._unfreeze()
-        self._train_to(end)
+        self._train_to(end, is_last=self.fold is None or self.fold == self.options.folds - 1)
 
     def _open_records(self, stack: ExitStack, end: int) -> None:
         self.recorder.open(
@@ -322,10 +312,14 @@ class Run:
             options=option_values(self.options),
         )
 
-    def _train_to(self, end: int) -> None:
+    def _train_to(self, end: int, *, is_last: bool = False) -> None:
+        start = self.position.step
         with until_the_end_of_a_step():
             cause = self.trainer.run(self.position, end=end)
-        self.saver.require_saved(self.position, self.assembly)
+            if is_last and not cause:
+                nothing_left_to_stop(0)
+        if self.position.step > start:
+            self.saver.require_saved(self.position, self.assembly)
         self.second.finish()
         if self.world.is_main:
             self.upkeep.prune(self.position)  # what was being copied before
@@ -343,8 +337,15 @@ class Run:
 
     def save(self, position: Position) -> None:
         """Save a checkpoint of the current state; a save that fails only causes a warning. All ranks."""
+        begun = time.monotonic()
         with phase("saving"):
             self.saver.save(position, self.assembly)
+        seconds = time.monotonic() - begun
+        if self.requests.time_left.save_took(seconds) and self.options.grace_s:
+            self.display.warn(
+                f"saving takes {seconds:.0f} s, longer than --grace-s {self.options.grace_s:g}: a run that is asked to "
+                f"stop may be killed before it has saved. Have the cluster wait longer, and say so with --grace-s"
+            )
 
     def _steps_text(self) -> str:
         extended_to = max(self.data.last_step, self.position.step)

@@ -1,5 +1,6 @@
 """Checkpoints of a run: when one is saved, which old ones are deleted, and what a failed save means."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from shardlaunch.launcher.runs.assembly import Assembly
 from shardlaunch.launcher.runs.identity import Identity, option_values
 from shardlaunch.launcher.runs.model_card import CARD, CardFacts, model_card
 from shardlaunch.launcher.runs.upkeep import Upkeep
+from shardlaunch.sharding.environment import report_checkpoint
 from shardlaunch.sharding.named_state import group_hyperparameters
 from shardlaunch.sharding.world import World
 
@@ -84,6 +86,7 @@ class Saver:
 
     def _error_of_save(self, position: Position, assembly: Assembly) -> str:
         """Save a checkpoint and return "", or why it could not be saved. All ranks."""
+        is_new = not os.path.lexists(self._checkpoints_dir / step_dir_name(position.step))
         try:
             try:
                 self._world.peers.together(self._before_save)
@@ -99,6 +102,8 @@ class Saver:
             )
         except UserError as error:
             return str(error)
+        if is_new and self._world.is_local_main:
+            report_checkpoint()
         return ""
 
     def _export(self, folder: Path, step: int, assembly: Assembly) -> None:

@@ -48,43 +48,37 @@ class Evaluator:
 
     def rehearse(self, model: nn.Module) -> None:
         """Evaluate one batch, to find errors before any training. All ranks."""
-        self._evaluate(model, 1, lambda done, of: None)
+        self._evaluate(model, 1, lambda done, of: None, lambda: None)
 
-    def evaluate(self, model: nn.Module, on_progress: Callable[[int, int], None]) -> Evaluation:
+    def evaluate(
+        self, model: nn.Module, on_progress: Callable[[int, int], None], poll: Callable[[], None]
+    ) -> Evaluation:
         """Return the mean loss per target and the recipe's metrics: numbers, or nested lists (a matrix). All ranks.
 
-        `on_progress` is called with the number of samples done and the total.
+        `on_progress` is called with the number of samples done and the total, `poll` after each micro-batch, on all
+        ranks equally often: it may raise.
         """
-        return self._evaluate(model, self._batches.plan.steps_per_epoch, on_progress)
+        return self._evaluate(model, self._batches.plan.steps_per_epoch, on_progress, poll)
 
     @torch.no_grad()
-    def _evaluate(self, model: nn.Module, num_steps: int, on_progress: Callable[[int, int], None]) -> Evaluation:
+    def _evaluate(
+        self,
+        model: nn.Module,
+        num_steps: int,
+        on_progress: Callable[[int, int], None],
+        poll: Callable[[], None],
+    ) -> Evaluation:
         model.eval()
-        plan = self._batches.plan
         start = {name: buffer.clone() for name, buffer in persistent_buffers(model).items()}
-        has_work = False
-        num_done = 0
         for metric in self._metrics.values():
             metric.reset()
-        sums = torch.zeros(2, dtype=torch.float64, device=self._world.device)
-        for batch in self._batches.steps(0, num_steps):
-            for micro_batch in batch.micro_batches:
-                seed_model_stream(self._seed, batch.step, micro_batch.index, self._world.device)
-                inputs, outputs, loss = forward(self._recipe, model, micro_batch, self._precision, self._world.device)
-                if micro_batch.weight:
-                    sums[0] += loss
-                    sums[1] += micro_batch.num_targets
-                    self._recipe.update_metrics(self._metrics, outputs, inputs)
-                    has_work = True
-                elif not has_work:
-                    self._recipe.update_metrics(self._metrics, outputs, inputs)
-                    _keep_rows(self._metrics)
-                    _empty(self._metrics)
-            num_done += batch.num_samples
-            on_progress(num_done, plan.num_samples)
-        for name, buffer in start.items():  # an evaluation does not change the model
-            model.get_buffer(name).copy_(buffer)
-        train_mode(model)
+        try:
+            sums = self._predict(model, num_steps, on_progress, poll)
+        finally:
+            for name, buffer in start.items():  # an evaluation does not change the model
+                model.get_buffer(name).copy_(buffer)
+            train_mode(model)
+        plan = self._batches.plan
         _keep_rows(self._metrics)
         loss, num_targets = self._world.sum(sums).tolist()
         results: Evaluation = {"loss": loss / num_targets if num_targets else math.nan}
@@ -100,6 +94,35 @@ class Evaluator:
                 raise UserError(f"the recipe's metric {name!r} must return {what}, not {value!r}")
             results[name] = value.item() if value.numel() == 1 else value.tolist()
         return results
+
+    def _predict(
+        self,
+        model: nn.Module,
+        num_steps: int,
+        on_progress: Callable[[int, int], None],
+        poll: Callable[[], None],
+    ) -> torch.Tensor:
+        """Update the metrics with this rank's batches, and return the sums of its losses and of its targets."""
+        has_work = False
+        num_done = 0
+        sums = torch.zeros(2, dtype=torch.float64, device=self._world.device)
+        for batch in self._batches.steps(0, num_steps):
+            for micro_batch in batch.micro_batches:
+                seed_model_stream(self._seed, batch.step, micro_batch.index, self._world.device)
+                inputs, outputs, loss = forward(self._recipe, model, micro_batch, self._precision, self._world.device)
+                if micro_batch.weight:
+                    sums[0] += loss
+                    sums[1] += micro_batch.num_targets
+                    self._recipe.update_metrics(self._metrics, outputs, inputs)
+                    has_work = True
+                elif not has_work:
+                    self._recipe.update_metrics(self._metrics, outputs, inputs)
+                    _keep_rows(self._metrics)
+                    _empty(self._metrics)
+                poll()
+            num_done += batch.num_samples
+            on_progress(num_done, self._batches.plan.num_samples)
+        return sums
 
 
 def _empty(metrics: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,11 @@ from types import FrameType
 from typing import NamedTuple
 
 from shardlaunch.checkpoints.files import retried
-from shardlaunch.errors import EXIT_INTERRUPTED
+from shardlaunch.checkpoints.peers import Peers
+from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from shardlaunch.launcher.training.time_left import TimeLeft
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 STOP_FILE, SAVE_FILE = "stop", "save-now"
 POLL_INTERVAL_S = 1.0  # an output folder may be on a network
 SAME_S = 1.0  # a launcher and a cluster may both pass on one signal
@@ -26,22 +28,28 @@ class Stopped(Exception):
     """The run has stopped before its end because it was asked to, and its state is saved."""
 
     def __init__(self, cause: str, step: int) -> None:
-        super().__init__(f"{cause}: stopped after step {step}, which is saved; the same command goes on from there")
+        where = f"stopped after step {step}, which is saved" if step else "stopped before the end of the first step"
+        super().__init__(f"{cause}: {where}; the same command goes on from there")
+
+
+class BrokenOff(Exception):
+    """A step or an evaluation ends before its time, on all ranks in the same place."""
 
 
 class Signals:
     """Signals to this process. During training the first one is kept for the end of the step.
 
-    A second one ends the process at once, also while it waits for another rank. Before and after training the first
-    one interrupts.
+    Before training the first one interrupts, and when the run has ended it does nothing. A second one ends the process
+    at once, at any time, also while it waits for another rank.
     """
 
     def __init__(self, *, is_main: bool) -> None:
         self.first: signal.Signals | None = None
         self.is_training = False
         self.is_ending = False
+        self.status_at_once = EXIT_INTERRUPTED
+        self.first_at: float | None = None
         self._is_main = is_main
-        self._first_at = 0.0
         self._is_said = False
 
     def on_signal(self, number: int, _: FrameType | None) -> None:
@@ -61,16 +69,17 @@ class Signals:
             if not numbers:
                 return
             for number in numbers:
-                if number in SIGNALS and self.is_training and not self.is_ending:
+                if number in SIGNALS:
                     self._keep(signal.Signals(number))
 
     def _keep(self, number: signal.Signals) -> None:
         now = time.monotonic()
-        if self.first is None:
-            self.first, self._first_at = number, now
-        elif now - self._first_at > SAME_S:
-            self._say(f"{number.name}: ended at once; the same command resumes from the last checkpoint")
-            os._exit(EXIT_INTERRUPTED)
+        if self.first_at is None:
+            self.first, self.first_at = number, now
+        elif now - self.first_at > SAME_S:
+            if not self.is_ending:
+                self._say(f"{number.name}: ended at once; the same command resumes from the last checkpoint")
+            os._exit(self.status_at_once)
 
     def _say_first(self) -> None:
         """Say that the run will stop, if that takes a while. A rank that has lost the others ends before."""
@@ -97,7 +106,9 @@ def signals_kept(*, is_main: bool) -> Iterator[None]:
     signals = _signals = Signals(is_main=is_main)
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
-    before = {number: signal.signal(number, signals.on_signal) for number in SIGNALS}
+    # One that is ignored stays so: nohup has a run go on after its terminal is closed.
+    handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signals.on_signal) for number in handled}
     before_fd = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=signals.watch, args=(receiver,), name="signals", daemon=True)
     thread.start()
@@ -121,7 +132,8 @@ def _forget() -> None:
         _signals = None
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -149,40 +161,90 @@ class Asked(NamedTuple):
 
 
 class Requests:
-    """What this rank is asked for: by a signal, or by files in the output folder."""
+    """What this rank is asked for: by a signal, by the end of its time, or by files in the output folder."""
 
-    def __init__(self, output_dir: Path | None = None) -> None:
-        """`output_dir` is set on the rank that looks for the files."""
-        self._output_dir = output_dir
+    def __init__(self, folders: Sequence[Path] = (), time_left: TimeLeft | None = None) -> None:
+        """`folders` are set on the rank that looks for the files."""
+        self.time_left = time_left or TimeLeft()
+        self._folders = folders
         self._looked_at = 0.0
-        self._files: set[str] = set()
+        self._files: set[Path] = set()
+        self._is_time_over = False
 
     def now(self) -> Asked:
         """Return what this rank is asked for."""
-        if self._output_dir is not None and time.monotonic() - self._looked_at > POLL_INTERVAL_S:
+        if self._folders and time.monotonic() - self._looked_at > POLL_INTERVAL_S:
             self._looked_at = time.monotonic()
-            self._files = {name for name in (STOP_FILE, SAVE_FILE) if os.path.lexists(self._output_dir / name)}
-        is_signalled = _signals is not None and _signals.first is not None
-        return Asked(stop=is_signalled or STOP_FILE in self._files, save=SAVE_FILE in self._files)
+            both = (folder / name for folder in self._folders for name in (STOP_FILE, SAVE_FILE))
+            self._files = {path for path in both if os.path.lexists(path)}
+        self._is_time_over = self._is_time_over or self.time_left.is_over()
+        names = {path.name for path in self._files}
+        return Asked(stop=_first_at() is not None or self._is_time_over or STOP_FILE in names, save=SAVE_FILE in names)
+
+    def may_finish_step(self) -> bool:
+        """Return whether the current step can be finished and saved in the time that is left."""
+        return not self.time_left.is_short(_first_at())
 
     def met(self) -> str:
         """Remove the files, whose requests are met, and return what asked for it."""
-        cause = f"the file {STOP_FILE}" if STOP_FILE in self._files else "a signal to another rank"
-        for name in self._files:
-            assert self._output_dir is not None
-            path = self._output_dir / name
+        is_by_file = STOP_FILE in {path.name for path in self._files}
+        for path in self._files:
             with suppress(OSError):
                 retried(partial(path.unlink, missing_ok=True))
         self._files = set()
-        return _signals.first.name if _signals is not None and _signals.first is not None else cause
+        if _signals is not None and _signals.first is not None:
+            return _signals.first.name
+        if is_by_file:
+            return f"the file {STOP_FILE}"
+        return "--max-time" if self._is_time_over else "a signal to another rank"
+
+
+class Polls:
+    """Agreement of the ranks while a step or an evaluation lasts long: about once per second, and never if it is short.
+
+    The ranks count their calls, and share how long the last ones took: all of them choose the same call to meet at.
+    """
+
+    def __init__(self, peers: Peers, must_break_off: Callable[[], bool]) -> None:
+        self._peers = peers
+        self._must_break_off = must_break_off
+        self.begin()
+
+    def begin(self) -> None:
+        """Meet at the next call, and then again after as many as take a second. All ranks."""
+        self._left = self._interval = 1
+        self._met_at = time.monotonic()
+
+    def __call__(self) -> None:
+        """Raise BrokenOff if any rank must break off. All ranks, equally often."""
+        self._left -= 1
+        if self._left:
+            return
+        elapsed_ms = int(1000 * (time.monotonic() - self._met_at))
+        everyone = self._peers.gather([elapsed_ms, int(self._must_break_off())])
+        self._met_at = time.monotonic()
+        slowest_s = max(elapsed for elapsed, _ in everyone) / 1000
+        self._interval = max(1, min(4 * self._interval, int(self._interval * POLL_INTERVAL_S / max(slowest_s, 1e-3))))
+        self._left = self._interval
+        if any(must for _, must in everyone):
+            raise BrokenOff
+
+
+def _first_at() -> float | None:
+    return _signals.first_at if _signals is not None else None
 
 
 def raise_if_stopped(cause: str, step: int) -> None:
-    """Raise Stopped if something asked for it; signals are ignored from now on.
-
-    A launcher sends one to the ranks that have not ended yet as soon as the first has.
-    """
+    """Raise Stopped if something asked for it; signals are ignored from now on."""
     if cause:
-        if _signals is not None:
-            _signals.is_ending = True
+        nothing_left_to_stop(EXIT_STOPPED)
         raise Stopped(cause, step)
+
+
+def nothing_left_to_stop(status: int) -> None:
+    """Ignore a first signal from now on: a launcher sends one to the ranks that end a little later than the others.
+
+    A second one ends the process with `status`, which it would have soon.
+    """
+    if _signals is not None:
+        _signals.is_ending, _signals.first_at, _signals.status_at_once = True, None, status

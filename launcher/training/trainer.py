@@ -19,7 +19,7 @@ from shardlaunch.launcher.training.batches import Batches, GlobalBatch
 from shardlaunch.launcher.training.clock import Clock
 from shardlaunch.launcher.training.evaluation import Evaluation, Evaluator
 from shardlaunch.launcher.training.forward import forward
-from shardlaunch.launcher.training.stopping import Asked, Requests
+from shardlaunch.launcher.training.stopping import Asked, BrokenOff, Polls, Requests
 from shardlaunch.sharding.buffers import BufferMean
 from shardlaunch.sharding.precision import Precision
 from shardlaunch.sharding.strategy import Strategy
@@ -69,7 +69,9 @@ class Trainer:
         self.num_steps = num_steps
         self.last_step = last_step or num_steps
         self.hooks = hooks
-        self.requests = requests or Requests()
+        requests = self.requests = requests or Requests()
+        self._step_polls = Polls(world.peers, lambda: requests.now().stop and not requests.may_finish_step())
+        self._evaluation_polls = Polls(world.peers, lambda: requests.now().stop)
         self.clock = Clock(recipe=recipe, steps_per_epoch=batches.plan.steps_per_epoch, num_steps=num_steps)
         self.buffers = BufferMean(strategy.replicas, world=world)
         self.peak_lrs = [group["lr"] for group in strategy.optimizer.param_groups]
@@ -85,27 +87,56 @@ class Trainer:
             self.precision.loss_scale.restore(position.loss_scale)
         for model in self.strategy.replicas:
             train_mode(model)
+        if position.is_evaluation_due:
+            cause = self._end_step(position, end, Asked())
+            if cause or position.is_finished:
+                return cause
         begun = time.perf_counter()
         is_first = True
         batches = self.batches.steps(position.step, end)
         upcoming = self._counted(next(batches, None))
         while upcoming.batch is not None:
-            report, upcoming = self.train_step(upcoming, batches, begun)
+            self.requests.time_left.step_begins()
+            try:
+                report, upcoming = self.train_step(upcoming, batches, begun)
+            except BrokenOff:
+                if not is_first:
+                    self._save(position)
+                return self.requests.met()
             position.step += 1
             if is_first:
                 # Fails now if the optimizer's state cannot be saved.
                 self.hooks.on_first_state(sum(fragment.spec.num_bytes for fragment in self.strategy.state()))
                 is_first = False
+            self.requests.time_left.step_took(report.step_s)
             self.hooks.on_step(position.step, report)
-            has_improved = self._is_evaluation_due(position.step) and self._evaluate(position)
-            self._save_if_due(position, end, is_asked=any(upcoming.asked), has_improved=has_improved)
-            cause = self.requests.met() if any(upcoming.asked) else ""
-            if position.is_finished:
-                return ""
-            if upcoming.asked.stop:
+            cause = self._end_step(position, end, upcoming.asked)
+            if cause or position.is_finished:
                 return cause
             begun = time.perf_counter()
         return ""
+
+    def _end_step(self, position: Position, end: int, asked: Asked) -> str:
+        """Evaluate and save if due; return what asks the run to stop before its end, or "". All ranks.
+
+        A run that stops does not evaluate first: its next start does.
+        """
+        has_improved = False
+        position.is_evaluation_due = self._is_evaluation_due(position)
+        if position.is_evaluation_due:
+            try:
+                has_improved = not asked.stop and self._evaluate(position)
+            except BrokenOff:
+                asked = asked._replace(stop=True)
+        position.is_finished = not position.is_evaluation_due and (
+            position.has_stopped_early or position.step == self.last_step
+        )
+        every = self.options.save_every
+        is_due = position.step == end or position.is_finished or (every and position.step % every == 0)
+        if is_due or any(asked) or (has_improved and self.options.save_on_best):
+            self._save(position)
+        cause = self.requests.met() if any(asked) else ""
+        return cause if asked.stop and not position.is_finished else ""
 
     def train_step(
         self, counted: "CountedBatch", batches: Iterator[GlobalBatch], begun: float
@@ -113,7 +144,8 @@ class Trainer:
         """Train on one global batch and load the next. All ranks.
 
         The next batch's counts are summed over the ranks with this batch's loss: one small collective per step. Raises
-        UserError on all ranks when the loss or gradient is not finite.
+        UserError on all ranks when the loss or gradient is not finite, BrokenOff between two micro-batches if the run
+        has no time left to finish the step; the state is then that before the step.
         """
         batch, num_targets = counted.batch, max(1, counted.num_targets)
         assert batch is not None
@@ -124,6 +156,8 @@ class Trainer:
         moment = self.clock.at(batch.step)
         self.buffers.begin_step()
         for slot, micro_batch in enumerate(batch.micro_batches):
+            if slot:
+                self._step_polls()
             model, device = replicas[slot % len(replicas)], devices[slot % len(replicas)]
             seed_model_stream(self.options.seed, batch.step, micro_batch.index, device)
             self.recipe.moment = moment
@@ -206,15 +240,18 @@ class Trainer:
             group["lr"] = peak * factor
         return self.peak_lr * factor
 
-    def _is_evaluation_due(self, step: int) -> bool:
+    def _is_evaluation_due(self, position: Position) -> bool:
         every = self.options.eval_every or self.batches.plan.steps_per_epoch
-        return self.evaluator is not None and (step % every == 0 or step == self.last_step)
+        is_due = position.step % every == 0 or position.step == self.last_step or position.is_evaluation_due
+        return self.evaluator is not None and is_due
 
     def _evaluate(self, position: Position) -> bool:
-        """Evaluate, update the best value, and return whether it improved."""
+        """Evaluate, update the best value, and return whether it improved. Raises BrokenOff if asked to stop."""
         assert self.evaluator is not None
         self.clock.set(position.step, is_evaluation=True)
-        results = self.evaluator.evaluate(self.strategy.replicas[0], self.hooks.on_evaluating)
+        self._evaluation_polls.begin()
+        results = self.evaluator.evaluate(self.strategy.replicas[0], self.hooks.on_evaluating, self._evaluation_polls)
+        position.is_evaluation_due = False
         self.hooks.on_evaluation(position.step, results)
         if position.best_metric != self.recipe.best_metric:  # the best metric has changed
             position.best_value, position.evaluations_since_best = None, 0
@@ -229,14 +266,10 @@ class Trainer:
         position.has_stopped_early = bool(patience) and position.evaluations_since_best >= patience
         return False
 
-    def _save_if_due(self, position: Position, end: int, *, is_asked: bool, has_improved: bool) -> None:
-        every = self.options.save_every
-        position.is_finished = position.has_stopped_early or position.step == self.last_step
-        is_due = position.step == end or position.is_finished or (every and position.step % every == 0)
-        if is_due or is_asked or (has_improved and self.options.save_on_best):
-            if self.precision.loss_scale is not None:
-                position.loss_scale = self.precision.loss_scale.state()
-            self.hooks.save(position)
+    def _save(self, position: Position) -> None:
+        if self.precision.loss_scale is not None:
+            position.loss_scale = self.precision.loss_scale.state()
+        self.hooks.save(position)
 
 
 class CountedBatch(NamedTuple):

@@ -1,8 +1,11 @@
 """A run that is asked to stop finishes its step, saves, and says with its exit status that it goes on."""
 
+import fcntl
 import os
+import pty
 import signal
 import subprocess
+import termios
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 
 from shardlaunch.checkpoints.reader import checkpoint_steps
 from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from tests.faults.signals import Cell, run
 from tests.launch.checks import assert_valid, logged_steps, wait_for_step
 from tests.launch.command import (
     PYTHON,
@@ -199,3 +203,43 @@ def test_files_that_ask_to_save_and_to_stop(recipe: str, hf_home: Path, tmp_path
     assert len(saved) == 2
     assert not (run_dir / "stop").exists()
     assert_goes_on(words, hf_home, run_dir, num_ranks=2)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        Cell("SIGHUP", "save", "fsdp2", 2, 0, "all ranks"),
+        Cell("SIGTERM", "restart", "ddp", 2, 0, "all ranks"),
+        Cell("SIGUSR1", "end", "single", 1, 0, "one rank"),
+        Cell("twice", "first batch", "ddp", 2, 2, "one rank"),
+    ],
+    ids=str,
+)
+def test_cells_of_the_campaign(cell: Cell) -> None:
+    """The whole of it: python -m tests.faults.signals."""
+    said: list[str] = []
+    assert run([cell], say=said.append) == 0, said
+
+
+def test_a_run_whose_terminal_is_closed(recipe: str, hf_home: Path, tmp_path: Path) -> None:
+    """With nohup it goes on; what it prints has nowhere to go without, and yet it saves."""
+    words = [*PYTHON, recipe, "--strategy", "single"]
+    for nohup, status in ((("nohup",), 0), ((), EXIT_STOPPED)):
+        run_dir = tmp_path / f"run-{status}"
+        master, slave = pty.openpty()
+        process = subprocess.Popen(
+            [*nohup, *words, "--output-dir", str(run_dir)],
+            env=environment(hf_home),
+            stdin=slave,
+            stdout=subprocess.DEVNULL if nohup else slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(slave)
+        wait_for_step(3, run_dir, lambda process=process: process.poll() is None)
+        os.close(master)  # the system sends SIGHUP to the session
+        assert process.wait(STUCK_S) == status
+        step = logged_steps(run_dir)
+        assert (step == NUM_STEPS) == (status == 0)
+        assert_valid(run_dir, [step])

@@ -9,6 +9,7 @@ import msgspec
 from shardlaunch.checkpoints.copying import Copied
 from shardlaunch.checkpoints.copying_runs import copy_any
 from shardlaunch.checkpoints.finding import BEST, Run, checkpoint_at, runs_at
+from shardlaunch.checkpoints.names import REPLACED_PREFIX
 from shardlaunch.checkpoints.pruning import Pruning, carry_out, plan_pruning
 from shardlaunch.checkpoints.run_lock import locked
 from shardlaunch.errors import UserError
@@ -74,7 +75,8 @@ def _say(run: Run, pruning: Pruning, *, dry_run: bool) -> None:
     for checkpoint in reversed(pruning.deleted):
         print(f"  {would}  {checkpoint.step_dir.name}, {size(checkpoint.num_bytes)}")
     for path in pruning.leftovers:
-        print(f"  {would}  {path.name}, of a save or deletion that did not end")
+        done = "restore or delete" if path.name.startswith(REPLACED_PREFIX) else "delete"
+        print(f"  {'would ' if dry_run else ''}{done}  {path.name}, of a save or deletion that did not end")
     for message in pruning.damaged:
         print(f"  damaged, stays: {message}")
     print(f"  {size(pruning.num_bytes)} {'would be' if dry_run else 'are'} free")

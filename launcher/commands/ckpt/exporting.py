@@ -71,6 +71,7 @@ def average(
         out.expanduser(),
         mean.weights,
         beside=checkpoints[-1],
+        sources=[checkpoint.step_dir for checkpoint in checkpoints],
         dtype=DTYPES[dtype] if dtype else None,
         shard_bytes=shard_bytes,
         about=f"The weights are the mean of those of steps {steps}{shares}. The metrics above are of one of them.",

@@ -9,6 +9,7 @@ import tyro
 
 from shardlaunch.checkpoints.listing import DamagedCheckpoint
 from shardlaunch.checkpoints.records import DamagedRecord
+from shardlaunch.errors import UserError
 
 EXIT_DAMAGED = 1
 
@@ -57,6 +58,10 @@ def ckpt_command(argv: Sequence[str]) -> int:
     except (DamagedCheckpoint, DamagedRecord) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_DAMAGED
+    except BrokenPipeError:  # of a reader that has seen enough
+        raise
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
     return status
 
 

@@ -42,10 +42,10 @@ def _export(staging: Path) -> None:
     (staging / "config.json").write_text("{}")
 
 
-def _save(folder: Path, step: int) -> Path:
+def _save(folder: Path, step: int, *, is_evaluation_due: bool = False) -> Path:
     return save(
         folder,
-        position=Position(step=step),
+        position=Position(step=step, is_evaluation_due=is_evaluation_due),
         state=_state(),
         export=_export,
         aliases={"head.weight": "layer.weight"},
@@ -128,6 +128,38 @@ def test_a_valid_checkpoint_is_kept_and_a_damaged_one_replaced(tmp_path: Path) -
     next(step_dir.glob("model-*")).unlink()
     _save(tmp_path, 3)
     assert open_checkpoint(step_dir, peers=ALONE).step == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_a_checkpoint_is_replaced_when_its_evaluation_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step_dir = _save(tmp_path, 3, is_evaluation_due=True)
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name.startswith(".staging"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(UserError, match="Input/output error"):
+        _save(tmp_path, 3)
+    assert open_checkpoint(step_dir, peers=ALONE).position.is_evaluation_due
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+    monkeypatch.undo()
+    _save(tmp_path, 3)
+    assert not open_checkpoint(step_dir, peers=ALONE).position.is_evaluation_due
+    _save(tmp_path, 3, is_evaluation_due=True)
+    assert not open_checkpoint(step_dir, peers=ALONE).position.is_evaluation_due, "never the other way"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_a_checkpoint_that_was_being_replaced_at_a_crash_is_there_again(tmp_path: Path) -> None:
+    step_dir = _save(tmp_path, 3)
+    step_dir.rename(tmp_path / ".replaced-step-00000003")
+    sweep(tmp_path)
+    assert open_checkpoint(step_dir, peers=ALONE).step == 3
+    (tmp_path / ".replaced-step-00000003").mkdir()
+    sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 

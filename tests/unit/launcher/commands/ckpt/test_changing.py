@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,19 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path, ckpt: Ckpt) -> None
     assert sorted(os.listdir(run / "checkpoints")) == [f"step-{step:08d}" for step in (4, 8, 10)]
     assert ckpt("prune", run / "checkpoints", "--keep", 1).status == 0
     assert _steps(run) == [4, 10]
+
+
+def test_what_a_save_had_no_time_to_replace_is_restored(tmp_path: Path, ckpt: Ckpt) -> None:
+    run = make_run(tmp_path / "run")
+    checkpoints = run / "checkpoints"
+    (checkpoints / "step-00000006").rename(checkpoints / ".replaced-step-00000006")
+    shutil.copytree(checkpoints / "step-00000004", checkpoints / ".replaced-step-00000004")
+    listed = ckpt("list", run)
+    assert listed.status == 0
+    assert ".replaced-step-00000006: not finished" in listed.out
+    assert "would restore or delete  .replaced-step-00000006" in ckpt("prune", run, "--keep", 2, "--dry-run").out
+    assert ckpt("prune", run, "--keep", 2).status == 0
+    assert sorted(os.listdir(checkpoints)) == ["step-00000002", "step-00000004", "step-00000006"]
 
 
 def test_prune_counts_only_what_is_valid_to_the_last_bit(tmp_path: Path, ckpt: Ckpt) -> None:

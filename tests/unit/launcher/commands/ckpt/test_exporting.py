@@ -101,7 +101,7 @@ def test_what_a_dtype_cannot_hold_is_refused_or_said(tmp_path: Path, ckpt: Ckpt)
     small = {"b": torch.tensor([1e-30, 65504.0, float("inf"), float("nan")])}
     ended = ckpt("export", save_step(tmp_path / "b", 2, weights=small), tmp_path / "small", "--dtype", "fp16")
     assert ended.status == 0
-    assert "1 values that are not 0 became 0" in ended.out
+    assert "  1 values that are not 0 became 0" in ended.out
     assert "2 values are not finite, as in the checkpoint" in ended.out
 
 
@@ -151,7 +151,7 @@ def test_counts_are_those_of_the_last_checkpoint(tmp_path: Path, ckpt: Ckpt) -> 
         (("average", "a", "names", "out"), "are of different models: only one of them has other"),
         (("average", "a", "shape", "out"), "are of different models: layer.weight is [8, 4] torch.float32 and [2]"),
         (("average", "nan", "nan2", "out"), "layer.weight: holds values that are not finite"),
-        (("average", "a", "b", "a/out"), "exists"),
+        (("average", "a", "b", "a/out"), "is in the checkpoint itself"),
         (("export", "a", "full"), "exists and is no empty folder"),
         (("export", "a", "file"), "exists and is no empty folder"),
         (("export", "a", "a/out"), "is in the checkpoint itself"),
@@ -177,9 +177,6 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
     }
     for name, weights in others.items():
         save_step(tmp_path / f"saved-{name}", 2, weights=weights).rename(name)
-    if words[-1] == "a/out" and words[0] == "average":
-        (tmp_path / "a" / "out").mkdir()
-        (tmp_path / "a" / "out" / "x").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")
     (tmp_path / "file").write_text("")

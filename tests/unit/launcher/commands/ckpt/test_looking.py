@@ -1,5 +1,6 @@
 """`ckpt list`, `ckpt verify` and `ckpt show` say what is there, and which file is damaged and how."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -166,6 +167,20 @@ def test_files_that_are_not_of_the_checkpoint_are_named(tmp_path: Path, ckpt: Ck
     ended = ckpt("verify", step_dir)
     assert ended.status == 0
     assert "not of the checkpoint: notes.txt" in ended.out
+
+
+def test_an_error_of_the_file_system_is_one_message(
+    tmp_path: Path, ckpt: Ckpt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run")
+
+    def refused(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refused)
+    for words in (("list", run), ("verify", run), ("diff", run, run), ("prune", run, "--keep", 1)):
+        ended = ckpt(*words)
+        assert (ended.status, ended.out, ended.err) == (2, "", f"error: {run}/manifest.json: Permission denied\n")
 
 
 def test_show_has_all_of_a_checkpoint(tmp_path: Path, ckpt: Ckpt) -> None:

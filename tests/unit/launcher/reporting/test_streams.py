@@ -1,0 +1,33 @@
+"""What a run prints may have lost its reader."""
+
+import os
+import sys
+
+import pytest
+
+from shardlaunch.launcher.reporting.streams import LenientStream, survive_closed_output
+
+
+def test_a_pipe_whose_reader_has_gone() -> None:
+    reading, writing = os.pipe()
+    with open(writing, "w", buffering=1) as plain:
+        stream = LenientStream(plain)
+        assert stream.write("read\n") == 5
+        assert os.read(reading, 10) == b"read\n"
+        os.close(reading)
+        with pytest.raises(BrokenPipeError):
+            plain.write("lost\n")
+        assert stream.write("lost\n") == 5
+        stream.flush()
+        assert stream.fileno() == writing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writing)  # for what is left in the buffer
+
+
+def test_streams_are_wrapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+    monkeypatch.setattr(sys, "stderr", None)  # as under pythonw
+    survive_closed_output()
+    first = sys.stdout
+    survive_closed_output()
+    assert sys.stdout is first
+    assert sys.stderr is None

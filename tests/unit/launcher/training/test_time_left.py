@@ -1,0 +1,73 @@
+"""Whether a run has time for one more step, and to finish the one that it is in."""
+
+import pytest
+
+from shardlaunch.launcher.training import time_left
+from shardlaunch.launcher.training.time_left import TimeLeft
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a clock, which stands until it is set. The process has just begun."""
+    now = [1000.0]
+    monkeypatch.setattr(time_left.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time_left, "_age_s", lambda: 0.0)
+    return now
+
+
+def test_stops_before_the_step_that_would_be_too_long(clock: list[float]) -> None:
+    left = TimeLeft(max_time_s=100)
+    left.step_took(10)
+    left.save_took(20)
+    clock[0] = 1052.9  # 98 s, without half as much again of 10 + 20 s
+    assert not left.is_over()
+    clock[0] = 1053.1
+    assert left.is_over()
+
+
+def test_the_launch_may_have_begun_before(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_left, "_age_s", lambda: 97.0)
+    left = TimeLeft(max_time_s=100)
+    assert not left.is_over()
+    clock[0] += 1.1
+    assert left.is_over()
+
+
+def test_a_slow_first_step_is_forgotten(clock: list[float]) -> None:
+    left = TimeLeft(max_time_s=100)
+    left.step_took(60)
+    clock[0] += 20
+    assert left.is_over()
+    for _ in range(40):
+        left.step_took(0.1)
+    assert not left.is_over()
+
+
+def test_no_limit(clock: list[float]) -> None:
+    left = TimeLeft(grace_s=30)
+    left.step_took(1e6)
+    assert not left.is_over()
+    assert not left.is_short(None)
+    assert left.is_short(clock[0])
+
+
+def test_the_rest_of_a_step_within_the_time_of_grace(clock: list[float]) -> None:
+    left = TimeLeft(grace_s=30)
+    left.assume_save_of(int(1e9))  # 10 s
+    left.step_begins()
+    assert left.is_short(clock[0]), "how long a first step takes is not known"
+    left.step_took(20)
+    left.step_begins()
+    asked_at = clock[0] = clock[0] + 10
+    assert left.is_short(asked_at), "half as much again: 20 s of the step, 15 s of the save"
+    clock[0] += 8
+    asked_at = clock[0]
+    assert not left.is_short(asked_at), "12 s of the step, 15 s of the save"
+    left.save_took(20)
+    assert left.is_short(asked_at)
+
+
+def test_a_save_that_takes_longer_than_the_time_of_grace_is_reported_once() -> None:
+    left = TimeLeft(grace_s=5)
+    left.assume_save_of(int(1e10))
+    assert [left.save_took(seconds) for seconds in (4, 6, 7, 3)] == [False, True, False, False]
