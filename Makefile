@@ -20,7 +20,11 @@ test-families: $(VENV)/.dev  ## Compare all families of models with plain transf
 	SHARDLAUNCH_ALL_FAMILIES=1 $(BIN)/python -m pytest --numprocesses 2 tests/families
 
 faults: $(VENV)/.dev  ## Long campaigns of faults: hours
-	$(BIN)/python -m tests.faults.records
+	$(BIN)/python -m tests.faults.records --count 20000
+	$(BIN)/python -m tests.faults.errors --count 2000
+	$(BIN)/python -m tests.faults.kills --count 0
+	$(BIN)/python -m tests.faults.kills --twice --count 300
+	$(BIN)/python -m tests.faults.power_loss --count 10000
 	$(BIN)/python -m tests.faults.signals
 	SHARDLAUNCH_LONG_TESTS=1 $(BIN)/python -m pytest tests/launch/test_restarts.py
 

@@ -1,11 +1,13 @@
 """Write files that are durable, with digests on the fly, and digest those that are there. Imports no torch."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
+from shardlaunch.checkpoints.files import naming
 from shardlaunch.checkpoints.records import open_regular
 
 WRITE_BACK_BYTES = 16 << 20  # bytes written before the system is told to start write-back to disk
@@ -34,12 +36,10 @@ class DigestingFile:
         """Append bytes."""
         self._hash.update(data)
         self._num_bytes += len(data)
-        try:
+        with naming(self._path):
             while data:
                 data = data[self._file.write(data) :]
-            self._begin_write_back()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        self._begin_write_back()
 
     def _begin_write_back(self) -> None:
         """Start write-back to disk in the background, instead of leaving all of it to the fsync.
@@ -48,16 +48,15 @@ class DigestingFile:
         """
         num_waiting = self._num_bytes - self._num_bytes_started
         if num_waiting >= WRITE_BACK_BYTES and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), self._num_bytes_started, num_waiting, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # it is advice
+                os.posix_fadvise(self._file.fileno(), self._num_bytes_started, num_waiting, os.POSIX_FADV_DONTNEED)
             self._num_bytes_started = self._num_bytes
 
     def finish(self) -> FileRecord:
         """Make the file durable and return its record."""
-        try:
+        with naming(self._path):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
-        self._file.close()
+            self._file.close()
         return FileRecord(num_bytes=self._num_bytes, digest=self._hash.hexdigest())
 
     def close(self) -> None:
@@ -80,7 +79,7 @@ def digest_file(path: Path, *, follows_links: bool = False) -> FileRecord:
     digest = xxhash.xxh3_128()
     num_bytes = 0
     buffer = memoryview(bytearray(DIGEST_BYTES))
-    with open_regular(path, follows_links=follows_links) as file:
+    with open_regular(path, follows_links=follows_links) as file, naming(path):
         num_left = os.fstat(file.fileno()).st_size
         while count := file.readinto(buffer[: min(num_left, DIGEST_BYTES)]):
             digest.update(buffer[:count])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from shardlaunch.checkpoints.files import naming
 from shardlaunch.checkpoints.names import NUM_BYTES
 from shardlaunch.checkpoints.records import HeaderEntry, decode, open_regular
 from shardlaunch.errors import UserError
@@ -28,7 +29,7 @@ def read_stored(path: Path) -> dict[str, StoredTensor]:
 
     The tensors fill the file: each begins where another ends.
     """
-    with open_regular(path) as file:
+    with open_regular(path) as file, naming(path):
         size = os.fstat(file.fileno()).st_size
         header_bytes = int.from_bytes(file.read(8), "little")
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):

@@ -1,7 +1,6 @@
 """The manifest as it stands in a file: read, and checked by names and numbers alone. Imports no torch."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import xxhash
 from msgspec import UNSET
 
 from shardlaunch.checkpoints.digests import FileRecord
+from shardlaunch.checkpoints.files import is_there
 from shardlaunch.checkpoints.names import MANIFEST, MODEL, NUM_BYTES, OPTIMIZER, TRAINER_STATE, is_plain_file_name
 from shardlaunch.checkpoints.records import ManifestHead, ManifestRecord, TensorListing, decode, read_bytes
 from shardlaunch.errors import UserError
@@ -27,7 +27,11 @@ class DamagedCheckpoint(UserError):
 def read_listing(step_dir: Path) -> ManifestRecord:
     """Read and check the manifest of a checkpoint. Raises UserError when it is missing or not valid."""
     path = step_dir / MANIFEST
-    if not os.path.lexists(path):
+    try:
+        is_missing = not is_there(path)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
+    if is_missing:
         raise DamagedCheckpoint(f"{step_dir}: no {MANIFEST}, so this is not a checkpoint")
     return listing_of(path, read_bytes(path))
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from shardlaunch.checkpoints.files import PassingError, error_text, is_transient
 from shardlaunch.errors import UserError
 
 T = TypeVar("T")
@@ -31,6 +32,11 @@ class Peers:
         dist.all_gather(everyone, mine, group=self.group)
         return [one.tolist() for one in everyone]
 
+    def of_first(self, values: Sequence[int]) -> list[int]:
+        """Return rank 0's values (64-bit, any number of them) on every rank. All ranks."""
+        counts = [count for (count,) in self.gather([len(values)])]
+        return self.gather([*values, *[0] * (max(counts) - len(values))])[0][: counts[0]]
+
     def share_error(self, error: str | None) -> str | None:
         """Return the error of the lowest rank that has one, on every rank; None if no rank has. All ranks."""
         if self.num_ranks == 1:
@@ -49,17 +55,18 @@ class Peers:
     def together(self, work: Callable[[], T]) -> T:
         """Run `work`; raise on every rank if it failed on any. All ranks.
 
-        Raises UserError with the lowest failing rank's message if `work` raised a UserError or OSError on any rank.
+        Raises UserError with the lowest failing rank's message if `work` raised a UserError or OSError on any rank,
+        and as a PassingError if that may pass.
         """
         error: str | None = None
+        may_pass = False
         result: T | None = None
         try:
             result = work()
         except (UserError, OSError) as failure:
-            error = str(failure) or repr(failure)
-            if isinstance(failure, OSError) and failure.filename:
-                error = f"{failure.filename}: {failure.strerror}"
+            error = error_text(failure) if isinstance(failure, OSError) else str(failure) or repr(failure)
+            may_pass = is_transient(failure)
         error = self.share_error(error)
         if error is not None:
-            raise UserError(error)
+            raise PassingError(error) if any(passes for (passes,) in self.gather([may_pass])) else UserError(error)
         return result  # type: ignore[return-value]

@@ -1,12 +1,15 @@
 """Find, verify and read checkpoints. Nothing is loaded that does not match the manifest."""
 
+import os
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
+from shardlaunch.checkpoints.files import come_again, is_transient, naming, retried
 from shardlaunch.checkpoints.layout import (
     CHECKPOINTS,
     RECIPE,
@@ -52,10 +55,14 @@ class Checkpoint:
 
     @property
     def position(self) -> Position:
-        """Return the content of trainer_state.json."""
+        """Return the content of trainer_state.json, for the caller to change."""
+        return deepcopy(self._position)
+
+    @cached_property
+    def _position(self) -> Position:
         return read_position(self.step_dir / TRAINER_STATE, is_first_version=self.manifest.version == 1)
 
-    @property
+    @cached_property
     def recipe(self) -> RecipeRecord:
         """Return the content of recipe.json. Raises UserError for a checkpoint without it."""
         if RECIPE not in self.manifest.files:
@@ -82,7 +89,7 @@ def open_checkpoint(step_dir: Path, *, peers: Peers) -> Checkpoint:
         _verify_records(checkpoint)
         return checkpoint
 
-    return peers.together(verify)
+    return peers.together(lambda: retried(verify))
 
 
 def _open_unverified(step_dir: Path) -> Checkpoint:
@@ -136,11 +143,25 @@ def _verify_records(checkpoint: Checkpoint) -> None:
 
 
 def checkpoint_steps(checkpoints_dir: Path) -> list[int]:
-    """Return the steps that have a folder in `checkpoints_dir`, ascending, valid or not."""
-    if not checkpoints_dir.is_dir():
+    """Return the steps that have a folder in `checkpoints_dir`, ascending, valid or not. Raises OSError."""
+    try:
+        with naming(checkpoints_dir), os.scandir(checkpoints_dir) as entries:
+            steps = [step_of_dir_name(entry.name) for entry in entries if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    steps = (step_of_dir_name(path.name) for path in checkpoints_dir.iterdir() if path.is_dir())
     return sorted(step for step in steps if step is not None)
+
+
+def shared_steps(checkpoints_dir: Path, *, peers: Peers) -> list[int]:
+    """Return the steps that rank 0 finds in `checkpoints_dir`, on every rank. All ranks."""
+
+    def listed() -> list[int]:
+        try:
+            return retried(lambda: checkpoint_steps(checkpoints_dir))
+        except OSError as error:
+            raise come_again(error) from error
+
+    return peers.of_first(peers.together(lambda: listed() if peers.rank == 0 else []))
 
 
 def newest_complete(checkpoints_dir: Path) -> Path | None:
@@ -151,18 +172,22 @@ def newest_complete(checkpoints_dir: Path) -> Path | None:
     for step in reversed(checkpoint_steps(checkpoints_dir)):
         step_dir = checkpoints_dir / step_dir_name(step)
         try:
-            checkpoint = _open_unverified(step_dir)
-            _verify_content(step_dir / TRAINER_STATE, checkpoint.manifest.files[TRAINER_STATE])
-            _verify_records(checkpoint)
+            retried(partial(_verify_cheaply, step_dir))
         except UserError:
             continue
         return step_dir
     return None
 
 
+def _verify_cheaply(step_dir: Path) -> None:
+    checkpoint = _open_unverified(step_dir)
+    _verify_content(step_dir / TRAINER_STATE, checkpoint.manifest.files[TRAINER_STATE])
+    _verify_records(checkpoint)
+
+
 def position_of(step_dir: Path) -> Position:
     """Return the position of a checkpoint's run. Raises UserError for a damaged one. No collectives."""
-    return _open_unverified(step_dir).position
+    return retried(lambda: _open_unverified(step_dir).position)
 
 
 def latest_checkpoint(
@@ -203,15 +228,17 @@ def newest_valid(checkpoints_dir: Path, *, peers: Peers, warn: Callable[[str], N
 
     Raises DamagedCheckpoint when there are checkpoints but all are damaged.
     """
-    steps = checkpoint_steps(checkpoints_dir)
-    damaged: list[str] = []
+    steps = shared_steps(checkpoints_dir, peers=peers)
+    damaged: list[UserError] = []
 
     def on_damaged(error: UserError) -> None:
-        damaged.append(str(error))
+        damaged.append(error)
         warn(f"skipped a damaged checkpoint: {error}")
 
     step_dirs = [checkpoints_dir / step_dir_name(step) for step in reversed(steps)]
     checkpoint = latest_checkpoint(step_dirs, peers=peers, on_damaged=on_damaged)
+    if checkpoint is None and any(map(is_transient, damaged)):
+        raise come_again(next(filter(is_transient, damaged)))
     if checkpoint is None and damaged:
         raise DamagedCheckpoint(f"no valid checkpoint in {checkpoints_dir} ({damaged[0]})")
     return checkpoint

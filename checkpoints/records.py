@@ -206,10 +206,10 @@ def open_regular(path: Path, *, follows_links: bool = False) -> FileIO:
 def read_bytes(path: Path, *, most_bytes: int = MOST_BYTES, follows_links: bool = False) -> bytes:
     """Return the content of a regular file. Raises DamagedRecord if it is unreadable or larger than `most_bytes`."""
     with open_regular(path, follows_links=follows_links) as file:
-        num_bytes = os.fstat(file.fileno()).st_size
-        if num_bytes > most_bytes:
-            raise DamagedRecord(f"{path}: {num_bytes:,} bytes, but at most {most_bytes:,} are read")
         try:
+            num_bytes = os.fstat(file.fileno()).st_size
+            if num_bytes > most_bytes:
+                raise DamagedRecord(f"{path}: {num_bytes:,} bytes, but at most {most_bytes:,} are read")
             with open(file.fileno(), "rb", closefd=False) as whole:
                 return whole.read(num_bytes)
         except OSError as error:

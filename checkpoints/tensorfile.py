@@ -17,6 +17,7 @@ from shardlaunch.checkpoints.digests import DigestingFile
 from shardlaunch.checkpoints.digests import FileRecord as FileRecord
 from shardlaunch.checkpoints.digests import digest_file as digest_file
 from shardlaunch.checkpoints.digests import write_file as write_file
+from shardlaunch.checkpoints.files import naming, retried
 from shardlaunch.checkpoints.headers import read_stored
 
 DTYPE_NAMES = {
@@ -77,10 +78,14 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 def read_range(path: Path, entry: TensorEntry, flat_start: int, flat_end: int) -> torch.Tensor:
     """Read only elements [flat_start, flat_end) of a tensor, as a flat tensor on the CPU."""
+    return retried(lambda: _read_range(path, entry, flat_start, flat_end))
+
+
+def _read_range(path: Path, entry: TensorEntry, flat_start: int, flat_end: int) -> torch.Tensor:
     item_bytes = BYTES_PER_ELEMENT[entry.dtype]
     flat = torch.empty(flat_end - flat_start, dtype=entry.dtype)
     view = flat.view(torch.uint8).numpy().data
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0) as file, naming(path):
         file.seek(entry.offset + flat_start * item_bytes)
         done = 0
         while done < len(view):

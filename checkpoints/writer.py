@@ -1,13 +1,13 @@
 """Save a checkpoint: every rank writes its files into a staging folder, and one rename commits it."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
+from shardlaunch.checkpoints.files import delete_tree, fsync, is_there
 from shardlaunch.checkpoints.gather import gather
 from shardlaunch.checkpoints.layout import (
     MANIFEST,
@@ -45,16 +45,17 @@ def save(
     addition, a rank needs memory for two incoming buckets of 16 MiB, and for two outgoing ones per other rank: at most
     32 MiB and 512 MiB, since buckets are smaller with more than 16 ranks.
     `export` writes the other files of a model folder (configuration, tokenizer) on rank 0. A valid checkpoint of the
-    same step is kept, unless the evaluation that it lacks has been done since. Raises UserError on all ranks, and
-    leaves nothing behind, when any rank cannot write.
+    same step is kept, unless the evaluation that it lacks has been done since. Raises UserError on all ranks when any
+    rank cannot write; then nothing is left behind but what cannot be deleted either, under a name that `sweep` knows.
     """
     target = checkpoints_dir / step_dir_name(position.step)
-    if _is_committed(target, position, peers):
-        return target
     fragments = fragments_by_key(state)
     files = plan_files([fragment.spec for fragment in fragments.values()], peers.num_ranks)
     staging = checkpoints_dir / f"{STAGING_PREFIX}{target.name}"
     try:
+        if _is_committed(target, position, peers):
+            peers.together(lambda: fsync(checkpoints_dir) if peers.rank == 0 else None)
+            return target
         peers.together(lambda: _make_staging(staging) if peers.rank == 0 else None)
         records = peers.together(lambda: _write_files(staging, files, fragments, peers))
         everyone = _exchange(files, records, peers)
@@ -63,15 +64,16 @@ def save(
         )
     except UserError as error:
         if peers.rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
+            with suppress(OSError):
+                delete_tree(staging)
         raise UserError(f"the checkpoint of step {position.step} was not saved: {error}") from error
     return target
 
 
 def _is_committed(target: Path, position: Position, peers: Peers) -> bool:
     """Return whether `target` is a valid checkpoint of this position, with all digests checked. All ranks."""
-    (exists,) = peers.gather([target.exists()])[0]
-    if not exists:
+    exists = peers.together(lambda: peers.rank == 0 and is_there(target))
+    if not peers.gather([exists])[0][0]:
         return False
     try:
         saved = open_checkpoint(target, peers=peers).position
@@ -81,8 +83,7 @@ def _is_committed(target: Path, position: Position, peers: Peers) -> bool:
 
 
 def _make_staging(staging: Path) -> None:
-    if staging.exists():
-        shutil.rmtree(staging)
+    delete_tree(staging)
     staging.mkdir(parents=True)
 
 
@@ -148,7 +149,7 @@ def _commit(
         if not is_plain_file_name(path.name):  # as `read_manifest` asks for
             raise UserError(f"export() wrote {path.name!r}: name it with letters, digits and any of _ . + @ - only")
         if path.is_file() and path.name not in records:
-            _fsync(path)
+            fsync(path)
             records[path.name] = digest_file(path)
     tensors = {spec: file.file_name for file in files for spec in file.specs}
     for section, specs in specs_by_section(tensors).items():
@@ -162,24 +163,17 @@ def _commit(
     records[TRAINER_STATE] = write_file(staging / TRAINER_STATE, to_json(saved, indent=1))
     manifest = Manifest(step=position.step, files=records, tensors=tensors, aliases=aliases)
     write_file(staging / MANIFEST, manifest.to_json())
-    _fsync(staging)
+    fsync(staging)
     replaced = target.with_name(f"{REPLACED_PREFIX}{target.name}")
-    if target.exists():  # see _is_committed; move it aside, since rename needs a free name
-        shutil.rmtree(replaced, ignore_errors=True)
+    if is_there(target):  # see _is_committed; move it aside, since rename needs a free name
+        delete_tree(replaced)
         target.rename(replaced)
     try:
         staging.rename(target)
     except OSError:
-        if replaced.exists():
+        if is_there(replaced):
             replaced.rename(target)
         raise
-    _fsync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(target.parent)
+    with suppress(OSError):
+        delete_tree(replaced)

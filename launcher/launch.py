@@ -7,9 +7,11 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
+from shardlaunch.checkpoints.files import COME_AGAIN, error_text
 from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from shardlaunch.launcher.command_line.parsing import naming_origins, parse_options
 from shardlaunch.launcher.launched import mark_launched
@@ -67,8 +69,8 @@ def launch(recipe_type: type[Recipe]) -> None:
 def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
     """Run a recipe with the given command-line words and return the exit status. All ranks.
 
-    0: success; 1: lost contact with another rank; 2: UserError, printed as one message; 75: stopped when asked to;
-    130: interrupted. Other errors are raised.
+    0: success; 1: lost contact with another rank, or an error of the file system; 2: UserError, printed as one message;
+    75: stopped when asked to; 130: interrupted. Other errors are raised.
     """
     world: World | None = None
     is_debug = "--debug" in argv
@@ -100,7 +102,7 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
     except Stopped as stop:
         assert world is not None
         if world.is_main:
-            print(stop, flush=True)
+            _print(stop, sys.stdout)
         world.is_first_to("stop")
         world.await_others_at("stop", most_s=LINGER_S)
         return EXIT_STOPPED
@@ -121,6 +123,18 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         )
         _report(world, message, with_traceback=is_debug)
         return EXIT_OTHER_ERROR
+    except OSError as error:
+        message = (
+            f"error: {error_text(error)}{_place(error)}. {COME_AGAIN} from the last checkpoint, if there is one. "
+            f"--debug shows more"
+        )
+        _report(world, message, with_traceback=is_debug)
+        if world is not None:
+            from shardlaunch.sharding.world import abandon
+
+            abandon(world)  # the others, which wait for this rank, find out now that it has left
+            world.await_others_at("report", most_s=LINGER_S)
+        return EXIT_OTHER_ERROR
     return 0
 
 
@@ -135,12 +149,27 @@ def _options(recipe_type: type[Recipe], argv: Sequence[str]) -> Options:
     )
 
 
+def _place(error: OSError) -> str:
+    """Return where in the user's own code an error came up, if it did."""
+    ours = (str(Path(__file__).resolve().parent), str(Path(os.__file__).parent), sys.prefix)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(ours) and "shardlaunch" not in Path(frame.filename).parts:
+            return f" ({frame.filename}, line {frame.lineno})"
+    return ""
+
+
 def _report(world: "World | None", message: str, *, with_traceback: bool) -> None:
     """Print a message once, from the first rank that has one, and optionally each rank's traceback."""
     if with_traceback:
         traceback.print_exc()
     if world.is_first_to("report") if world is not None else is_main_process():
-        print(message, file=sys.stderr, flush=True)
+        _print(message, sys.stderr)
     elif world is None:
         time.sleep(EXIT_DELAY_S if has_agent() else EXIT_DELAY_ALONE_S)
-        print(message, file=sys.stderr, flush=True)  # rank 0 has not failed
+        _print(message, sys.stderr)  # rank 0 has not failed
+
+
+def _print(text: object, stream: IO[str]) -> None:
+    """Print a line, where the output can be written."""
+    with suppress(OSError):
+        print(text, file=stream, flush=True)

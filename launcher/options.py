@@ -137,6 +137,8 @@ class SavingOptions:
     """Also save when the best metric improves, and keep that checkpoint."""
     keep: int = option(2, mark="free", minimum=0)
     """Number of newest checkpoints to keep (0: all)."""
+    save_to: str = option("", mark="free")
+    """Second place for checkpoints, a folder or URL (s3://BUCKET/RUN): copied in the background, resumed from."""
 
 
 @dataclass(kw_only=True)

@@ -93,6 +93,7 @@ class World:
         with suppress(RuntimeError):  # the store is gone with its host, a launcher
             while self.store.add(f"shardlaunch/{action}", 0) < self.size and time.monotonic() < end:
                 time.sleep(0.05)
+            time.sleep(0.05)  # the last of them gets its answer, with which it does not print too
 
 
 def connect(env: LaunchEnvironment, *, needs_group: bool = False) -> World:

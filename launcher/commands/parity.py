@@ -115,6 +115,7 @@ def _why_unavailable(name: str, ranks: int) -> str:
 def _run(recipe: Path, recipe_argv: Sequence[str], folder: Path, name: str, ranks: int, steps: int) -> Outcome:
     """Run the recipe in a separate process."""
     argv = [*recipe_argv, "--stop-at-step", str(steps), "--output-dir", str(folder), "--tracker", "none"]
+    argv += ["--save-to", ""]
     argv += ["--eval-every", _NEVER, "--save-every", "0", "--log-every", "1"]
     if not any(word.startswith("--threads-per-rank") for word in argv):
         argv += ["--threads-per-rank", "1"]  # the number of threads affects rounding

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from shardlaunch.errors import printable
+from shardlaunch.launcher.reporting.console import LastingConsole
 from shardlaunch.launcher.reporting.parameters import ParameterRow
 from shardlaunch.launcher.reporting.phases import LEAST_S, PLAIN_LINE_S, Phases, clock_text, duration_text
 
@@ -31,7 +32,7 @@ class Display:
         self._on_warning = on_warning
         # In a notebook: plain lines in one stream, as in a file, not a block of HTML for each.
         is_terminal = False if Console().is_jupyter else None  # None: rich finds out
-        self.console = Console(
+        self.console = LastingConsole(
             quiet=silent, highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=is_terminal
         )
         self.phases = Phases(self.console)

@@ -11,7 +11,7 @@ import torch
 
 from shardlaunch.launcher.reporting.display import Display, ProgressView
 from shardlaunch.launcher.reporting.trackers import TrackedRun, Trackers
-from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, MetricsLog, last_evaluation, numbers
+from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, MetricsLog, numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +58,13 @@ class Recorder:
     ) -> None:
         """Open metrics.jsonl, cut back to `step`, the trackers, and the progress up to step `end`. Rank 0.
 
-        `stack` closes them. Raises OSError when metrics.jsonl cannot be written, UserError when a tracker cannot be
-        started.
+        `stack` closes them. Raises UserError when metrics.jsonl is no file, or a tracker cannot be started.
         """
         self._log = MetricsLog(
             run.output_dir, resumed_step=step, is_evaluation_due=is_evaluation_due, warn=self._display.warn
         )
         stack.callback(self._log.close)
-        self.last_evaluation = last_evaluation(run.output_dir)
+        self.last_evaluation = self._log.last_evaluation
         self._trackers = Trackers(
             trackers,
             run,

@@ -5,10 +5,13 @@ import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from shardlaunch.checkpoints.files import error_text
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.reporting.lasting import LastingFile
 
 MLFLOW_TAG = "shardlaunch.tracking_id"
 
@@ -59,7 +62,9 @@ class Trackers:
             start = _STARTS.get(name, _start_other)
             try:
                 with self._output():
-                    self._trackers[name] = start(name, run, resumed_step=resumed_step, options=options, silent=silent)
+                    self._trackers[name] = start(
+                        name, run, resumed_step=resumed_step, options=options, silent=silent, warn=warn
+                    )
             except Exception as error:  # each tracker's package raises its own
                 if not resumed_step:
                     self.close()
@@ -107,10 +112,44 @@ def tracker_names(option: str) -> list[str]:
     return names
 
 
-def _start_tensorboard(kind: str, run: TrackedRun, *, resumed_step: int, **_: Any) -> _Tracker:
+def _start_tensorboard(
+    kind: str, run: TrackedRun, *, resumed_step: int, warn: Callable[[str], None], **_: Any
+) -> _Tracker:
     # It drops what an earlier process logged after the step resumed from. It is not given the options: its summary of
     # them would show as a run of its own.
-    return _started(kind, "tensorboard", run.output_dir, purge_step=resumed_step + 1)
+    with _lasting_events(warn):
+        return _started(kind, "tensorboard", run.output_dir, purge_step=resumed_step + 1)
+
+
+@contextlib.contextmanager
+def _lasting_events(warn: Callable[[str], None]) -> Iterator[None]:
+    """Let the file that TensorBoard opens outlast errors, which otherwise end its thread with a traceback."""
+    module: Any = import_module("tensorboard.summary.writer.event_file_writer")
+    of_records = module.RecordWriter
+    module.RecordWriter = lambda file: of_records(_LastingEvents(Path(os.fsdecode(file.filename)), warn))
+    try:
+        yield
+    finally:
+        module.RecordWriter = of_records
+
+
+class _LastingEvents:
+    """The file that TensorBoard writes its records to."""
+
+    closed = False
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self._file = LastingFile(path, prepare=lambda: 0, warn=warn)
+
+    def write(self, data: bytes) -> None:
+        self._file.append(data)
+
+    def flush(self) -> None:
+        self._file.attempt()
+
+    def close(self) -> None:
+        self._file.close()
+        self.closed = True
 
 
 def _start_wandb(kind: str, run: TrackedRun, *, options: Mapping[str, Any], silent: bool, **_: Any) -> _Tracker:
@@ -174,7 +213,7 @@ def _started(kind: str, /, *arguments: Any, **keywords: Any) -> _Tracker:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(error_text(error).split())[:300]
 
 
 _STARTS: Mapping[str, Callable[..., _Tracker]] = {

@@ -1,14 +1,14 @@
 """Metrics on disk: metrics.jsonl, one JSON object per line."""
 
-import contextlib
-import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from shardlaunch.checkpoints.files import is_there, naming, replace_file, retried
 from shardlaunch.checkpoints.records import MOST_BYTES, DamagedRecord, open_regular, read_metrics_line, to_json
+from shardlaunch.launcher.reporting.lasting import LastingFile
 
 METRICS_FILE = "metrics.jsonl"
 EVAL_PREFIX = "eval/"
@@ -18,43 +18,48 @@ class MetricsLog:
     """Append lines to metrics.jsonl, after cutting it back to the step that the run resumes from. Rank 0.
 
     The evaluation of that step goes too if the run has yet to do it. `warn` gets a message on each damaged line, which
-    the cut leaves out.
+    the cut leaves out, and when the file cannot be written for a while: then the lines wait in memory.
     """
 
     def __init__(
         self, output_dir: Path, *, resumed_step: int, is_evaluation_due: bool = False, warn: Callable[[str], None]
     ) -> None:
         self.path = output_dir / METRICS_FILE
-        lines = [line for line in read_metrics(output_dir, warn=warn) if line["step"] <= resumed_step]
-        while is_evaluation_due and lines and lines[-1]["step"] == resumed_step and _is_evaluation(lines[-1]):
+        self.last_evaluation: dict[str, Any] = {}
+        """Line of the last evaluation that is kept, empty where there is none."""
+        self._resumed_step = resumed_step
+        self._is_evaluation_due = is_evaluation_due
+        self._warn = warn
+        self._file = LastingFile(self.path, prepare=self._cut_back, warn=warn)
+        self._file.attempt()
+
+    def _cut_back(self) -> int:
+        """Write the lines up to the resumed step anew, and return their bytes."""
+        found: list[str] = []
+
+        def read() -> list[dict[str, Any]]:
+            found.clear()
+            return read_metrics(self.path.parent, warn=found.append)
+
+        lines = [line for line in retried(read) if line["step"] <= self._resumed_step]
+        while (
+            self._is_evaluation_due and lines and lines[-1]["step"] == self._resumed_step and _is_evaluation(lines[-1])
+        ):
             lines.pop()
-        staged = self.path.with_suffix(".staged")
-        staged.unlink(missing_ok=True)
-        with open(staged, "xb") as file:
-            file.writelines(to_json(line) + b"\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.rename(self.path)
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        self._unwritten = b""
+        data = b"".join(to_json(line) + b"\n" for line in lines)
+        replace_file(self.path, data)
+        for text in found:
+            self._warn(text)
+        self.last_evaluation = _last_evaluation(lines)
+        return len(data)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line, at once. What a full disk does not take is kept for the next time."""
-        self._unwritten += to_json(line) + b"\n"
-        with contextlib.suppress(OSError):
-            self._write()
+        """Append one line, at once where that is possible."""
+        self._file.append(to_json(line) + b"\n")
 
     def sync(self) -> None:
         """Make the lines durable, so that a checkpoint never knows of more steps than the log. Raises OSError."""
-        try:
-            self._write()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
-
-    def _write(self) -> None:
-        while self._unwritten:
-            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        self._file.sync()
 
     def close(self) -> None:
         """Close the file."""
@@ -72,10 +77,10 @@ def read_metrics(output_dir: Path, *, warn: Callable[[str], None] | None = None)
     UserError if it is no regular file.
     """
     path = output_dir / METRICS_FILE
-    if not os.path.lexists(path):
+    if not is_there(path):
         return []
     lines = []
-    with open_regular(path) as raw, open(raw.fileno(), "rb", closefd=False) as file:
+    with open_regular(path) as raw, naming(path), open(raw.fileno(), "rb", closefd=False) as file:
         for number in count(1):
             text = file.readline(MOST_BYTES)
             if not text.endswith(b"\n"):
@@ -91,7 +96,11 @@ def read_metrics(output_dir: Path, *, warn: Callable[[str], None] | None = None)
 
 def last_evaluation(output_dir: Path) -> dict[str, Any]:
     """Return the line of a run's last evaluation in metrics.jsonl, empty when there was none."""
-    evaluations = [line for line in read_metrics(output_dir) if f"{EVAL_PREFIX}loss" in line]
+    return _last_evaluation(retried(lambda: read_metrics(output_dir)))
+
+
+def _last_evaluation(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    evaluations = [line for line in lines if f"{EVAL_PREFIX}loss" in line]
     return evaluations[-1] if evaluations else {}
 
 

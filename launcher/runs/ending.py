@@ -1,9 +1,26 @@
 """The last lines of a run."""
 
+from collections.abc import Callable
+from pathlib import Path
+
+from shardlaunch.checkpoints.files import error_text, is_transient, retried
+from shardlaunch.checkpoints.records import Position
+from shardlaunch.errors import UserError
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.reporting.summary import say_end
 from shardlaunch.launcher.runs.result import Result
+
+
+def result_of(output_dir: Path, position: Position, *, last: Path | None, warn: Callable[[str], None]) -> Result:
+    """Return the result of a run that is over; if its files cannot be read now, without what stands in them."""
+    try:
+        return retried(lambda: Result.of_folder(output_dir, last=last))
+    except (OSError, UserError) as error:
+        if isinstance(error, UserError) and not is_transient(error):
+            raise
+        warn(f"the run is over, but its evaluations cannot be read to be shown: {error_text(error)}")
+        return Result(run_dir=output_dir, step=position.step, is_finished=position.is_finished, last_checkpoint=last)
 
 
 def show_result(display: Display, result: Result, recipe: Recipe, *, best_step: int) -> None:

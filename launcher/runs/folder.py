@@ -1,19 +1,20 @@
 """The output folder of a run: its lock, its records, and the checkpoint to resume from."""
 
+import errno
 import fcntl
 import os
 import secrets
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from shardlaunch.checkpoints.files import come_again, is_there, is_transient, make_folder, replace_file, retried
 from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.manifest import DamagedCheckpoint
 from shardlaunch.checkpoints.peers import Peers
-from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, newest_valid, open_path
+from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, newest_valid, open_path, shared_steps
 from shardlaunch.checkpoints.records import DamagedRecord, IdentityRecord, RunRecord, read_record, to_json
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
@@ -41,29 +42,42 @@ def new_folder_hint(options: Options, output_dir: Path) -> str:
     return f"--output-dir {new}" if options.output_dir else f"--run-name {new.name}"
 
 
+_HELD_BY_ANOTHER = (errno.EAGAIN, errno.EACCES, errno.ENOENT)
+
+
 @contextmanager
-def claim(output_dir: Path) -> Iterator[None]:
+def claim(output_dir: Path, *, warn: Callable[[str], None]) -> Iterator[None]:
     """Create the folder and lock it. Rank 0. Raises UserError if it cannot be created or another run has locked it.
 
     The lock is a POSIX record lock: it ends with the process, however that ends, and child processes do not inherit it.
-    A folder that is new and was not used, because the run was refused, is removed at the end.
+    `warn` gets a message where the file system has none. A folder that is new and was not used, because the run was
+    refused, is removed at the end.
     """
     is_new = not os.path.lexists(output_dir)
+
+    def opened() -> int:
+        make_folder(output_dir / CHECKPOINTS)
+        return os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT)
+
     try:
-        (output_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT)
+        descriptor = retried(opened)
     except OSError as error:
         raise UserError(
             f"--output-dir {output_dir}: cannot be created: {error.strerror}. Choose another folder."
         ) from error
     try:
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor)
             os.stat(output_dir / LOCK)  # the run that had it may have just removed it
-        except (BlockingIOError, PermissionError, FileNotFoundError):
-            raise UserError(
-                f"--output-dir {output_dir}: another run is using it. Wait for it, or choose another folder."
-            ) from None
+        except OSError as error:
+            if error.errno in _HELD_BY_ANOTHER:
+                raise UserError(
+                    f"--output-dir {output_dir}: another run is using it. Wait for it, or choose another folder."
+                ) from None
+            warn(
+                f"--output-dir {output_dir}: cannot be locked ({error.strerror}). Nothing notices if a second run uses "
+                f"this folder at the same time: see to it that none does"
+            )
         try:
             yield
         finally:
@@ -71,6 +85,11 @@ def claim(output_dir: Path) -> Iterator[None]:
                 _remove_unused(output_dir)
     finally:
         os.close(descriptor)
+
+
+def lock(descriptor: int) -> None:
+    """Lock an open file, or raise OSError."""
+    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _remove_unused(output_dir: Path) -> None:
@@ -82,15 +101,9 @@ def _remove_unused(output_dir: Path) -> None:
             output_dir.rmdir()
 
 
-def write_run(output_dir: Path, record: Mapping[str, Any], *, least_bytes: int) -> None:
-    """Write run.json atomically. Raises UserError if the folder is not writable or has no room for a checkpoint."""
+def write_run(output_dir: Path, record: Mapping[str, Any]) -> None:
+    """Write run.json atomically. Raises UserError if the folder is not writable."""
     try:
-        free_bytes = shutil.disk_usage(output_dir).free
-        if free_bytes < least_bytes:
-            raise UserError(
-                f"--output-dir {output_dir}: {free_bytes / 1e6:,.1f} MB are free; "
-                f"one checkpoint takes at least {least_bytes / 1e6:,.1f} MB. Make room, or choose another folder."
-            )
         write_json(output_dir / RUN, record)
     except OSError as error:
         raise UserError(f"--output-dir {output_dir}: not writable: {error.strerror}. Choose another folder.") from error
@@ -102,7 +115,7 @@ def tracked_run(output_dir: Path, identity: Identity, *, project: str, name: str
     The id is new where the folder holds no run, or one without a checkpoint that is another run.
     """
     try:
-        saved = read_record(output_dir / RUN, RunRecord)
+        saved = retried(lambda: read_record(output_dir / RUN, RunRecord))
     except DamagedRecord:  # or none yet: it is written anew
         saved = None
     kept = None
@@ -119,13 +132,7 @@ def tracked_run(output_dir: Path, identity: Identity, *, project: str, name: str
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON file atomically."""
-    staged = path.with_name(f".{path.name}.staged")
-    staged.unlink(missing_ok=True)
-    with open(staged, "xb") as file:
-        file.write(to_json(record, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    staged.rename(path)
+    replace_file(path, to_json(record, indent=1))
 
 
 def find_checkpoint(resume: str, output_dir: Path, *, peers: Peers, display: Display) -> Checkpoint | None:
@@ -135,7 +142,7 @@ def find_checkpoint(resume: str, output_dir: Path, *, peers: Peers, display: Dis
     """
     checkpoints_dir = output_dir / CHECKPOINTS
     if resume == "never":
-        if checkpoint_steps(checkpoints_dir):
+        if shared_steps(checkpoints_dir, peers=peers):
             raise UserError(
                 f"--resume never: {output_dir} holds checkpoints of a run. Choose another --output-dir, or delete it."
             )
@@ -151,7 +158,7 @@ def find_checkpoint(resume: str, output_dir: Path, *, peers: Peers, display: Dis
         checkpoint = open_path(Path(resume), peers=peers, warn=display.warn)
     except UserError as error:
         raise UserError(f"--resume {error}") from error
-    newer = [step for step in checkpoint_steps(checkpoints_dir) if step > checkpoint.step]
+    newer = [step for step in shared_steps(checkpoints_dir, peers=peers) if step > checkpoint.step]
     if newer and checkpoint.step_dir.resolve().parent == checkpoints_dir.resolve():
         # Going back in place would delete the metrics of steps that the newer checkpoints contain.
         raise UserError(
@@ -164,11 +171,15 @@ def find_checkpoint(resume: str, output_dir: Path, *, peers: Peers, display: Dis
 def identity_of_folder(output_dir: Path) -> IdentityRecord | None:
     """Return the identity record of the run in an output folder, None if it has no checkpoints."""
     path = output_dir / RUN
-    if not os.path.lexists(path) or not checkpoint_steps(output_dir / CHECKPOINTS):
-        return None
     try:
-        return read_record(path, RunRecord)
-    except DamagedRecord as error:
+        return retried(lambda: read_record(path, RunRecord) if _holds_run(output_dir) else None)
+    except (OSError, DamagedRecord) as error:
+        if is_transient(error) or isinstance(error, OSError):
+            raise come_again(error) from error
         raise UserError(
             f"{error}. Choose another --output-dir; or delete this file, for each checkpoint says which run it is of"
         ) from error
+
+
+def _holds_run(output_dir: Path) -> bool:
+    return is_there(output_dir / RUN) and bool(checkpoint_steps(output_dir / CHECKPOINTS))

@@ -18,7 +18,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # They say where and how a run goes, not what it is.
 _ABOUT_THE_LAUNCH = (
     *("output_dir", "run_name", "project", "tracker", "track_every", "log_every", "config", "resume", "stop_at_step"),
-    *("keep", "save_every", "num_workers", "debug"),
+    *("keep", "save_every", "save_to", "num_workers", "debug"),
 )
 _LOAD_WEIGHTS = """from pathlib import Path
 from safetensors.torch import load_file

@@ -36,7 +36,7 @@ def check_resume(new_run: Callable[[Options, Display], Run], options: Options, d
         wanted = copy(options)
         wanted.output_dir, wanted.stop_at_step = str(folder / name), steps
         wanted.save_every, wanted.eval_every, wanted.log_every, wanted.tracker = 0, _NEVER, 1, "none"
-        wanted.resume, wanted.folds = "auto", 0
+        wanted.resume, wanted.folds, wanted.save_to = "auto", 0, ""
         one = new_run(wanted, quiet)
         one.run()
         return one

@@ -1,13 +1,12 @@
 """Going back to a checkpoint without the global batches after which the loss was bad."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from shardlaunch.checkpoints.files import discard
 from shardlaunch.checkpoints.layout import CHECKPOINTS, TRAINER_STATE, step_dir_name
 from shardlaunch.checkpoints.reader import checkpoint_steps
 from shardlaunch.checkpoints.records import DamagedRecord, LeftOut, Position, RunRecord, read_record
-from shardlaunch.checkpoints.writer import TRASH_PREFIX
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.runs.folder import RUN
 from shardlaunch.launcher.runs.identity import Identity
@@ -42,7 +41,7 @@ def with_rollback(left_out: Sequence[LeftOut], back: RollBack, *, count: int, ne
 
 
 def delete_superseded(output_dir: Path, left_out: Sequence[LeftOut]) -> None:
-    """Delete the checkpoints that were trained on what is left out now. Rank 0."""
+    """Delete the checkpoints that were trained on what is left out now. Rank 0. Raises OSError if one stays."""
     checkpoints_dir = output_dir / CHECKPOINTS
     for step in checkpoint_steps(checkpoints_dir) if left_out else []:
         step_dir = checkpoints_dir / step_dir_name(step)
@@ -51,7 +50,4 @@ def delete_superseded(output_dir: Path, left_out: Sequence[LeftOut]) -> None:
         except DamagedRecord:
             continue  # it is not resumed from either
         if any(each.first <= step and each not in known for each in left_out):
-            trash = checkpoints_dir / f"{TRASH_PREFIX}{step_dir.name}"
-            shutil.rmtree(trash, ignore_errors=True)
-            step_dir.rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+            discard(step_dir)

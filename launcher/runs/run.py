@@ -8,14 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from msgspec.structs import asdict
 
 from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, open_checkpoint
 from shardlaunch.checkpoints.records import Position
-from shardlaunch.checkpoints.retention import sweep
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.durations import seconds_of
 from shardlaunch.launcher.options import Options
@@ -28,7 +26,7 @@ from shardlaunch.launcher.reporting.trackers import tracker_names
 from shardlaunch.launcher.runs.assembly import assemble
 from shardlaunch.launcher.runs.beginning import show_start
 from shardlaunch.launcher.runs.data import load_data
-from shardlaunch.launcher.runs.ending import show_result
+from shardlaunch.launcher.runs.ending import result_of, show_result
 from shardlaunch.launcher.runs.folder import (
     claim,
     find_checkpoint,
@@ -38,19 +36,15 @@ from shardlaunch.launcher.runs.folder import (
     tracked_run,
     write_run,
 )
-from shardlaunch.launcher.runs.identity import (
-    Identity,
-    data_fingerprint,
-    option_values,
-    run_identity,
-    run_record,
-    versions,
-)
-from shardlaunch.launcher.runs.init_from import InitFrom
+from shardlaunch.launcher.runs.identifying import identify
+from shardlaunch.launcher.runs.identity import option_values, run_record
+from shardlaunch.launcher.runs.preflight import Room, check_shared
 from shardlaunch.launcher.runs.restoring import restore
 from shardlaunch.launcher.runs.result import Result
 from shardlaunch.launcher.runs.rollback import delete_superseded, left_out_of, with_rollback
 from shardlaunch.launcher.runs.saver import Saver
+from shardlaunch.launcher.runs.second_place import SecondPlace
+from shardlaunch.launcher.runs.upkeep import Upkeep
 from shardlaunch.launcher.training.bad_numbers import RollBack
 from shardlaunch.launcher.training.evaluation import Evaluator
 from shardlaunch.launcher.training.loss_check import check_loss
@@ -99,6 +93,10 @@ class Run:
             max_time_s=seconds_of(options.max_time) if options.max_time else 0, grace_s=options.grace_s
         )
         self.requests = Requests(sorted(folders), time_left)
+        self.room = Room(self.output_dir, options, world, warn=self.display.warn)
+        self.upkeep = Upkeep(self.checkpoints_dir, options, warn=self.display.warn)
+        self.second = SecondPlace(options, self.output_dir, world, self.display, fold=fold)
+        self.upkeep.busy = self.second.busy
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -108,8 +106,12 @@ class Run:
         """Run from the newest checkpoint, or from the beginning, to the end, and return the outcome. All ranks."""
         with ExitStack() as stack:
             self.world.peers.together(
-                lambda: stack.enter_context(claim(self.output_dir)) if self.world.is_main else None
+                lambda: (
+                    stack.enter_context(claim(self.output_dir, warn=self.display.warn)) if self.world.is_main else None
+                )
             )
+            check_shared(self.output_dir, self.world, warn=self.display.warn)
+            stack.callback(self.second.close)
             self.prepare()
             stop_at_step = self.options.stop_at_step
             if self.position.is_finished:
@@ -120,27 +122,41 @@ class Run:
             else:
                 while back := self._train():
                     self._roll_back(back)
+            self.second.finish()
             return self._end()
 
     def prepare(self) -> None:
         """Load the data, find the checkpoint to resume from, and build model and trainer. All ranks."""
         with phase("reading data"), collected() as self.notes:
             self.data = load_data(self.recipe, self.world, self.fold)
-            self.identity = self._identity()
+            self.init, self.identity = identify(
+                self.name,
+                self.options,
+                self.data,
+                world=self.world,
+                precision_name=self.precision.name,
+                fold=self.fold,
+                warn=self.display.warn,
+            )
             self.world.peers.together(lambda: None)  # the other ranks read after rank 0, which shows this phase
         with phase("looking for a checkpoint"):
             self.resumed = self._find_checkpoint()
         self._assemble(self.resumed)
+        if self.world.is_main:
+            self.upkeep.prune_resumed(self.resumed, self.position)
+        self.room.check_start(self.resumed, self.assembly.num_elements, self.position, last_step=self.data.last_step)
         self._write_run()
         self._show_start()
         self.saver = Saver(
             self.checkpoints_dir,
+            self.upkeep,
             recipe=self.recipe,
             identity=self.identity,
             world=self.world,
             num_samples={name: len(split) for name, split in self.data.splits.items()},
             newest_evaluation=lambda: self.recorder.last_evaluation,
             before_save=lambda: self.recorder.sync(),
+            on_saved=self.second.copy,
             warn=self.display.warn,
         )
         self.recorder = Recorder(
@@ -160,15 +176,20 @@ class Run:
             self.identity.check(found, str(self.output_dir), hint=new_folder_hint(options, self.output_dir))
         self.left_out = world.peers.together(lambda: left_out_of(self.output_dir, self.identity))
         if world.is_main:
-            sweep(self.checkpoints_dir)
-            delete_superseded(self.output_dir, self.left_out)
-        checkpoint = find_checkpoint(options.resume, self.output_dir, peers=world.peers, display=self.display)
+            self.upkeep.sweep()
+        hint = new_folder_hint(options, self.output_dir)
+        checkpoint = self.second.find(lambda: self._find_here(options.resume), self.identity, hint=hint)
         if checkpoint is not None:
             where = str(checkpoint.step_dir)
             saved = checkpoint.recipe.run
-            for difference in self.identity.check(saved, where, hint=new_folder_hint(options, self.output_dir)):
+            for difference in self.identity.check(saved, where, hint=hint):
                 self.display.warn(f"this resume may round differently: {difference}")
         return checkpoint
+
+    def _find_here(self, resume: str) -> Checkpoint | None:
+        peers = self.world.peers
+        peers.together(lambda: delete_superseded(self.output_dir, self.left_out) if self.world.is_main else None)
+        return find_checkpoint(resume, self.output_dir, peers=peers, display=self.display)
 
     def _assemble(self, checkpoint: Checkpoint | None) -> None:
         """Build the model and its strategy, and restore a checkpoint (None: start with the initial weights)."""
@@ -220,39 +241,15 @@ class Run:
                 on_evaluating=self.recorder.on_evaluating,
                 on_evaluation=self.recorder.on_evaluation,
                 save=self.save,
+                on_first_state=lambda num_bytes: self.room.check(
+                    num_bytes, steps_left=self.data.last_step - self.position.step, is_exact=True
+                ),
             ),
         )
         if not self.position.step:
             with phase("checking the loss on one micro-batch"):
                 model, batches, warn = self.strategy.replicas[0], self.trainer.batches, self.display.warn
                 check_loss(recipe, model, batches, precision=self.precision, device=world.device, warn=warn)
-
-    def _identity(self) -> Identity:
-        self.init: InitFrom | None = None
-        init_digest = 0
-        if self.options.init_from:
-            with phase("reading the weights of --init-from"):
-                init = self.init = self.world.peers.together(
-                    lambda: InitFrom.opened(Path(self.options.init_from), warn=self.display.warn)
-                )
-                # Rank 0 only: weights may be large, and the built models are compared later.
-                digest = self.world.peers.together(lambda: init.weights.digest() if self.world.is_main else "0")
-                init_digest = self.world.peers.gather([int(digest, 16) >> 65])[0][0]
-        return run_identity(
-            self.name,
-            self.options,
-            num_steps=self.data.num_steps,
-            data={name: data_fingerprint(split, seed=self.options.seed) for name, split in self.data.splits.items()},
-            plan_digest=self.data.plan.digest(),
-            fold=self.fold,
-            init_digest=f"{init_digest:016x}" if init_digest else None,
-            in_effect={
-                "--precision": self.precision.name,
-                "--threads-per-rank": torch.get_num_threads(),
-                "device": self.world.device.type,
-                "torch": versions()["torch"],
-            },
-        )
 
     def _write_run(self) -> None:
         record = run_record(self.identity, self.options, self.world.size, self.strategy_name)
@@ -267,7 +264,7 @@ class Run:
         name = folder.name if self.fold is None else f"{folder.parent.name}/{folder.name}"
         self.tracked = tracked_run(folder, self.identity, project=self.options.project or self.name, name=name)
         record["tracking_id"] = self.tracked.tracking_id
-        write_run(folder, record, least_bytes=4 * self.assembly.num_elements)
+        write_run(folder, record)
 
     def _train(self) -> RollBack | None:
         """Train to the end, or until a loss asks for a rollback, which is returned. All ranks."""
@@ -299,11 +296,8 @@ class Run:
         self.world.peers.together(lambda: None)  # all have looked
         self.left_out = known
         self._write_run()
-        self.world.peers.together(
-            lambda: delete_superseded(self.output_dir, self.left_out) if self.world.is_main else None
-        )
         resume = self.options.resume if not steps and self.options.resume != "never" else "auto"
-        checkpoint = find_checkpoint(resume, self.output_dir, peers=self.world.peers, display=self.display)
+        checkpoint = self._find_here(resume)
         start = checkpoint.step if checkpoint is not None else 0
         self.display.warn(
             f"{back}: going back to step {start}, and from there on without the global "
@@ -331,7 +325,10 @@ class Run:
             if is_last and not cause:
                 nothing_left_to_stop(0)
         if self.position.step > start:
-            self.saver.require_saved(self.position.step)
+            self.saver.require_saved(self.position, self.assembly)
+        self.second.finish()
+        if self.world.is_main:
+            self.upkeep.prune(self.position)  # what was being copied before
         raise_if_stopped(cause, self.position.step)
 
     def _unfreeze(self) -> None:
@@ -384,7 +381,9 @@ class Run:
         """Print the last lines and return the outcome. All ranks."""
         last = self.saver.last_saved or (self.resumed.step_dir if self.resumed is not None else None)
         # Rank 0 first: then it has deleted old checkpoints, and all ranks find the same ones.
-        result = self.world.main_first(lambda: Result.of_folder(self.output_dir, last=last))
+        result = self.world.main_first(
+            lambda: result_of(self.output_dir, self.position, last=last, warn=self.display.warn)
+        )
         result = replace(result, is_finished=self.position.is_finished)
         if self.world.is_main:
             show_result(self.display, result, self.recipe, best_step=self.position.best_step)

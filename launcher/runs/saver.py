@@ -1,21 +1,26 @@
 """Checkpoints of a run: when one is saved, which old ones are deleted, and what a failed save means."""
 
+import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from shardlaunch.checkpoints.layout import RECIPE, step_dir_name
 from shardlaunch.checkpoints.records import Position, to_json
-from shardlaunch.checkpoints.retention import prune
 from shardlaunch.checkpoints.writer import save
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.recipe import Recipe, recipe_name
 from shardlaunch.launcher.runs.assembly import Assembly
 from shardlaunch.launcher.runs.identity import Identity, option_values
 from shardlaunch.launcher.runs.model_card import CARD, CardFacts, model_card
+from shardlaunch.launcher.runs.upkeep import Upkeep
 from shardlaunch.sharding.environment import report_checkpoint
 from shardlaunch.sharding.named_state import group_hyperparameters
 from shardlaunch.sharding.world import World
+
+LAST_PAUSES_S = (0.5, 1.0)
+"""Before each other try to save the last checkpoint."""
 
 
 class Saver:
@@ -24,6 +29,7 @@ class Saver:
     def __init__(
         self,
         checkpoints_dir: Path,
+        upkeep: Upkeep,
         *,
         recipe: Recipe,
         identity: Identity,
@@ -31,24 +37,61 @@ class Saver:
         num_samples: Mapping[str, int],
         newest_evaluation: Callable[[], Mapping[str, Any]],
         before_save: Callable[[], None],
+        on_saved: Callable[[Position], None],
         warn: Callable[[str], None],
     ) -> None:
         self._checkpoints_dir = checkpoints_dir
+        self._upkeep = upkeep
         self._recipe = recipe
         self._identity = identity
         self._world = world
         self._num_samples = num_samples
         self._newest_evaluation = newest_evaluation
         self._before_save = before_save
+        self._on_saved = on_saved
         self._warn = warn
         self.last_saved: Path | None = None
 
     def save(self, position: Position, assembly: Assembly) -> None:
-        """Save a checkpoint; a save that fails is dropped on all ranks, and the run goes on. All ranks."""
+        """Save a checkpoint; a save that fails twice is dropped on all ranks, and the run goes on. All ranks."""
         position.group_hyperparameters = group_hyperparameters(assembly.strategy.optimizer)
-        is_new = not (self._checkpoints_dir / step_dir_name(position.step)).exists()
+        error = self._error_of_save(position, assembly) and self._error_of_save(position, assembly)
+        if error:
+            self._warn(error)
+        self._tidy(position)
+
+    def require_saved(self, position: Position, assembly: Assembly) -> None:
+        """Try again to save the last checkpoint if that failed. All ranks. Raises UserError if it still fails."""
+        if self._is_saved(position.step):
+            return
+        for pause_s in LAST_PAUSES_S:
+            time.sleep(pause_s)
+            if not self._error_of_save(position, assembly):
+                self._warn(f"the checkpoint of step {position.step} is saved now")
+                self._tidy(position)
+                return
+        raise UserError(
+            f"the run ended at step {position.step}, but its last checkpoint could not be saved. "
+            f"Make room; then the same command resumes from {self.last_saved or 'where this start began'}."
+        )
+
+    def _tidy(self, position: Position) -> None:
+        if self._is_saved(position.step):
+            self._on_saved(position)
+        if self._world.is_main:
+            self._upkeep.prune(position) if self._is_saved(position.step) else self._upkeep.sweep()
+
+    def _is_saved(self, step: int) -> bool:
+        return self.last_saved is not None and self.last_saved.name == step_dir_name(step)
+
+    def _error_of_save(self, position: Position, assembly: Assembly) -> str:
+        """Save a checkpoint and return "", or why it could not be saved. All ranks."""
+        is_new = not os.path.lexists(self._checkpoints_dir / step_dir_name(position.step))
         try:
-            self._world.peers.together(self._before_save)
+            try:
+                self._world.peers.together(self._before_save)
+            except UserError as error:
+                raise UserError(f"the checkpoint of step {position.step} was not saved: {error}") from error
             self.last_saved = save(
                 self._checkpoints_dir,
                 position=position,
@@ -58,28 +101,10 @@ class Saver:
                 peers=self._world.peers,
             )
         except UserError as error:
-            self._warn(str(error))
-            return
+            return str(error)
         if is_new and self._world.is_local_main:
             report_checkpoint()
-        if self._world.is_main:
-            self._prune(position)
-
-    def require_saved(self, step: int) -> None:
-        """Raise UserError unless the last save was that of `step`."""
-        if self.last_saved is None or self.last_saved.name != step_dir_name(step):
-            raise UserError(
-                f"the run ended at step {step}, but its last checkpoint could not be saved. "
-                f"Make room; then the same command resumes from {self.last_saved or 'where this start began'}."
-            )
-
-    def _prune(self, position: Position) -> None:
-        options = self._recipe.options
-        protected = [position.best_step] if options.save_on_best else []
-        try:
-            prune(self._checkpoints_dir, newest=position.step, keep=options.keep, protected=protected)
-        except OSError as error:
-            self._warn(f"an old checkpoint could not be deleted: {error}")
+        return ""
 
     def _export(self, folder: Path, step: int, assembly: Assembly) -> None:
         """Write what makes a checkpoint a model folder, the record of the recipe and the model card. Rank 0."""

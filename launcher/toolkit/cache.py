@@ -9,6 +9,7 @@ from pathlib import Path
 
 import xxhash
 
+from shardlaunch.checkpoints.files import is_there, retried
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.reporting.phases import phase
 
@@ -55,16 +56,27 @@ def writing_cache() -> Iterator[None]:
         raise problem from error
 
 
-def refusal(error: BaseException | None) -> UserError | None:
-    """Return the message for an error that means that the cache folder is full or cannot be written."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number in _FULL:
-        return UserError(f"no space left for the cache of data in {cache_dir()}: make room, or set HF_HOME")
-    if number in _NOT_WRITABLE:
-        reason = os.strerror(number)
-        return UserError(
-            f"the cache folder {cache_dir()} cannot be written ({reason}): set HF_HOME to a folder that can"
-        )
+def refusal(error: BaseException | None, *, is_of_cache: bool = False) -> UserError | None:
+    """Return the message for an error that means that the cache folder is full, or cannot be written or read.
+
+    The error may have been caused, or come while another was handled, by the one of the file system. One that names no
+    file is of the cache if it is that of a write, or if `is_of_cache`.
+    """
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    if error is None or error.errno is None:
+        return None
+    folder, where = str(cache_dir()), str(error.filename or "")
+    is_ours = folder in str(error) or bool(where and folder.startswith(where))
+    if where and not is_ours:
+        return None
+    if error.errno in _FULL:
+        return UserError(f"no space left for the cache of data in {folder}: make room, or set HF_HOME")
+    reason = os.strerror(error.errno)
+    if error.errno in _NOT_WRITABLE:
+        return UserError(f"the cache folder {folder} cannot be written ({reason}): set HF_HOME to a folder that can")
+    if is_ours or is_of_cache or "writing" in str(error):
+        return UserError(f"the cache folder {folder} fails ({reason}): see to its disk, or set HF_HOME")
     return None
 
 
@@ -74,28 +86,31 @@ def filled(path: Path, fill: Callable[[Path], None]) -> Path:
     Of several processes one fills it, and the others wait. Raises UserError if the folder cannot be written.
     """
     with filling(path):
-        if not path.exists():
+        if not is_there(path):
             part = path.with_name(f"{path.name}.{os.getpid()}.part")
             try:
                 with writing_cache():
                     fill(part)
                     part.replace(path)
             finally:
-                part.unlink(missing_ok=True)
+                with suppress(OSError):
+                    part.unlink(missing_ok=True)
     return path
 
 
 @contextmanager
 def filling(path: Path) -> Iterator[None]:
     """Hold the lock of a file of the cache, unless the file is there. Raises UserError if it cannot be written."""
-    if path.exists():  # also in a folder that is read-only
+    with writing_cache():
+        is_filled = retried(lambda: is_there(path))
+    if is_filled:  # also in a folder that is read-only
         yield
         return
     from filelock import FileLock, Timeout
 
     lock = FileLock(path.with_name(f"{path.name}.lock"))
     with writing_cache(), suppress(NotImplementedError):  # without locks each fills it, and the last one's stays
-        path.parent.mkdir(parents=True, exist_ok=True)
+        retried(lambda: path.parent.mkdir(parents=True, exist_ok=True))
         try:
             lock.acquire(timeout=UNSAID_WAIT_S)
         except Timeout:

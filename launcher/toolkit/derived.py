@@ -46,8 +46,8 @@ def derived(
         stack.enter_context(filling(path))
         try:
             return dataset.map(shown, batched=True, new_fingerprint=fingerprint, cache_file_name=str(path), **options)
-        except OSError as error:
-            problem = refusal(error)
+        except (OSError, ValueError) as error:  # datasets goes on to write into a file that an error has closed
+            problem = refusal(error, is_of_cache=True)
             if problem is None:
                 raise
             raise problem from error

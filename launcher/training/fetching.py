@@ -1,10 +1,14 @@
 """Fetch samples from a data set, with the generators that its transforms draw from seeded by (seed, epoch, sample)."""
 
+from collections.abc import Callable
+from functools import partial
+from operator import getitem
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Subset
 
+from shardlaunch.checkpoints.files import retried
 from shardlaunch.launcher.seeding import sample_seeds, seed_generators
 from shardlaunch.launcher.tensor_data import TensorData
 
@@ -21,20 +25,26 @@ def fetched(dataset: Any, samples: np.ndarray, seeds: np.ndarray) -> Any:
     if isinstance(dataset, TensorData):
         return dataset.rows_at(samples)
     if hasattr(dataset, "rows_at"):
-        seed_generators(int(seeds[0]))
-        return dataset.rows_at(samples)
+        return _seeded(seeds[0], lambda: dataset.rows_at(samples))
     by_row = isinstance(dataset, Subset) and not hasattr(dataset.dataset, "__getitems__")
     if hasattr(dataset, "__getitems__") and not by_row:
-        seed_generators(int(seeds[0]))
-        return dataset.__getitems__(samples.tolist())
-    rows = []
-    for sample, seed in zip(samples.tolist(), seeds.tolist(), strict=True):
-        seed_generators(seed)
-        rows.append(dataset[sample])
-    return rows
+        return _seeded(seeds[0], lambda: dataset.__getitems__(samples.tolist()))
+    return [
+        _seeded(seed, partial(getitem, dataset, sample))
+        for sample, seed in zip(samples.tolist(), seeds.tolist(), strict=True)
+    ]
+
+
+def _seeded(seed: int, fetch: Callable[[], Any]) -> Any:
+    """Seed the generators and fetch; after an error of the file system that may pass, do it again."""
+
+    def attempt() -> Any:
+        seed_generators(int(seed))
+        return fetch()
+
+    return retried(attempt)
 
 
 def row_of(dataset: Any, sample: int, seed: int) -> Any:
     """Return one row as the first epoch has it."""
-    seed_generators(int(sample_seeds(seed, 0, np.array([sample]))[0]))
-    return dataset[sample]
+    return _seeded(sample_seeds(seed, 0, np.array([sample]))[0], partial(getitem, dataset, sample))

@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from shardlaunch.checkpoints.files import retried
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from shardlaunch.launcher.training.time_left import TimeLeft
@@ -174,7 +176,7 @@ class Requests:
         if self._folders and time.monotonic() - self._looked_at > POLL_INTERVAL_S:
             self._looked_at = time.monotonic()
             both = (folder / name for folder in self._folders for name in (STOP_FILE, SAVE_FILE))
-            self._files = {path for path in both if path.exists()}
+            self._files = {path for path in both if os.path.lexists(path)}
         self._is_time_over = self._is_time_over or self.time_left.is_over()
         names = {path.name for path in self._files}
         return Asked(stop=_first_at() is not None or self._is_time_over or STOP_FILE in names, save=SAVE_FILE in names)
@@ -188,7 +190,7 @@ class Requests:
         is_by_file = STOP_FILE in {path.name for path in self._files}
         for path in self._files:
             with suppress(OSError):
-                path.unlink()
+                retried(partial(path.unlink, missing_ok=True))
         self._files = set()
         if _signals is not None and _signals.first is not None:
             return _signals.first.name

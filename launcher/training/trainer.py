@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -36,6 +35,8 @@ class Hooks:
     on_evaluating: Callable[[int, int], None]
     on_evaluation: Callable[[int, Evaluation], None]
     save: Callable[[Position], None]
+    on_first_state: Callable[[int], None] = lambda num_bytes: None
+    """Told how many bytes the state has, all of it, after the first step."""
 
 
 class Trainer:
@@ -113,7 +114,8 @@ class Trainer:
                     return self.requests.met()
                 position.step += 1
                 if is_first:
-                    deque(self.strategy.state(), maxlen=0)  # fails now if the optimizer's state cannot be saved
+                    # Fails now if the optimizer's state cannot be saved.
+                    self.hooks.on_first_state(sum(fragment.spec.num_bytes for fragment in self.strategy.state()))
                     is_first = False
                 self.requests.time_left.step_took(report.step_s)
                 self.hooks.on_step(position.step, report)

@@ -232,7 +232,8 @@ def test_disk_full_at_a_save(
     words = [*PYTHON, MNIST, *DEMO, "--max-steps", "4", "--output-dir", str(run_dir)]
     ended = forked_end_of(words, environment(hf_home), num_ranks=2)
     assert_one_message(ended, ["step 4", "last checkpoint could not be saved"])
-    warnings = [line for line in ended.out.splitlines() if line.startswith("warning:")]
+    room, *warnings = [line for line in ended.out.splitlines() if line.startswith("warning:")]
+    assert "are free, but 4 more checkpoints of" in room
     dropped = [step for step in (1, 2, 3, 4) if step not in good_steps]
     assert len(warnings) == len(dropped), ended.both
     for step, warning in zip(dropped, warnings, strict=True):

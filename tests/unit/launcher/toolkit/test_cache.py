@@ -1,5 +1,6 @@
 """The cache: in its own folder, filled once, named by content."""
 
+import errno
 import threading
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from shardlaunch import UserError
 from shardlaunch.data import class_names, derived, load_splits
-from shardlaunch.launcher.toolkit.cache import cache_dir, filled
+from shardlaunch.launcher.toolkit.cache import cache_dir, filled, refusal
 
 ROWS = {"text": [f"line {number}" for number in range(20)], "label": [0, 1] * 10}
 
@@ -88,3 +89,28 @@ def test_two_at_once_fill_it_once(tmp_path: Path) -> None:
         thread.join()
     assert len(calls) == 1
     assert (tmp_path / "one").read_text() == "whole"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.EIO, "Input/output error", "CACHE/x.arrow"), "the cache folder CACHE fails"),
+        (OSError(errno.ESTALE, "Stale file handle", "CACHE"), "the cache folder CACHE fails"),
+        (OSError(errno.EROFS, "Read-only file system"), "the cache folder CACHE cannot be written"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "CACHE/x.arrow"), "no space left for the cache of data in CACHE"),
+        (OSError(errno.EIO, "Error writing bytes to file. Detail: [errno 5]"), "the cache folder CACHE fails"),
+        (OSError(errno.EIO, "Input/output error", "/data/train.csv"), None),
+        (OSError(errno.EACCES, "Permission denied", "/data/train.csv"), None),
+        (ValueError("of another kind"), None),
+    ],
+    ids=str,
+)
+def test_errors_of_the_cache_are_told_from_those_of_the_data(error: Exception, says: str | None) -> None:
+    folder = str(cache_dir())
+    if isinstance(error, OSError) and error.filename:
+        error.filename = error.filename.replace("CACHE", folder)
+    later = ValueError("I/O operation on closed file")  # as datasets raises it, when it goes on after the first
+    later.__context__ = error
+    for one in (error, later):
+        found = refusal(one)
+        assert (found and str(found).startswith(says.replace("CACHE", folder))) if says else found is None

@@ -1,0 +1,50 @@
+"""What a run is known by: its options and data, and the weights that it begins with."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from shardlaunch.launcher.options import Options
+from shardlaunch.launcher.reporting.phases import phase
+from shardlaunch.launcher.runs.data import RunData
+from shardlaunch.launcher.runs.identity import Identity, data_fingerprint, run_identity, versions
+from shardlaunch.launcher.runs.init_from import InitFrom
+from shardlaunch.sharding.world import World
+
+
+def identify(
+    recipe_name: str,
+    options: Options,
+    data: RunData,
+    *,
+    world: World,
+    precision_name: str,
+    fold: int | None,
+    warn: Callable[[str], None],
+) -> tuple[InitFrom | None, Identity]:
+    """Return the weights of --init-from, if given, and the identity of the run. All ranks. Raises UserError."""
+    init = None
+    init_digest = 0
+    if options.init_from:
+        with phase("reading the weights of --init-from"):
+            opened = init = world.peers.together(lambda: InitFrom.opened(Path(options.init_from), warn=warn))
+            # Rank 0 only: weights may be large, and the built models are compared later.
+            digest = world.peers.together(lambda: opened.weights.digest() if world.is_main else "0")
+            init_digest = world.peers.gather([int(digest, 16) >> 65])[0][0]
+    identity = run_identity(
+        recipe_name,
+        options,
+        num_steps=data.num_steps,
+        data={name: data_fingerprint(split, seed=options.seed) for name, split in data.splits.items()},
+        plan_digest=data.plan.digest(),
+        fold=fold,
+        init_digest=f"{init_digest:016x}" if init_digest else None,
+        in_effect={
+            "--precision": precision_name,
+            "--threads-per-rank": torch.get_num_threads(),
+            "device": world.device.type,
+            "torch": versions()["torch"],
+        },
+    )
+    return init, identity
