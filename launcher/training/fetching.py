@@ -7,6 +7,7 @@ from torch.utils.data import Subset
 
 from shardlaunch.launcher.seeding import sample_seeds, seed_generators
 from shardlaunch.launcher.tensor_data import TensorData
+from shardlaunch.progress import COUNT, SAMPLE, progress
 
 EVALUATION = -1
 """The epoch whose seeds all evaluations use."""
@@ -28,7 +29,11 @@ def fetched(dataset: Any, samples: np.ndarray, seeds: np.ndarray) -> Any:
         seed_generators(int(seeds[0]))
         return dataset.__getitems__(samples.tolist())
     rows = []
+    loading = progress.loading
+    loading[COUNT] = 1
     for sample, seed in zip(samples.tolist(), seeds.tolist(), strict=True):
+        loading[SAMPLE] = sample
+        progress.advance()
         seed_generators(seed)
         rows.append(dataset[sample])
     return rows
