@@ -63,7 +63,7 @@ class Heartbeats:
         store: Any = world.store if world.size > 1 else None  # torch's stubs do not have all that it has
         self._store: dist.Store | None = store.clone() if store is not None else None
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
+        self._thread: threading.Thread | None = None
         self.is_looking = False
         self.others: dict[int, Beat] = {}
         self.num_answers = 0
@@ -79,7 +79,12 @@ class Heartbeats:
 
     def start(self) -> None:
         if self._store is not None:
+            self._thread = threading.Thread(target=self._run, args=(self._store,), name="heartbeats", daemon=True)
             self._thread.start()
+
+    def give_up(self) -> None:
+        """Ask nothing more of the store, which would not answer."""
+        self._store = None
 
     def cease(self) -> None:
         """End the exchange, some time."""
@@ -88,7 +93,7 @@ class Heartbeats:
     def stop(self) -> None:
         """End the exchange; a store that does not answer is left to its thread."""
         self.cease()
-        if self._store is not None:
+        if self._thread is not None:
             self._thread.join(2.0)
 
     def is_first(self, silent: Sequence[int]) -> bool:
@@ -133,12 +138,11 @@ class Heartbeats:
             while self._store is not None and not happened(self._store) and time.monotonic() < end:
                 time.sleep(0.05)
 
-    def _run(self) -> None:
-        assert self._store is not None
+    def _run(self, store: dist.Store) -> None:
         with suppress(RuntimeError):  # the store is gone with its host; the watchdog sees no answers
             while True:
                 is_last = self._stopping.is_set()
-                self._exchange(self._store)
+                self._exchange(store)
                 if is_last:
                     return
                 self._stopping.wait(self._interval_s)

@@ -7,7 +7,7 @@ from torch.utils.data import Subset
 
 from shardlaunch.launcher.seeding import sample_seeds, seed_generators
 from shardlaunch.launcher.tensor_data import TensorData
-from shardlaunch.progress import COUNT, SAMPLE, progress
+from shardlaunch.progress import COUNT, SAMPLE, STEP, progress
 
 EVALUATION = -1
 """The epoch whose seeds all evaluations use."""
@@ -42,4 +42,8 @@ def fetched(dataset: Any, samples: np.ndarray, seeds: np.ndarray) -> Any:
 def row_of(dataset: Any, sample: int, seed: int) -> Any:
     """Return one row as the first epoch has it."""
     seed_generators(int(sample_seeds(seed, 0, np.array([sample]))[0]))
-    return dataset[sample]
+    loading = progress.loading
+    loading[STEP], loading[SAMPLE], loading[COUNT] = -1, sample, 1
+    row = dataset[sample]
+    loading[STEP] = 0
+    return row

@@ -59,7 +59,7 @@ def _place(notes: Notes, kind: str) -> str:
     step = f"step {notes.step}" if notes.step else "before the first step"
     slot = f", micro-batch {notes.slot} of {notes.num_slots}" if notes.slot and notes.kind else ""
     loading = f"; {_samples(notes.loading)}" if notes.loading[STEP] else ""
-    return f"{step}{slot}: {kind}{loading}"
+    return f"{step}{slot}, {kind}{loading}"
 
 
 def last_place(beat: Beat) -> str:
@@ -76,7 +76,8 @@ def last_place(beat: Beat) -> str:
 def _samples(loading: Sequence[int]) -> str:
     first, count = int(loading[SAMPLE]), int(loading[COUNT])
     samples = f"sample {first}" if count == 1 else f"{count} samples from {first} on" if count else "collating samples"
-    return f"{'loading ' if count else ''}{samples} for step {int(loading[STEP])}"
+    step = int(loading[STEP])
+    return f"{'loading ' if count else ''}{samples}{f' for step {step}' if step > 0 else ''}"
 
 
 def _state(pid: int) -> str:
@@ -97,13 +98,14 @@ def message(hang: Hang, *, me: int, folder: Path) -> str:
     if len(late) > MOST_NAMED:
         late[MOST_NAMED:] = [f"and {len(late) - MOST_NAMED} more ranks"]
     lines = [f"error: the run hangs: {late[0]}"] if len(late) == 1 else ["error: the run hangs:", *late]
-    waiting = [rank for rank, seen in hang.ranks.items() if rank not in hang.late and not seen.beat.has_left]
+    waiting = [rank for rank, seen in sorted(hang.ranks.items()) if rank not in hang.late and not seen.beat.has_left]
     if hang.is_cut_off:
         lines.append("the store of this launch does not answer: it is in rank 0's process, or in its launcher")
     if waiting:
         first = me if me in waiting else waiting[0]
-        who = f"rank{'s' * (len(waiting) > 1)} {some(map(str, waiting))} wait{'s' * (len(waiting) == 1)} for it"
-        lines.append(f"{who}; rank {first} is at {_where(hang.ranks[first].beat)}")
+        where = _where(hang.ranks[first].beat)
+        all_ = f"ranks {some(map(str, waiting))} wait for it, rank {first}: {where}"
+        lines.append(all_ if len(waiting) > 1 else f"rank {first} waits for it: {where}")
     lines.append(
         f"Where each rank is: {folder}. --hang-after-s sets another time. The run ends with status {EXIT_HUNG}; the "
         f"same command resumes from the last checkpoint, if there is one."
@@ -118,9 +120,12 @@ def _late_text(rank: int, seen: Seen) -> str:
         state = "it says nothing: its process is held up, or its machine or the network is gone"
         if process is not None:
             state = "it says nothing: some code that is not Python does not give way to its other threads"
-    where = last_place(seen.beat) if seen.silence_s else _where(seen.beat)
     remark = f" ({state})" if state else ""
-    return f"rank {rank} has made no progress for {seen.without_progress_s:.0f} s at {where}{remark}"
+    return f"rank {rank} has made no progress for {seen.without_progress_s:.0f} s: {_place_of_rank(seen)}{remark}"
+
+
+def _place_of_rank(seen: Seen) -> str:
+    return last_place(seen.beat) if seen.silence_s else _where(seen.beat)
 
 
 def _where(beat: Beat) -> str:
@@ -189,31 +194,39 @@ class _End:
     def run(self) -> None:
         """Report; the rank that does so for all waits until the others know, since they lose it when it ends."""
         beats = self._heartbeats
+        if self._hang.is_cut_off:
+            beats.give_up()
         is_first = self._is_first()
         beats.acknowledge()
         if not is_first:
             self._write_own()
-            beats.await_reported(most_s=0.0 if self._hang.is_cut_off else MOST_REPORTING_S / 2)
+            beats.await_reported(most_s=MOST_REPORTING_S / 2)
             self._silent = beats.silent or self._silent
-            beats.acknowledge_end()
+            self._leave()
             return
-        silent = set(self._silent)
-        live = [r for r, seen in self._hang.ranks.items() if r not in silent and not seen.beat.has_left]
-        if not self._hang.is_cut_off:
-            beats.await_acknowledged(len(live), most_s=OTHERS_KNOW_S)
+        beats.await_acknowledged(self._num_live(), most_s=OTHERS_KNOW_S)
         text = message(self._hang, me=self._world.rank, folder=self._folder)
         with suppress(OSError):
             os.write(sys.stderr.fileno(), f"{text}\n".encode())
         self._write_own()
-        places = [f"rank {rank}: {_where(seen.beat)}" for rank, seen in sorted(self._hang.ranks.items())]
+        places = [f"rank {rank}: {_place_of_rank(seen)}" for rank, seen in sorted(self._hang.ranks.items())]
         self._write(REPORT, "\n".join([text, "", *places]))
         for rank in self._local_silent():
             beat = self._hang.ranks[rank].beat
             stacks = _stacks_of([beat.pid], f"/proc/{beat.pid}/fd/{beat.stacks}") or "no stacks: it does not run"
-            self._write(f"rank-{rank}.txt", f"{_where(beat)}\n\n{stacks}")
+            self._write(f"rank-{rank}.txt", f"{last_place(beat)}\n\n{stacks}")
         beats.set_reported()
-        if not self._hang.is_cut_off:  # the store may be in this process
-            beats.await_ends(len(live) - 1, most_s=OTHERS_KNOW_S)
+        self._leave()
+
+    def _num_live(self) -> int:
+        silent = set(self._silent)
+        return sum(rank not in silent and not seen.beat.has_left for rank, seen in self._hang.ranks.items())
+
+    def _leave(self) -> None:
+        """Need the store no longer; rank 0, whose process may have it, waits until nobody does."""
+        self._heartbeats.acknowledge_end()
+        if self._world.is_main:
+            self._heartbeats.await_ends(self._num_live(), most_s=OTHERS_KNOW_S)
 
     def _is_first(self) -> bool:
         if self._hang.is_cut_off:  # one of each machine; not rank 0, which may be what does not answer

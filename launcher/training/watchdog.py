@@ -87,7 +87,7 @@ class Watchdog:
         kind = progress.kind
         if kind in progress.measured:
             return max(self._after_s, LONGEST_TIMES * self._longest_s.get(kind, 0.0))
-        is_busy = time.process_time() - self._cpu_s > self._age_s / 2
+        is_busy = self._age_s > self._after_s and time.process_time() - self._cpu_s > self._age_s / 2
         return self._after_s * (BUSY_FIRST_TIMES if is_busy else FIRST_TIMES)
 
     @property
@@ -171,7 +171,11 @@ class Watchdog:
             return Hang(ranks, late=[0]) if is_over_limit else None
         if self._unanswered_s > self._silent_after_s:
             is_cut_off = is_over_limit and self._unanswered_s > self._after_s / 2
-            return Hang(ranks, late=local_stopped(ranks) or [0], is_cut_off=True) if is_cut_off else None
+            if not is_cut_off:
+                return None
+            silent = {rank: Seen(seen.beat, self._unanswered_s) for rank, seen in self._others.items()}
+            late = local_stopped(silent) or [0]
+            return Hang({**silent, self._world.rank: Seen(mine, 0.0)}, late=late, is_cut_off=True)
         if len(ranks) < self._world.size or not self._is_stalled:
             return None
         late = hung(ranks, silent_after_s=self._silent_after_s)

@@ -14,8 +14,9 @@ EVALUATION_DATA, EVALUATION, EVALUATION_RESULTS = "evaluation data", "evaluation
 _KINDS = ("", *PARTS, BETWEEN_STEPS, EVALUATION_DATA, EVALUATION, EVALUATION_RESULTS)
 _NUMBERS = {kind: number for number, kind in enumerate(_KINDS)}
 NUM_NOTES = 8
-# What a process that loads data notes, in this order: its number, the step from 1 whose samples it loads (0: none), the
-# first of the samples that it fetches at once, and how many these are (0: they are fetched and collated now).
+# What a process that loads data notes, in this order: its number; the step from 1 whose samples it loads (0: it loads
+# none, -1: they are of no step); the first of the samples that it fetches at once; how many these are (0: they are
+# fetched, and collated now).
 PID, STEP, SAMPLE, COUNT = range(4)
 
 
