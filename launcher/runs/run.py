@@ -51,6 +51,7 @@ from shardlaunch.launcher.training.evaluation import Evaluator
 from shardlaunch.launcher.training.loss_check import check_loss
 from shardlaunch.launcher.training.stopping import Requests, raise_if_stopped, until_the_end_of_a_step
 from shardlaunch.launcher.training.trainer import Hooks, Trainer
+from shardlaunch.progress import SAVING
 from shardlaunch.sharding.named_state import group_hyperparameters, restore_group_hyperparameters
 from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
@@ -317,7 +318,7 @@ class Run:
 
     def save(self, position: Position) -> None:
         """Save a checkpoint of the current state; a save that fails only causes a warning. All ranks."""
-        with phase("saving"):
+        with phase(SAVING):
             self.saver.save(position, self.assembly)
 
     def _steps_text(self) -> str:

@@ -57,7 +57,7 @@ def place_of(now: Progress) -> str:
 
 def _place(notes: Notes, kind: str) -> str:
     step = f"step {notes.step}" if notes.step else "before the first step"
-    slot = f", micro-batch {notes.slot} of {notes.num_slots}" if notes.slot and notes.kind else ""
+    slot = f", micro-batch {notes.slot} of {notes.num_slots}" if notes.slot and notes.is_in_slot else ""
     loading = f"; {_samples(notes.loading)}" if notes.loading[STEP] else ""
     return f"{step}{slot}, {kind}{loading}"
 

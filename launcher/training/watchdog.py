@@ -51,9 +51,11 @@ class Watchdog:
         self._hangs_dir = hangs_dir
         self._interval_s = min(LONGEST_INTERVAL_S, after_s / 10)
         self._silent_after_s = min(SILENT_AFTER_S, after_s / 2)
-        self._main_thread = threading.main_thread().ident
+        self.main_thread = threading.main_thread().ident
         self._process = psutil.Process()
         self._identity = this_process()
+        self._memory = Memory(progress)
+        self._looked_at = time.monotonic()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._heartbeats = Heartbeats(world, self._beat, interval_s=self._interval_s)
@@ -70,7 +72,7 @@ class Watchdog:
         self._unanswered_s = 0.0
 
     def start(self) -> None:
-        self._memory = Memory(progress)
+        self._looked_at = time.monotonic()
         self._heartbeats.start()
         self._thread.start()
 
@@ -79,6 +81,10 @@ class Watchdog:
         self._stopping.set()
         self._thread.join()
         self._heartbeats.stop()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of what the process has for the watch."""
         self._memory.close()
 
     @property
@@ -116,28 +122,30 @@ class Watchdog:
         )
 
     def _run(self) -> None:
-        last = time.monotonic()
         try:
             while not self._stopping.wait(self._interval_s):
-                # Time for which the whole process was stopped, or had no core, is not the run's.
-                now = time.monotonic()
-                ran_s = min(now - last, 2 * self._interval_s)
-                last = now
-                self._tick(ran_s)
+                self.look(self.ran_s())
+                hang = self.find_hang()
+                if hang is not None and not self._stopping.is_set():
+                    self._heartbeats.cease()
+                    beats, memory = self._heartbeats, self._memory
+                    end_run(hang, world=self._world, heartbeats=beats, memory=memory, folder=self._hangs_dir)
         except Exception:  # the run goes on without
             print("the watchdog of this rank has failed:", file=sys.stderr)
             traceback.print_exc()
 
-    def _tick(self, ran_s: float) -> None:
+    def ran_s(self) -> float:
+        """Return the time since the last call, without that in which the process was stopped, or had no core."""
+        last, self._looked_at = self._looked_at, time.monotonic()
+        return min(self._looked_at - last, 2 * self._interval_s)
+
+    def look(self, ran_s: float) -> None:
+        """Take note of what this rank and the others have done in the last `ran_s` seconds."""
         self._note_progress(ran_s)
         self._is_debugged = self._is_stalled and self._find_debugger()
         if self._is_debugged or (self._is_stalled and self._is_reading_or_writing()):
             self._age_s = 0.0
         self._note_others(ran_s)
-        hang = self._find_hang()
-        if hang is not None and not self._stopping.is_set():
-            self._heartbeats.cease()
-            end_run(hang, world=self._world, heartbeats=self._heartbeats, memory=self._memory, folder=self._hangs_dir)
 
     def _note_progress(self, ran_s: float) -> None:
         loaded = tuple(map(tuple, progress.workers)) if progress.kind == DATA else ()
@@ -160,7 +168,7 @@ class Watchdog:
             is_new = before is None or before.beat.number != beat.number
             self._others[rank] = Seen(beat, 0.0 if is_new or before is None else before.silence_s + ran_s)
 
-    def _find_hang(self) -> Hang | None:
+    def find_hang(self) -> Hang | None:
         """Return the hang that this rank sees, or hears of."""
         mine = self._beat()
         ranks = {**self._others, self._world.rank: Seen(mine, 0.0)}
@@ -193,7 +201,7 @@ class Watchdog:
             for line in Path("/proc/self/status").read_text().splitlines():
                 if line.startswith("TracerPid:") and line.split()[1] != "0":
                     return True
-        frame: FrameType | None = sys._current_frames().get(self._main_thread or 0)
+        frame: FrameType | None = sys._current_frames().get(self.main_thread or 0)
         while frame is not None:
             if str(frame.f_globals.get("__name__", "")).partition(".")[0] in _DEBUGGERS:
                 return True

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 DATA, FORWARD, BACKWARD, WAITING = PARTS = ("data", "forward", "backward", "waiting")
 BETWEEN_STEPS = "between steps"
 EVALUATION_DATA, EVALUATION, EVALUATION_RESULTS = "evaluation data", "evaluation", "evaluation results"
-_KINDS = ("", *PARTS, BETWEEN_STEPS, EVALUATION_DATA, EVALUATION, EVALUATION_RESULTS)
+SAVING = "saving"
+_KINDS = ("", *PARTS, EVALUATION, EVALUATION_DATA, EVALUATION_RESULTS, BETWEEN_STEPS, SAVING)
 _NUMBERS = {kind: number for number, kind in enumerate(_KINDS)}
 NUM_NOTES = 8
 # What a process that loads data notes, in this order: its number; the step from 1 whose samples it loads (0: it loads
@@ -33,8 +34,12 @@ class Notes(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Return what goes on; empty in a phase."""
+        """Return what goes on; empty for what has no number, as most phases."""
         return _KINDS[self.kind_number]
+
+    @property
+    def is_in_slot(self) -> bool:
+        return self.kind in (*PARTS, EVALUATION)
 
 
 class Progress:
@@ -102,7 +107,7 @@ class Progress:
         """Note that a phase begins, perhaps on this rank alone, within what goes on."""
         self._outer.append(self.kind)
         self.kind = phase
-        self._notes[3] = 0
+        self._notes[3] = _NUMBERS.get(phase, 0)
         self.num_changes += 1
 
     def leave(self) -> None:
