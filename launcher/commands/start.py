@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 
-from shardlaunch.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from shardlaunch.errors import EXIT_HUNG, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from shardlaunch.launcher.runs.result import Result
 from shardlaunch.launcher.training.stopping import SIGNALS
 from shardlaunch.sharding.environment import (
@@ -97,7 +97,7 @@ def _run_agent(argv: list[str]) -> int:
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         # Negative codes are of ranks that a signal ended, mostly the agent's: a rank's own exit status tells more.
-        own = next((code for code in codes if code > 0), None)
+        own = EXIT_HUNG if EXIT_HUNG in codes else next((code for code in codes if code > 0), None)
         return own or (EXIT_STOPPED if passed_on else 128 + abs(codes[0]))
     except SignalException as error:
         return 128 + int(error.sigval)
