@@ -5,7 +5,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,7 @@ from shardlaunch.sharding.world import World
 
 FEW_RANKS = 64
 _HANG = "shardlaunch/hang"
+_RECORDERS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
 _DONE = "shardlaunch/hang-reported"
 
 
@@ -199,24 +200,21 @@ def collectives_begun(world: World) -> dict[str, int]:
 def last_collective(world: World) -> str:
     """Return the collective that this process waits for, else the last one that it began, as text.
 
-    From torch's flight recorder, which has those that C++ begins too.
+    From torch's flight recorders, which have those that C++ begins too.
     """
-    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
-    if world.size == 1 or dump is None:
-        return ""
-    entries = [entry for entry in json.loads(dump()).get("entries", []) if not entry["is_p2p"]]
-    open_ = [entry for entry in entries if not entry["retired"]]
+    entries: list[dict[str, Any]] = []
+    if world.size > 1:
+        for name in _RECORDERS:
+            dump = getattr(torch._C._distributed_c10d, name, None)
+            with suppress(RuntimeError, ValueError):
+                entries += json.loads(dump()).get("entries", []) if dump is not None else []
+    entries = [entry for entry in entries if not entry.get("is_p2p")]
+    open_ = [entry for entry in entries if not entry.get("retired")]
     if not entries:
         return ""
-    entry = (open_ or entries)[0 if open_ else -1]
-    sizes = " and ".join(
-        f"{kind.lower()} {size}" for kind, size in zip(entry["input_dtypes"], entry["input_sizes"], strict=False)
-    )
+    entry = open_[0] if open_ else entries[-1]
+    kinds, sizes = entry.get("input_dtypes", ()), entry.get("input_sizes", ())
+    of = " and ".join(f"{kind.lower()} {size}" for kind, size in zip(kinds, sizes, strict=False)) or "nothing"
     what = "waits in the collective" if open_ else "the last collective, which has ended, is"
-    number = entry["collective_seq_id"]
-    return f"{what} {entry['profiling_name']} of {sizes or 'nothing'} (number {number} of group {_group_name(entry)})"
-
-
-def _group_name(entry: Mapping[str, object]) -> str:
-    name = entry["process_group"]
-    return str(name[0] if isinstance(name, list) else name)
+    number, group = entry.get("collective_seq_id"), entry.get("process_group", [""])[0]
+    return f"{what} {entry.get('profiling_name')} of {of} (number {number} of group {group})"

@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -214,8 +215,19 @@ class Folder:
     def workers_left(self) -> list[int]:
         """Return the processes that load data and still run."""
         pids = [int(path.name.removeprefix("worker-")) for path in self.recipe.parent.glob("worker-*")]
-        left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-        return [process.pid for process in left if process.status() != psutil.STATUS_ZOMBIE]
+        end = time.monotonic() + STUCK_S / 10
+        while left := [pid for pid in pids if _runs(pid)]:
+            if time.monotonic() > end:
+                break
+            time.sleep(0.1)
+        return left
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def check_hang(case: Case, folder: Folder) -> Ended:
@@ -291,7 +303,8 @@ def main() -> int:
                 outcome = "well"
             except AssertionError as error:
                 bad += 1
-                outcome = f"BAD: {error}"
+                line = traceback.extract_tb(error.__traceback__)[-1].line
+                outcome = f"BAD: {line}\n{error}"
             print(f"{time.monotonic() - begun:6.1f} s  {case.name}: {outcome}", flush=True)
     print(f"{bad} bad")
     return int(bad > 0)
