@@ -50,8 +50,9 @@ def stop(fault):
             pass
     if how == "C":
         ctypes.PyDLL(None).sleep(3600)  # without giving way to other threads, as CDLL would
-    if how == "slow":  # a wait of many times --hang-after-s, with signs of life
+    if how == "slow" and not os.environ.get("WAS_SLOW"):  # a wait of many times --hang-after-s, with signs of life
         from shardlaunch.launcher.reporting.phases import phase
+        os.environ["WAS_SLOW"] = "1"
         with phase("counting", num_rows=40) as advance:
             for _ in range(40):
                 time.sleep(0.3)
