@@ -64,13 +64,25 @@ def _place(notes: Notes, kind: str) -> str:
 
 def last_place(beat: Beat) -> str:
     """Return where a rank is that says nothing: from its memory if it is one of this machine, else where it was."""
-    with suppress(OSError, ValueError):
+    notes = _notes_of(beat)
+    if notes is not None and notes.kind:
+        return _place(notes, notes.kind)
+    return f"{beat.place} (when it last said so)"
+
+
+def _notes_of(beat: Beat) -> Notes | None:
+    """Return the notes of a process, if it is one of this machine."""
+    with suppress(OSError, ValueError, TypeError):
         if process_of(beat) is not None:
             memory = Path(f"/proc/{beat.pid}/fd/{beat.notes}").read_bytes()
-            notes = notes_in(memoryview(memory).cast("q"))
-            if notes.kind:
-                return _place(notes, notes.kind)
-    return f"{beat.place} (when it last said so)"
+            return notes_in(memoryview(memory).cast("q"))
+    return None
+
+
+def _is_alive(seen: Seen) -> bool:
+    """Return whether a rank of this machine runs as usual, so that only the network keeps it from being heard."""
+    notes = _notes_of(seen.beat)
+    return notes is not None and time.monotonic() - notes.looked_ms / 1000 < seen.silence_s / 2
 
 
 def _samples(loading: Sequence[int]) -> str:
@@ -120,6 +132,8 @@ def _late_text(rank: int, seen: Seen) -> str:
         state = "it says nothing: its process is held up, or its machine or the network is gone"
         if process is not None:
             state = "it says nothing: some code that is not Python does not give way to its other threads"
+            if _is_alive(seen):
+                state = "it runs, but the network between the ranks is down"
     remark = f" ({state})" if state else ""
     return f"rank {rank} has made no progress for {seen.without_progress_s:.0f} s: {_place_of_rank(seen)}{remark}"
 
@@ -234,7 +248,9 @@ class _End:
         return self._heartbeats.is_first(self._silent)
 
     def _local_silent(self) -> list[int]:
-        return [rank for rank in self._silent if process_of(self._hang.ranks[rank].beat) is not None]
+        """Return the ranks of this machine that cannot end by themselves."""
+        silent = {rank: self._hang.ranks[rank] for rank in self._silent if rank in self._hang.ranks}
+        return [rank for rank, seen in silent.items() if process_of(seen.beat) is not None and not _is_alive(seen)]
 
     def _write_own(self) -> None:
         workers = [child.pid for child in multiprocessing.active_children() if child.pid is not None]

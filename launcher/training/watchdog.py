@@ -141,6 +141,7 @@ class Watchdog:
 
     def look(self, ran_s: float) -> None:
         """Take note of what this rank and the others have done in the last `ran_s` seconds."""
+        progress.note_look()
         self._note_progress(ran_s)
         self._is_debugged = self._is_stalled and self._find_debugger()
         if self._is_debugged or (self._is_stalled and self._is_reading_or_writing()):

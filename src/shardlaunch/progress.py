@@ -14,7 +14,7 @@ EVALUATION_DATA, EVALUATION, EVALUATION_RESULTS = "evaluation data", "evaluation
 SAVING = "saving"
 _KINDS = ("", *PARTS, EVALUATION, EVALUATION_DATA, EVALUATION_RESULTS, BETWEEN_STEPS, SAVING)
 _NUMBERS = {kind: number for number, kind in enumerate(_KINDS)}
-NUM_NOTES = 8
+NUM_NOTES = 9
 # What a process that loads data notes, in this order: its number; the step from 1 whose samples it loads (0: it loads
 # none, -1: they are of no step); the first of the samples that it fetches at once; how many these are (0: they are
 # fetched, and collated now).
@@ -31,6 +31,8 @@ class Notes(NamedTuple):
     num_slots: int
     kind_number: int
     loading: tuple[int, ...]
+    looked_ms: int
+    """When the watchdog of the process last looked, by the clock of the machine since its start."""
 
     @property
     def kind(self) -> str:
@@ -65,7 +67,7 @@ class Progress:
     def keep_in(self, memory: memoryview) -> None:
         """Keep the notes in memory of `NUM_NOTES` 64-bit integers from now on."""
         self._notes = memory.cast("q")
-        self.loading: Any = self._notes[4:]
+        self.loading: Any = self._notes[4:8]
         """The samples being loaded by this process: PID, STEP, SAMPLE, COUNT."""
 
     @property
@@ -94,6 +96,10 @@ class Progress:
         notes[0], notes[1], notes[2] = step, slot + 1, num_slots
         self.begin(kind)
 
+    def note_look(self) -> None:
+        """Note that the watchdog has looked just now."""
+        self._notes[8] = int(time.monotonic() * 1000)
+
     def mark(self) -> None:
         """Note that all ranks alike have come one further with what they do."""
         self.num_marks += 1
@@ -121,8 +127,8 @@ class Progress:
 
 def notes_in(memory: memoryview) -> Notes:
     """Return the notes in a memory of integers."""
-    step, slot, num_slots, kind_number, *loading = memory
-    return Notes(step, slot, num_slots, kind_number, tuple(loading))
+    step, slot, num_slots, kind_number, *loading, looked_ms = memory
+    return Notes(step, slot, num_slots, kind_number, tuple(loading), looked_ms)
 
 
 progress = Progress()
