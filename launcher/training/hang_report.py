@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -190,6 +191,8 @@ def end_run(hang: Hang, *, world: World, heartbeats: Heartbeats, memory: Memory,
         thread.start()
         thread.join(MOST_REPORTING_S)
         end.kill()
+    except Exception:  # such as one that would leave the others waiting
+        traceback.print_exc()
     finally:
         os._exit(EXIT_HUNG)
 
@@ -204,6 +207,8 @@ class _End:
         self._memory = memory
         self._folder = folder
         self._silent = [rank for rank in hang.late if hang.ranks[rank].silence_s]
+        # Found before they are asked for their stacks: the signal wakes some from a system call, into the next one.
+        self._stuck = self._stuck_here()
 
     def run(self) -> None:
         """Report; the rank that does so for all waits until the others know, since they lose it when it ends."""
@@ -216,6 +221,7 @@ class _End:
             self._write_own()
             beats.await_reported(most_s=MOST_REPORTING_S / 2)
             self._silent = beats.silent or self._silent
+            self._stuck = self._stuck or self._stuck_here()
             self._leave()
             return
         beats.await_acknowledged(self._num_live(), most_s=OTHERS_KNOW_S)
@@ -225,7 +231,7 @@ class _End:
         self._write_own()
         places = [f"rank {rank}: {_place_of_rank(seen)}" for rank, seen in sorted(self._hang.ranks.items())]
         self._write(REPORT, "\n".join([text, "", *places]))
-        for rank in self._local_silent():
+        for rank in self._stuck:
             beat = self._hang.ranks[rank].beat
             stacks = _stacks_of([beat.pid], f"/proc/{beat.pid}/fd/{beat.stacks}") or "no stacks: it does not run"
             self._write(f"rank-{rank}.txt", f"{last_place(beat)}\n\n{stacks}")
@@ -247,7 +253,7 @@ class _End:
             return self._world.rank == min((rank for rank in self._world.local_ranks if rank), default=0)
         return self._heartbeats.is_first(self._silent)
 
-    def _local_silent(self) -> list[int]:
+    def _stuck_here(self) -> list[int]:
         """Return the ranks of this machine that cannot end by themselves."""
         silent = {rank: self._hang.ranks[rank] for rank in self._silent if rank in self._hang.ranks}
         return [rank for rank, seen in silent.items() if process_of(seen.beat) is not None and not _is_alive(seen)]
@@ -269,7 +275,7 @@ class _End:
         for child in multiprocessing.active_children():
             with suppress(OSError):
                 child.kill()
-        for rank in self._local_silent():
+        for rank in self._stuck:
             process = process_of(self._hang.ranks[rank].beat)
             with suppress(psutil.Error):
                 if process is not None:

@@ -175,19 +175,10 @@ class Folder:
         self._number += 1
         return self.recipe.with_name(f"run-{self._number}")
 
-    def words(self, case: Case, run_dir: Path) -> list[str]:
-        """Return the command of a case."""
-        hang = ("--hang-after-s", str(AFTER_S))
-        return [
-            *PYTHON,
-            str(self.recipe),
-            "--strategy",
-            case.strategy,
-            "--output-dir",
-            str(run_dir),
-            *hang,
-            *case.options,
-        ]
+    def words(self, case: Case, run_dir: Path, *options: str) -> list[str]:
+        """Return the command of a case, with more options."""
+        words = (*PYTHON, str(self.recipe), "--output-dir", str(run_dir), "--strategy", case.strategy)
+        return [*words, *case.options, *options]
 
     def env(self, case: Case | None = None) -> dict[str, str]:
         """Return the environment of a run, with the fault of a case or none."""
@@ -197,7 +188,8 @@ class Folder:
     @contextmanager
     def started(self, case: Case, run_dir: Path) -> Iterator[Forked]:
         """Start the run of a case."""
-        with forked(self.words(case, run_dir), self.env(case), num_ranks=case.num_ranks) as run:
+        words = self.words(case, run_dir, "--hang-after-s", str(AFTER_S))
+        with forked(words, self.env(case), num_ranks=case.num_ranks) as run:
             yield run
 
     def assert_as_whole(self, case: Case, run_dir: Path) -> None:

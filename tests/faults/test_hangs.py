@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.faults.hangs import CASES, LIVING, Folder, check_hang, check_living
+from tests.faults.hangs import CASES, Folder, check_hang
 
 SHORT = ("step stop, rank 0, ddp on 2, ", "data sleep, rank 0, ddp on 2, --num-workers 2")
 
@@ -17,8 +17,3 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 def test_a_rank_that_stops_is_named_and_the_run_goes_on(name: str, folder: Folder) -> None:
     (case,) = (case for case in CASES if case.name == name)
     check_hang(case, folder)
-
-
-def test_a_run_that_is_stopped_and_continued_as_a_whole_is_not_ended(folder: Folder) -> None:
-    (case,) = (case for case in LIVING if case.fault == "paused")
-    check_living(case, folder)
