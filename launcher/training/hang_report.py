@@ -170,17 +170,25 @@ class Memory:
 
 
 def _stacks_of(pids: Sequence[int], file: str) -> str:
-    """Have processes write their stacks, and return what is then in the file."""
+    """Have processes write their stacks, one after the other, and return what is then in the file."""
     if DUMP_SIGNAL is None:
         return ""
     for pid in pids:
         with suppress(OSError):
             os.kill(pid, DUMP_SIGNAL)
-    time.sleep(DUMP_S)
+            _await_written(file)
     try:
         return Path(file).read_text(errors="replace")
     except OSError:
         return ""
+
+
+def _await_written(file: str) -> None:
+    """Wait until a file has grown and does so no more, for a while at most: a stopped process writes nothing."""
+    end, sizes = time.monotonic() + DUMP_S, [os.stat(file).st_size]
+    while time.monotonic() < end and not sizes[0] < sizes[-1] == sizes[-2]:
+        time.sleep(DUMP_S / 10)
+        sizes.append(os.stat(file).st_size)
 
 
 def end_run(hang: Hang, *, world: World, heartbeats: Heartbeats, memory: Memory, folder: Path) -> NoReturn:
