@@ -62,6 +62,7 @@ def gather(
     incoming = _Round(0, plan, fragments, peers, buffers[0]) if num_rounds else None
     for number in range(1, num_rounds + 1):
         assert incoming is not None
+        peers.mark()
         current = incoming
         if number < num_rounds:
             incoming = _Round(number, plan, fragments, peers, buffers[number % 2])

@@ -22,9 +22,17 @@ class Peers:
     rank: int = 0
     num_ranks: int = 1
     group: dist.ProcessGroup | None = None
+    on_collective: Callable[[], None] | None = None
+    """Called as a collective begins, and in a save as a bucket does: on all ranks alike."""
+
+    def mark(self) -> None:
+        """Note that all ranks alike go on."""
+        if self.on_collective is not None:
+            self.on_collective()
 
     def gather(self, values: Sequence[int]) -> list[list[int]]:
         """Return every rank's values (64-bit, equally many on each rank). All ranks."""
+        self.mark()
         if self.num_ranks == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.int64)
@@ -39,6 +47,7 @@ class Peers:
 
     def share_error(self, error: str | None) -> str | None:
         """Return the error of the lowest rank that has one, on every rank; None if no rank has. All ranks."""
+        self.mark()
         if self.num_ranks == 1:
             return error
         text = b"" if error is None else (error or "unknown error").encode()[:_TEXT_BYTES]

@@ -79,7 +79,9 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         is_debug = options.debug
         from shardlaunch.launcher.reporting.phases import shown_by
         from shardlaunch.launcher.runs.fit import choose, joined_ranks, new_display, run_recipe_on
+        from shardlaunch.launcher.runs.folder import run_folder
         from shardlaunch.launcher.runs.session import silent_libraries
+        from shardlaunch.launcher.training.watchdog import watched
 
         env = read_environment()
         with ExitStack() as stack:
@@ -89,7 +91,10 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
             display = new_display(env, show=True)
             stack.enter_context(shown_by(display.phases))
             choice = choose(options, env)
-            world = stack.enter_context(joined_ranks(env, options, choice))
+            after_s = options.hang_after_s
+            world = stack.enter_context(joined_ranks(env, options, choice, is_watched=after_s > 0))
+            output_dir = run_folder(options, recipe_name(recipe_type))
+            stack.enter_context(watched(world, after_s=after_s, output_dir=output_dir))
             result = run_recipe_on(recipe_type, options, env, world, choice, display)
             if env.result_file and world.is_main:
                 with open(env.result_file, "w") as file:

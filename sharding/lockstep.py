@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shardlaunch.errors import UserError
+from shardlaunch.progress import progress
 from shardlaunch.sharding.world import World
 
 PATIENCE = timedelta(minutes=2)
@@ -41,6 +42,7 @@ class Lockstep:
         if self._steps is self._evaluating:
             self._positions[id(self._steps)] = 0
         if not self._steps and self._world.size > 1:  # one rank may reach the first pass much later
+            progress.mark()
             dist.barrier(group=self._world.host_group)
 
     def begin_backward(self) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.errors import UserError
+from shardlaunch.progress import progress
 from shardlaunch.sharding.environment import LaunchEnvironment
 from shardlaunch.sharding.meeting import meet
 
@@ -21,6 +22,8 @@ T = TypeVar("T")
 
 # The others may wait long while rank 0 prepares data; a dead rank is noticed at once by its closed socket.
 TIMEOUT = timedelta(hours=2)
+# The watchdog ends a run when nobody makes progress, and not while the one that the others wait for does.
+WATCHED_TIMEOUT = timedelta(days=14)
 CPU = torch.device("cpu")
 
 
@@ -53,7 +56,7 @@ class World:
     @cached_property
     def peers(self) -> Peers:
         """Return these ranks in the form that checkpoints use."""
-        return Peers(rank=self.rank, num_ranks=self.size, group=self.host_group)
+        return Peers(rank=self.rank, num_ranks=self.size, group=self.host_group, on_collective=progress.mark)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over the ranks, in place, and return it. All ranks."""
@@ -96,11 +99,12 @@ class World:
             time.sleep(0.05)  # the last of them gets its answer, with which it does not print too
 
 
-def connect(env: LaunchEnvironment, *, needs_group: bool = False) -> World:
+def connect(env: LaunchEnvironment, *, needs_group: bool = False, is_watched: bool = False) -> World:
     """Join the ranks of this launch: gloo on CPU, NCCL beside gloo on GPUs. All ranks.
 
-    A process that was started by itself has a process group, of one, only if it `needs_group`. Raises UserError when
-    there are more ranks than GPUs, and when the ranks do not meet.
+    A process that was started by itself has a process group, of one, only if it `needs_group`. A collective waits for
+    2 hours, or as long as the watchdog lets it if the run `is_watched`. Raises UserError when there are more ranks than
+    GPUs, and when the ranks do not meet.
     """
     use_cuda = torch.cuda.is_available() and not env.use_cpu
     if use_cuda:
@@ -117,15 +121,16 @@ def connect(env: LaunchEnvironment, *, needs_group: bool = False) -> World:
         return World(device=device)
     store, rank, world_size = meet(env), env.rank, env.world_size
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    timeout = WATCHED_TIMEOUT if is_watched else TIMEOUT
     owns_group = not dist.is_initialized()  # a script that calls `fit` may have a process group, which stays its own
     if owns_group:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return World(
         rank=rank,
         size=world_size,
         local_ranks=range(first := rank - env.local_rank, first + env.local_world_size),
         device=device,
-        host_group=dist.new_group(backend="gloo", timeout=TIMEOUT),
+        host_group=dist.new_group(backend="gloo", timeout=timeout),
         store=store,
         owns_group=owns_group,
     )

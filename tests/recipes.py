@@ -241,7 +241,7 @@ def run_well(recipe_type: type[Recipe], argv: list[str]) -> str:
 def training_lines(output_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics.jsonl without the times."""
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "step_s"} for line in lines]
+    return [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines]
 
 
 def losses(output_dir: Path) -> dict[int, float]:

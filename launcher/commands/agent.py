@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher import api
 
-from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_STOPPED, EXIT_USER_ERROR
+from shardlaunch.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_STOPPED, EXIT_USER_ERROR
 from shardlaunch.launcher.training.stopping import SIGNALS
 from shardlaunch.sharding.environment import PROGRESS_VARIABLE, RANKS_VARIABLE, STRATEGY_VARIABLE
 from shardlaunch.sharding.resolve import STRATEGIES
@@ -155,7 +155,7 @@ def run_agent(
                 print(f"error: {restarts.why_none}; the messages above say why", file=sys.stderr, flush=True)
             codes = [failure.exitcode for failure in error.failures.values()]
             # Negative codes are of ranks that a signal ended, mostly the agent's: a rank's own exit status tells more.
-            own = next((code for code in codes if code > 0), None)
+            own = EXIT_HUNG if EXIT_HUNG in codes else next((code for code in codes if code > 0), None)
             return own or (EXIT_STOPPED if passed_on else 128 + abs(codes[0]))
         except SignalException as error:
             return 128 + int(error.sigval)

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
+from shardlaunch.progress import progress
+
 if TYPE_CHECKING:  # a recipe's --help needs none of it
     from rich.console import Console
     from rich.progress import Progress
@@ -39,7 +41,16 @@ class Phases:
         self._inner_s.append(0.0)
         try:
             with view(name, num_rows) as advance:
-                yield advance
+                progress.enter(name)
+
+                def advance_all(num_more: int) -> None:
+                    progress.advance()
+                    advance(num_more)
+
+                try:
+                    yield advance_all
+                finally:
+                    progress.leave()
         finally:
             elapsed_s = time.monotonic() - begun
             own_s = elapsed_s - self._inner_s.pop()

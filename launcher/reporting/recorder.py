@@ -4,7 +4,7 @@ import resource
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,10 @@ class StepReport:
     tokens: int
     step_s: float
     is_skipped: bool
+    ranks: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Minimum, median and maximum over the ranks of the seconds per part of a step, where a report is due."""
+    slowest: str = ""
+    """Which rank is clearly slower than the others."""
 
 
 class Recorder:
@@ -42,6 +46,8 @@ class Recorder:
         self._trackers: Trackers | None = None
         self._progress: ProgressView | None = None
         self._since_tracked: list[StepReport] = []
+        self._ranks: Mapping[str, Sequence[float]] = {}  # for the next line
+        self._slowest = ""
         self.last_evaluation: Mapping[str, Any] = {}
         """Line of the newest evaluation in metrics.jsonl, empty before the first."""
 
@@ -89,10 +95,15 @@ class Recorder:
             step_s=report.step_s,
         )
         values = {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm}
+        self._ranks = report.ranks or self._ranks
+        if report.ranks and report.slowest.partition(":")[0] != self._slowest:  # said once, and again if it is another
+            self._slowest = report.slowest.partition(":")[0]
+            self._display.say(report.slowest or "no rank is slower than the others any more")
         if step % self._log_every == 0 or step == self._last_step:
             counts = {"samples": report.samples, "tokens": report.tokens, "step_s": report.step_s}
             skipped = {"skipped": True} if report.is_skipped else {}
-            self._log.write({**self._where(step), **values, **counts, **skipped})
+            self._log.write({**self._where(step), **values, **counts, **skipped, **self._ranks})
+            self._ranks = {}
         self._since_tracked.append(report)
         if step % self._track_every == 0 or step == self._last_step:
             self._trackers.log({**values, **_speed(self._since_tracked), "memory_bytes": _peak_memory_bytes()}, step)

@@ -79,15 +79,20 @@ def choose(options: Options, env: LaunchEnvironment) -> Choice:
 
 
 @contextmanager
-def joined_ranks(env: LaunchEnvironment, options: Options, choice: Choice) -> Iterator[World]:
-    """Set this rank's number of threads and join the ranks of this launch; leave them at the end. All ranks."""
+def joined_ranks(
+    env: LaunchEnvironment, options: Options, choice: Choice, *, is_watched: bool = False
+) -> Iterator[World]:
+    """Set this rank's number of threads and join the ranks of this launch; leave them at the end. All ranks.
+
+    `is_watched`: the caller runs a watchdog while it has joined.
+    """
     from shardlaunch.sharding.resolve import STRATEGIES
 
     num_threads = threads_per_rank(options.threads_per_rank, env)
     torch.set_num_threads(num_threads)
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # otherwise accelerate sets its own number, with a warning
     with phase(f"connecting {env.world_size} ranks") if env.world_size > 1 else nullcontext():
-        world = connect(env, needs_group=STRATEGIES[choice.strategy].is_sharded)
+        world = connect(env, needs_group=STRATEGIES[choice.strategy].is_sharded, is_watched=is_watched)
     yield world
     disconnect(world)
 

@@ -56,6 +56,7 @@ from shardlaunch.launcher.training.stopping import (
 )
 from shardlaunch.launcher.training.time_left import TimeLeft
 from shardlaunch.launcher.training.trainer import Hooks, Trainer
+from shardlaunch.progress import SAVING
 from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
 from shardlaunch.sharding.world import World
@@ -344,7 +345,7 @@ class Run:
     def save(self, position: Position) -> None:
         """Save a checkpoint of the current state; a save that fails only causes a warning. All ranks."""
         begun = time.monotonic()
-        with phase("saving"):
+        with phase(SAVING):
             self.saver.save(position, self.assembly)
         seconds = time.monotonic() - begun
         if self.requests.time_left.save_took(seconds) and self.options.grace_s:

@@ -6,12 +6,17 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from shardlaunch.checkpoints.files import is_there, retried
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.reporting.phases import phase
+from shardlaunch.progress import progress
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 READ_BYTES = 1 << 22
 READ_THREADS = 8
@@ -98,6 +103,16 @@ def filled(path: Path, fill: Callable[[Path], None]) -> Path:
     return path
 
 
+def _acquire_some_day(lock: "FileLock") -> None:
+    """Wait for a lock for as long as another run has it: that one's watchdog ends it if it comes to a stop."""
+    from filelock import Timeout
+
+    while not lock.is_locked:
+        progress.advance()
+        with suppress(Timeout):
+            lock.acquire(timeout=UNSAID_WAIT_S)
+
+
 @contextmanager
 def filling(path: Path) -> Iterator[None]:
     """Hold the lock of a file of the cache, unless the file is there. Raises UserError if it cannot be written."""
@@ -115,7 +130,7 @@ def filling(path: Path) -> Iterator[None]:
             lock.acquire(timeout=UNSAID_WAIT_S)
         except Timeout:
             with phase("waiting for another run that prepares the same data"):
-                lock.acquire()
+                _acquire_some_day(lock)
     try:
         yield
     finally:

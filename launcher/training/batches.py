@@ -3,10 +3,11 @@
 No rank or loader keeps a position: the run's position is the step t, the number of global batches consumed.
 """
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from shardlaunch.launcher.tensor_data import TensorData
 from shardlaunch.launcher.training.clock import Clock
 from shardlaunch.launcher.training.fetching import EVALUATION, fetched
 from shardlaunch.launcher.training.stopping import SIGNALS
+from shardlaunch.progress import COUNT, PID, SAMPLE, STEP, progress
 
 # Samples are bucketed by length within this many global batches: enough to match lengths, few enough to stay shuffled.
 MEGA_BATCHES = 50
@@ -167,6 +169,7 @@ class Batches:
         self._num_ranks = num_ranks
         self._training = training
         self._num_workers = num_workers
+        self._notes: Any = ()  # what each worker loads
         self._clock = clock
 
     def steps(self, first: int, end: int) -> Iterator[GlobalBatch]:
@@ -175,6 +178,7 @@ class Batches:
         for step in range(first, end):
             samples = self.plan.micro_batches(step)
             num_slots = -(-len(samples) // self._num_ranks)
+            progress.workers = self._notes
             yield GlobalBatch(
                 step=step,
                 num_samples=sum(map(len, samples)),
@@ -195,12 +199,14 @@ class Batches:
     def _load_all(self, slots: Callable[[], Iterator[Slot]]) -> Iterator[MicroBatch]:
         if not self._num_workers:
             return map(self.load, slots())
+        notes = torch.zeros(self._num_workers, len(progress.loading), dtype=torch.int64).share_memory_()
+        self._notes = notes.numpy()
         loader: DataLoader[MicroBatch | UserError] = DataLoader(
             _Loadable(self.load),  # type: ignore[arg-type]
             sampler=_Sampler(slots),
             batch_size=None,
             num_workers=self._num_workers,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=partial(_begin_worker, notes),
             generator=torch.Generator(),  # its own, so that it does not draw from the model's stream
         )
         return map(_raised, loader)
@@ -209,19 +215,25 @@ class Batches:
         """Fetch and collate one micro-batch."""
         if self._clock is not None:
             self._clock.set(slot.step)
+        loading = progress.loading
+        loading[STEP], loading[SAMPLE], loading[COUNT] = slot.step + 1, int(slot.samples[0]), len(slot.samples)
         seeds = sample_seeds(self.plan.seed, slot.epoch if self._training else EVALUATION, slot.samples)
         rows = fetched(self._dataset, slot.samples, seeds)
+        loading[COUNT] = 0
         if not self._is_plain:
             # For a collate() that draws from the global generators; not the first row's seed, to draw other numbers.
             seed_generators(int(seeds[0]) ^ _OF_COLLATE)
         inputs = self._collate(rows, seeds if self._training else None)
-        return MicroBatch(
+        micro_batch = MicroBatch(
             index=slot.micro_batch,
             weight=slot.weight,
             inputs=inputs,
             num_targets=int(self._num_targets(inputs)),
             num_tokens=int(self._num_tokens(inputs)),
         )
+        loading[STEP] = 0
+        progress.advance()
+        return micro_batch
 
 
 class EvaluationPlan(BatchPlan):
@@ -248,6 +260,7 @@ class _Loadable:
 
 
 def _raised(loaded: MicroBatch | UserError) -> MicroBatch:
+    progress.advance()
     if isinstance(loaded, UserError):
         raise loaded
     return loaded
@@ -261,7 +274,9 @@ class _Sampler:
         return self.slots()
 
 
-def _ignore_signals(_: int) -> None:
-    """Leave signals to the rank: if its workers died first, it could not save."""
+def _begin_worker(notes: torch.Tensor, worker: int) -> None:
+    """Leave signals to the rank: if its workers died first, it could not save. Note for it what is loaded here."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    progress.loading = notes.numpy()[worker]
+    progress.loading[PID] = os.getpid()

@@ -13,6 +13,7 @@ from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.seeding import derive_seed, seed_model_stream
 from shardlaunch.launcher.training.batches import Batches
 from shardlaunch.launcher.training.forward import forward
+from shardlaunch.progress import EVALUATION, EVALUATION_DATA, EVALUATION_RESULTS, progress
 from shardlaunch.sharding.buffers import persistent_buffers
 from shardlaunch.sharding.precision import Precision
 from shardlaunch.sharding.world import World
@@ -74,6 +75,7 @@ class Evaluator:
             metric.reset()
         try:
             sums = self._predict(model, num_steps, on_progress, poll)
+            progress.begin(EVALUATION_RESULTS)
         finally:
             for name, buffer in start.items():  # an evaluation does not change the model
                 model.get_buffer(name).copy_(buffer)
@@ -106,8 +108,10 @@ class Evaluator:
         has_work = False
         num_done = 0
         sums = torch.zeros(2, dtype=torch.float64, device=self._world.device)
+        progress.begin(EVALUATION_DATA)
         for batch in self._batches.steps(0, num_steps):
-            for micro_batch in batch.micro_batches:
+            for slot, micro_batch in enumerate(batch.micro_batches):
+                progress.begin_slot(EVALUATION, batch.step + 1, slot, len(batch.micro_batches))
                 seed_model_stream(self._seed, batch.step, micro_batch.index, self._world.device)
                 inputs, outputs, loss = forward(self._recipe, model, micro_batch, self._precision, self._world.device)
                 if micro_batch.weight:
@@ -122,6 +126,7 @@ class Evaluator:
                 poll()
             num_done += batch.num_samples
             on_progress(num_done, self._batches.plan.num_samples)
+            progress.begin(EVALUATION_DATA)
         return sums
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import Subset
 from shardlaunch.checkpoints.files import retried
 from shardlaunch.launcher.seeding import sample_seeds, seed_generators
 from shardlaunch.launcher.tensor_data import TensorData
+from shardlaunch.progress import COUNT, SAMPLE, STEP, progress
 
 EVALUATION = -1
 """The epoch whose seeds all evaluations use."""
@@ -29,10 +30,14 @@ def fetched(dataset: Any, samples: np.ndarray, seeds: np.ndarray) -> Any:
     by_row = isinstance(dataset, Subset) and not hasattr(dataset.dataset, "__getitems__")
     if hasattr(dataset, "__getitems__") and not by_row:
         return _seeded(seeds[0], lambda: dataset.__getitems__(samples.tolist()))
-    return [
-        _seeded(seed, partial(getitem, dataset, sample))
-        for sample, seed in zip(samples.tolist(), seeds.tolist(), strict=True)
-    ]
+    rows = []
+    loading = progress.loading
+    loading[COUNT] = 1
+    for sample, seed in zip(samples.tolist(), seeds.tolist(), strict=True):
+        loading[SAMPLE] = sample
+        progress.advance()
+        rows.append(_seeded(seed, partial(getitem, dataset, sample)))
+    return rows
 
 
 def _seeded(seed: int, fetch: Callable[[], Any]) -> Any:
@@ -47,4 +52,8 @@ def _seeded(seed: int, fetch: Callable[[], Any]) -> Any:
 
 def row_of(dataset: Any, sample: int, seed: int) -> Any:
     """Return one row as the first epoch has it."""
-    return _seeded(sample_seeds(seed, 0, np.array([sample]))[0], partial(getitem, dataset, sample))
+    loading = progress.loading
+    loading[STEP], loading[SAMPLE], loading[COUNT] = -1, sample, 1
+    row = _seeded(sample_seeds(seed, 0, np.array([sample]))[0], partial(getitem, dataset, sample))
+    loading[STEP] = 0
+    return row

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ from shardlaunch.launcher.training.batches import Batches, GlobalBatch
 from shardlaunch.launcher.training.clock import Clock
 from shardlaunch.launcher.training.evaluation import Evaluation, Evaluator
 from shardlaunch.launcher.training.forward import forward
+from shardlaunch.launcher.training.slow_ranks import PartTimes, RankTimes, slowest, spread
 from shardlaunch.launcher.training.stopping import Asked, BrokenOff, Polls, Requests
+from shardlaunch.progress import BACKWARD, BETWEEN_STEPS, DATA, FORWARD, WAITING, progress
 from shardlaunch.sharding.buffers import BufferMean
 from shardlaunch.sharding.precision import Precision
 from shardlaunch.sharding.strategy import Strategy
@@ -75,6 +78,7 @@ class Trainer:
         self._step_polls = Polls(world.peers, lambda: requests.now().stop and not requests.may_finish_step())
         self._evaluation_polls = Polls(world.peers, lambda: requests.now().stop)
         self.clock = Clock(recipe=recipe, steps_per_epoch=batches.plan.steps_per_epoch, num_steps=num_steps)
+        self.part_times = PartTimes(world)
         self.buffers = BufferMean(strategy.replicas, world=world)
         self.peak_lrs = [group["lr"] for group in strategy.optimizer.param_groups]
         # Report the run's own learning rate, not that of a single parameter group.
@@ -94,7 +98,8 @@ class Trainer:
             if cause or position.is_finished:
                 return cause
         begun = time.perf_counter()
-        is_first = True
+        start, is_first = position.step, True
+        progress.begin(DATA)
         batches = self.batches.steps(position.step, end)
         upcoming = self._counted(next(batches, None))
         self.judge.restore(position.recent_losses)
@@ -102,14 +107,14 @@ class Trainer:
         while upcoming.batch is not None:
             self.requests.time_left.step_begins()
             if position.step + 1 in left_out:
-                upcoming = self._begin_sums(torch.zeros(()), next(batches, None))()[1]
+                upcoming = self._begin_sums(position.step, torch.zeros(()), next(batches, None))()[1]
                 position.step += 1
                 self.hooks.on_left_out(position.step)
             else:
                 try:
                     report, upcoming = self.train_step(upcoming, batches, begun)
                 except BrokenOff:
-                    if not is_first:
+                    if position.step > start:
                         self._save(position)
                     return self.requests.met()
                 position.step += 1
@@ -168,17 +173,21 @@ class Trainer:
             if slot:
                 self._step_polls()
             model, device = replicas[slot % len(replicas)], devices[slot % len(replicas)]
+            progress.begin_slot(FORWARD, batch.step + 1, slot, last + 1)
             seed_model_stream(self.options.seed, batch.step, micro_batch.index, device)
             self.recipe.moment = moment
             _, _, loss = forward(self.recipe, model, micro_batch, self.precision, device)
             if micro_batch.weight:
                 total = loss.detach() if total is None else total + loss.detach().to(total.device)
             if slot == last:
+                progress.begin(DATA)
                 following = next(batches, None)
-                sums = self._begin_sums(total, following)
+                sums = self._begin_sums(batch.step, total, following)
             factor = micro_batch.weight * scale / num_targets
+            progress.begin(BACKWARD)
             self.strategy.backward(loss, factor=factor, last=slot == last)
             self.buffers.end_micro_batch(model, index=micro_batch.index, weight=micro_batch.weight)
+        progress.begin(WAITING)
         norm = self.strategy.finish_gradients(unscale=1.0 / scale, max_norm=self.options.max_grad_norm)
         loss_sum, upcoming = sums()
         loss_value = loss_sum / num_targets
@@ -199,11 +208,14 @@ class Trainer:
             tokens=counted.num_tokens,
             step_s=time.perf_counter() - begun,
             is_skipped=is_skipped,
+            ranks=spread(upcoming.times),
+            slowest=slowest(upcoming.times, is_sharded=self.strategy.is_sharded),
         )
+        progress.begin(BETWEEN_STEPS)
         return report, upcoming
 
     def _begin_sums(
-        self, loss: torch.Tensor | None, following: GlobalBatch | None
+        self, step: int, loss: torch.Tensor | None, following: GlobalBatch | None
     ) -> Callable[[], tuple[float, "CountedBatch"]]:
         """Start to sum this step's loss and the next batch's counts; return a function to get them. All ranks."""
         counts = _counts(following)
@@ -212,7 +224,8 @@ class Trainer:
             assert loss is not None
             return lambda: (loss.item(), CountedBatch(following, *counts, asked))
         # float64 holds the loss and integers up to 2**53 exactly.
-        sums = torch.tensor([0.0, *counts, *asked], dtype=torch.float64, device=self.world.device)
+        times = self.part_times.of_all(step)
+        sums = torch.tensor([0.0, *counts, *asked, *times], dtype=torch.float64, device=self.world.device)
         if loss is not None:
             sums[0] = loss
         work = self.world.begin_sum(sums)
@@ -220,9 +233,14 @@ class Trainer:
         def finish() -> tuple[float, CountedBatch]:
             assert work is not None
             work.wait()
-            loss_sum, num_targets, num_tokens, *asked = sums.tolist()
+            loss_sum, num_targets, num_tokens, *others = sums.tolist()
+            asked, times = others[: len(Asked())], others[len(Asked()) :]
             return loss_sum, CountedBatch(
-                following, int(num_targets), int(num_tokens), Asked(*(each > 0 for each in asked))
+                following,
+                int(num_targets),
+                int(num_tokens),
+                Asked(*(each > 0 for each in asked)),
+                self.part_times.by_part(times),
             )
 
         return finish
@@ -287,6 +305,8 @@ class CountedBatch(NamedTuple):
     num_tokens: int
     asked: Asked = Asked()
     """What any rank has been asked for, before this batch."""
+    times: RankTimes = MappingProxyType({})
+    """Times of the ranks until this batch, where a report is due."""
 
 
 def _counts(batch: GlobalBatch | None) -> tuple[int, int]:

@@ -5,10 +5,11 @@ from collections.abc import Iterable
 
 MOST_NAMED = 10
 # Exit statuses: lost contact with another rank (or any other error), a UserError, a run that was asked to stop and is
-# to be started again, and one that was ended at once.
+# to be started again, one that had come to a stop, and one that was ended at once.
 EXIT_OTHER_ERROR = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # as EX_TEMPFAIL of sysexits.h
+EXIT_HUNG = 124  # as of timeout(1)
 EXIT_INTERRUPTED = 130
 
 
