@@ -74,8 +74,9 @@ def option_hints(options_type: type) -> Mapping[str, Any]:
 
 
 def _narrowest(hints: Sequence[Any]) -> Any:
-    choices = [hint for hint in hints if get_origin(hint) is Literal]
-    return choices[0] if choices and hints[0] in (str, int) else hints[0]
+    mine = hints[0]
+    wider = [hint for hint in hints if get_origin(hint) is Literal or (is_union(hint) and mine in get_args(hint))]
+    return wider[0] if wider and mine in (str, int) else mine
 
 
 def inherited(options_type: type, name: str, key: str, default: Any) -> Any:
@@ -95,7 +96,9 @@ def is_list(hint: Any) -> bool:
 def expected(hint: Any) -> str:
     """Describe the values of an option of this type, for error messages."""
     if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
+        return f"{'one of ' * (len(get_args(hint)) > 1)}{', '.join(map(str, get_args(hint)))}"
+    if is_union(hint):
+        return ", or ".join(map(expected, get_args(hint)))
     if is_list(hint):
         inner = get_args(hint)
         count = "" if _has_any_length(hint) else f"{len(inner)} "
@@ -161,7 +164,7 @@ def _without_none(hints: Mapping[str, Any]) -> dict[str, Any]:
     plain = {}
     for name, hint in hints.items():
         arms = [arm for arm in get_args(hint) if arm is not NoneType]
-        plain[name] = arms[0] if get_origin(hint) in (Union, UnionType) and len(arms) == 1 else hint
+        plain[name] = arms[0] if is_union(hint) and len(arms) == 1 else hint
     return plain
 
 
@@ -188,9 +191,16 @@ def _is_of(value: Any, hint: Any) -> bool:
         kinds = (inner[0],) * len(value) if _has_any_length(hint) and isinstance(value, tuple | list) else inner
         is_whole = isinstance(value, tuple | list) and len(value) == len(kinds)
         return is_whole and all(_is_of(one, kind) for one, kind in zip(value, kinds, strict=True))
+    if is_union(hint):
+        return any(_is_of(value, arm) for arm in get_args(hint))
     if hint in _SINGULAR:
         return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     return True
+
+
+def is_union(hint: Any) -> bool:
+    """Return whether an option takes values of several types, such as a number or a word."""
+    return get_origin(hint) in (Union, UnionType)
 
 
 def _has_any_length(hint: Any) -> bool:
@@ -198,6 +208,8 @@ def _has_any_length(hint: Any) -> bool:
 
 
 def _check_bounds(bounds: Mapping[str, float], value: Any, text: str) -> None:
+    if isinstance(value, str):  # a word in place of a number
+        return
     values = value if isinstance(value, tuple | list) else (value,)
     # `not all(in range)` rather than `any(out of range)`, so that NaN is refused too.
     if not all(_BOUNDS[name][0](one, bound) for name, bound in bounds.items() for one in values):

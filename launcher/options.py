@@ -70,7 +70,7 @@ class RunOptions:
             if printable(value, is_name=True) != value:
                 raise UserError(f"{flag(name)} {printable(value, is_name=True)}: must have no control characters")
         if self.max_time:
-            seconds_of(self.max_time)  # raises
+            seconds_of(self.max_time, "--max-time")  # raises
         if self.folds == 1:
             raise UserError("--folds 1: must be at least 2, or 0 for no cross-validation")
         if self.folds and self.resume != "auto":
@@ -133,14 +133,19 @@ class StrategyOptions:
 class SavingOptions:
     """Options of checkpoints."""
 
-    save_every: int = option(500, mark="free", minimum=0)
-    """Save every N steps and at the end (0: only at the end)."""
+    save_every: int | Literal["auto"] = option(500, mark="free", minimum=0)
+    """Save every N steps and at the end (0: only at the end; auto: as --mtbf and the time of a save make it best)."""
+    mtbf: str = option("1d", mark="free")
+    """Mean time between failures that --save-every auto expects, of all machines together, such as 6h or 2d."""
     save_on_best: bool = option(True, mark="free")
     """Also save when the best metric improves, and keep that checkpoint."""
     keep: int = option(2, mark="free", minimum=0)
     """Number of newest checkpoints to keep (0: all)."""
     save_to: str = option("", mark="free")
     """Second place for checkpoints, a folder or URL (s3://BUCKET/RUN): copied in the background, resumed from."""
+
+    def __post_init__(self) -> None:
+        seconds_of(self.mtbf, "--mtbf")  # raises
 
 
 @dataclass(kw_only=True)
@@ -179,7 +184,7 @@ class Options(
 
     def __post_init__(self) -> None:
         check_values(self)
-        for owner in (RunOptions, DataOptions, FreezingOptions, OptimizerOptions, ScheduleOptions):
+        for owner in (RunOptions, DataOptions, FreezingOptions, OptimizerOptions, ScheduleOptions, SavingOptions):
             owner.__post_init__(self)
 
 

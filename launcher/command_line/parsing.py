@@ -19,6 +19,7 @@ from shardlaunch.launcher.option_fields import (
     flag,
     is_list,
     is_path,
+    is_union,
     option_hints,
     option_types,
 )
@@ -245,6 +246,8 @@ def _rule(options_type: Any, name: str) -> Any:
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
     hint = get_type_hints(options_type)[name]
+    if is_union(option_types(options_type)[name]):
+        hint = option_types(options_type)[name]
     spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(hint, set()))
     if not isinstance(spec, PrimitiveConstructorSpec):
         raise UserError(f"{flag(name)}: an option cannot be of type {hint}; choose a plain type or a tuple of them")

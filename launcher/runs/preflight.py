@@ -124,7 +124,8 @@ class Room:
     def _num_more(self, num_there: int, steps_left: int) -> int:
         """Return how many more checkpoints there will be at the same time: --keep, one that is written, the best."""
         options = self._options
-        num_saves = -(-steps_left // options.save_every) if options.save_every else 1
+        every = options.save_every
+        num_saves = steps_left if every == "auto" else -(-steps_left // every) if every else 1
         if not options.keep:
             return max(1, num_saves)
         most = options.keep + 1 + options.save_on_best + bool(options.save_to)  # one that is being copied stays too

@@ -15,7 +15,6 @@ from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, open_checkpoint
 from shardlaunch.checkpoints.records import Position
 from shardlaunch.errors import UserError
-from shardlaunch.launcher.durations import seconds_of
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe, recipe_name
 from shardlaunch.launcher.reporting.display import Display
@@ -90,9 +89,7 @@ class Run:
             self.output_dir /= f"fold-{fold + 1}"
         self.trackers = tracker_names(options.tracker)
         folders = {self.output_dir, run_folder(options, self.name)} if world.is_main else set()
-        time_left = TimeLeft(
-            max_time_s=seconds_of(options.max_time) if options.max_time else 0, grace_s=options.grace_s
-        )
+        time_left = TimeLeft.of(options, say=self.display.say, warn=self.display.warn)
         self.requests = Requests(sorted(folders), time_left)
         self.room = Room(self.output_dir, options, world, warn=self.display.warn)
         self.upkeep = Upkeep(self.checkpoints_dir, options, warn=self.display.warn)
@@ -347,12 +344,7 @@ class Run:
         begun = time.monotonic()
         with phase(SAVING):
             self.saver.save(position, self.assembly)
-        seconds = time.monotonic() - begun
-        if self.requests.time_left.save_took(seconds) and self.options.grace_s:
-            self.display.warn(
-                f"saving takes {seconds:.0f} s, longer than --grace-s {self.options.grace_s:g}: a run that is asked to "
-                f"stop may be killed before it has saved. Have the cluster wait longer, and say so with --grace-s"
-            )
+        self.requests.time_left.save_took(time.monotonic() - begun)
 
     def _steps_text(self) -> str:
         extended_to = max(self.data.last_step, self.position.step)

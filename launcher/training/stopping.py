@@ -179,7 +179,10 @@ class Requests:
             self._files = {path for path in both if os.path.lexists(path)}
         self._is_time_over = self._is_time_over or self.time_left.is_over()
         names = {path.name for path in self._files}
-        return Asked(stop=_first_at() is not None or self._is_time_over or STOP_FILE in names, save=SAVE_FILE in names)
+        return Asked(
+            stop=_first_at() is not None or self._is_time_over or STOP_FILE in names,
+            save=SAVE_FILE in names or (bool(self._folders) and self.time_left.is_save_due()),
+        )
 
     def may_finish_step(self) -> bool:
         """Return whether the current step can be finished and saved in the time that is left."""

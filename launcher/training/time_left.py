@@ -1,9 +1,14 @@
 """The time that a run has left: until the end of --max-time, and after a signal until the end of --grace-s."""
 
+import math
 import time
+from collections.abc import Callable
+from typing import Self
 
 import psutil
 
+from shardlaunch.launcher.durations import duration_text, seconds_of
+from shardlaunch.launcher.options import Options
 from shardlaunch.sharding.environment import has_agent
 
 MARGIN = 1.5  # steps and saves may take longer than those before
@@ -14,23 +19,60 @@ ASSUMED_BYTES_PER_S = 100e6  # of a save, before the first is measured
 class TimeLeft:
     """Tells from the measured time of steps and saves whether there is time for more."""
 
-    def __init__(self, *, max_time_s: float = 0, grace_s: float = 0) -> None:
-        """`max_time_s` counts from the start of the launcher, or of this process if it has none (0: no limit)."""
+    def __init__(
+        self,
+        *,
+        max_time_s: float = 0,
+        grace_s: float = 0,
+        mtbf_s: float = 0,
+        say: Callable[[str], None] = lambda text: None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`max_time_s` counts from the start of the launcher, or of this process if it has none (0: no limit).
+
+        `mtbf_s` is the mean time between failures that saves are to be made for (0: at steps of the user's choice).
+        `say` and `warn` get a message, once, when a save has been measured.
+        """
         self.grace_s = grace_s
         self.save_s = self._longest_s = 0.0
         self._step_s = 0.0
+        self._mtbf_s = mtbf_s
+        self._say = say
+        self._warn = warn
+        self._saved_at = time.monotonic()
         self._step_began = time.monotonic()
         self._end = time.monotonic() - _age_s() + max_time_s - MARGIN_S if max_time_s else 0.0
+
+    @classmethod
+    def of(cls, options: Options, *, say: Callable[[str], None], warn: Callable[[str], None]) -> Self:
+        """Return that of a run with these options."""
+        return cls(
+            max_time_s=seconds_of(options.max_time, "--max-time") if options.max_time else 0,
+            grace_s=options.grace_s,
+            mtbf_s=seconds_of(options.mtbf, "--mtbf") if options.save_every == "auto" else 0,
+            say=say,
+            warn=warn,
+        )
 
     def assume_save_of(self, num_bytes: int) -> None:
         """Assume how long a save of this rank's `num_bytes` takes, until one is measured."""
         self.save_s = self.save_s or num_bytes / ASSUMED_BYTES_PER_S
 
-    def save_took(self, seconds: float) -> bool:
-        """Remember the slowest save; return whether it is the first that takes longer than the time of grace."""
-        is_first = seconds > self.grace_s >= self._longest_s
+    def save_took(self, seconds: float) -> None:
+        """Remember the slowest save."""
+        self._saved_at = time.monotonic()
+        is_first = not self._longest_s
+        if seconds > self.grace_s >= self._longest_s and self.grace_s:
+            self._warn(
+                f"saving takes {duration_text(seconds)}, longer than --grace-s {self.grace_s:g}: a run that is asked "
+                f"to stop may be killed before it has saved. Have the cluster wait longer, and say so with --grace-s"
+            )
         self._longest_s = self.save_s = max(seconds, self._longest_s)
-        return is_first
+        if is_first and self._mtbf_s:
+            self._say(
+                f"saving about every {duration_text(self.save_interval_s)}: a save takes {duration_text(seconds)}, and "
+                f"one failure is expected per {duration_text(self._mtbf_s)} (--mtbf)"
+            )
 
     def step_begins(self) -> None:
         self._step_began = time.monotonic()
@@ -38,6 +80,18 @@ class TimeLeft:
     def step_took(self, seconds: float) -> None:
         """Remember the slowest step, which is forgotten by and by: the first one often takes long."""
         self._step_s = max(seconds, 0.9 * self._step_s)
+
+    @property
+    def save_interval_s(self) -> float:
+        """Return the best time between saves: what they cost, and what failures do, is least (J. T. Daly, 2006)."""
+        if self.save_s >= 2 * self._mtbf_s:
+            return self._mtbf_s
+        part = self.save_s / (2 * self._mtbf_s)
+        return math.sqrt(2 * self.save_s * self._mtbf_s) * (1 + math.sqrt(part) / 3 + part / 9) - self.save_s
+
+    def is_save_due(self) -> bool:
+        """Return whether the best time since the last save has passed."""
+        return bool(self._mtbf_s) and time.monotonic() - self._saved_at > self.save_interval_s
 
     def is_over(self) -> bool:
         """Return whether --max-time has no room for one more step and a save."""

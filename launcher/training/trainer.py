@@ -146,7 +146,8 @@ class Trainer:
             position.has_stopped_early or position.step == self.last_step
         )
         every = self.options.save_every
-        is_due = position.step == end or position.is_finished or (every and position.step % every == 0)
+        is_multiple = isinstance(every, int) and every > 0 and position.step % every == 0
+        is_due = position.step == end or position.is_finished or is_multiple
         if is_due or any(asked) or (has_improved and self.options.save_on_best):
             self._save(position)
         cause = self.requests.met() if any(asked) else ""

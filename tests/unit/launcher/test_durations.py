@@ -3,7 +3,7 @@
 import pytest
 
 from shardlaunch.errors import UserError
-from shardlaunch.launcher.durations import seconds_of
+from shardlaunch.launcher.durations import duration_text, seconds_of
 
 
 @pytest.mark.parametrize(
@@ -20,10 +20,16 @@ from shardlaunch.launcher.durations import seconds_of
     ],
 )
 def test_seconds(text: str, seconds: int) -> None:
-    assert seconds_of(text) == seconds
+    assert seconds_of(text, "--max-time") == seconds
 
 
 @pytest.mark.parametrize("text", ["90", "1.5h", "h", "0s", "0:00:00", "30m1h", "1:90:00", "12:30", "-5m", "soon", "٣m"])
 def test_refused(text: str) -> None:
-    with pytest.raises(UserError, match="write a time with its units"):
-        seconds_of(text)
+    with pytest.raises(UserError, match=r"^--mtbf .*: write a time with its units"):
+        seconds_of(text, "--mtbf")
+
+
+def test_texts() -> None:
+    assert [duration_text(seconds) for seconds in (0.123, 3, 45.3, 119, 130, 5400, 7200, 90000)] == [
+        *("0.12 s", "3 s", "45 s", "119 s", "2.2 min", "90 min", "2 h", "25 h")
+    ]

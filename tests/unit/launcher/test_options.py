@@ -67,6 +67,9 @@ def test_words_are_read_the_same_in_every_spelling() -> None:
     [
         (("--lr", "fast"), "--lr fast: must be a number"),
         (("--epochs", "1.5"), "--epochs 1.5: must be a whole number"),
+        (("--save-every", "often"), "--save-every often: must be a whole number, or auto"),
+        (("--save-every", "-1"), "--save-every -1: must be at least 0"),
+        (("--mtbf", "10"), "--mtbf 10: write a time with its units"),
         (("--epochs",), "--epochs: its value is missing; it must be a whole number"),
         (("--epochs", "1", "-lr", "2"), "--epochs: takes one value, not 3: 1 -lr 2"),
         (("--betas", "0.9"), "--betas 0.9: must be 2 numbers"),
@@ -189,3 +192,16 @@ def test_options_know_which_were_given(tmp_path: Path) -> None:
 def test_a_run_name_is_no_path(name: str) -> None:
     with pytest.raises(UserError, match=f"^--run-name {name}: must be a plain name"):
         Options(run_name=name)
+
+
+def test_a_word_in_place_of_a_number_is_inherited() -> None:
+    @dataclass(kw_only=True)
+    class Mine(Options):
+        save_every: int = option(7, mark="free")
+
+    def parsed(*words: str) -> object:
+        return parse_options(Mine, {}, list(words), program="mine.py", description="", show=False).save_every
+
+    assert parsed() == 7
+    assert parsed("--save-every", "9") == 9
+    assert parsed("--save-every", "auto") == "auto"

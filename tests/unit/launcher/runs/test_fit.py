@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 
 from shardlaunch import Recipe, UserError, fit
+from shardlaunch.checkpoints.reader import checkpoint_steps
 from tests.recipes import LinearNet, NetOptions, NetRecipe, training_lines
 
 SHORT: dict[str, Any] = {"max_steps": 4, "eval_every": 2, "threads_per_rank": 1}
@@ -136,6 +137,14 @@ def test_errors_are_raised(tmp_path: Path) -> None:
 
     with pytest.raises(ZeroDivisionError, match="of the user's own"):
         fit(Broken, output_dir=tmp_path / "broken", **SHORT)
+
+
+def test_saves_as_often_as_failures_make_it_best(tmp_path: Path) -> None:
+    """Where one is expected per second, and hardly ever."""
+    for mtbf, is_often in (("1s", True), ("1000d", False)):
+        run_dir = tmp_path / mtbf
+        fit(NetRecipe, output_dir=run_dir, **{**SHORT, "save_every": "auto", "mtbf": mtbf, "keep": 0, "eval_every": 99})
+        assert (len(checkpoint_steps(run_dir / "checkpoints")) > 1) == is_often
 
 
 def test_a_warning_is_a_python_warning(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Whether a run has time for one more step, and to finish the one that it is in."""
 
+import math
+
 import pytest
 
 from shardlaunch.launcher.training import time_left
@@ -67,7 +69,34 @@ def test_the_rest_of_a_step_within_the_time_of_grace(clock: list[float]) -> None
     assert left.is_short(asked_at)
 
 
-def test_a_save_that_takes_longer_than_the_time_of_grace_is_reported_once() -> None:
-    left = TimeLeft(grace_s=5)
+def test_what_is_said_of_a_save() -> None:
+    said: list[str] = []
+    left = TimeLeft(grace_s=5, mtbf_s=86400, say=said.append, warn=said.append)
     left.assume_save_of(int(1e10))
-    assert [left.save_took(seconds) for seconds in (4, 6, 7, 3)] == [False, True, False, False]
+    left.save_took(4)
+    assert said == ["saving about every 14 min: a save takes 4 s, and one failure is expected per 24 h (--mtbf)"]
+    left.save_took(6)
+    assert len(said) == 2
+    assert said[1].startswith("saving takes 6 s, longer than --grace-s 5: ")
+    left.save_took(7)
+    assert len(said) == 2
+
+
+def test_the_best_time_between_saves(clock: list[float]) -> None:
+    """It is where the time lost is least: J. T. Daly's model, minimized numerically."""
+    for save_s, mtbf_s in ((1, 86400), (30, 86400), (60, 3600), (600, 3600)):
+        left = TimeLeft(mtbf_s=mtbf_s)
+        left.save_took(save_s)
+
+        def lost(interval_s: float, save_s: float = save_s, mtbf_s: float = mtbf_s) -> float:
+            return math.expm1((interval_s + save_s) / mtbf_s) / interval_s
+
+        best = min((mtbf_s * n / 100_000 for n in range(1, 100_000)), key=lost)
+        assert left.save_interval_s == pytest.approx(best, rel=0.01)
+        clock[0] += left.save_interval_s - 1e-3
+        assert not left.is_save_due()
+        clock[0] += 2e-3
+        assert left.is_save_due()
+        left.save_took(save_s)
+        assert not left.is_save_due()
+    assert not TimeLeft().is_save_due()
