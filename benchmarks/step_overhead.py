@@ -165,6 +165,7 @@ class Bench:
             num_steps=self.num_steps,
             hooks=Hooks(
                 on_step=on_step,
+                on_left_out=lambda step: None,
                 on_evaluating=lambda done, total: None,
                 on_evaluation=lambda step, results: None,
                 save=lambda position: None,
