@@ -87,7 +87,7 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
             display = new_display(env, show=True)
             stack.enter_context(shown_by(display.phases))
             choice = choose(options, env)
-            world = stack.enter_context(joined_ranks(env, options, choice))
+            world = stack.enter_context(joined_ranks(env, options, choice, display))
             result = run_recipe_on(recipe_type, options, env, world, choice, display)
             if env.result_file and world.is_main:
                 with open(env.result_file, "w") as file:

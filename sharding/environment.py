@@ -56,6 +56,12 @@ class LaunchEnvironment:
     accelerate_precision: str | None = None
     lone_of_many: bool = False  # accelerate was asked for several processes and started one
 
+    def describe(self) -> str:
+        """Describe which rank this is, and what says so."""
+        address = f"{self.master_addr}:{self.master_port}"
+        source = f", from {self.address_source}" if self.address_source not in ("", "MASTER_ADDR") else ""
+        return f"{self.named_ranks}; the ranks meet at {address}{source}"
+
 
 def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
     """Read the environment of this process. Raises UserError for invalid or unsupported values."""
@@ -218,13 +224,16 @@ def has_agent() -> bool:
     return launchers.has_agent(os.environ)
 
 
-def tell_libraries(env: LaunchEnvironment) -> None:
-    """Set the variables from which accelerate and DeepSpeed read the ranks; for one process, remove them."""
+def tell_libraries(env: LaunchEnvironment, *, local_rank: int, local_size: int) -> None:
+    """Set the variables from which accelerate and DeepSpeed read the ranks; for one process, remove them.
+
+    `local_rank` is the number of the GPU, too.
+    """
     ranks = {
         "RANK": env.rank,
         "WORLD_SIZE": env.world_size,
-        "LOCAL_RANK": env.local_rank,
-        "LOCAL_WORLD_SIZE": env.local_world_size,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": local_size,
     }
     if not env.is_distributed:
         for name in clusters.RANK_VARIABLES:

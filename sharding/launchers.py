@@ -157,7 +157,7 @@ def by_family(family: Family, env: Mapping[str, str]) -> Launch | None:
     local_sizes = [number(env, name) for name in family.local_size if name in env]
     local_ranks = [number(env, name) for name in family.local_rank if name in env]
     local_size = local_sizes[0] if local_sizes else None
-    host, source = (_LOOPBACK, "all ranks are on one machine") if local_size == size else _first_host(env)
+    host, source = (_LOOPBACK, "all ranks being on one machine") if local_size == size else _first_host(env)
     jobs = [env[name] for name in (*_MPI_JOBS, *_BATCH_JOBS) if env.get(name)]
     return Launch(
         key=family.key,
@@ -201,7 +201,7 @@ def by_slurm(env: Mapping[str, str]) -> tuple[Launch | None, str]:
         )
     host, source = _first_host(env)
     if (number(env, "SLURM_STEP_NUM_NODES") or number(env, "SLURM_NNODES")) == 1:
-        host, source = _LOOPBACK, "all ranks are on one machine"
+        host, source = _LOOPBACK, "all ranks being on one machine"
     return Launch(
         key="slurm",
         launcher=f"srun (Slurm step {job}.{step})",
