@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ RESULT_VARIABLE = "SHARDLAUNCH_RESULT_FILE"
 PROGRESS_VARIABLE = "SHARDLAUNCH_PROGRESS_FILE"
 JOIN_TIMEOUT_VARIABLE = "SHARDLAUNCH_JOIN_TIMEOUT_S"
 JOIN_TIMEOUT_S = 600
+JOB_END_VARIABLE = "SLURM_JOB_END_TIME"
 MOST_PORT = 65535
 _OFFLOAD_OPTIMIZER = "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"
 _OFFLOAD_PARAMETERS = "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"
@@ -242,6 +244,18 @@ def tell_libraries(env: LaunchEnvironment, *, local_rank: int, local_size: int) 
         os.environ.update({name: str(value) for name, value in ranks.items()})
         if env.master_addr and env.master_port is not None:
             os.environ.update({"MASTER_ADDR": env.master_addr, "MASTER_PORT": str(env.master_port)})
+
+
+def end_of_job(environ: Mapping[str, str] | None = None) -> tuple[float | None, str]:
+    """Return when the cluster ends this job, in seconds as of time.time(), and why what is set is of no use."""
+    text = (os.environ if environ is None else environ).get(JOB_END_VARIABLE, "")
+    if not text:
+        return None, ""
+    if not text.isdecimal():
+        return None, f"{JOB_END_VARIABLE}={text} is not a time in seconds, and is ignored"
+    if int(text) <= time.time():
+        return None, f"{JOB_END_VARIABLE}={text} is in the past, as of a job that has ended, and is ignored"
+    return float(text), ""
 
 
 def report_checkpoint() -> None:

@@ -1,5 +1,6 @@
 """What launchers and clusters set is read as they document it, and contradictions are refused."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from shardlaunch.errors import UserError
 from shardlaunch.sharding import launchers
 from shardlaunch.sharding.clusters import apparent_rank
-from shardlaunch.sharding.environment import LaunchEnvironment, is_distributed_launch, read_environment
+from shardlaunch.sharding.environment import LaunchEnvironment, end_of_job, is_distributed_launch, read_environment
 from shardlaunch.sharding.launchers import first_of_nodelist
 
 Variables = Mapping[str, str]
@@ -259,6 +260,16 @@ def test_ports_of_steps_and_jobs_differ() -> None:
     assert port(MASTER_PORT="29500") == 29500
     of_mpi = {read_environment({**OPENMPI, "PMIX_NAMESPACE": f"{run}"}).master_port for run in range(5)}
     assert len(of_mpi) == 5
+
+
+def test_end_of_the_job() -> None:
+    later = str(int(time.time()) + 3600)
+    assert end_of_job({"SLURM_JOB_END_TIME": later}) == (float(later), "")
+    assert end_of_job({}) == (None, "")
+    for value, text in (("1700000000", "is in the past"), ("Unknown", "is not a time in seconds")):
+        end, problem = end_of_job({"SLURM_JOB_END_TIME": value})
+        assert end is None
+        assert f"SLURM_JOB_END_TIME={value} {text}" in problem
 
 
 @pytest.mark.parametrize(
