@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from zlib import crc32
 
+import psutil
+
 from shardlaunch.errors import UserError
 
 # Below the ports that the system hands out by itself, and above those that services have.
@@ -194,7 +196,7 @@ def by_slurm(env: Mapping[str, str]) -> tuple[Launch | None, str]:
             f"Slurm job {job} has {tasks}, but srun did not start this process: it trains alone. "
             f"For one rank per task, use `srun python RECIPE`"
         )
-    if size > 1 and _has_terminal():  # of all tasks of srun --pty, the first has one
+    if size > 1 and _has_terminal() and not _is_task():  # of all tasks of srun --pty, the first has one
         return None, (
             f"this shell is one of {size} tasks of Slurm step {job}.{step} (srun --pty): what it starts trains alone. "
             f"For one rank per task, use `srun python RECIPE` in an allocation of salloc"
@@ -281,3 +283,9 @@ def _has_terminal() -> bool:
     except OSError:
         return False
     return True
+
+
+def _is_task() -> bool:
+    """Return whether Slurm started this very process, and no shell that it started."""
+    parent = psutil.Process().parent()
+    return parent is not None and parent.name().startswith("slurmstepd")
