@@ -22,6 +22,7 @@ test-families: $(VENV)/.dev  ## Compare all families of models with plain transf
 faults: $(VENV)/.dev  ## Long campaigns of faults: hours
 	$(BIN)/python -m tests.faults.records
 	$(BIN)/python -m tests.faults.signals
+	$(BIN)/python -m tests.faults.slurm
 	SHARDLAUNCH_LONG_TESTS=1 $(BIN)/python -m pytest tests/launch/test_restarts.py
 
 check: $(VENV)/.dev  ## Lint, types, layers

@@ -61,7 +61,7 @@ class LaunchEnvironment:
     def describe(self) -> str:
         """Describe which rank this is, and what says so."""
         address = f"{self.master_addr}:{self.master_port}"
-        source = f", from {self.address_source}" if self.address_source not in ("", "MASTER_ADDR") else ""
+        source = f" ({self.address_source})" if self.address_source not in ("", "MASTER_ADDR") else ""
         return f"{self.named_ranks}; the ranks meet at {address}{source}"
 
 

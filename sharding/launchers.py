@@ -16,6 +16,7 @@ _FIRST_PORT, _NUM_PORTS = 15000, 17000
 _PORTS_PER_JOB = 101  # steps of one job, before they share ports with the next job's
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # numbers that Slurm gives to batch scripts and interactive shells
 _LOOPBACK = "127.0.0.1"
+_ONE_MACHINE = "all are on one machine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +160,11 @@ def by_family(family: Family, env: Mapping[str, str]) -> Launch | None:
     local_sizes = [number(env, name) for name in family.local_size if name in env]
     local_ranks = [number(env, name) for name in family.local_rank if name in env]
     local_size = local_sizes[0] if local_sizes else None
-    host, source = (_LOOPBACK, "all ranks being on one machine") if local_size == size else _first_host(env)
     jobs = [env[name] for name in (*_MPI_JOBS, *_BATCH_JOBS) if env.get(name)]
+    host, source = _first_host(env)
+    if local_size == size:
+        host, source = _LOOPBACK, _ONE_MACHINE
+        jobs = jobs or [_starter()]
     return Launch(
         key=family.key,
         launcher=family.launcher,
@@ -203,7 +207,7 @@ def by_slurm(env: Mapping[str, str]) -> tuple[Launch | None, str]:
         )
     host, source = _first_host(env)
     if (number(env, "SLURM_STEP_NUM_NODES") or number(env, "SLURM_NNODES")) == 1:
-        host, source = _LOOPBACK, "all ranks being on one machine"
+        host, source = _LOOPBACK, _ONE_MACHINE
     return Launch(
         key="slurm",
         launcher=f"srun (Slurm step {job}.{step})",
@@ -259,15 +263,15 @@ def _first_host(env: Mapping[str, str]) -> tuple[str, str]:
     """Return the first machine of a batch job, where launchers start rank 0, and the variable that names it."""
     for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"):
         if env.get(name) and env.get("SLURM_DISTRIBUTION") != "arbitrary":
-            return first_of_nodelist(env[name]), name
+            return first_of_nodelist(env[name]), f"the first machine of {name}"
     if path := env.get("PBS_NODEFILE"):
         with suppress(OSError, UnicodeDecodeError), open(path) as file:
-            return file.readline().strip(), "PBS_NODEFILE"
+            return file.readline().strip(), "the first machine of PBS_NODEFILE"
     words = env.get("LSB_MCPU_HOSTS", "").split()
     hosts = list(zip(words[::2], words[1::2], strict=False))
     if len(hosts) > 1 and hosts[0][1] == "1":  # the machine of the batch script, which has no ranks
         hosts = hosts[1:]
-    return (hosts[0][0], "LSB_MCPU_HOSTS") if hosts else ("", "")
+    return (hosts[0][0], "the first machine of LSB_MCPU_HOSTS") if hosts else ("", "")
 
 
 def first_of_nodelist(text: str) -> str:
@@ -289,3 +293,10 @@ def _is_task() -> bool:
     """Return whether Slurm started this very process, and no shell that it started."""
     parent = psutil.Process().parent()
     return parent is not None and parent.name().startswith("slurmstepd")
+
+
+def _starter() -> str:
+    """Return the process that started this process's session: MPICH has one per mpirun, and a session per rank."""
+    with suppress(psutil.Error, OSError):
+        return str(psutil.Process(os.getsid(0)).ppid())
+    return ""

@@ -124,9 +124,9 @@ class Campaign:
         """Run two steps of one job at the same time."""
         runs = [self.new_dir(), self.new_dir()]
         command = f"SLOW_S=0.02 srun -N2 -n2 --exact {PYTHON} slow.py --output-dir"
-        lines = [f"{command} {run_dir} > {run_dir}.out 2>&1 &\n" for run_dir in runs]
-        script = "".join(lines) + "wait %1 && wait %2\n"
-        ended = self._cluster.run("salloc", "-N2", "-n4", "bash", "-c", script)
+        first, second = (f"{command} {run_dir} > {run_dir}.out 2>&1 &\n" for run_dir in runs)
+        script = f"{first}pid=$!\n{second}wait $! && wait $pid\n"
+        ended = self._cluster.run("salloc", "-N2", "--ntasks-per-node=2", "bash", "-c", script)
         if ended.returncode:
             return f"{ended} {[Path(f'{run_dir}.out').read_text() for run_dir in runs]}"
         ports = {re.findall(r"meet at n1:(\d+)", Path(f"{run_dir}.out").read_text())[0] for run_dir in runs}
@@ -184,6 +184,7 @@ class Campaign:
     def _start_now(self, job: int) -> None:
         """Start a job that was queued again; Slurm would wait two minutes."""
         self._wait(lambda: self._cluster.state(job)["JobState"] in ("PENDING", "RUNNING"), "not pending")
+        time.sleep(3)  # Slurm counts in seconds: at once, the machines would take the job for the one before
         self._cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def _wait(self, condition: Callable[[], bool], otherwise: str, log: Path | None = None) -> None:
