@@ -124,7 +124,7 @@ def _check_inside(inner: Launch, outer: Launch) -> None:
 
 def _contradiction(one: str, other: str, names: str) -> str:
     return (
-        f"{one} and {other} contradict each other: unset {names}, or choose whom to follow by {LAUNCHER_VARIABLE}, "
+        f"{one} and {other} contradict each other: unset {names}, or choose whom to follow by SHARDLAUNCH_LAUNCHER, "
         f"one of {', '.join(KEYS)}"
     )
 

@@ -8,6 +8,7 @@ the exit status is 1 if a case is bad.
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,7 +70,8 @@ class Campaign:
 
     def run(self, words: Sequence[str], run_dir: Path, **env: str) -> "subprocess.CompletedProcess[str]":
         """Run a recipe's command line with its output folder at the end."""
-        return self._cluster.run("env", *_settings(env), *words, "slow.py", "--output-dir", str(run_dir))
+        end = ["--", "--output-dir"] if "shardlaunch" in words else ["--output-dir"]
+        return self._cluster.run("env", *_settings(env), *words, "slow.py", *end, str(run_dir))
 
     def new_dir(self) -> Path:
         """Return the folder of the next run."""
@@ -91,13 +93,17 @@ class Campaign:
         same = mine.keys() == other.keys() and all(mine[name].equal(other[name]) for name in mine)
         return "" if same else "other weights"
 
-    def srun(self, *words: str, says: str = "started by srun (Slurm step ") -> str:
+    def srun(self, *words: str) -> str:
         """Run by srun on both machines, and compare with a single process."""
+        return self.ranks("srun", "-N2", "--ntasks-per-node=2", *words, PYTHON, says="started by srun (Slurm step ")
+
+    def ranks(self, *words: str, says: str = "") -> str:
+        """Run on four ranks, and compare with a single process."""
         run_dir = self.new_dir()
-        ended = self.run(["srun", "-N2", "--ntasks-per-node=2", *words, PYTHON], run_dir)
-        if ended.returncode or says not in ended.stdout or "Traceback" in ended.stderr:
-            return f"{ended}"
-        return self._near_one_process(run_dir)
+        ended = self.run(words, run_dir)
+        out = " ".join(ended.stdout.split())
+        is_right = ended.returncode == 0 and says in out and "4 x CPU" in out and "warning:" not in out
+        return self._near_one_process(run_dir) if is_right else f"{ended}"
 
     def alone(self, words_of: Callable[[str], Sequence[str]], *, says: str, typed: bool = False) -> str:
         """Run in a way that is to give one process and a warning. `words_of` a command line; or it is typed."""
@@ -217,6 +223,8 @@ def _settings(env: Mapping[str, str]) -> list[str]:
 def cases(campaign: Campaign) -> dict[str, Callable[[], str]]:
     """Return the cases by name; each returns what is wrong."""
     lone = "srun did not start this process: it trains alone"
+    per_machine = ("srun", "-N2", "--ntasks-per-node=1", "--cpus-per-task=2")
+    meeting = ("--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=n1:29400")
     batch = ("sbatch", "-N2", "-n4", "--wait", "--output=alone.out", "--wrap")
     return {
         "srun, 2 machines x 2 tasks": campaign.srun,
@@ -225,6 +233,14 @@ def cases(campaign: Campaign) -> dict[str, Callable[[], str]]:
             "--ntasks=4", "--ntasks-per-node=4", "env", "SHARDLAUNCH_STRATEGY=fsdp2"
         ),
         "two steps at once": campaign.two_steps,
+        "torchrun in tasks of srun": lambda: campaign.ranks(*per_machine, "torchrun", *meeting),
+        "shardlaunch run in tasks of srun": lambda: campaign.ranks(
+            *per_machine, "shardlaunch", "run", "--ranks=2", "--hosts=2", "--rendezvous=n1:29401"
+        ),
+        "mpirun in an allocation": lambda: campaign.ranks(
+            *("salloc", "-N2", "--ntasks-per-node=2", "mpirun", "--allow-run-as-root", PYTHON),
+            says="OMPI_COMM_WORLD_RANK=0 and OMPI_COMM_WORLD_SIZE=4; the ranks meet at n1:",
+        ),
         "a shell of salloc": lambda: campaign.alone(
             lambda command: ("salloc", "-N2", "-n4", *command.split()), says=lone
         ),
@@ -258,6 +274,9 @@ def run(only: str = "", say: Callable[[str], None] = print) -> int:
             say(f"{version}: 2 machines, Python {sys.version.split()[0]}")
             for case, problem_of in cases(campaign).items():
                 if only not in case:
+                    continue
+                if case.startswith("mpirun") and shutil.which("mpirun") is None:
+                    say(f"skipped: {case}: mpirun is not installed (in Debian: openmpi-bin)")
                     continue
                 began = time.monotonic()
                 try:
