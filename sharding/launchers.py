@@ -161,7 +161,7 @@ def by_family(family: Family, env: Mapping[str, str]) -> Launch | None:
     local_ranks = [number(env, name) for name in family.local_rank if name in env]
     local_size = local_sizes[0] if local_sizes else None
     jobs = [env[name] for name in (*_MPI_JOBS, *_BATCH_JOBS) if env.get(name)]
-    host, source = _first_host(env)
+    host, source = _first_host(env, of_step=False)  # steps may be of mpirun's helpers, without its own machine
     if local_size == size:
         host, source = _LOOPBACK, _ONE_MACHINE
         jobs = jobs or [_starter()]
@@ -185,13 +185,11 @@ def by_slurm(env: Mapping[str, str]) -> tuple[Launch | None, str]:
 
     Also returns a warning for a process that could be meant to be one of several.
     """
-    job, step = number(env, "SLURM_JOB_ID") or number(env, "SLURM_JOBID"), number(env, "SLURM_STEP_ID")
+    job, step = number(env, "SLURM_JOB_ID") or number(env, "SLURM_JOBID"), _slurm_step(env)
     if job is None:
         return None, ""
-    if step is None:
-        step = number(env, "SLURM_STEPID")
-    size, rank = num_tasks(env), number(env, "SLURM_PROCID")
-    if step is None or step >= _FIRST_SPECIAL_STEP or rank is None:
+    task, size = slurm_task(env), _num_tasks(env)
+    if task is None:
         num_nodes = number(env, "SLURM_JOB_NUM_NODES") or number(env, "SLURM_NNODES") or 1
         if max(size, num_nodes) == 1:
             return None, ""
@@ -205,13 +203,13 @@ def by_slurm(env: Mapping[str, str]) -> tuple[Launch | None, str]:
             f"this shell is one of {size} tasks of Slurm step {job}.{step} (srun --pty): what it starts trains alone. "
             f"For one rank per task, use `srun python RECIPE` in an allocation of salloc"
         )
-    host, source = _first_host(env)
+    host, source = _first_host(env, of_step=True)
     if (number(env, "SLURM_STEP_NUM_NODES") or number(env, "SLURM_NNODES")) == 1:
         host, source = _LOOPBACK, _ONE_MACHINE
     return Launch(
         key="slurm",
         launcher=f"srun (Slurm step {job}.{step})",
-        rank=rank,
+        rank=task[0],
         size=size,
         rank_variable="SLURM_PROCID",
         size_variable="SLURM_STEP_NUM_TASKS" if env.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS",
@@ -223,7 +221,20 @@ def by_slurm(env: Mapping[str, str]) -> tuple[Launch | None, str]:
     ), ""
 
 
-def num_tasks(env: Mapping[str, str]) -> int:
+def _slurm_step(env: Mapping[str, str]) -> int:
+    steps = [number(env, name) for name in ("SLURM_STEP_ID", "SLURM_STEPID")]
+    return next((step for step in steps if step is not None), _FIRST_SPECIAL_STEP)
+
+
+def slurm_task(env: Mapping[str, str]) -> tuple[int, int] | None:
+    """Return the number of this task of srun, and of how many; None in a batch script, or a shell of salloc."""
+    rank = number(env, "SLURM_PROCID")
+    if rank is None or _slurm_step(env) >= _FIRST_SPECIAL_STEP:
+        return None
+    return rank, _num_tasks(env)
+
+
+def _num_tasks(env: Mapping[str, str]) -> int:
     """Return the number of tasks of a Slurm step, or else of its job."""
     names = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
     return next((count for count in (number(env, name) for name in names) if count), 1)
@@ -259,9 +270,9 @@ def by_kubernetes(env: Mapping[str, str]) -> Launch | None:
     )
 
 
-def _first_host(env: Mapping[str, str]) -> tuple[str, str]:
+def _first_host(env: Mapping[str, str], *, of_step: bool) -> tuple[str, str]:
     """Return the first machine of a batch job, where launchers start rank 0, and the variable that names it."""
-    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"):
+    for name in (*(["SLURM_STEP_NODELIST"] if of_step else []), "SLURM_JOB_NODELIST", "SLURM_NODELIST"):
         if env.get(name) and env.get("SLURM_DISTRIBUTION") != "arbitrary":
             return first_of_nodelist(env[name]), f"the first machine of {name}"
     if path := env.get("PBS_NODEFILE"):

@@ -124,7 +124,14 @@ def expect(env: LaunchEnvironment, **fields: Any) -> None:
         ({**TASK, "WORLD_SIZE": "4", "MASTER_ADDR": "gpu07"}, (3, 4), (1, 2), "gpu07", "srun"),
         ({**TASK, "RANK": "3", "WORLD_SIZE": "4"}, (3, 4), (1, 2), "gpu07", "RANK and WORLD_SIZE"),
         ({**TASK, "SLURM_JOB_NAME": "interactive"}, (3, 4), (1, 2), "gpu07", "srun"),  # srun in a shell of salloc
-        ({**TASK, "PMI_RANK": "3", "PMI_SIZE": "4"}, (3, 4), (1, 2), "gpu07", "mpiexec (PMI)"),  # srun --mpi=pmi2
+        # srun --mpi=pmi2 in a step that does not begin on the job's first machine.
+        (
+            {**TASK, "PMI_RANK": "3", "PMI_SIZE": "4", "SLURM_STEP_NODELIST": "gpu[08-09]"},
+            (3, 4),
+            (1, 2),
+            "gpu08",
+            "srun",
+        ),
         ({**TASK, **AGENT}, (5, 16), (5, 8), "gpu07", "torchrun"),
         (
             {**TASK, **AGENT, "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
@@ -139,12 +146,14 @@ def expect(env: LaunchEnvironment, **fields: Any) -> None:
         ({**OPENMPI, "MASTER_ADDR": "h"}, (2, 4), (0, 2), "h", "mpirun (Open MPI)"),
         ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, (2, 4), (0, 4), "127.0.0.1", "mpirun (Open MPI)"),
         ({**BATCH, **OPENMPI}, (2, 4), (0, 2), "gpu07", "mpirun (Open MPI)"),
+        ({**BATCH, **OPENMPI, "OMPI_COMM_WORLD_RANK": "0"}, (0, 4), (0, 2), "gpu07", "mpirun (Open MPI)"),
+        ({**BATCH, **PMI, "PMI_RANK": "0", "PMI_SIZE": "4"}, (0, 4), (1, 2), "gpu07", "mpiexec (PMI)"),
         # mpirun starts its helpers as tasks of a step, one on each of the other machines.
         (
             {**TASK, **OPENMPI, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "gpu08"},
             (2, 4),
             (0, 2),
-            "gpu08",
+            "gpu07",
             "mpirun (Open MPI)",
         ),
         (PMI, (1, 2), (1, 2), "127.0.0.1", "mpiexec (PMI)"),
