@@ -9,7 +9,13 @@ import pytest
 from shardlaunch.errors import UserError
 from shardlaunch.sharding import launchers
 from shardlaunch.sharding.clusters import apparent_rank
-from shardlaunch.sharding.environment import LaunchEnvironment, end_of_job, is_distributed_launch, read_environment
+from shardlaunch.sharding.environment import (
+    LaunchEnvironment,
+    end_of_job,
+    is_distributed_launch,
+    one_of_several_launchers,
+    read_environment,
+)
 from shardlaunch.sharding.launchers import first_of_nodelist
 
 Variables = Mapping[str, str]
@@ -256,6 +262,12 @@ def test_a_contradiction_is_settled_by_choice() -> None:
     variables = {**TASK, "RANK": "0", "WORLD_SIZE": "1"}
     expect(read_environment({**variables, "SHARDLAUNCH_LAUNCHER": "slurm"}), rank=3, world_size=4)
     expect(read_environment({**variables, "SHARDLAUNCH_LAUNCHER": "variables"}), rank=0, world_size=1)
+
+
+def test_a_launcher_per_task_is_said() -> None:
+    assert "srun (Slurm step 4711.1) has started this launcher 4 times" in one_of_several_launchers(TASK)
+    for variables in ({}, BATCH, {**TASK, "SLURM_STEP_NUM_TASKS": "1"}, {**TASK, "SHARDLAUNCH_LAUNCHER": "none"}, POD):
+        assert one_of_several_launchers(variables) == ""
 
 
 def test_ports_of_steps_and_jobs_differ() -> None:
