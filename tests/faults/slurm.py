@@ -56,7 +56,7 @@ class Slow(Recipe):
 
 launch(Slow)
 """
-SLOW = {"SLOW_S": "0.2"}  # per micro-batch
+SLOW_S = 0.2  # per micro-batch
 PYTHON = "python"
 
 
@@ -147,9 +147,9 @@ class Campaign:
         # Tasks that are not the first print a little later, in case that the first does not fail.
         return "" if ended.returncode == EXIT_USER_ERROR and said and took < 60 else f"{ended} in {took:.0f} s"
 
-    def submitted(self, script: str, ask: Callable[[int], None], *options: str) -> str:
+    def submitted(self, script: str, ask: Callable[[int], None], *options: str, slow_s: float = SLOW_S) -> str:
         """Submit a script, have it stopped, see it queued again, and compare its end with a whole run."""
-        run_dir, job = self._submit(script, *options)
+        run_dir, job = self._submit(script, *options, slow_s=slow_s)
         ask(job)
         log = self._cluster.folder / f"shardlaunch-{job}.out"
         self._wait(lambda: int(self._cluster.state(job).get("Restarts", 0)) > 0, f"not requeued: {log.read_text()}")
@@ -177,10 +177,10 @@ class Campaign:
         steps = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
         return "" if is_right and steps else f"{state} {steps} {log}"
 
-    def _submit(self, script: str, *options: str) -> tuple[Path, int]:
+    def _submit(self, script: str, *options: str, slow_s: float = SLOW_S) -> tuple[Path, int]:
         run_dir = self.new_dir()
         words = ["sbatch", "--parsable", *options, script, "slow.py", "--output-dir", str(run_dir)]
-        done = self._cluster.run("env", *_settings(SLOW), *words)
+        done = self._cluster.run("env", *_settings({"SLOW_S": str(slow_s)}), *words)
         assert done.returncode == 0, done
         job = int(done.stdout)
         log = self._cluster.folder / f"shardlaunch-{job}.out"
@@ -191,7 +191,7 @@ class Campaign:
         """Start a job that was queued again; Slurm would wait two minutes."""
         self._wait(lambda: self._cluster.state(job)["JobState"] in ("PENDING", "RUNNING"), "not pending")
         time.sleep(3)  # Slurm counts in seconds: at once, the machines would take the job for the one before
-        self._cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self._cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=10")
 
     def _wait(self, condition: Callable[[], bool], otherwise: str, log: Path | None = None) -> None:
         end = time.monotonic() + 240
@@ -252,7 +252,10 @@ def cases(campaign: Campaign) -> dict[str, Callable[[], str]]:
         "slurm_several_nodes.sbatch, USR1": lambda: campaign.submitted(SEVERAL, campaign.signal),
         "slurm_several_nodes.sbatch, preempted": lambda: campaign.submitted(SEVERAL, campaign.preempt),
         "slurm_several_nodes.sbatch, end of its time": lambda: campaign.submitted(
-            SEVERAL, lambda job: None, "--time=00:03:00"
+            SEVERAL,
+            lambda job: None,  # Slurm sends the signal some time in the first minute
+            "--time=00:03:00",
+            slow_s=1.0,
         ),
         "slurm_several_nodes.sbatch, scancel": campaign.cancelled,
         "slurm_one_node.sbatch, USR1": lambda: campaign.submitted(ONE, campaign.signal),
