@@ -9,7 +9,7 @@ import psutil
 
 from shardlaunch.launcher.durations import duration_text, seconds_of
 from shardlaunch.launcher.options import Options
-from shardlaunch.sharding.environment import has_agent
+from shardlaunch.sharding.environment import JOB_END_VARIABLE, end_of_job, has_agent
 
 MARGIN = 1.5  # steps and saves may take longer than those before
 MARGIN_S = 2.0  # from the last save to the end of the process
@@ -25,11 +25,13 @@ class TimeLeft:
         max_time_s: float = 0,
         grace_s: float = 0,
         mtbf_s: float = 0,
+        job_ends_at: float | None = None,
         say: Callable[[str], None] = lambda text: None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         """`max_time_s` counts from the start of the launcher, or of this process if it has none (0: no limit).
 
+        Without it, the limit is `job_ends_at`, in seconds as of time.time() (None: no limit).
         `mtbf_s` is the mean time between failures that saves are to be made for (0: at steps of the user's choice).
         `say` and `warn` get a message, once, when a save has been measured.
         """
@@ -42,6 +44,10 @@ class TimeLeft:
         self._saved_at = time.monotonic()
         self._step_began = time.monotonic()
         self._end = time.monotonic() - _age_s() + max_time_s - MARGIN_S if max_time_s else 0.0
+        self.end_source = "--max-time"
+        if not max_time_s and job_ends_at is not None:
+            self.end_source = JOB_END_VARIABLE
+            self._end = time.monotonic() + job_ends_at - time.time() - MARGIN_S
 
     @classmethod
     def of(cls, options: Options, *, say: Callable[[str], None], warn: Callable[[str], None]) -> Self:
@@ -49,6 +55,7 @@ class TimeLeft:
         return cls(
             max_time_s=seconds_of(options.max_time, "--max-time") if options.max_time else 0,
             grace_s=options.grace_s,
+            job_ends_at=end_of_job()[0],
             mtbf_s=seconds_of(options.mtbf, "--mtbf") if options.save_every == "auto" else 0,
             say=say,
             warn=warn,
@@ -94,7 +101,7 @@ class TimeLeft:
         return bool(self._mtbf_s) and time.monotonic() - self._saved_at > self.save_interval_s
 
     def is_over(self) -> bool:
-        """Return whether --max-time has no room for one more step and a save."""
+        """Return whether --max-time, or the job, has no room for one more step and a save."""
         return bool(self._end) and time.monotonic() + MARGIN * (self._step_s + self.save_s) > self._end
 
     def is_short(self, asked_at: float | None) -> bool:
