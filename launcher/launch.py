@@ -92,7 +92,7 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
             stack.enter_context(shown_by(display.phases))
             choice = choose(options, env)
             after_s = options.hang_after_s
-            world = stack.enter_context(joined_ranks(env, options, choice, is_watched=after_s > 0))
+            world = stack.enter_context(joined_ranks(env, options, choice, display, is_watched=after_s > 0))
             output_dir = run_folder(options, recipe_name(recipe_type))
             stack.enter_context(watched(world, after_s=after_s, output_dir=output_dir))
             result = run_recipe_on(recipe_type, options, env, world, choice, display)

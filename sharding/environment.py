@@ -2,11 +2,14 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from shardlaunch.errors import UserError
+from shardlaunch.sharding import clusters, launchers
 
 STRATEGY_VARIABLE = "SHARDLAUNCH_STRATEGY"
 RANKS_VARIABLE = "SHARDLAUNCH_RANKS"
@@ -14,6 +17,7 @@ RESULT_VARIABLE = "SHARDLAUNCH_RESULT_FILE"
 PROGRESS_VARIABLE = "SHARDLAUNCH_PROGRESS_FILE"
 JOIN_TIMEOUT_VARIABLE = "SHARDLAUNCH_JOIN_TIMEOUT_S"
 JOIN_TIMEOUT_S = 600
+JOB_END_VARIABLE = "SLURM_JOB_END_TIME"
 MOST_PORT = 65535
 _OFFLOAD_OPTIMIZER = "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"
 _OFFLOAD_PARAMETERS = "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"
@@ -28,6 +32,13 @@ class LaunchEnvironment:
     local_rank: int = 0
     local_world_size: int = 1
     is_distributed: bool = False  # started as part of a group, even a group of one
+    launcher: str = "no launcher"  # who started this process, in words
+    named_ranks: str = ""  # the variables that say which rank this is
+    is_found: bool = False  # by variables that others than torchrun set, so that it is said
+    address_source: str = ""  # what the address is taken or derived from
+    local_is_known: bool = True  # the local rank is what the launcher says, and no guess
+    knows_neighbours: bool = True  # so are the ranks of this machine: torch's agent numbers them in one range
+    warnings: tuple[str, ...] = ()  # of a process that may be meant to be one of several
     master_addr: str = ""  # where the ranks meet
     master_port: int | None = None
     uses_agent_store: bool = False  # the launcher, not rank 0, listens there
@@ -47,19 +58,19 @@ class LaunchEnvironment:
     accelerate_precision: str | None = None
     lone_of_many: bool = False  # accelerate was asked for several processes and started one
 
+    def describe(self) -> str:
+        """Describe which rank this is, and what says so."""
+        address = f"{self.master_addr}:{self.master_port}"
+        source = f", from {self.address_source}" if self.address_source not in ("", "MASTER_ADDR") else ""
+        return f"{self.named_ranks}; the ranks meet at {address}{source}"
+
 
 def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
     """Read the environment of this process. Raises UserError for invalid or unsupported values."""
     env = os.environ if environ is None else environ
 
     def number(name: str) -> int | None:
-        text = env.get(name, "")
-        if not text:
-            return None
-        try:
-            return int(text)
-        except ValueError:
-            raise UserError(f"environment variable {name}={text!r} is not a whole number") from None
+        return launchers.number(env, name)
 
     def positive(name: str) -> int | None:
         found = number(name)
@@ -67,36 +78,28 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
             raise UserError(f"environment variable {name}={found} must be at least 1; change or unset it")
         return found
 
-    _check_ranks(env, number, positive)
+    found = clusters.find_launch(env)
+    launch = found.launch
+    is_distributed = _is_distributed(launch)
+    _check_ranks(launch if is_distributed else None, positive("LOCAL_WORLD_SIZE"))
+    world_size = launch.size if launch is not None else 1
     num_replicas = number("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") or 1
     shard_ranks = number("PARALLELISM_CONFIG_DP_SHARD_SIZE") or 1
-    _check_accelerate(env, num_replicas=num_replicas, shard_ranks=shard_ranks, world_size=positive("WORLD_SIZE") or 1)
+    _check_accelerate(env, num_replicas=num_replicas, shard_ranks=shard_ranks, world_size=world_size)
     is_hybrid = num_replicas > 1
     accelerate_strategy = None
     if _is_true(env.get("ACCELERATE_USE_DEEPSPEED")):
         accelerate_strategy = f"zero{env.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '')}"
     elif _is_true(env.get("ACCELERATE_USE_FSDP")):
         accelerate_strategy = "hsdp" if is_hybrid else "fsdp2"
-    is_distributed = is_distributed_launch(env)
-    world_size = number("WORLD_SIZE") or 1 if is_distributed else 1
-    rank = number("RANK") or 0 if is_distributed else 0
-    if not 0 <= rank < world_size:
-        raise UserError(
-            f"RANK={rank} and WORLD_SIZE={world_size} contradict each other: ranks count from 0 to WORLD_SIZE - 1. "
-            f"For one process, unset both."
-        )
     return LaunchEnvironment(
-        rank=rank,
-        world_size=world_size,
-        local_rank=number("LOCAL_RANK") or 0 if is_distributed else 0,
-        local_world_size=number("LOCAL_WORLD_SIZE") or world_size if is_distributed else 1,
-        is_distributed=is_distributed,
-        master_addr=env.get("MASTER_ADDR", ""),
-        master_port=number("MASTER_PORT"),
+        **_placed(launch if is_distributed else None, env),
+        launcher=launch.launcher if launch is not None else "no launcher",
+        warnings=found.warnings,
         uses_agent_store=_is_true(env.get("TORCHELASTIC_USE_AGENT_STORE")),
         join_timeout_s=positive(JOIN_TIMEOUT_VARIABLE) or JOIN_TIMEOUT_S,
         attempt=number("TORCHELASTIC_RESTART_COUNT") or 0,
-        has_agent=_has_agent(env),
+        has_agent=launchers.has_agent(env),
         use_cpu=_is_true(env.get("ACCELERATE_USE_CPU")),
         threads=positive("OMP_NUM_THREADS"),
         strategy=env.get(STRATEGY_VARIABLE) or None,
@@ -114,24 +117,40 @@ def read_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironm
     )
 
 
-def _check_ranks(
-    env: Mapping[str, str], number: Callable[[str], int | None], positive: Callable[[str], int | None]
-) -> None:
-    """Raise UserError for variables of a launch that say too little, or what cannot be.
+def _is_distributed(launch: launchers.Launch | None) -> bool:
+    return launch is not None and (launch.size > 1 or launch.key == "variables")
 
-    One of several processes that takes itself for the only one would train alone, into the folder of all.
-    """
-    empty = [name for name in ("RANK", "WORLD_SIZE") if env.get(name) == ""]
-    if empty:
-        raise UserError(f"{empty[0]} is set to nothing: set a number, or for one process unset RANK and WORLD_SIZE")
-    rank, world_size = number("RANK"), positive("WORLD_SIZE")
-    if (rank or 0) > 0 and world_size is None:
-        raise UserError(f"RANK={rank} is set, but no WORLD_SIZE: set both, or unset RANK for one process")
-    if (world_size or 1) > 1 and rank is None:
-        raise UserError(f"WORLD_SIZE={world_size} is set, but no RANK: set both, or unset WORLD_SIZE for one process")
-    if not is_distributed_launch(env):
+
+def _placed(launch: launchers.Launch | None, env: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields of LaunchEnvironment that say where among the ranks this process is."""
+    if launch is None:
+        return {"master_addr": env.get("MASTER_ADDR", ""), "master_port": launchers.number(env, "MASTER_PORT")}
+    return {
+        "rank": launch.rank,
+        "world_size": launch.size,
+        "local_rank": launch.local_rank or 0,
+        "local_world_size": launch.local_size or launch.size,
+        "is_distributed": True,
+        "named_ranks": launch.named_ranks,
+        "is_found": launch.key != "variables",
+        "address_source": launch.host_source,
+        "local_is_known": launch.local_rank is not None,
+        "knows_neighbours": launch.size == 1 or launchers.has_agent(env),
+        "master_addr": launch.host,
+        "master_port": launch.port,
+    }
+
+
+def _check_ranks(launch: launchers.Launch | None, local_world_size: int | None) -> None:
+    """Raise UserError for variables of a launch that say what cannot be."""
+    if launch is None:
         return
-    port, local_rank = number("MASTER_PORT"), number("LOCAL_RANK") or 0
+    if not 0 <= launch.rank < launch.size:
+        raise UserError(
+            f"{launch.named_ranks} contradict each other: ranks count from 0 to {launch.size_variable} - 1. "
+            f"For one process, unset both."
+        )
+    port, local_rank = launch.port, launch.local_rank or 0
     if port == 0:
         raise UserError(
             "MASTER_PORT=0 is not supported: all ranks must use the same port. "
@@ -139,16 +158,11 @@ def _check_ranks(
         )
     if port is not None and not 0 < port <= MOST_PORT:
         raise UserError(f"MASTER_PORT={port} is no port: choose one from 1 to {MOST_PORT}, the same on all ranks")
-    local_world_size = positive("LOCAL_WORLD_SIZE") or world_size or 1
-    if local_rank < 0 or (local_rank >= local_world_size > 1):
+    most = launch.local_size or launch.size
+    if local_rank < 0 or (local_rank >= most > 1):
         raise UserError(
-            f"LOCAL_RANK={local_rank} and {local_world_size} ranks on this machine contradict each other: local ranks "
-            f"count from 0"
+            f"LOCAL_RANK={local_rank} and {most} ranks on this machine contradict each other: local ranks count from 0"
         )
-
-
-def _has_agent(env: Mapping[str, str]) -> bool:
-    return "TORCHELASTIC_RUN_ID" in env
 
 
 def _check_accelerate(env: Mapping[str, str], *, num_replicas: int, shard_ranks: int, world_size: int) -> None:
@@ -194,19 +208,54 @@ def _check_accelerate(env: Mapping[str, str], *, num_replicas: int, shard_ranks:
 
 
 def is_distributed_launch(environ: Mapping[str, str] | None = None) -> bool:
-    """Return whether this process was started as part of a group."""
-    env = os.environ if environ is None else environ
-    return "RANK" in env and "WORLD_SIZE" in env
+    """Return whether this process was started as part of a group. Raises UserError for contradictory variables."""
+    return _is_distributed(clusters.find_launch(os.environ if environ is None else environ).launch)
 
 
 def is_main_process() -> bool:
     """Return whether this is rank 0 or not a distributed launch."""
-    return not is_distributed_launch() or os.environ["RANK"] == "0"
+    try:
+        launch = clusters.find_launch(os.environ).launch
+    except UserError:  # which is to be printed, by one process
+        return clusters.apparent_rank(os.environ) == 0
+    return launch is None or launch.rank == 0
 
 
 def has_agent() -> bool:
     """Return whether a launcher such as torchrun watches the ranks of this launch."""
-    return _has_agent(os.environ)
+    return launchers.has_agent(os.environ)
+
+
+def tell_libraries(env: LaunchEnvironment, *, local_rank: int, local_size: int) -> None:
+    """Set the variables from which accelerate and DeepSpeed read the ranks; for one process, remove them.
+
+    `local_rank` is the number of the GPU, too.
+    """
+    ranks = {
+        "RANK": env.rank,
+        "WORLD_SIZE": env.world_size,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": local_size,
+    }
+    if not env.is_distributed:
+        for name in clusters.RANK_VARIABLES:
+            os.environ.pop(name, None)
+    else:
+        os.environ.update({name: str(value) for name, value in ranks.items()})
+        if env.master_addr and env.master_port is not None:
+            os.environ.update({"MASTER_ADDR": env.master_addr, "MASTER_PORT": str(env.master_port)})
+
+
+def end_of_job(environ: Mapping[str, str] | None = None) -> tuple[float | None, str]:
+    """Return when the cluster ends this job, in seconds as of time.time(), and why what is set is of no use."""
+    text = (os.environ if environ is None else environ).get(JOB_END_VARIABLE, "")
+    if not text:
+        return None, ""
+    if not text.isdecimal():
+        return None, f"{JOB_END_VARIABLE}={text} is not a time in seconds, and is ignored"
+    if int(text) <= time.time():
+        return None, f"{JOB_END_VARIABLE}={text} is in the past, as of a job that has ended, and is ignored"
+    return float(text), ""
 
 
 def report_checkpoint() -> None:

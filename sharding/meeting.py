@@ -11,12 +11,14 @@ from itertools import count
 import torch.distributed as dist
 
 from shardlaunch.errors import UserError, some
+from shardlaunch.sharding.clusters import LAUNCHER_VARIABLE, NONE
 from shardlaunch.sharding.environment import JOIN_TIMEOUT_VARIABLE, LaunchEnvironment
 
 MESSAGE_AFTER_S = 10.0  # waiting time before a message is printed
 POLL_INTERVAL_S = 0.05
 _MET = "shardlaunch/met"
 _RUN_NUMBERS = count()
+_FOR_ONE = f"For one process, set {LAUNCHER_VARIABLE}={NONE}."
 
 
 def meet(env: LaunchEnvironment) -> dist.Store:
@@ -30,6 +32,8 @@ def meet(env: LaunchEnvironment) -> dist.Store:
         return dist.HashStore()
     address, port = _address(env)
     where = f"{address}:{port} (MASTER_ADDR, MASTER_PORT)"
+    if env.address_source not in ("", "MASTER_ADDR"):
+        where = f"{address}:{port} (set MASTER_ADDR and MASTER_PORT for another)"
     limit = timedelta(seconds=env.join_timeout_s)
     is_host = env.rank == 0 and not env.uses_agent_store
     if is_host:  # both are checked here, because torch's own attempts print stack traces
@@ -71,8 +75,13 @@ def _address(env: LaunchEnvironment) -> tuple[str, int]:
         return env.master_addr, env.master_port
     values = {"MASTER_ADDR": env.master_addr, "MASTER_PORT": env.master_port}
     unset = " and ".join(name for name, value in values.items() if not value)
+    if env.is_found:
+        raise UserError(
+            f"{env.launcher} does not say on which machine rank 0 runs: set {unset} to its name, and the same on all "
+            f"ranks. {_FOR_ONE}"
+        )
     raise UserError(
-        f"RANK={env.rank} and WORLD_SIZE={env.world_size} are set, but no address: set {unset}, or start all ranks "
+        f"{env.named_ranks} are set, but no address: set {unset}, or start all ranks "
         f"with `shardlaunch run RECIPE --ranks {env.world_size}` or torchrun. For one process, unset RANK and "
         f"WORLD_SIZE."
     )
@@ -114,7 +123,8 @@ def _joined(rank: int) -> str:
 
 
 def _advice(env: LaunchEnvironment) -> str:
+    for_one = _FOR_ONE if env.is_found else "For one process, unset RANK and WORLD_SIZE."
     return (
-        f"RANK={env.rank} and WORLD_SIZE={env.world_size} mean {env.world_size} processes: start them all with the "
-        f"same address, or set {JOIN_TIMEOUT_VARIABLE} to wait longer. For one process, unset RANK and WORLD_SIZE."
+        f"{env.named_ranks} mean {env.world_size} processes: start them all with the same address, or set "
+        f"{JOIN_TIMEOUT_VARIABLE} to wait longer. {for_one}"
     )

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +17,7 @@ from shardlaunch.errors import UserError
 from shardlaunch.progress import progress
 from shardlaunch.sharding.environment import LaunchEnvironment
 from shardlaunch.sharding.meeting import meet
+from shardlaunch.sharding.neighbours import Neighbours, find_neighbours, this_place
 
 T = TypeVar("T")
 
@@ -33,8 +34,10 @@ class World:
 
     rank: int = 0
     size: int = 1
-    local_ranks: range = range(1)
-    """The ranks of this machine."""
+    local_ranks: Sequence[int] = range(1)
+    """The ranks of this machine, in order."""
+    num_on_cores: int = 1
+    """How many of them share the cores of this one."""
     device: torch.device = CPU
     host_group: dist.ProcessGroup | None = None
     store: dist.Store | None = None
@@ -46,8 +49,13 @@ class World:
         return len(self.local_ranks)
 
     @property
+    def local_index(self) -> int:
+        """The number of this rank's GPU or, on CPU, of this rank among those of its machine."""
+        return self.local_ranks.index(self.rank) if self.device.index is None else self.device.index
+
+    @property
     def is_local_main(self) -> bool:
-        return self.rank == self.local_ranks.start
+        return self.rank == self.local_ranks[0]
 
     @property
     def is_main(self) -> bool:
@@ -107,19 +115,20 @@ def connect(env: LaunchEnvironment, *, needs_group: bool = False, is_watched: bo
     GPUs, and when the ranks do not meet.
     """
     use_cuda = torch.cuda.is_available() and not env.use_cpu
-    if use_cuda:
-        if env.local_world_size > torch.cuda.device_count():
-            raise UserError(
-                f"{env.local_world_size} ranks were started on this machine, which has {torch.cuda.device_count()} "
-                f"GPUs. Start at most one rank per GPU, or set ACCELERATE_USE_CPU=true."
-            )
-        device = torch.device("cuda", env.local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    if env.knows_neighbours and use_cuda and env.local_world_size > torch.cuda.device_count():
+        raise UserError(
+            f"{env.local_world_size} ranks were started on this machine, which has {torch.cuda.device_count()} "
+            f"GPUs. Start at most one rank per GPU, or set ACCELERATE_USE_CPU=true."
+        )
     if not env.is_distributed and not needs_group:
-        return World(device=device)
+        return World(device=_device(env.local_rank, use_cuda=use_cuda))
     store, rank, world_size = meet(env), env.rank, env.world_size
+    if env.knows_neighbours:
+        local_ranks = range(first := rank - env.local_rank, first + env.local_world_size)
+        neighbours = Neighbours(ranks=tuple(local_ranks), num_on_cores=env.local_world_size, gpu=env.local_rank)
+    else:
+        neighbours = find_neighbours(env, store, this_place(use_cuda=use_cuda))
+    device = _device(neighbours.gpu, use_cuda=use_cuda)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     timeout = WATCHED_TIMEOUT if is_watched else TIMEOUT
     owns_group = not dist.is_initialized()  # a script that calls `fit` may have a process group, which stays its own
@@ -128,12 +137,21 @@ def connect(env: LaunchEnvironment, *, needs_group: bool = False, is_watched: bo
     return World(
         rank=rank,
         size=world_size,
-        local_ranks=range(first := rank - env.local_rank, first + env.local_world_size),
+        local_ranks=neighbours.ranks,
+        num_on_cores=neighbours.num_on_cores,
         device=device,
         host_group=dist.new_group(backend="gloo", timeout=timeout),
         store=store,
         owns_group=owns_group,
     )
+
+
+def _device(gpu: int, *, use_cuda: bool) -> torch.device:
+    if not use_cuda:
+        return CPU
+    device = torch.device("cuda", gpu)
+    torch.cuda.set_device(device)
+    return device
 
 
 def abandon(world: World) -> None:
@@ -156,17 +174,17 @@ def disconnect(world: World) -> None:
         dist.destroy_process_group(None if world.owns_group else world.host_group)
 
 
-def threads_per_rank(requested: int, env: LaunchEnvironment) -> int:
+def threads_per_rank(requested: int, env: LaunchEnvironment, world: World) -> int:
     """Return the number of CPU threads per rank.
 
     `requested`, if above 0; else OMP_NUM_THREADS, if above 1 (launchers set 1 by default, so 1 means nothing); else an
-    even division of the machine's cores among its ranks.
+    even division of the cores that this process may use among the ranks that may use them.
     """
     if requested > 0:
         return requested
     if env.threads is not None and env.threads > 1:
         return env.threads
-    return max(1, available_cores() // env.local_world_size)
+    return max(1, available_cores() // world.num_on_cores)
 
 
 def available_cores() -> int:

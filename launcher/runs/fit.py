@@ -1,10 +1,12 @@
 """Run a recipe in this process: resolve options and strategy, join the ranks, train. Used by `launch` and notebooks."""
 
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,13 @@ from shardlaunch.launcher.runs.folder import run_folder
 from shardlaunch.launcher.runs.result import Result
 from shardlaunch.launcher.runs.session import preserved_process, silent_libraries
 from shardlaunch.launcher.training.stopping import Stopped
-from shardlaunch.sharding.environment import LaunchEnvironment, read_environment
+from shardlaunch.sharding.environment import (
+    JOB_END_VARIABLE,
+    LaunchEnvironment,
+    end_of_job,
+    read_environment,
+    tell_libraries,
+)
 from shardlaunch.sharding.precision import PRECISIONS, resolve_precision
 from shardlaunch.sharding.strategy import Settings
 from shardlaunch.sharding.world import World, abandon, connect, disconnect, threads_per_rank
@@ -45,7 +53,7 @@ def fit(recipe: Recipe | type[Recipe], *, show: bool = False, **options: Any) ->
         display = new_display(env, show=show)
         with naming_origins(parsed.origins), shown_by(display.phases):
             choice = choose(parsed, env)
-            with joined_ranks(env, parsed, choice) as world:
+            with joined_ranks(env, parsed, choice, display) as world:
                 try:
                     return run_recipe_on(recipe, parsed, env, world, choice, display)
                 except Stopped:
@@ -80,21 +88,39 @@ def choose(options: Options, env: LaunchEnvironment) -> Choice:
 
 @contextmanager
 def joined_ranks(
-    env: LaunchEnvironment, options: Options, choice: Choice, *, is_watched: bool = False
+    env: LaunchEnvironment, options: Options, choice: Choice, display: Display, *, is_watched: bool = False
 ) -> Iterator[World]:
-    """Set this rank's number of threads and join the ranks of this launch; leave them at the end. All ranks.
+    """Join the ranks of this launch and set this rank's number of threads; leave them at the end. All ranks.
 
     `is_watched`: the caller runs a watchdog while it has joined.
     """
     from shardlaunch.sharding.resolve import STRATEGIES
 
-    num_threads = threads_per_rank(options.threads_per_rank, env)
-    torch.set_num_threads(num_threads)
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # otherwise accelerate sets its own number, with a warning
+    _say_launch(env, options, display)
     with phase(f"connecting {env.world_size} ranks") if env.world_size > 1 else nullcontext():
         world = connect(env, needs_group=STRATEGIES[choice.strategy].is_sharded, is_watched=is_watched)
+    tell_libraries(env, local_rank=world.local_index, local_size=world.local_size)
+    num_threads = threads_per_rank(options.threads_per_rank, env, world)
+    torch.set_num_threads(num_threads)
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # otherwise accelerate sets its own number, with a warning
     yield world
     disconnect(world)
+
+
+def _say_launch(env: LaunchEnvironment, options: Options, display: Display) -> None:
+    """Print what was found in the environment of a cluster."""
+    for warning in env.warnings:
+        display.warn(warning)
+    if env.is_found:
+        display.say(f"started by {env.launcher}: {env.describe()}")
+    job_ends_at, problem = end_of_job()
+    if options.max_time:
+        return
+    if problem:
+        display.warn(problem)
+    if job_ends_at is not None:
+        left = timedelta(seconds=round(job_ends_at - time.time()))
+        display.say(f"the job ends in {left} ({JOB_END_VARIABLE}): the run saves and stops before (or set --max-time)")
 
 
 def run_recipe_on(

@@ -57,6 +57,7 @@ from shardlaunch.launcher.training.stopping import (
 from shardlaunch.launcher.training.time_left import TimeLeft
 from shardlaunch.launcher.training.trainer import Hooks, Trainer
 from shardlaunch.progress import SAVING
+from shardlaunch.sharding.environment import end_of_job
 from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
 from shardlaunch.sharding.world import World
@@ -91,7 +92,9 @@ class Run:
         self.trackers = tracker_names(options.tracker)
         folders = {self.output_dir, run_folder(options, self.name)} if world.is_main else set()
         time_left = TimeLeft(
-            max_time_s=seconds_of(options.max_time) if options.max_time else 0, grace_s=options.grace_s
+            max_time_s=seconds_of(options.max_time) if options.max_time else 0,
+            grace_s=options.grace_s,
+            job_ends_at=end_of_job()[0],
         )
         self.requests = Requests(sorted(folders), time_left)
         self.room = Room(self.output_dir, options, world, warn=self.display.warn)

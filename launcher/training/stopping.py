@@ -196,7 +196,7 @@ class Requests:
             return _signals.first.name
         if is_by_file:
             return f"the file {STOP_FILE}"
-        return "--max-time" if self._is_time_over else "a signal to another rank"
+        return self.time_left.end_source if self._is_time_over else "a signal to another rank"
 
 
 class Polls:

@@ -4,7 +4,7 @@ import time
 
 import psutil
 
-from shardlaunch.sharding.environment import has_agent
+from shardlaunch.sharding.environment import JOB_END_VARIABLE, has_agent
 
 MARGIN = 1.5  # steps and saves may take longer than those before
 MARGIN_S = 2.0  # from the last save to the end of the process
@@ -14,13 +14,20 @@ ASSUMED_BYTES_PER_S = 100e6  # of a save, before the first is measured
 class TimeLeft:
     """Tells from the measured time of steps and saves whether there is time for more."""
 
-    def __init__(self, *, max_time_s: float = 0, grace_s: float = 0) -> None:
-        """`max_time_s` counts from the start of the launcher, or of this process if it has none (0: no limit)."""
+    def __init__(self, *, max_time_s: float = 0, grace_s: float = 0, job_ends_at: float | None = None) -> None:
+        """`max_time_s` counts from the start of the launcher, or of this process if it has none (0: no limit).
+
+        Without it, the limit is `job_ends_at`, in seconds as of time.time() (None: no limit).
+        """
         self.grace_s = grace_s
         self.save_s = self._longest_s = 0.0
         self._step_s = 0.0
         self._step_began = time.monotonic()
         self._end = time.monotonic() - _age_s() + max_time_s - MARGIN_S if max_time_s else 0.0
+        self.end_source = "--max-time"
+        if not max_time_s and job_ends_at is not None:
+            self.end_source = JOB_END_VARIABLE
+            self._end = time.monotonic() + job_ends_at - time.time() - MARGIN_S
 
     def assume_save_of(self, num_bytes: int) -> None:
         """Assume how long a save of this rank's `num_bytes` takes, until one is measured."""
@@ -40,7 +47,7 @@ class TimeLeft:
         self._step_s = max(seconds, 0.9 * self._step_s)
 
     def is_over(self) -> bool:
-        """Return whether --max-time has no room for one more step and a save."""
+        """Return whether --max-time, or the job, has no room for one more step and a save."""
         return bool(self._end) and time.monotonic() + MARGIN * (self._step_s + self.save_s) > self._end
 
     def is_short(self, asked_at: float | None) -> bool:

@@ -243,7 +243,8 @@ def test_requested_ranks_are_compared_with_those_in_effect() -> None:
 
 def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shardlaunch.sharding.world.available_cores", lambda: 8)
-    assert threads_per_rank(0, read_environment({})) == 8
-    assert threads_per_rank(0, read_environment({**TORCHRUN, "OMP_NUM_THREADS": "1"})) == 4
-    assert threads_per_rank(0, read_environment({**TORCHRUN, "OMP_NUM_THREADS": "3"})) == 3
-    assert threads_per_rank(1, read_environment({**TORCHRUN, "OMP_NUM_THREADS": "3"})) == 1
+    two = World(size=2, local_ranks=range(2), num_on_cores=2)
+    assert threads_per_rank(0, read_environment({}), ALONE) == 8
+    assert threads_per_rank(0, read_environment({**TORCHRUN, "OMP_NUM_THREADS": "1"}), two) == 4
+    assert threads_per_rank(0, read_environment({**TORCHRUN, "OMP_NUM_THREADS": "3"}), two) == 3
+    assert threads_per_rank(1, read_environment({**TORCHRUN, "OMP_NUM_THREADS": "3"}), two) == 1

@@ -33,6 +33,18 @@ def test_the_launch_may_have_begun_before(clock: list[float], monkeypatch: pytes
     assert left.is_over()
 
 
+def test_the_end_of_the_job_is_the_default(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_left.time, "time", lambda: 5000.0)
+    left = TimeLeft(job_ends_at=5100.0)
+    assert left.end_source == "SLURM_JOB_END_TIME"
+    clock[0] += 97.9
+    assert not left.is_over()
+    clock[0] += 0.2
+    assert left.is_over()
+    own = TimeLeft(max_time_s=200, job_ends_at=5100.0)
+    assert (own.is_over(), own.end_source) == (False, "--max-time")
+
+
 def test_a_slow_first_step_is_forgotten(clock: list[float]) -> None:
     left = TimeLeft(max_time_s=100)
     left.step_took(60)
