@@ -1,0 +1,104 @@
+"""The recipe of the command that follows: its class, options and number of parameters, and its file."""
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardlaunch.errors import UserError, some
+from shardlaunch.launcher.commands.doctor.findings import Finding, note, ok, problem
+from shardlaunch.launcher.options import Options
+from shardlaunch.launcher.recipe import Recipe
+
+DEMO = "demo"
+MOST_QUOTED = 200
+_MODULE = "shardlaunch_doctor_recipe"
+BYTES_TRAINING = 16  # per parameter in fp32: weight, gradient, and AdamW's two moments
+BYTES_SAVED = 12  # all of those but the gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What is known of the recipe and its options."""
+
+    recipe_type: type[Recipe]
+    options: Options
+    name: str
+
+
+def check_shadows(path: Path, library_names: frozenset[str]) -> list[Finding]:
+    """Return which files beside a recipe are imported instead of libraries: its folder comes first on Python's path."""
+    beside = sorted(path.absolute().parent.iterdir())
+    importable = [one.stem for one in beside if one.suffix == ".py" or (one / "__init__.py").is_file()]
+    shadowed = [name for name in importable if name in library_names]
+    if not shadowed:
+        return []
+    return [
+        problem(
+            f"{path.absolute().parent}: {some(shadowed)} {'is' if len(shadowed) == 1 else 'are'} imported in place of "
+            f"the {'library' if len(shadowed) == 1 else 'libraries'} of that name, when the recipe runs from there",
+            "rename it" if len(shadowed) == 1 else "rename them",
+        )
+    ]
+
+
+def library_names() -> frozenset[str]:
+    """Return the names under which installed packages and Python's own modules are imported."""
+    from importlib.metadata import packages_distributions
+
+    return frozenset(packages_distributions()) | sys.stdlib_module_names
+
+
+def load_command(path: Path, argv: Sequence[str]) -> tuple[Command | None, list[Finding]]:
+    """Import a recipe file and read its options. None with a finding where the file fails.
+
+    Raises UserError for options that the recipe refuses.
+    """
+    from shardlaunch.launcher.command_line.parsing import parse_options
+    from shardlaunch.launcher.recipe import options_type_of, recipe_name
+
+    spec = importlib.util.spec_from_file_location(_MODULE, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[_MODULE] = module
+    sys.path.insert(0, str(path.absolute().parent))
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        return None, [problem(f"{path}: fails when it is imported: {type(error).__name__}: {error}", "fix the file")]
+    finally:
+        sys.path.pop(0)
+    recipes = [
+        one
+        for _, one in inspect.getmembers(module, inspect.isclass)
+        if issubclass(one, Recipe) and one.__module__ == _MODULE
+    ]
+    if not recipes:
+        return None, [problem(f"{path}: declares no recipe", "derive a class from shardlaunch.Recipe, and launch it")]
+    leaves = [one for one in recipes if not any(other is not one and issubclass(other, one) for other in recipes)]
+    recipe_type = max(leaves, key=lambda one: inspect.getsourcelines(one)[1])
+    options = parse_options(options_type_of(recipe_type), recipe_type.presets, argv, program=path.name, description="")
+    return Command(recipe_type=recipe_type, options=options, name=recipe_name(recipe_type)), []
+
+
+def count_parameters(command: Command) -> tuple[int, list[Finding]]:
+    """Return the number of parameters of the recipe's model, 0 if it cannot be built without its data."""
+    from shardlaunch.launcher.runs.model import build_empty_model
+
+    recipe = command.recipe_type(command.options)
+    try:
+        if getattr(command.options, "data", "") == DEMO:
+            recipe.datasets()  # small, and model() may need to know its labels
+        model = build_empty_model(recipe, command.options.seed)
+    except AttributeError:  # of what datasets() would have stored
+        return 0, [note("the size of the model is not known: model() needs the data, which are not read here")]
+    except Exception as error:  # of the recipe's own code
+        why = str(error).partition("\n")[0][:MOST_QUOTED]
+        return 0, [note(f"the size of the model is not known: model() fails ({type(error).__name__}: {why})")]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return count, [ok(f"{command.name}: {count / 1e6:,.1f} M parameters")]
