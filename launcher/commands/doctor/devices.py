@@ -12,7 +12,8 @@ from shardlaunch.launcher.commands.ckpt.output import size
 from shardlaunch.launcher.commands.doctor.findings import Finding, note, ok, problem
 
 DOCKER_SHM_BYTES = 64 * 2**20
-BASE_DESCRIPTORS = 24  # libraries, logs, metrics and checkpoint files of a rank
+BASE_DESCRIPTORS = 10  # libraries, logs, metrics and checkpoint files of a rank
+_PER_WORKER = 6  # pipes of a loading worker, with those for its end
 FEW_TASKS = 40  # threads of a rank besides those for its cores: gloo, loading, writing
 _NO_LIMIT = 2**60  # cgroups say "none" by a number near 2**63
 _MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
@@ -22,6 +23,14 @@ _SMI_FIELDS = ("name", "driver_version", "compute_mode", "ecc.errors.uncorrected
 def check_cores(root: Path, *, num_affine: int, num_all: int, ranks: int) -> list[Finding]:
     """Return how many cores ranks may use, by affinity and by the control group's quota. `root` is /."""
     quota = cpu_quota(root)
+    groups = root / "sys/fs/cgroup"
+    if _text(root / "proc/self/cgroup") and not (groups.is_dir() and any(groups.iterdir())):
+        return [
+            note(
+                "/sys/fs/cgroup is hidden: limits of cores and memory are not known, and Slurm's daemon fails",
+                "inside `ip netns exec`, use `nsenter --net=/run/netns/NAME` instead",
+            )
+        ]
     if quota is not None and quota < num_affine:
         share = max(1, int(quota) // ranks)
         return [
@@ -85,15 +94,12 @@ def check_shared_memory(total_bytes: int | None, *, num_workers: int | None) -> 
 
 def check_descriptors(limit: int, *, ranks: int, num_workers: int) -> list[Finding]:
     """Return whether a rank may open as many files and sockets as it needs."""
-    needed = BASE_DESCRIPTORS + 12 + 2 * ranks + 8 * num_workers
-    if limit != resource.RLIM_INFINITY and limit < needed:
-        return [
-            problem(
-                f"{limit} open files are allowed per process; one of {ranks} ranks needs about {needed}",
-                f"ulimit -n {max(1024, 4 * needed)} in the shell that starts the run",
-            )
-        ]
-    return []
+    needed = BASE_DESCRIPTORS + 12 + 2 * ranks + _PER_WORKER * num_workers
+    if limit == resource.RLIM_INFINITY or limit >= 4 * needed:
+        return []
+    text = f"{limit} open files are allowed per process; one of {ranks} ranks needs about {needed}"
+    advice = f"ulimit -n {max(1024, 4 * needed)} in the shell that starts the run"
+    return [problem(text, advice)] if limit < needed else [note(f"{text}, and more for data in many files", advice)]
 
 
 def check_tasks(root: Path, *, ranks: int, num_cores: int) -> list[Finding]:
@@ -133,7 +139,8 @@ def check_gpus(gpus: Sequence[Gpu], smi: Sequence[Sequence[str]], *, torch_cuda:
             advice = "update the driver, or install torch for an older CUDA; see also CUDA_VISIBLE_DEVICES"
         return [problem(f"{len(smi)} GPUs ({smi[0][0]}), and torch uses none: {why}", advice)]
     if not gpus:
-        return [ok("no GPU: ranks use the CPU")]
+        build = f"; torch is built for CUDA {torch_cuda}, which works here too" if torch_cuda else ""
+        return [ok(f"no GPU: ranks use the CPU{build}")]
     findings = [
         ok(f"{len(gpus)} x {gpus[0].name}, {size(gpus[0].total_bytes)} each; torch is built for CUDA {torch_cuda}")
     ]

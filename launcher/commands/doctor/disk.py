@@ -43,6 +43,7 @@ _MEANINGS = {
     "ramfs": (note, "in memory: it counts as memory, and is gone after a reboot", "choose a folder on a disk"),
     "overlay": (note, "a container's own layer: gone with the container", "choose a mounted volume"),
 }
+_LOCAL = ("ext4", "ext3", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay", "f2fs")
 _OF_OBJECTS = ("fuse.s3fs", "fuse.gcsfuse", "fuse.goofys", "fuse.rclone", "fuse.mountpoint-s3", "fuse.blobfuse2")
 # Take the lock of a file, as a second run would: 1 if it is given though it is held.
 _SECOND = """
@@ -64,8 +65,11 @@ class Mount:
     options: frozenset[str] = frozenset()
 
 
-def check_folder(name: str, path: Path, mounts: list[Mount]) -> list[Finding]:
-    """Return what a folder's file system means, and whether it can be written. `name` is what it is for."""
+def check_folder(name: str, path: Path, mounts: list[Mount], *, num_machines: int = 1) -> list[Finding]:
+    """Return what a folder's file system means, and whether it can be written. `name` is what it is for.
+
+    `num_machines` are those that must share the folder.
+    """
     place, where = existing(path), f"{name} {path}"
     if not place.is_dir():
         return [problem(f"{where}: {place} is a file, not a folder", "choose another folder")]
@@ -99,6 +103,14 @@ def check_folder(name: str, path: Path, mounts: list[Mount]) -> list[Finding]:
         )
     else:
         findings.append(ok(f"{where}: {size(free)} free{kind}"))
+    if num_machines > 1 and mount and mount.kind in _LOCAL:
+        findings.append(
+            note(
+                f"{where}: {mount.kind} is a file system of this machine, and {num_machines} are to share the folder: "
+                f"a run is refused where they do not",
+                "choose a folder that all machines have mounted",
+            )
+        )
     return findings
 
 
@@ -160,6 +172,17 @@ def check_use(output_dir: Path) -> list[Finding]:
             note(f"{output_dir}: {len(leftovers)} folders of saves that did not end; the next start deletes them")
         )
     return findings
+
+
+def size_of_newest(output_dir: Path) -> int:
+    """Return the bytes of a run's newest checkpoint, 0 if there is none."""
+    from shardlaunch.checkpoints.finding import Run
+
+    try:
+        steps = Run(path=output_dir, checkpoints_dir=output_dir / CHECKPOINTS).step_dirs()
+        return sum(one.stat().st_size for one in steps[-1].iterdir()) if steps else 0
+    except (OSError, UserError):
+        return 0
 
 
 def check_writing(

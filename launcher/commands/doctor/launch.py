@@ -39,7 +39,8 @@ def check_environment(env: Mapping[str, str]) -> tuple[LaunchEnvironment | None,
     try:
         launch = read_environment(env)
     except UserError as error:
-        return None, [problem(str(error))]
+        advice = "a recipe stops with this message; only `shardlaunch run` sets the variables of ranks anew"
+        return None, [problem(str(error), advice)]
     findings = [note(text) for text in launch.warnings]
     if launch.lone_of_many:
         findings.append(
@@ -162,7 +163,7 @@ def check_threads(launch: LaunchEnvironment, *, ranks: int, num_cores: int, num_
     per_rank = max(1, num_cores // ranks)
     if launch.threads is None or launch.threads == 1:
         is_one = "OMP_NUM_THREADS=1 counts as unset: " if launch.threads else ""
-        return [ok(f"{is_one}{per_rank} threads per rank, the cores divided among {ranks} ranks")]
+        return [ok(f"{is_one}{per_rank} thread{'s' if per_rank > 1 else ''} per rank, the cores divided by {ranks}")]
     total = launch.threads * ranks
     if total <= num_cores:
         return [ok(f"{launch.threads} threads per rank (OMP_NUM_THREADS)")]
@@ -205,6 +206,14 @@ def check_gpu_variables(env: Mapping[str, str], *, num_gpus: int, use_cpu: bool)
             note(
                 f"ACCELERATE_USE_CPU={env['ACCELERATE_USE_CPU']}: the {num_gpus} GPUs are not used",
                 "unset it to use them",
+            )
+        )
+    if num_gpus and not use_cpu and env.get("DS_ACCELERATOR", "cuda") != "cuda":
+        findings.append(
+            problem(
+                f"DS_ACCELERATOR={env['DS_ACCELERATOR']}: DeepSpeed would use another device than the ranks, which use "
+                f"GPUs",
+                "unset it",
             )
         )
     return findings

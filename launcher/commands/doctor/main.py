@@ -1,19 +1,28 @@
 """All checks in order, and their report."""
 
 import contextlib
+import errno
 import os
 import resource
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from shardlaunch.checkpoints.files import error_text
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.commands.ckpt.output import print_json
 from shardlaunch.launcher.commands.doctor import accelerate_file, devices, disk, launch, network, versions
-from shardlaunch.launcher.commands.doctor.findings import Finding, Section, document, num_problems, print_section
+from shardlaunch.launcher.commands.doctor.findings import (
+    Finding,
+    Section,
+    document,
+    num_problems,
+    print_section,
+    problem,
+)
 from shardlaunch.sharding.environment import LaunchEnvironment, is_main_process
 
 if TYPE_CHECKING:
@@ -106,25 +115,36 @@ def _sections(asked: _Asked, of_environment: list[Finding]) -> Iterator[Section]
 
         is_alone = asked.strategy != "auto" and STRATEGIES[asked.strategy].for_one_process
         asked.ranks = asked.ranks or (1 if is_alone else asked.num_gpus or 2)
-    yield _this_launch(asked, of_environment, num_seen=len(gpus))
-    yield Section(name="devices", findings=_devices(asked, gpus, torch_cuda))
-    yield Section(name="network", findings=_network(asked))
-    findings, figures = _disk(asked)
-    yield Section(name="disk", findings=findings, figures=figures)
-    yield Section(name="versions", findings=versions.check_versions())
-    traps = _traps(asked)
-    if traps:
-        yield Section(name="traps", findings=traps)
+    yield _section("this launch", lambda: (_this_launch(asked, of_environment, num_seen=len(gpus)), {}))
+    yield _section("devices", lambda: (_devices(asked, gpus, torch_cuda), {}))
+    yield _section("network", lambda: (_network(asked), {}))
+    yield _section("disk", lambda: _disk(asked))
+    yield _section("versions", lambda: (versions.check_versions(), {}))
+    traps = _section("traps", lambda: (_traps(asked), {}))
+    if traps.findings:
+        yield traps
     if asked.measured and asked.ranks > 1 and asked.launch is not None and not asked.known.is_distributed:
         from shardlaunch.launcher.commands.doctor.collectives import check_collectives
 
-        findings, figures = check_collectives(
-            ranks=asked.ranks, use_cuda=bool(asked.num_gpus), num_parameters=asked.num_parameters
+        yield _section(
+            "between ranks",
+            lambda: check_collectives(
+                ranks=asked.ranks, use_cuda=bool(asked.num_gpus), num_parameters=asked.num_parameters
+            ),
         )
-        yield Section(name="between ranks", findings=findings, figures=figures)
 
 
-def _this_launch(asked: _Asked, of_environment: list[Finding], *, num_seen: int) -> Section:
+def _section(name: str, check: Callable[[], tuple[list[Finding], dict[str, Any]]]) -> Section:
+    """Return what a check finds, or that it cannot be made."""
+    try:
+        findings, figures = check()
+    except OSError as error:
+        advice = "raise the limit of open files: ulimit -n 1024" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+        findings, figures = [problem(f"this cannot be checked: {error_text(error)}", advice)], {}
+    return Section(name=name, findings=findings, figures=figures)
+
+
+def _this_launch(asked: _Asked, of_environment: list[Finding], *, num_seen: int) -> list[Finding]:
     findings = list(of_environment)
     strategy = asked.strategy
     if asked.path is not None:
@@ -151,7 +171,7 @@ def _this_launch(asked: _Asked, of_environment: list[Finding], *, num_seen: int)
         findings += launch.check_threads(asked.launch, ranks=asked.ranks, num_cores=num_cores, num_gpus=asked.num_gpus)
         findings += launch.check_gpu_variables(asked.env, num_gpus=num_seen, use_cpu=asked.launch.use_cpu)
     findings += launch.check_variables(asked.env)
-    return Section(name="this launch", findings=findings)
+    return findings
 
 
 def _load(path: Path, argv: Sequence[str]) -> "tuple[Command | None, list[Finding]]":
@@ -211,27 +231,30 @@ def _disk(asked: _Asked) -> tuple[list[Finding], dict[str, float]]:
     output_dir = Path("outputs")
     if asked.command is not None:
         output_dir = run_folder(asked.command.options, asked.command.name)
-    cache = accelerate_file.default_file(asked.env).parents[1]
     findings = [
-        *disk.check_folder("runs in", output_dir, mounts),
-        *disk.check_folder("caches in", cache, mounts),
+        *disk.check_folder("runs in", output_dir, mounts, num_machines=asked.num_machines),
+        *(finding for cache in _caches(asked.env) for finding in disk.check_folder("caches in", cache, mounts)),
         *disk.check_temp(tempfile.gettempdir(), asked.env.get("TMPDIR", ""), mounts),
     ]
     if asked.command is not None:
         findings += disk.check_use(output_dir)
-        if asked.num_parameters:
-            from shardlaunch.launcher.commands.doctor.recipe import BYTES_SAVED
+        from shardlaunch.launcher.commands.doctor.recipe import BYTES_SAVED
 
-            findings += disk.check_room(
-                output_dir,
-                num_bytes=BYTES_SAVED * asked.num_parameters,
-                keep=asked.command.options.keep,
-                save_on_best=asked.command.options.save_on_best,
-            )
+        num_bytes = disk.size_of_newest(output_dir) or BYTES_SAVED * asked.num_parameters
+        if num_bytes:
+            keep, save_on_best = asked.command.options.keep, asked.command.options.save_on_best
+            findings += disk.check_room(output_dir, num_bytes=num_bytes, keep=keep, save_on_best=save_on_best)
     if not asked.measured:
         return findings, {}
     written, figures = disk.check_writing(output_dir)
     return [*findings, *written], figures
+
+
+def _caches(env: dict[str, str]) -> list[Path]:
+    """Return the folders of downloads and prepared data."""
+    home = accelerate_file.default_file(env).parents[1]
+    others = [env[name] for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE") if env.get(name)]
+    return list(dict.fromkeys([home, *(Path(other).expanduser() for other in others)]))
 
 
 def _traps(asked: _Asked) -> list[Finding]:
