@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -22,6 +23,7 @@ MOST_TIMES = 200
 LIMIT_S = 12.0  # from the start of the processes to the last figure
 _SLOW_LATENCY_S = 5e-3
 _RANK = "from shardlaunch.launcher.commands.doctor.collectives import run_rank; run_rank()"
+_BUILD_PLACE = re.compile(r"\[enforce fail at [^\]]*\] ")  # where gloo was built
 _VARIABLE = "SHARDLAUNCH_DOCTOR_RANK"
 
 
@@ -34,20 +36,20 @@ class Timing:
     times: int
 
 
-def measure(*, ranks: int, use_cuda: bool, limit_s: float = LIMIT_S) -> tuple[list[Timing], str]:
-    """Start ranks, let them sum tensors, and return the times, and why there are none."""
+def measure(*, ranks: int, use_cuda: bool, limit_s: float = LIMIT_S, code: str = _RANK) -> tuple[list[Timing], str]:
+    """Start ranks, let them sum tensors, and return the times, and why there are none. `code` is a rank's program."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        ended = _run(ranks, port, Path(folder), use_cuda=use_cuda, limit_s=limit_s)
+        ended = _run(code, ranks, port, Path(folder), use_cuda=use_cuda, limit_s=limit_s)
         answer = Path(folder) / "answer"
         if answer.exists():
             return [Timing(**one) for one in json.loads(answer.read_text())], ""
         return [], ended
 
 
-def _run(ranks: int, port: int, folder: Path, *, use_cuda: bool, limit_s: float) -> str:
+def _run(code: str, ranks: int, port: int, folder: Path, *, use_cuda: bool, limit_s: float) -> str:
     """Run the processes, and end them. Return why one failed."""
     processes = []
     paths = [folder / f"error-{rank}" for rank in range(ranks)]
@@ -56,7 +58,7 @@ def _run(ranks: int, port: int, folder: Path, *, use_cuda: bool, limit_s: float)
             said = json.dumps({"rank": rank, "ranks": ranks, "port": port, "folder": str(folder), "cuda": use_cuda})
             with open(path, "wb") as stream:
                 environment = {**os.environ, _VARIABLE: said, "OMP_NUM_THREADS": "1"}
-                words = [sys.executable, "-c", _RANK]
+                words = [sys.executable, "-c", code]
                 processes.append(
                     subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
                 )
@@ -75,7 +77,7 @@ def _run(ranks: int, port: int, folder: Path, *, use_cuda: bool, limit_s: float)
     failed = next((rank for rank, code in enumerate(codes) if code), None)
     if failed is None:
         return f"the ranks were not done after {limit_s:.0f} s"
-    lines = paths[failed].read_text(errors="replace").strip().splitlines()
+    lines = _BUILD_PLACE.sub("", paths[failed].read_text(errors="replace")).strip().splitlines()
     return f"rank {failed} failed: {lines[-1] if lines else f'status {codes[failed]}'}"
 
 

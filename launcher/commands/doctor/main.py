@@ -261,9 +261,9 @@ def _traps(asked: _Asked) -> list[Finding]:
     findings = launch.check_signals(launch.ignored_signals(_text(Path("/proc/self/status"))))
     findings += accelerate_file.check_default_file(accelerate_file.default_file(asked.env), num_gpus=asked.num_gpus)
     if asked.path is not None:
-        from shardlaunch.launcher.commands.doctor.recipe import check_shadows, library_names
+        from shardlaunch.launcher.commands.doctor.recipe import check_shadows
 
-        findings += check_shadows(asked.path, library_names())
+        findings += check_shadows(asked.path, sys.path)
     if asked.command is not None:
         options = asked.command.options
         chosen = options.strategy if options.strategy != "auto" else asked.strategy

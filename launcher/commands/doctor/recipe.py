@@ -2,9 +2,11 @@
 
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from shardlaunch.errors import UserError, some
@@ -28,27 +30,28 @@ class Command:
     name: str
 
 
-def check_shadows(path: Path, library_names: frozenset[str]) -> list[Finding]:
-    """Return which files beside a recipe are imported instead of libraries: its folder comes first on Python's path."""
-    beside = sorted(path.absolute().parent.iterdir())
+def check_shadows(path: Path, search: Sequence[str]) -> list[Finding]:
+    """Return which files beside a recipe are imported instead of libraries: its folder comes first on Python's path.
+
+    `search` is Python's path.
+    """
+    folder = path.absolute().parent
+    beside = sorted(folder.iterdir())
     importable = [one.stem for one in beside if one.suffix == ".py" or (one / "__init__.py").is_file()]
-    shadowed = [name for name in importable if name in library_names]
+    others = [place for place in search if place and os.path.realpath(place) != os.path.realpath(folder)]
+    shadowed = [
+        name for name in importable if name in sys.stdlib_module_names or PathFinder.find_spec(name, others) is not None
+    ]
     if not shadowed:
         return []
+    several = len(shadowed) > 1
     return [
         problem(
-            f"{path.absolute().parent}: {some(shadowed)} {'is' if len(shadowed) == 1 else 'are'} imported in place of "
-            f"the {'library' if len(shadowed) == 1 else 'libraries'} of that name, when the recipe runs from there",
-            "rename it" if len(shadowed) == 1 else "rename them",
+            f"{folder}: {some(shadowed)} {'are' if several else 'is'} imported in place of the "
+            f"{'libraries' if several else 'library'} of that name, when the recipe runs from there",
+            "rename them" if several else "rename it",
         )
     ]
-
-
-def library_names() -> frozenset[str]:
-    """Return the names under which installed packages and Python's own modules are imported."""
-    from importlib.metadata import packages_distributions
-
-    return frozenset(packages_distributions()) | sys.stdlib_module_names
 
 
 def load_command(path: Path, argv: Sequence[str]) -> tuple[Command | None, list[Finding]]:
