@@ -123,7 +123,7 @@ def check_strategy(launch: LaunchEnvironment, *, ranks: int, strategy: str, num_
     will_be = launch if launch.is_distributed else replace(launch, world_size=ranks)
     own = strategy.removeprefix("option:")
     if own == strategy and strategy != "auto":
-        will_be, own = replace(will_be, strategy=strategy), "auto"
+        will_be = replace(will_be, strategy=None)  # `shardlaunch run` sets it anew
     try:
         chosen = resolve_strategy(own, will_be)
     except UserError as error:

@@ -79,6 +79,8 @@ def test_what_auto_chooses() -> None:
     alone, asked = LaunchEnvironment(), {"strategy": "auto", "num_gpus": 0}
     (one,) = launch.check_strategy(alone, ranks=1, **asked)
     (two,) = launch.check_strategy(alone, ranks=2, **asked)
+    (anew,) = launch.check_strategy(LaunchEnvironment(strategy="zero1"), ranks=2, strategy="fsdp2", num_gpus=0)
+    assert anew.text == "strategy fsdp2 on 2 ranks"
     (by_file,) = launch.check_strategy(LaunchEnvironment(accelerate_strategy="fsdp2"), ranks=2, **asked)
     assert [one.text, two.text] == ["strategy single (auto) on 1 rank", "strategy ddp (auto) on 2 ranks"]
     assert by_file.text.endswith("on 2 ranks, from accelerate's configuration")
