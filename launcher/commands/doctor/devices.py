@@ -4,7 +4,7 @@ import os
 import resource
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,12 @@ DOCKER_SHM_BYTES = 64 * 2**20
 BASE_DESCRIPTORS = 10  # libraries, logs, metrics and checkpoint files of a rank
 _PER_WORKER = 6  # pipes of a loading worker, with those for its end
 FEW_TASKS = 40  # threads of a rank besides those for its cores: gloo, loading, writing
+# Limits of a shell: the letter of ulimit's option, and what happens at the limit.
+LIMITS = {
+    "RLIMIT_AS": ("v", "a rank that maps more memory fails, and torch maps much that it does not use"),
+    "RLIMIT_FSIZE": ("f", "a checkpoint or log that is larger cannot be written"),
+    "RLIMIT_CPU": ("t", "a rank is killed after so much time of its cores"),
+}
 _NO_LIMIT = 2**60  # cgroups say "none" by a number near 2**63
 _MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
 _SMI_FIELDS = ("name", "driver_version", "compute_mode", "ecc.errors.uncorrected.volatile.total")
@@ -100,6 +106,18 @@ def check_descriptors(limit: int, *, ranks: int, num_workers: int) -> list[Findi
     text = f"{limit} open files are allowed per process; one of {ranks} ranks needs about {needed}"
     advice = f"ulimit -n {max(1024, 4 * needed)} in the shell that starts the run"
     return [problem(text, advice)] if limit < needed else [note(f"{text}, and more for data in many files", advice)]
+
+
+def check_limits(limits: Mapping[str, int]) -> list[Finding]:
+    """Return which limits of this shell a run meets sooner or later. `limits`: values by the names in `LIMITS`."""
+    findings = []
+    for name, (option, means) in LIMITS.items():
+        if limits[name] != resource.RLIM_INFINITY:
+            text = f"{limits[name]} s" if name == "RLIMIT_CPU" else size(limits[name])
+            findings.append(
+                note(f"ulimit -{option} is {text}: {means}", f"ulimit -{option} unlimited, if it is not meant")
+            )
+    return findings
 
 
 def check_tasks(root: Path, *, ranks: int, num_cores: int) -> list[Finding]:

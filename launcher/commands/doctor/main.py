@@ -208,6 +208,7 @@ def _devices(asked: _Asked, gpus: Sequence[devices.Gpu], torch_cuda: str | None)
             resource.getrlimit(resource.RLIMIT_NOFILE)[0], ranks=asked.ranks, num_workers=num_workers or 0
         ),
         *devices.check_tasks(_ROOT, ranks=asked.ranks, num_cores=available_cores()),
+        *devices.check_limits({name: resource.getrlimit(getattr(resource, name))[0] for name in devices.LIMITS}),
         *devices.check_gpus(gpus, devices.rows_of_smi(), torch_cuda=torch_cuda),
     ]
 
@@ -218,7 +219,7 @@ def _network(asked: _Asked) -> list[Finding]:
         *network.check_loopback(),
         *network.check_meeting_point(env, interfaces, network.addresses_of_host(), num_machines=asked.num_machines),
         *network.check_named_interfaces(env, interfaces, num_machines=asked.num_machines),
-        *network.check_address(asked.known),
+        *network.check_address(asked.known, num_machines=asked.num_machines),
         *network.check_proxies(env),
         *network.check_hub(env, network=asked.network),
     ]

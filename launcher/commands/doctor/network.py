@@ -102,17 +102,25 @@ def check_named_interfaces(
     return findings
 
 
-def check_address(launch: LaunchEnvironment) -> list[Finding]:
+def check_address(launch: LaunchEnvironment, *, num_machines: int) -> list[Finding]:
     """Return whether MASTER_ADDR is a machine's, and whether rank 0 can listen at MASTER_PORT."""
     if launch.world_size == 1 or not launch.master_addr:
         return []
     try:
-        socket.getaddrinfo(launch.master_addr, None)
+        found = socket.getaddrinfo(launch.master_addr, None)
     except (OSError, UnicodeError):
         return [
             problem(
                 f"{launch.address_source or 'MASTER_ADDR'}: no machine of the name {launch.master_addr} is known here",
                 "set MASTER_ADDR to the name or address of the machine of rank 0, the same on all ranks",
+            )
+        ]
+    if num_machines > 1 and all(_is_loopback(str(entry[4][0])) for entry in found):
+        return [
+            problem(
+                f"MASTER_ADDR={launch.master_addr}: each of {num_machines} machines takes itself for that of rank 0, "
+                f"and the ranks do not meet",
+                "set MASTER_ADDR to an address of the machine of rank 0 that the others can reach",
             )
         ]
     if launch.rank == 0 and not launch.uses_agent_store and launch.master_port is not None:

@@ -67,15 +67,13 @@ def load_command(path: Path, argv: Sequence[str]) -> tuple[Command | None, list[
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[_MODULE] = module
-    sys.path.insert(0, str(path.absolute().parent))
+    sys.path.append(str(path.absolute().parent))  # the last, so that nothing there replaces a library here
     try:
         spec.loader.exec_module(module)
     except UserError:
         raise
     except (Exception, SystemExit) as error:
         return None, [problem(f"{path}: fails when it is imported: {type(error).__name__}: {error}", "fix the file")]
-    finally:
-        sys.path.pop(0)
     recipes = [
         one
         for _, one in inspect.getmembers(module, inspect.isclass)

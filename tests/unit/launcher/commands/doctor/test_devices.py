@@ -81,6 +81,14 @@ def test_descriptors() -> None:
         fine(devices.check_descriptors(limit, ranks=8, num_workers=2))
 
 
+def test_limits_of_the_shell() -> None:
+    none = dict.fromkeys(devices.LIMITS, -1)
+    fine(devices.check_limits(none))
+    only(devices.check_limits({**none, "RLIMIT_FSIZE": 10**6}), "note", "ulimit -f is 1.0 MB: a checkpoint")
+    only(devices.check_limits({**none, "RLIMIT_CPU": 60}), "note", "ulimit -t is 60 s")
+    only(devices.check_limits({**none, "RLIMIT_AS": 4 * GB}), "note", "ulimit -v is 4.0 GB")
+
+
 def test_a_limit_of_threads(tmp_path: Path) -> None:
     root = root_with(tmp_path, "0::/job", {"job/pids.max": "100"})
     only(devices.check_tasks(root, ranks=4, num_cores=8), "problem", "--pids-limit")

@@ -28,7 +28,8 @@ MET = {**TWO, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "localhost"}, "problem", "has started one"),
         (MET, "note", "waits 600 s for the other 1"),
         ({**MET, "TORCHELASTIC_RUN_ID": "x"}, "note", "one of 2 ranks"),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, "note", "a launch of one rank"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "note", "-> unset RANK and WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}, "note", "or what one has left over -> "),
         ({"MASTER_PORT": "29500", "LOCAL_RANK": "0"}, "note", "unset LOCAL_RANK MASTER_PORT"),
         ({"ACCELERATE_USE_FSDP": "1", "FSDP_VERSION": "2"}, "note", "ACCELERATE_USE_FSDP: variables of accelerate"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "note", "decide the precision"),
@@ -79,6 +80,8 @@ def test_what_auto_chooses() -> None:
     alone, asked = LaunchEnvironment(), {"strategy": "auto", "num_gpus": 0}
     (one,) = launch.check_strategy(alone, ranks=1, **asked)
     (two,) = launch.check_strategy(alone, ranks=2, **asked)
+    within = LaunchEnvironment(is_distributed=True, world_size=4)
+    assert launch.check_strategy(within, ranks=2, **asked)[0].text == "strategy ddp (auto) on 4 ranks"
     (anew,) = launch.check_strategy(LaunchEnvironment(strategy="zero1"), ranks=2, strategy="fsdp2", num_gpus=0)
     assert anew.text == "strategy fsdp2 on 2 ranks"
     (by_file,) = launch.check_strategy(LaunchEnvironment(accelerate_strategy="fsdp2"), ranks=2, **asked)
@@ -97,6 +100,8 @@ def test_threads() -> None:
         return launch.check_threads(LaunchEnvironment(threads=threads), ranks=2, num_cores=4, num_gpus=0)
 
     only(check(4), "note", "have 8 threads on 4 cores")
+    with_gpus = launch.check_threads(LaunchEnvironment(threads=4), ranks=2, num_cores=4, num_gpus=2)
+    assert ("shardlaunch run" in check(4)[0].text, "shardlaunch run" in with_gpus[0].text) == (True, False)
     for threads in (None, 1, 2):
         fine(check(threads))
     assert check(1)[0].text.startswith("OMP_NUM_THREADS=1 counts as unset: 2 threads")
@@ -126,9 +131,11 @@ def test_gpus_that_are_not_used() -> None:
     ("env", "level", "part"),
     [
         ({"SHARDLAUNCH_RANK": "2"}, "problem", "did you mean SHARDLAUNCH_RANKS?"),
+        ({"SHARDLAUNCH_XYZ": "2"}, "problem", "unset it; there are SHARDLAUNCH_"),
         ({"TORCH_DISTRIBUTED_DEBUG": "detail"}, "note", "steps are slow"),
         ({"NCCL_P2P_DISABLE": "1"}, "note", "through host memory"),
         ({"MKL_NUM_THREADS": "4"}, "note", "instead of --threads-per-rank"),
+        ({"OMP_PROC_BIND": "true"}, "note", "bound to cores"),
         ({"SLURM_JOB_END_TIME": "12"}, "note", "is in the past"),
     ],
 )

@@ -61,8 +61,13 @@ def test_interfaces_that_are_right() -> None:
 
 
 def test_the_address_where_ranks_meet() -> None:
-    def at(host: str, port: int, **more: Any) -> list[network.Finding]:
-        return network.check_address(LaunchEnvironment(world_size=2, master_addr=host, master_port=port, **more))
+    def at(host: str, port: int, *, num_machines: int = 1, **more: Any) -> list[network.Finding]:
+        env = LaunchEnvironment(world_size=2, master_addr=host, master_port=port, **more)
+        return network.check_address(env, num_machines=num_machines)
+
+    only(at("localhost", 29500, num_machines=2, rank=1), "problem", "the ranks do not meet")
+    fine(at("10.0.0.5", 29500, num_machines=2, rank=1))
+    assert network.check_address(LaunchEnvironment(master_addr="gone.invalid"), num_machines=1) == []
 
     only(at("no-such-host.invalid", 29500), "problem", "no machine of the name no-such-host.invalid")
     with socket.socket() as taken:

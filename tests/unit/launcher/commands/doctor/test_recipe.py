@@ -30,6 +30,12 @@ launch(Mine)
 """
 
 
+@pytest.fixture(autouse=True)
+def _same_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what a recipe's folder does to Python's path."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
 @pytest.mark.parametrize(
     ("names", "part"),
     [
@@ -56,8 +62,9 @@ def written(folder: Path, model: str) -> Path:
 
 
 def test_the_size_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "nets_beside_it.py").write_text("import torch\nNet = torch.nn.Linear\n")
     command, findings = recipe.load_command(
-        written(tmp_path, "torch.nn.Linear(self.options.width, 3)"), ["--width", "7"]
+        written(tmp_path, "__import__('nets_beside_it').Net(self.options.width, 3)"), ["--width", "7"]
     )
     assert findings == []
     assert command is not None
@@ -69,7 +76,10 @@ def test_the_size_of_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "part"),
-    [("torch.nn.Linear(self.labels, 3)", "model() needs the data"), ("1 / 0", "ZeroDivisionError: division by zero")],
+    [
+        ("torch.nn.Linear(self.labels, 3)", "model() needs the data"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+    ],
 )
 def test_a_size_that_is_not_known(model: str, part: str, tmp_path: Path) -> None:
     command, _ = recipe.load_command(written(tmp_path, model), [])
