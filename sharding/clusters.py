@@ -17,8 +17,8 @@ from shardlaunch.sharding.launchers import (
     by_slurm,
     by_variables,
     has_agent,
-    num_tasks,
     number,
+    slurm_task,
 )
 
 LAUNCHER_VARIABLE = "SHARDLAUNCH_LAUNCHER"
@@ -49,10 +49,10 @@ def find_launch(env: Mapping[str, str]) -> Found:
     if wanted == NONE:
         return Found()
     in_slurm, warning = by_slurm(env)
-    others = [by_family(family, env) for family in FAMILIES]
-    if warning and "SLURM_PROCID" in env:  # a shell that is one task: Slurm has set what MPI would, too
-        task = (number(env, "SLURM_PROCID"), num_tasks(env))
-        others = [found for found in others if found and (found.rank, found.size) != task]
+    task = slurm_task(env)
+    others = [found for found in (by_family(family, env) for family in FAMILIES) if found is not None]
+    # srun --mpi=pmi2 sets Slurm's ranks a second time.
+    others = [found for found in others if found.key not in ("pmi", "pals") or (found.rank, found.size) != task]
     outer = [found for found in (*others, in_slurm, by_kubernetes(env)) if found is not None]
     inner = by_variables(env)
     if wanted:
@@ -124,7 +124,7 @@ def _check_inside(inner: Launch, outer: Launch) -> None:
 
 def _contradiction(one: str, other: str, names: str) -> str:
     return (
-        f"{one} and {other} contradict each other: unset {names}, or choose whom to follow by {LAUNCHER_VARIABLE}, "
+        f"{one} and {other} contradict each other: unset {names}, or choose whom to follow by SHARDLAUNCH_LAUNCHER, "
         f"one of {', '.join(KEYS)}"
     )
 

@@ -61,7 +61,7 @@ class LaunchEnvironment:
     def describe(self) -> str:
         """Describe which rank this is, and what says so."""
         address = f"{self.master_addr}:{self.master_port}"
-        source = f", from {self.address_source}" if self.address_source not in ("", "MASTER_ADDR") else ""
+        source = f" ({self.address_source})" if self.address_source not in ("", "MASTER_ADDR") else ""
         return f"{self.named_ranks}; the ranks meet at {address}{source}"
 
 
@@ -219,6 +219,21 @@ def is_main_process() -> bool:
     except UserError:  # which is to be printed, by one process
         return clusters.apparent_rank(os.environ) == 0
     return launch is None or launch.rank == 0
+
+
+def one_of_several_launchers(environ: Mapping[str, str] | None = None) -> str:
+    """Return a warning if a cluster has started this launcher several times, for runs of their own, or nothing."""
+    env = os.environ if environ is None else environ
+    try:
+        launch = clusters.find_launch({name: env[name] for name in env if name not in ("RANK", "WORLD_SIZE")}).launch
+    except UserError:  # of what this launcher sets anew
+        return ""
+    if launch is None or launch.size == 1:
+        return ""
+    return (
+        f"{launch.launcher} has started this launcher {launch.size} times, each for a run of its own. For one run, use "
+        f"`python RECIPE` instead, or one launcher per machine with --hosts and --rendezvous"
+    )
 
 
 def has_agent() -> bool:

@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from zlib import crc32
 
+import psutil
+
 from shardlaunch.errors import UserError
 
 # Below the ports that the system hands out by itself, and above those that services have.
@@ -14,6 +16,7 @@ _FIRST_PORT, _NUM_PORTS = 15000, 17000
 _PORTS_PER_JOB = 101  # steps of one job, before they share ports with the next job's
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # numbers that Slurm gives to batch scripts and interactive shells
 _LOOPBACK = "127.0.0.1"
+_ONE_MACHINE = "all are on one machine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +160,11 @@ def by_family(family: Family, env: Mapping[str, str]) -> Launch | None:
     local_sizes = [number(env, name) for name in family.local_size if name in env]
     local_ranks = [number(env, name) for name in family.local_rank if name in env]
     local_size = local_sizes[0] if local_sizes else None
-    host, source = (_LOOPBACK, "all ranks being on one machine") if local_size == size else _first_host(env)
     jobs = [env[name] for name in (*_MPI_JOBS, *_BATCH_JOBS) if env.get(name)]
+    host, source = _first_host(env, of_step=False)  # steps may be of mpirun's helpers, without its own machine
+    if local_size == size:
+        host, source = _LOOPBACK, _ONE_MACHINE
+        jobs = jobs or [_starter()]
     return Launch(
         key=family.key,
         launcher=family.launcher,
@@ -179,13 +185,11 @@ def by_slurm(env: Mapping[str, str]) -> tuple[Launch | None, str]:
 
     Also returns a warning for a process that could be meant to be one of several.
     """
-    job, step = number(env, "SLURM_JOB_ID") or number(env, "SLURM_JOBID"), number(env, "SLURM_STEP_ID")
+    job, step = number(env, "SLURM_JOB_ID") or number(env, "SLURM_JOBID"), _slurm_step(env)
     if job is None:
         return None, ""
-    if step is None:
-        step = number(env, "SLURM_STEPID")
-    size, rank = num_tasks(env), number(env, "SLURM_PROCID")
-    if step is None or step >= _FIRST_SPECIAL_STEP or rank is None:
+    task, size = slurm_task(env), _num_tasks(env)
+    if task is None:
         num_nodes = number(env, "SLURM_JOB_NUM_NODES") or number(env, "SLURM_NNODES") or 1
         if max(size, num_nodes) == 1:
             return None, ""
@@ -194,18 +198,18 @@ def by_slurm(env: Mapping[str, str]) -> tuple[Launch | None, str]:
             f"Slurm job {job} has {tasks}, but srun did not start this process: it trains alone. "
             f"For one rank per task, use `srun python RECIPE`"
         )
-    if size > 1 and _has_terminal():  # of all tasks of srun --pty, the first has one
+    if size > 1 and _has_terminal() and not _is_task():  # of all tasks of srun --pty, the first has one
         return None, (
             f"this shell is one of {size} tasks of Slurm step {job}.{step} (srun --pty): what it starts trains alone. "
             f"For one rank per task, use `srun python RECIPE` in an allocation of salloc"
         )
-    host, source = _first_host(env)
+    host, source = _first_host(env, of_step=True)
     if (number(env, "SLURM_STEP_NUM_NODES") or number(env, "SLURM_NNODES")) == 1:
-        host, source = _LOOPBACK, "all ranks being on one machine"
+        host, source = _LOOPBACK, _ONE_MACHINE
     return Launch(
         key="slurm",
         launcher=f"srun (Slurm step {job}.{step})",
-        rank=rank,
+        rank=task[0],
         size=size,
         rank_variable="SLURM_PROCID",
         size_variable="SLURM_STEP_NUM_TASKS" if env.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS",
@@ -217,7 +221,20 @@ def by_slurm(env: Mapping[str, str]) -> tuple[Launch | None, str]:
     ), ""
 
 
-def num_tasks(env: Mapping[str, str]) -> int:
+def _slurm_step(env: Mapping[str, str]) -> int:
+    steps = [number(env, name) for name in ("SLURM_STEP_ID", "SLURM_STEPID")]
+    return next((step for step in steps if step is not None), _FIRST_SPECIAL_STEP)
+
+
+def slurm_task(env: Mapping[str, str]) -> tuple[int, int] | None:
+    """Return the number of this task of srun, and of how many; None in a batch script, or a shell of salloc."""
+    rank = number(env, "SLURM_PROCID")
+    if rank is None or _slurm_step(env) >= _FIRST_SPECIAL_STEP:
+        return None
+    return rank, _num_tasks(env)
+
+
+def _num_tasks(env: Mapping[str, str]) -> int:
     """Return the number of tasks of a Slurm step, or else of its job."""
     names = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
     return next((count for count in (number(env, name) for name in names) if count), 1)
@@ -253,19 +270,19 @@ def by_kubernetes(env: Mapping[str, str]) -> Launch | None:
     )
 
 
-def _first_host(env: Mapping[str, str]) -> tuple[str, str]:
+def _first_host(env: Mapping[str, str], *, of_step: bool) -> tuple[str, str]:
     """Return the first machine of a batch job, where launchers start rank 0, and the variable that names it."""
-    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"):
+    for name in (*(["SLURM_STEP_NODELIST"] if of_step else []), "SLURM_JOB_NODELIST", "SLURM_NODELIST"):
         if env.get(name) and env.get("SLURM_DISTRIBUTION") != "arbitrary":
-            return first_of_nodelist(env[name]), name
+            return first_of_nodelist(env[name]), f"the first machine of {name}"
     if path := env.get("PBS_NODEFILE"):
         with suppress(OSError, UnicodeDecodeError), open(path) as file:
-            return file.readline().strip(), "PBS_NODEFILE"
+            return file.readline().strip(), "the first machine of PBS_NODEFILE"
     words = env.get("LSB_MCPU_HOSTS", "").split()
     hosts = list(zip(words[::2], words[1::2], strict=False))
     if len(hosts) > 1 and hosts[0][1] == "1":  # the machine of the batch script, which has no ranks
         hosts = hosts[1:]
-    return (hosts[0][0], "LSB_MCPU_HOSTS") if hosts else ("", "")
+    return (hosts[0][0], "the first machine of LSB_MCPU_HOSTS") if hosts else ("", "")
 
 
 def first_of_nodelist(text: str) -> str:
@@ -281,3 +298,16 @@ def _has_terminal() -> bool:
     except OSError:
         return False
     return True
+
+
+def _is_task() -> bool:
+    """Return whether Slurm started this very process, and no shell that it started."""
+    parent = psutil.Process().parent()
+    return parent is not None and parent.name().startswith("slurmstepd")
+
+
+def _starter() -> str:
+    """Return the process that started this process's session: MPICH has one per mpirun, and a session per rank."""
+    with suppress(psutil.Error, OSError):
+        return str(psutil.Process(os.getsid(0)).ppid())
+    return ""

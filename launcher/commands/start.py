@@ -16,11 +16,13 @@ import torch
 
 from shardlaunch.errors import EXIT_USER_ERROR, UserError
 from shardlaunch.launcher.runs.result import Result
+from shardlaunch.sharding.clusters import LAUNCHER_VARIABLE
 from shardlaunch.sharding.environment import (
     RANKS_VARIABLE,
     RESULT_VARIABLE,
     STRATEGY_VARIABLE,
     is_distributed_launch,
+    one_of_several_launchers,
     read_environment,
 )
 from shardlaunch.sharding.resolve import STRATEGIES, check_strategy_name
@@ -69,6 +71,9 @@ def run_recipe(
     if min_ranks and not max_restarts:
         raise UserError("--min-ranks: needs --max-restarts, since nothing is started again without")
     environment = {}
+    if not hosts and (warning := one_of_several_launchers()):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    os.environ.pop(LAUNCHER_VARIABLE, None)  # it is about this process; the ranks are started by this one
     if not hosts:
         environment[RANKS_VARIABLE] = str(ranks)
     if strategy != "auto":

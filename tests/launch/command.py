@@ -22,7 +22,7 @@ ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1")
 TRACEBACK = "Traceback (most recent call last)"
 # What a launcher around the tests may have left in the environment, and what would change where data comes from.
-_NOT_INHERITED = ("ACCELERATE_", "SHARDLAUNCH_", "HF_", "MASTER_", "TORCHELASTIC_", "FSDP_")
+_NOT_INHERITED = ("ACCELERATE_", "SHARDLAUNCH_", "HF_", "MASTER_", "TORCHELASTIC_", "FSDP_", "SLURM_", "OMPI_", "PMI_")
 _NAMES_NOT_INHERITED = (
     "RANK",
     "WORLD_SIZE",
@@ -126,6 +126,8 @@ def _run_script(script: list[str], env: Mapping[str, str], out: Path, err: Path)
             os.dup2(file.fileno(), descriptor)
     os.environ.clear()
     os.environ.update(env)
+    if "SLURM_STEP_ID" in env:
+        os.setsid()  # as srun does: tasks have no terminal
     start_workers_as_usual()
     sys.argv = script
     sys.path.insert(0, str(Path(script[0]).parent))

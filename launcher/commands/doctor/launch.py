@@ -16,6 +16,7 @@ from shardlaunch.sharding.environment import LaunchEnvironment, end_of_job, read
 OUR_VARIABLES = frozenset(
     {LAUNCHER_VARIABLE, *(value for name, value in vars(environment).items() if name.endswith("_VARIABLE"))}
 )
+_PREFIX = "SHARDLAUNCH_"
 _OF_TESTS = "SHARDLAUNCH_DATA"
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Variables that change what a run does without a word of its own: the value that matters, and its meaning.
@@ -229,12 +230,15 @@ def check_variables(env: Mapping[str, str]) -> list[Finding]:
         if env.get(name) and (not value or env[name].upper() == value):
             findings.append(note(f"{name}={env[name]}: {means}"))
     for name in sorted(env):
-        if name.startswith("SHARDLAUNCH_") and name not in OUR_VARIABLES and name != _OF_TESTS:
-            near = get_close_matches(name, OUR_VARIABLES, n=1)
+        if name.startswith(_PREFIX) and name not in OUR_VARIABLES and name != _OF_TESTS:
+            ours = {known.removeprefix(_PREFIX): known for known in OUR_VARIABLES}
+            near = get_close_matches(name.removeprefix(_PREFIX), ours, n=1)
             findings.append(
                 problem(
                     f"{name}={env[name]}: there is no such variable, so it has no effect",
-                    f"did you mean {near[0]}?" if near else f"unset it; there are {', '.join(sorted(OUR_VARIABLES))}",
+                    f"did you mean {ours[near[0]]}?"
+                    if near
+                    else f"unset it; there are {', '.join(sorted(OUR_VARIABLES))}",
                 )
             )
     ends_at, text = end_of_job(env)

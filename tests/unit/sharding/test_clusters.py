@@ -9,7 +9,13 @@ import pytest
 from shardlaunch.errors import UserError
 from shardlaunch.sharding import launchers
 from shardlaunch.sharding.clusters import apparent_rank
-from shardlaunch.sharding.environment import LaunchEnvironment, end_of_job, is_distributed_launch, read_environment
+from shardlaunch.sharding.environment import (
+    LaunchEnvironment,
+    end_of_job,
+    is_distributed_launch,
+    one_of_several_launchers,
+    read_environment,
+)
 from shardlaunch.sharding.launchers import first_of_nodelist
 
 Variables = Mapping[str, str]
@@ -124,7 +130,14 @@ def expect(env: LaunchEnvironment, **fields: Any) -> None:
         ({**TASK, "WORLD_SIZE": "4", "MASTER_ADDR": "gpu07"}, (3, 4), (1, 2), "gpu07", "srun"),
         ({**TASK, "RANK": "3", "WORLD_SIZE": "4"}, (3, 4), (1, 2), "gpu07", "RANK and WORLD_SIZE"),
         ({**TASK, "SLURM_JOB_NAME": "interactive"}, (3, 4), (1, 2), "gpu07", "srun"),  # srun in a shell of salloc
-        ({**TASK, "PMI_RANK": "3", "PMI_SIZE": "4"}, (3, 4), (1, 2), "gpu07", "mpiexec (PMI)"),  # srun --mpi=pmi2
+        # srun --mpi=pmi2 in a step that does not begin on the job's first machine.
+        (
+            {**TASK, "PMI_RANK": "3", "PMI_SIZE": "4", "SLURM_STEP_NODELIST": "gpu[08-09]"},
+            (3, 4),
+            (1, 2),
+            "gpu08",
+            "srun",
+        ),
         ({**TASK, **AGENT}, (5, 16), (5, 8), "gpu07", "torchrun"),
         (
             {**TASK, **AGENT, "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
@@ -139,12 +152,14 @@ def expect(env: LaunchEnvironment, **fields: Any) -> None:
         ({**OPENMPI, "MASTER_ADDR": "h"}, (2, 4), (0, 2), "h", "mpirun (Open MPI)"),
         ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, (2, 4), (0, 4), "127.0.0.1", "mpirun (Open MPI)"),
         ({**BATCH, **OPENMPI}, (2, 4), (0, 2), "gpu07", "mpirun (Open MPI)"),
+        ({**BATCH, **OPENMPI, "OMPI_COMM_WORLD_RANK": "0"}, (0, 4), (0, 2), "gpu07", "mpirun (Open MPI)"),
+        ({**BATCH, **PMI, "PMI_RANK": "0", "PMI_SIZE": "4"}, (0, 4), (1, 2), "gpu07", "mpiexec (PMI)"),
         # mpirun starts its helpers as tasks of a step, one on each of the other machines.
         (
             {**TASK, **OPENMPI, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "gpu08"},
             (2, 4),
             (0, 2),
-            "gpu08",
+            "gpu07",
             "mpirun (Open MPI)",
         ),
         (PMI, (1, 2), (1, 2), "127.0.0.1", "mpiexec (PMI)"),
@@ -247,6 +262,12 @@ def test_a_contradiction_is_settled_by_choice() -> None:
     variables = {**TASK, "RANK": "0", "WORLD_SIZE": "1"}
     expect(read_environment({**variables, "SHARDLAUNCH_LAUNCHER": "slurm"}), rank=3, world_size=4)
     expect(read_environment({**variables, "SHARDLAUNCH_LAUNCHER": "variables"}), rank=0, world_size=1)
+
+
+def test_a_launcher_per_task_is_said() -> None:
+    assert "srun (Slurm step 4711.1) has started this launcher 4 times" in one_of_several_launchers(TASK)
+    for variables in ({}, BATCH, {**TASK, "SLURM_STEP_NUM_TASKS": "1"}, {**TASK, "SHARDLAUNCH_LAUNCHER": "none"}, POD):
+        assert one_of_several_launchers(variables) == ""
 
 
 def test_ports_of_steps_and_jobs_differ() -> None:
