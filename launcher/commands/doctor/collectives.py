@@ -1,8 +1,10 @@
 """How fast ranks of this machine sum tensors: measured between processes that meet as those of a run do."""
 
 import json
+import math
 import os
 import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -10,21 +12,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from shardlaunch.launcher.commands.ckpt.output import size
-from shardlaunch.launcher.commands.doctor.findings import Finding, ok, problem
+from shardlaunch.launcher.commands.doctor.findings import Finding, note, ok, problem
 
 SIZES = (1024, 2**20, 32 * 2**20)
 MEASURED_S = 0.7  # per size
 MOST_TIMES = 200
 LIMIT_S = 12.0  # from the start of the processes to the last figure
 _SLOW_LATENCY_S = 5e-3
-_RANK = "from shardlaunch.launcher.commands.doctor.collectives import run_rank; run_rank()"
+_RANKS = "from shardlaunch.launcher.commands.doctor.collectives import run_ranks; run_ranks()"
 _BUILD_PLACE = re.compile(r"\[enforce fail at [^\]]*\] ")  # where gloo was built
-_VARIABLE = "SHARDLAUNCH_DOCTOR_RANK"
+_VARIABLE = "SHARDLAUNCH_DOCTOR"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,65 +39,96 @@ class Timing:
     times: int
 
 
-def measure(*, ranks: int, use_cuda: bool, limit_s: float = LIMIT_S, code: str = _RANK) -> tuple[list[Timing], str]:
-    """Start ranks, let them sum tensors, and return the times, and why there are none. `code` is a rank's program."""
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The times of sums, or why there are none."""
+
+    timings: Sequence[Timing] = ()
+    why: str = ""
+    is_busy: bool = False
+    """The machine has not even started the ranks in time."""
+
+
+def measure(
+    *, ranks: int, use_cuda: bool, limit_s: float = LIMIT_S, measured_s: float = MEASURED_S, code: str = _RANKS
+) -> Measured:
+    """Start ranks, let them sum tensors, and return the times, or why there are none.
+
+    They end after `limit_s`, and measure each size for about `measured_s`. `code` is their program.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        ended = _run(code, ranks, port, Path(folder), use_cuda=use_cuda, limit_s=limit_s)
-        answer = Path(folder) / "answer"
-        if answer.exists():
-            return [Timing(**one) for one in json.loads(answer.read_text())], ""
-        return [], ended
-
-
-def _run(code: str, ranks: int, port: int, folder: Path, *, use_cuda: bool, limit_s: float) -> str:
-    """Run the processes, and end them. Return why one failed."""
-    processes = []
-    paths = [folder / f"error-{rank}" for rank in range(ranks)]
-    try:
-        for rank, path in enumerate(paths):
-            said = json.dumps({"rank": rank, "ranks": ranks, "port": port, "folder": str(folder), "cuda": use_cuda})
-            with open(path, "wb") as stream:
-                environment = {**os.environ, _VARIABLE: said, "OMP_NUM_THREADS": "1"}
-                words = [sys.executable, "-c", code]
-                processes.append(
-                    subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
-                )
-        end = time.monotonic() + limit_s
-        while any(process.poll() is None for process in processes) and time.monotonic() < end:
-            if any(process.poll() for process in processes):
-                break
-            time.sleep(0.02)
-        codes = [process.poll() for process in processes]
-    except OSError as error:
-        return f"a process cannot be started: {error.strerror}"
-    finally:
-        for process in processes:
-            process.kill()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        said = {"ranks": ranks, "port": port, "folder": name, "cuda": use_cuda, "measured_s": measured_s}
+        said["limit_s"] = limit_s
+        environment = {**os.environ, _VARIABLE: json.dumps(said), "OMP_NUM_THREADS": "1"}
+        with open(folder / "error", "wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
+        try:
+            status: int | None = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    failed = next((rank for rank, code in enumerate(codes) if code), None)
-    if failed is None:
-        return f"the ranks were not done after {limit_s:.0f} s"
-    lines = _BUILD_PLACE.sub("", paths[failed].read_text(errors="replace")).strip().splitlines()
-    return f"rank {failed} failed: {lines[-1] if lines else f'status {codes[failed]}'}"
+        answer = folder / "answer"
+        if answer.exists():
+            return Measured(timings=[Timing(**one) for one in json.loads(answer.read_text())])
+        if status is None and not (folder / "started").exists():
+            return Measured(why=f"torch was not loaded in {limit_s:.0f} s", is_busy=True)
+        if status is None:
+            return Measured(why=f"the ranks were not done after {limit_s:.0f} s")
+        texts = [path.read_text(errors="replace").strip() for path in sorted(folder.glob("error*"))]
+        lines = next((text.splitlines() for text in texts if text), [f"status {status}"])
+        return Measured(why=_BUILD_PLACE.sub("", lines[-1]))
 
 
-def run_rank() -> None:
-    """Be one of the ranks."""
+def run_ranks() -> None:
+    """Be all ranks: processes forked from this one, which has loaded the libraries."""
     said = json.loads(os.environ[_VARIABLE])
-    timings = sum_on_ranks(said["rank"], said["ranks"], said["port"], use_cuda=said["cuda"])
-    if said["rank"] == 0:
-        staged = Path(said["folder"]) / "answer.part"
-        staged.write_text(json.dumps([asdict(one) for one in timings]))
-        staged.rename(Path(said["folder"]) / "answer")
+    from shardlaunch.sharding import world  # noqa: F401 - and torch, once for all
+
+    folder = Path(said["folder"])
+    (folder / "started").touch()
+    for rank in range(said["ranks"]):
+        if os.fork() == 0:
+            _be_rank(rank, said, folder)
+    failed = 0
+    for _ in range(said["ranks"]):
+        failed = failed or os.wait()[1]
+        if failed:
+            break  # the others may wait for it; the caller ends them
+    os._exit(1 if failed else 0)
+
+
+def _be_rank(rank: int, said: dict[str, Any], folder: Path) -> None:
+    """Measure as one rank, and end the process: at the latest when the caller would have ended it."""
+    descriptor = os.open(folder / f"error-{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    signal.alarm(math.ceil(said["limit_s"]) + 1)
+    try:
+        timings = sum_on_ranks(rank, said["ranks"], said["port"], use_cuda=said["cuda"], measured_s=said["measured_s"])
+        if rank == 0:
+            (folder / "part").write_text(json.dumps([asdict(one) for one in timings]))
+            (folder / "part").rename(folder / "answer")
+    except BaseException as error:
+        print(f"rank {rank}: {type(error).__name__}: {error}", flush=True)
+        os._exit(1)
     os._exit(0)
 
 
-def sum_on_ranks(
-    rank: int, ranks: int, port: int, *, use_cuda: bool, sizes: Sequence[int] = SIZES, measured_s: float = MEASURED_S
-) -> list[Timing]:
+def sum_on_ranks(rank: int, ranks: int, port: int, *, use_cuda: bool, measured_s: float) -> list[Timing]:
     """Join the other ranks and return how long sums take. All ranks."""
     import torch
 
@@ -122,7 +156,7 @@ def sum_on_ranks(
         return time.perf_counter() - began
 
     timings = []
-    for num_bytes in sizes:
+    for num_bytes in SIZES:
         tensor = torch.zeros(num_bytes // 4, device=world.device)
         first = min(seconds_of(tensor) for _ in range(3))
         slowest = torch.tensor([first], dtype=torch.float64, device=world.device)
@@ -139,15 +173,18 @@ def check_collectives(
     ranks: int,
     use_cuda: bool,
     num_parameters: int,
-    measured: Callable[..., tuple[list[Timing], str]] = measure,
+    measured: Callable[..., Measured] = measure,
 ) -> tuple[list[Finding], dict[str, Any]]:
     """Return how fast sums are, and what those of a step of ddp take. `num_parameters` is 0 if unknown."""
     library = "NCCL" if use_cuda else "gloo"
-    timings, why = measured(ranks=ranks, use_cuda=use_cuda)
+    found = measured(ranks=ranks, use_cuda=use_cuda)
+    timings = found.timings
+    if found.is_busy:
+        return [note(f"not measured: {found.why}", "try again when less goes on here")], {}
     if not timings:
         return [
             problem(
-                f"{ranks} ranks of this machine cannot sum a tensor with {library}: {why}",
+                f"{ranks} ranks of this machine cannot sum a tensor with {library}: {found.why}",
                 "see the findings on the network; NCCL_DEBUG=INFO or GLOO_SOCKET_IFNAME may help",
             )
         ], {}

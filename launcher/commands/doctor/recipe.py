@@ -90,13 +90,19 @@ def load_command(path: Path, argv: Sequence[str]) -> tuple[Command | None, list[
 def count_parameters(command: Command) -> tuple[int, list[Finding]]:
     """Return the number of parameters of the recipe's model, 0 if it cannot be built without its data."""
     from shardlaunch.launcher.runs.model import build_empty_model
+    from shardlaunch.launcher.runs.session import silent_libraries
 
     recipe = command.recipe_type(command.options)
     try:
-        if getattr(command.options, "data", "") == DEMO:
-            recipe.datasets()  # small, and model() may need to know its labels
-        model = build_empty_model(recipe, command.options.seed)
-    except AttributeError:  # of what datasets() would have stored
+        with silent_libraries():
+            try:
+                model = build_empty_model(recipe, command.options.seed)
+            except AttributeError:  # of what datasets() would have stored
+                if getattr(command.options, "data", "") != DEMO:
+                    raise
+                recipe.datasets()  # which are small
+                model = build_empty_model(recipe, command.options.seed)
+    except AttributeError:
         return 0, [note("the size of the model is not known: model() needs the data, which are not read here")]
     except Exception as error:  # of the recipe's own code
         why = str(error).partition("\n")[0][:MOST_QUOTED]
