@@ -192,7 +192,7 @@ def check_collectives(
     latency = timings[0].seconds
     if latency > _SLOW_LATENCY_S:
         findings.append(
-            problem(
+            note(
                 f"the smallest sum takes {_time(latency)}: ranks wait for cores, or for a network",
                 "start fewer ranks than cores; see GLOO_SOCKET_IFNAME",
             )

@@ -1,7 +1,6 @@
 """Network: how ranks would find each other, and what stands between this machine and downloads."""
 
 import ipaddress
-import os
 import socket
 import urllib.error
 import urllib.request
@@ -215,8 +214,7 @@ def _bind(host: str, port: int) -> int:
     """Return the port, after listening there for a moment. Raises OSError."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as listening:
-        if os.name == "posix":
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         bound: int = listening.getsockname()[1]
     return bound

@@ -35,6 +35,12 @@ def test_a_quota_of_control_groups_of_version_1(tmp_path: Path) -> None:
     only(devices.check_cores(root, num_affine=8, num_all=8, ranks=2), "problem", "--threads-per-rank 2")
 
 
+def test_groups_of_other_controllers_do_not_count(tmp_path: Path) -> None:
+    files = {"cpu/all/cpu.cfs_quota_us": "100000", "cpu/all/cpu.cfs_period_us": "100000"}
+    assert devices.cpu_quota(root_with(tmp_path, "4:memory:/all\n3:cpu:/all/mine", files)) == 1
+    assert devices.cpu_quota(root_with(tmp_path, "4:memory:/all", files)) is None
+
+
 def test_the_group_of_a_container_whose_path_is_not_there(tmp_path: Path) -> None:
     root = root_with(tmp_path, "0::/../../host/path", {"cpu.max": "100000 100000", "memory.max": "1000"})
     assert (devices.cpu_quota(root), devices.memory_limit(root)) == (1, 1000)
@@ -56,7 +62,8 @@ def test_memory(tmp_path: Path) -> None:
     def check(root: Path, needed: int) -> list[devices.Finding]:
         return devices.check_memory(root, available_bytes=20 * GB, total_bytes=25 * GB, ranks=2, needed_per_rank=needed)
 
-    fine(check(tmp_path, 9 * GB))
+    assert check(tmp_path, 9 * GB)[0].text.endswith("of 25.0 GB; the state of 2 ranks takes at least 18.0 GB")
+    assert check(tmp_path, 0)[0].text == "20.0 GB of memory free, of 25.0 GB"
     only(check(tmp_path, 11 * GB), "problem", "20.0 GB of memory are free; 2 ranks need at least 22.0 GB")
     root = root_with(tmp_path, "0::/", {"memory.max": str(4 * GB)})
     only(check(root, 3 * GB), "problem", "4.0 GB of memory are allowed by the control group")
@@ -109,6 +116,19 @@ def test_a_limit_of_threads(tmp_path: Path) -> None:
 )
 def test_gpus(gpus: list[Gpu], rows: list[list[str]], cuda: str | None, level: str, part: str) -> None:
     only(devices.check_gpus(gpus, rows, torch_cuda=cuda), level, part)
+
+
+def test_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices.shutil, "which", lambda name: str(tmp_path / name))
+    assert devices.rows_of_smi() == []  # it is gone
+    command = tmp_path / "nvidia-smi"
+    command.write_text("#!/bin/sh\necho 'NVIDIA H100, 550.1, Default, 0'\necho odd\n")
+    command.chmod(0o755)
+    assert devices.rows_of_smi() == [["NVIDIA H100", "550.1", "Default", "0"]]
+    command.write_text("#!/bin/sh\necho 'NVIDIA H100, 550.1, Default, 0'\nexit 9\n")
+    assert devices.rows_of_smi() == []
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
+    assert devices.rows_of_smi() == []
 
 
 def test_gpus_without_a_fault() -> None:

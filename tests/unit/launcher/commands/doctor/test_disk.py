@@ -71,8 +71,10 @@ def test_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_writing_and_locks(tmp_path: Path) -> None:
-    findings, figures = disk.check_writing(tmp_path / "new", most_bytes=disk.BLOCK)
-    assert figures["write_bytes_per_s"] > 0
+    ticks = iter([0.0, 0.01])
+    findings, figures = disk.check_writing(tmp_path / "new", clock=lambda: next(ticks), most_bytes=disk.BLOCK)
+    fine(findings)
+    assert round(figures["write_bytes_per_s"]) == disk.BLOCK * 100
     assert "locks hold" in said(findings, "ok")
     assert os.listdir(tmp_path) == []
 
@@ -121,9 +123,12 @@ def test_an_output_folder_in_use(used: Path) -> None:
 
 def test_what_an_output_folder_holds(tmp_path: Path) -> None:
     assert "does not exist yet" in said(disk.check_use(tmp_path / "new"), "ok")
+    (tmp_path / "empty").mkdir()
+    assert disk.check_use(tmp_path / "empty") == []
     step_dir = tmp_path / "checkpoints" / "step-00000004"
     step_dir.mkdir(parents=True)
     (step_dir / "model.safetensors").write_bytes(b"x" * 100)
+    fine(disk.check_use(tmp_path))
     (tmp_path / "checkpoints" / ".staging-00000006").mkdir()
     findings = disk.check_use(tmp_path)
     assert "resumes from step-00000004" in said(findings, "ok")

@@ -183,7 +183,8 @@ def test_default_file_for_more_gpus_than_there_are(tmp_path: Path) -> None:
     path = tmp_path / "default_config.yaml"
     path.write_text("distributed_type: MULTI_GPU\nnum_processes: 8\nnum_machines: 2")
     only(accelerate_file.check_default_file(path, num_gpus=2), "problem", "starts 4 processes on this machine")
-    fine(accelerate_file.check_default_file(path, num_gpus=4))
+    (found,) = accelerate_file.check_default_file(path, num_gpus=4)
+    assert (found.level, found.text.endswith(": MULTI_GPU, 8 processes")) == ("ok", True)
     assert accelerate_file.check_default_file(tmp_path / "none.yaml", num_gpus=0) == []
 
 

@@ -36,6 +36,13 @@ def test_addresses_that_other_machines_cannot_reach(resolved: list[str] | None, 
 def test_the_interface_of_gloo() -> None:
     (found,) = network.check_meeting_point({}, ALL, ["10.9.9.9", "10.0.0.5"], num_machines=2)
     assert found.text.startswith("gloo uses eth0 (10.0.0.5)")
+    fine([found])
+    (found,) = network.check_meeting_point(
+        {}, (LO, ETH, Interface(name="eth1", addresses=("10.2.0.5",))), None, num_machines=2
+    )
+    assert found.advice.endswith("to one of eth0, eth1")
+    (found,) = network.check_meeting_point({}, (LO, DOCKER), None, num_machines=2)
+    assert found.advice.endswith("to the right interface")
     assert network.check_meeting_point({"GLOO_SOCKET_IFNAME": "eth0"}, ALL, None, num_machines=2) == []
 
 
