@@ -74,7 +74,14 @@ def check_named_interfaces(
     known = {one.name: one for one in interfaces}
     for variable, library in _INTERFACES.items():
         text = env.get(variable, "")
-        if not text or text.startswith("^"):  # all but those
+        if not text or (library == "NCCL" and text.startswith("^")):  # all but those
+            continue
+        if text.startswith(("^", "=")) and library == "gloo":
+            findings.append(
+                problem(
+                    f"{variable}={text}: gloo takes names alone; ^ and = are NCCL's", f"name one of {', '.join(known)}"
+                )
+            )
             continue
         for name in text.removeprefix("=").split(","):
             is_exact = library == "gloo" or text.startswith("=")

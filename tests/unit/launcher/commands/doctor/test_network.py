@@ -52,6 +52,7 @@ def test_the_interface_of_gloo() -> None:
         ({"GLOO_SOCKET_IFNAME": "eth9"}, 1, "problem", "no interface eth9 -> choose one of lo, eth0"),
         ({"GLOO_SOCKET_IFNAME": "eth"}, 1, "problem", "no interface eth"),
         ({"NCCL_SOCKET_IFNAME": "=eth"}, 1, "problem", "no interface eth"),
+        ({"GLOO_SOCKET_IFNAME": "^lo,docker"}, 1, "problem", "gloo takes names alone"),
         ({"GLOO_SOCKET_IFNAME": "ib0"}, 1, "problem", "ib0 is down"),
         ({"GLOO_SOCKET_IFNAME": "lo"}, 2, "problem", "loopback, on one machine only"),
         ({"NCCL_SOCKET_IFNAME": "lo"}, 1, "note", "loopback, on one machine only"),
