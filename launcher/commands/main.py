@@ -1,4 +1,4 @@
-"""The console command `shardlaunch`: run a recipe on several ranks, compare strategies, use a checkpoint."""
+"""The console command `shardlaunch`: run a recipe on several ranks, compare strategies, use checkpoints."""
 
 import os
 import sys
@@ -21,6 +21,7 @@ _DESCRIPTION = f"""shardlaunch {version("shardlaunch")}: one run, any shards.
   shardlaunch predict outputs/bert_imdb-demo --text "a wonderful film"
   shardlaunch generate outputs/gpt_lm-demo --prompt "The film" --temperature 0.8
   shardlaunch ckpt list outputs/bert_imdb-demo
+  shardlaunch doctor bert_imdb --ranks 2 -- --preset demo
 """
 _Recipe = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
 
@@ -158,6 +159,40 @@ def main() -> None:
 
         return ckpt_command(argv[1:])
 
+    def doctor(
+        recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE]")] = "",
+        ranks: int = 0,
+        strategy: str = "auto",
+        measure: bool = True,
+        network: bool = False,
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    ) -> int:
+        """Say what this machine and its environment mean for `shardlaunch run` with the same words, before it runs.
+
+        Checks variables, launchers, devices, network, disks, locks, versions and known traps, and measures the output
+        folder's disk and sums between ranks, in 20 s at most. Each line is `ok`, `note` (may be meant) or `problem`
+        (the command would fail, or do something else than was asked for), with what to do. Inside a launch (torchrun,
+        srun) one rank per machine checks what is there, and no ranks are started.
+
+        The exit status is 1 when there is a problem. Words after ` -- ` are options of the recipe.
+
+        Args:
+            recipe: A recipe file, or the name of an installed recipe; without one, its folder and size are not known.
+            ranks: Number of processes on this machine (0: one per GPU, or two without GPUs).
+            strategy: single, dp, ddp, fsdp2, hsdp, zero1, zero2, zero3, or auto (ddp on several ranks).
+            measure: Measure disk and ranks.
+            network: Ask the Hugging Face Hub whether it answers. Without it, nothing leaves this machine.
+            as_json: Print one JSON document.
+        """
+        path = find_recipe(recipe) if recipe else None
+        if path is None and recipe_argv:
+            raise UserError("doctor: words after ` -- ` are options of a recipe, and none is given")
+        from shardlaunch.launcher.commands.doctor.main import examine
+
+        return examine(
+            path, recipe_argv, ranks=ranks, strategy=strategy, measured=measure, network=network, as_json=as_json
+        )
+
     def refuse_recipe_words(command: str) -> None:
         if recipe_argv:
             raise UserError(f"{command}: takes no words after ` -- `; remove them")
@@ -169,6 +204,7 @@ def main() -> None:
         "predict": predict,
         "generate": generate,
         "ckpt": ckpt,
+        "doctor": doctor,
     }
     try:
         if argv[:1] == ["ckpt"]:  # it has commands of its own

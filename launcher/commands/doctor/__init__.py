@@ -1,0 +1,1 @@
+"""The command `shardlaunch doctor`: what machine and environment mean for the command that follows."""
