@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher import api
 
 from shardlaunch.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_STOPPED, EXIT_USER_ERROR
-from shardlaunch.launcher.training.stopping import SIGNALS
+from shardlaunch.launcher.training.stopping import handled_signals
 from shardlaunch.sharding.environment import PROGRESS_VARIABLE, RANKS_VARIABLE, STRATEGY_VARIABLE
 from shardlaunch.sharding.resolve import STRATEGIES
 
@@ -138,9 +138,8 @@ def run_agent(
 
     logging.disable(logging.CRITICAL)  # in this process only, not in the ranks
     # torch's agent would end the ranks 30 s after the signal, however long a step and a save take.
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, pass_on)
+    for number in handled_signals():
+        signal.signal(number, pass_on)
     with TemporaryDirectory() as folder:
         saves = Path(folder) / "saves"
         os.environ[PROGRESS_VARIABLE] = str(saves)

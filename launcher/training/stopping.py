@@ -24,6 +24,11 @@ POLL_INTERVAL_S = 1.0  # an output folder may be on a network
 SAME_S = 1.0  # a launcher and a cluster may both pass on one signal
 
 
+def handled_signals() -> list[signal.Signals]:
+    """Return the signals that stop a run: not SIGHUP where it is ignored, as nohup has it."""
+    return [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+
+
 class Stopped(Exception):
     """The run has stopped before its end because it was asked to, and its state is saved."""
 
@@ -106,9 +111,7 @@ def signals_kept(*, is_main: bool) -> Iterator[None]:
     signals = _signals = Signals(is_main=is_main)
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
-    # One that is ignored stays so: nohup has a run go on after its terminal is closed.
-    handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, signals.on_signal) for number in handled}
+    before = {number: signal.signal(number, signals.on_signal) for number in handled_signals()}
     before_fd = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=signals.watch, args=(receiver,), name="signals", daemon=True)
     thread.start()
@@ -131,9 +134,8 @@ def _forget() -> None:
     if _signals is not None:
         _signals = None
         signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, signal.SIG_DFL)
+        for number in handled_signals():
+            signal.signal(number, signal.SIG_DFL)
 
 
 os.register_at_fork(after_in_child=_forget)

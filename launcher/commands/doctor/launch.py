@@ -3,7 +3,7 @@
 import re
 import signal
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 
@@ -18,7 +18,6 @@ OUR_VARIABLES = frozenset(
 )
 _PREFIX = "SHARDLAUNCH_"
 _OF_TESTS = "SHARDLAUNCH_DATA"
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Variables that change what a run does without a word of its own: the value that matters, and its meaning.
 _TELLING = {
     "CUDA_LAUNCH_BLOCKING": ("1", "each GPU kernel is waited for, for debugging: steps are slow"),
@@ -260,21 +259,19 @@ def check_precision(option: str, launch: LaunchEnvironment) -> list[Finding]:
     return [] if precision == "fp32" else [ok(f"precision {precision}")]
 
 
-def check_signals(ignored: Collection[signal.Signals]) -> list[Finding]:
-    """Return which signals a run would not stop for. `ignored` are those that this process has inherited as ignored."""
-    names = [one.name for one in _STOPPING if one in ignored]
-    if not names:
+def check_signals(is_hangup_ignored: bool) -> list[Finding]:
+    """Return whether a run would go on after its terminal is closed."""
+    if not is_hangup_ignored:
         return []
     return [
         note(
-            f"{', '.join(names)}: ignored in this shell, and so in a run, which does not stop and save for it",
-            "start without nohup, `&` in a script, or `trap ''`, if a run is to stop for it",
+            "SIGHUP: ignored in this shell, and so in a run, which goes on after its terminal is closed",
+            "start without nohup, or `trap ''`, if a run is to stop for it",
         )
     ]
 
 
-def ignored_signals(status: str) -> set[signal.Signals]:
-    """Return the signals that a process ignores, from the text of its /proc/PID/status."""
+def ignores_hangup(status: str) -> bool:
+    """Return whether a process ignores SIGHUP, from the text of its /proc/PID/status."""
     found = re.search(r"^SigIgn:\s*([0-9a-f]+)", status, re.M)
-    mask = int(found[1], 16) if found else 0
-    return {one for one in _STOPPING if mask >> (one - 1) & 1}
+    return found is not None and bool(int(found[1], 16) >> (signal.SIGHUP - 1) & 1)

@@ -259,7 +259,7 @@ def _caches(env: dict[str, str]) -> list[Path]:
 
 
 def _traps(asked: _Asked) -> list[Finding]:
-    findings = launch.check_signals(launch.ignored_signals(_text(Path("/proc/self/status"))))
+    findings = launch.check_signals(launch.ignores_hangup(_text(Path("/proc/self/status"))))
     findings += accelerate_file.check_default_file(accelerate_file.default_file(asked.env), num_gpus=asked.num_gpus)
     if asked.path is not None:
         from shardlaunch.launcher.commands.doctor.recipe import check_shadows

@@ -1,6 +1,5 @@
 """What the environment means for a launch: made-up environments."""
 
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -150,10 +149,11 @@ def test_the_end_of_a_job() -> None:
 
 def test_signals_that_are_ignored() -> None:
     status = "Name:\tx\nSigBlk:\t0000000000000003\nSigIgn:\t0000000000001003\nSigCgt:\t0000000000004000\n"
-    assert launch.ignored_signals(status) == {signal.SIGHUP, signal.SIGINT}  # and SIGPIPE, as in every Python
-    only(launch.check_signals({signal.SIGHUP, signal.SIGINT}), "note", "SIGINT, SIGHUP: ignored")
-    assert launch.ignored_signals("") == set()
-    fine(launch.check_signals(set()))
+    assert launch.ignores_hangup(status)
+    only(launch.check_signals(True), "note", "SIGHUP: ignored")
+    assert not launch.ignores_hangup("")
+    assert not launch.ignores_hangup("SigIgn:\t0000000000000002")
+    fine(launch.check_signals(False))
 
 
 @pytest.mark.parametrize(
