@@ -23,7 +23,7 @@ from shardlaunch.launcher.commands.doctor.findings import (
     print_section,
     problem,
 )
-from shardlaunch.sharding.environment import LaunchEnvironment, is_main_process
+from shardlaunch.sharding.environment import LaunchEnvironment, has_agent, is_main_process
 
 if TYPE_CHECKING:
     from shardlaunch.launcher.commands.doctor.recipe import Command
@@ -90,8 +90,9 @@ def examine(
         os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when its library is imported
     asked = _Asked(path=path, argv=argv, ranks=ranks, strategy=strategy, measured=measured, network=network, env=env)
     asked.launch, of_environment = launch.check_environment(env)
-    if (asked.launch is None and not is_main_process()) or asked.known.local_rank:
-        return 0  # another rank of this machine says it
+    # Another rank of this machine says it; but a leftover RANK, of no launch, is one of the things to find.
+    if (asked.launch is None and has_agent() and not is_main_process()) or asked.known.local_rank:
+        return 0
     sections = []
     for section in _sections(asked, of_environment):
         sections.append(section)

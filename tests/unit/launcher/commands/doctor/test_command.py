@@ -47,7 +47,11 @@ def test_a_problem_is_status_1_and_one_json_document(doctor: Doctor, monkeypatch
     monkeypatch.setenv("SHARDLAUNCH_STRATEGIE", "fsdp2")
     monkeypatch.setenv("RANK", "1")
     status, out, err = doctor("--no-measure", "--json")
-    assert (status, out, err) == (0, "", "")  # of one rank, the first one says it
+    assert (status, json.loads(out)["num_problems"]) == (1, 2)  # the rank too is of no launch
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    status, out, err = doctor("--no-measure", "--json")
+    assert (status, out, err) == (0, "", "")  # of several ranks, the first one says it
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     monkeypatch.setenv("RANK", "0")
     status, out, err = doctor("--no-measure", "--json")
     report = json.loads(out)
