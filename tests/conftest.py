@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # workers of pytest-xdist share the cache
         os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="shardlaunch-tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what nohup ignores, runs would too
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["OMP_WAIT_POLICY"] = "passive"  # several tests share the cores: a thread that waits must not spin
 

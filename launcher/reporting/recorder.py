@@ -58,9 +58,9 @@ class Recorder:
         *,
         trackers: Sequence[str],
         step: int,
-        is_evaluation_due: bool,
         end: int,
         options: Mapping[str, Any],
+        is_evaluation_due: bool = False,
     ) -> None:
         """Open metrics.jsonl, cut back to `step`, the trackers, and the progress up to step `end`. Rank 0.
 
