@@ -59,6 +59,12 @@ def check_settings(name: str, settings: Settings) -> None:
         raise UserError(f"--shard-ranks: {name} has no sharded replicas; use --strategy hsdp")
 
 
+def fitting(name: str, ranks: int) -> str:
+    """Return the strategy that a run goes on under with `ranks` ranks: FSDP2 for replicas that cannot be divided."""
+    is_divisible = ranks >= Hsdp.least_ranks and ranks % 2 == 0
+    return "fsdp2" if name == "hsdp" and not is_divisible else name
+
+
 def check_strategy_name(name: str, source: str) -> None:
     """Raise UserError when there is no strategy of this name."""
     if name not in STRATEGIES:

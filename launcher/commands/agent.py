@@ -24,7 +24,7 @@ from torch.distributed.launcher import api
 from shardlaunch.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_STOPPED, EXIT_USER_ERROR
 from shardlaunch.launcher.training.stopping import handled_signals
 from shardlaunch.sharding.environment import PROGRESS_VARIABLE, RANKS_VARIABLE, STRATEGY_VARIABLE
-from shardlaunch.sharding.resolve import STRATEGIES
+from shardlaunch.sharding.resolve import fitting
 
 _FINAL = (EXIT_USER_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED)  # of a run that a restart would not help, or must not
 _ALWAYS = 1_000_000  # restarts that torch counts; how many there may be is decided here
@@ -109,11 +109,10 @@ class Agent(LocalElasticAgent):
     def _set_environment(self, ranks: int) -> None:
         if RANKS_VARIABLE in os.environ:
             os.environ[RANKS_VARIABLE] = str(ranks)
-        if self._strategy == "hsdp":
-            fits = ranks >= STRATEGIES["hsdp"].least_ranks and ranks % 2 == 0
-            os.environ[STRATEGY_VARIABLE] = "hsdp" if fits else "fsdp2"
-            if not fits:
-                print(f"hsdp cannot divide {ranks} ranks into replicas: under fsdp2", file=sys.stderr, flush=True)
+        if self._strategy:
+            name = os.environ[STRATEGY_VARIABLE] = fitting(self._strategy, ranks)
+            if name != self._strategy:
+                print(f"{self._strategy} cannot divide {ranks} ranks into replicas: under {name}", file=sys.stderr)
 
 
 def run_agent(

@@ -1,32 +1,45 @@
-"""Output that may lose its reader: a closed terminal, or a pipe whose other end has gone. A run goes on without it."""
+"""Output that cannot be written, to a full disk, a closed terminal or a pipe whose reader has gone: a run goes on."""
 
 import sys
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import IO, Any
+
+from shardlaunch.checkpoints.files import error_text
 
 
-class LenientStream:
-    """A text stream whose errors of writing are dropped, with what was to be written."""
+class LastingStream:
+    """A text stream that says once, on stderr, that it cannot be written, and drops what was to be."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+        self._is_said = False
 
     def write(self, text: str) -> int:
-        with suppress(OSError):
-            self._stream.write(text)
-        return len(text)
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self._say(error)
+            return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self._say(error)
+
+    def _say(self, error: OSError) -> None:
+        if not self._is_said:
+            self._is_said = True
+            with suppress(OSError):
+                print(f"warning: output cannot be written ({error_text(error)}); the run goes on", file=sys.stderr)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
 
 
 def survive_closed_output() -> None:
     """Let this process print to stdout and stderr even when nobody reads them any more."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, LenientStream):
-            setattr(sys, name, LenientStream(stream))
+        if stream is not None and not isinstance(stream, LastingStream):
+            setattr(sys, name, LastingStream(stream))

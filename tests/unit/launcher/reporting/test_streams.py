@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from shardlaunch.launcher.reporting.streams import LenientStream, survive_closed_output
+from shardlaunch.launcher.reporting.streams import LastingStream, survive_closed_output
 
 
 def test_a_pipe_whose_reader_has_gone() -> None:
     reading, writing = os.pipe()
     with open(writing, "w", buffering=1) as plain:
-        stream = LenientStream(plain)
+        stream = LastingStream(plain)
         assert stream.write("read\n") == 5
         assert os.read(reading, 10) == b"read\n"
         os.close(reading)
