@@ -224,11 +224,11 @@ def test_cells_of_the_campaign(cell: Cell) -> None:
 def test_a_run_whose_terminal_is_closed(recipe: str, hf_home: Path, tmp_path: Path) -> None:
     """With nohup it goes on; what it prints has nowhere to go without, and yet it saves."""
     words = [*PYTHON, recipe, "--strategy", "single"]
-    for nohup, status in ((("nohup",), 0), ((), EXIT_STOPPED)):
+    for nohup, status, num_steps in ((("nohup",), 0, NUM_STEPS), ((), EXIT_STOPPED, 100 * NUM_STEPS)):
         run_dir = tmp_path / f"run-{status}"
         master, slave = pty.openpty()
         process = subprocess.Popen(
-            [*nohup, *words, "--output-dir", str(run_dir)],
+            [*nohup, *words, "--output-dir", str(run_dir), "--max-steps", str(num_steps)],
             env=environment(hf_home),
             stdin=slave,
             stdout=subprocess.DEVNULL if nohup else slave,
@@ -238,8 +238,9 @@ def test_a_run_whose_terminal_is_closed(recipe: str, hf_home: Path, tmp_path: Pa
         )
         os.close(slave)
         wait_for_step(3, run_dir, lambda process=process: process.poll() is None)
-        os.close(master)  # the system sends SIGHUP to the session
+        os.close(master)
+        process.send_signal(signal.SIGHUP)  # the system does so too, but not in each sandbox
         assert process.wait(STUCK_S) == status
         step = logged_steps(run_dir)
-        assert (step == NUM_STEPS) == (status == 0)
+        assert (step == num_steps) == (status == 0)
         assert_valid(run_dir, [step])
