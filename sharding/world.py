@@ -64,7 +64,13 @@ class World:
     @cached_property
     def peers(self) -> Peers:
         """Return these ranks in the form that checkpoints use."""
-        return Peers(rank=self.rank, num_ranks=self.size, group=self.host_group, on_collective=progress.mark)
+        return Peers(
+            rank=self.rank,
+            num_ranks=self.size,
+            group=self.host_group,
+            on_collective=progress.mark,
+            on_advance=progress.advance,
+        )
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over the ranks, in place, and return it. All ranks."""

@@ -48,6 +48,10 @@ class Identity:
             )
         return _differences(saved.warn, self.warn)
 
+    def digest(self) -> int:
+        """Return a digest of the identity, a positive 64-bit integer."""
+        return xxhash.xxh3_64_intdigest(json.dumps(self.identity).encode()) >> 1
+
     def to_json(self) -> dict[str, Any]:
         """Return the record stored in checkpoints and run.json."""
         return {"identity": dict(self.identity), "warn": dict(self.warn)}

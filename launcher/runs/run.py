@@ -1,17 +1,15 @@
 """One launch of a run: load the data, build or restore the state, train, report."""
 
-import json
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from msgspec.structs import asdict
 
 from shardlaunch.checkpoints.layout import CHECKPOINTS
+from shardlaunch.checkpoints.manifest import DamagedCheckpoint
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, open_checkpoint
 from shardlaunch.checkpoints.records import Position
 from shardlaunch.errors import UserError
@@ -137,9 +135,7 @@ class Run:
                 warn=self.display.warn,
             )
             self.world.peers.together(lambda: None)  # the other ranks read after rank 0, which shows this phase
-        with phase("looking for a checkpoint"):
-            self.resumed = self._find_checkpoint()
-        self._assemble(self.resumed)
+        self._resume()
         if self.world.is_main:
             self.upkeep.prune_resumed(self.resumed, self.position)
         self.room.check_start(self.resumed, self.assembly.num_elements, self.position, last_step=self.data.last_step)
@@ -166,7 +162,20 @@ class Run:
         )
         self._build_trainer()
 
-    def _find_checkpoint(self) -> Checkpoint | None:
+    def _resume(self) -> None:
+        """Find the checkpoint to resume from, and build the model with its values. All ranks."""
+        for checks_tensors in (False, True):  # where reading has found damage, look at every byte before
+            with phase("looking for a checkpoint"):
+                self.resumed = self._find_checkpoint(checks_tensors=checks_tensors)
+            try:
+                self._assemble(self.resumed)
+                return
+            except DamagedCheckpoint:
+                if checks_tensors:
+                    raise
+                del self.strategy, self.assembly  # free memory for the next
+
+    def _find_checkpoint(self, *, checks_tensors: bool) -> Checkpoint | None:
         """Return the checkpoint to resume from, if any. Raises UserError if it or the output folder has another run."""
         options, world = self.options, self.world
         found = world.peers.together(lambda: identity_of_folder(self.output_dir))
@@ -176,7 +185,9 @@ class Run:
         if world.is_main:
             self.upkeep.sweep()
         hint = new_folder_hint(options, self.output_dir)
-        checkpoint = self.second.find(lambda: self._find_here(options.resume), self.identity, hint=hint)
+        checkpoint = self.second.find(
+            lambda: self._find_here(options.resume, checks_tensors=checks_tensors), self.identity, hint=hint
+        )
         if checkpoint is not None:
             where = str(checkpoint.step_dir)
             saved = checkpoint.recipe.run
@@ -184,10 +195,12 @@ class Run:
                 self.display.warn(f"this resume may round differently: {difference}")
         return checkpoint
 
-    def _find_here(self, resume: str) -> Checkpoint | None:
+    def _find_here(self, resume: str, *, checks_tensors: bool = True) -> Checkpoint | None:
         peers = self.world.peers
         peers.together(lambda: delete_superseded(self.output_dir, self.left_out) if self.world.is_main else None)
-        return find_checkpoint(resume, self.output_dir, peers=peers, display=self.display)
+        return find_checkpoint(
+            resume, self.output_dir, peers=peers, display=self.display, checks_tensors=checks_tensors
+        )
 
     def _assemble(self, checkpoint: Checkpoint | None) -> None:
         """Build the model and its strategy, and restore a checkpoint (None: start with the initial weights)."""
@@ -197,13 +210,15 @@ class Run:
             strategy_name=self.strategy_name,
             settings=self.settings,
             precision_name=self.precision.name,
-            run_digest=_digest(self.identity.identity),
+            run_digest=self.identity.digest(),
             step=checkpoint.step if checkpoint is not None else 0,
             is_resumed=checkpoint is not None,
             init=self.init,
         )
         self.strategy = self.assembly.strategy
-        self.position = restore(checkpoint, self.assembly, self.options, self.data, warn=self.display.warn)
+        self.position = restore(
+            checkpoint, self.assembly, self.options, self.data, peers=self.world.peers, warn=self.display.warn
+        )
         known = self.position.left_out
         self.left_out = self.position.left_out = [*known, *(each for each in self.left_out if each not in known)]
 
@@ -381,7 +396,3 @@ class Run:
         if self.world.is_main:
             show_result(self.display, result, self.recipe, best_step=self.position.best_step)
         return result
-
-
-def _digest(record: Mapping[str, Any]) -> int:
-    return xxhash.xxh3_64_intdigest(json.dumps(record).encode()) >> 1
