@@ -140,6 +140,9 @@ class Disk:
             case "write":
                 assert isinstance(what, File), call
                 what.write(call.offset, call.data)
+            case "resize":
+                assert isinstance(what, File) and call.offset >= len(what.seen), call
+                what.write(call.offset, b"")
             case "fsync":
                 assert what is not None, call
                 what.sync()
