@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
 from shardlaunch.checkpoints.records import Position
+from shardlaunch.checkpoints.shares import share_of
 from shardlaunch.checkpoints.state import MODEL, ONLY, OPTIMIZER, Fragment, TensorSpec
 from shardlaunch.checkpoints.writer import save
 from shardlaunch.sharding.world import World
@@ -85,7 +86,8 @@ def fragments(gigabytes: float, *, rank: int, num_ranks: int) -> list[Fragment]:
 
 def save_ours(folder: Path, held: Iterable[Fragment], peers: Peers) -> None:
     """Save as a run does. All ranks."""
-    save(folder, position=Position(step=1), state=held, export=lambda staging: None, aliases={}, peers=peers)
+    share = share_of(held, rank=peers.rank, num_ranks=peers.num_ranks)
+    save(folder, position=Position(step=1), share=share, export=lambda staging: None, aliases={}, peers=peers)
 
 
 @dataclass(frozen=True, kw_only=True)

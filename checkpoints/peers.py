@@ -25,18 +25,11 @@ class Peers:
     group: dist.ProcessGroup | None = None
     on_collective: Callable[[], None] | None = None
     """Called as a collective begins: on all ranks alike."""
-    on_advance: Callable[[], None] | None = None
-    """Called when this rank has come further with a long piece of work, such as writing its share."""
 
     def mark(self) -> None:
         """Note that all ranks alike go on."""
         if self.on_collective is not None:
             self.on_collective()
-
-    def advance(self) -> None:
-        """Note that this rank has come further with a long piece of work."""
-        if self.on_advance is not None:
-            self.on_advance()
 
     def gather(self, values: Sequence[int]) -> list[list[int]]:
         """Return every rank's values (64-bit, equally many on each rank). All ranks."""

@@ -5,8 +5,10 @@ equal ones on other ranks. These divide their bytes evenly.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -16,8 +18,8 @@ import torch
 
 from shardlaunch.checkpoints.digests import WRITE_BACK_BYTES, begin_write_back, crc64nvme, shifted
 from shardlaunch.checkpoints.files import naming
-from shardlaunch.checkpoints.layout import TensorFile
-from shardlaunch.checkpoints.state import Fragment, Replica
+from shardlaunch.checkpoints.layout import TensorFile, plan_files
+from shardlaunch.checkpoints.state import Fragment, Replica, TensorSpec, checked
 from shardlaunch.checkpoints.tensorfile import BYTES_PER_ELEMENT
 
 CHUNK_BYTES = 4 << 20  # copied from a device, digested and written at once
@@ -30,9 +32,60 @@ class Piece(NamedTuple):
     """Elements [start, end) of a tensor, the one at `position` in the state, which this rank writes."""
 
     position: int
-    fragment: Fragment
+    spec: TensorSpec
     start: int
     end: int
+    values: torch.Tensor
+    """The elements, flat, on any device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a rank writes of a state, and the files of the whole of it."""
+
+    specs: list[TensorSpec]
+    """All tensors of the state."""
+    files: list[TensorFile]
+    pieces: list[Piece]
+    """In the order of the state."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(piece.values.nbytes for piece in self.pieces)
+
+
+def share_of(state: Iterable[Fragment], *, rank: int = 0, num_ranks: int = 1) -> Share:
+    """Return this rank's share of a state, as views of its fragments where these are contiguous.
+
+    Raises AssertionError for a tensor that is there twice, or a fragment of another size.
+    """
+    fragments = checked(state)
+    specs = [fragment.spec for fragment in fragments]
+    return Share(specs=specs, files=plan_files(specs), pieces=own_pieces(fragments, rank=rank, num_ranks=num_ranks))
+
+
+class Snapshots:
+    """Copies of shares in host memory, one after the other in the same place: what is there already costs no time."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, share: Share) -> Share:
+        """Return a copy of a share, in place of the one before."""
+        sizes = [piece.values.nbytes for piece in share.pieces]
+        begins = [0, *accumulate(-(-size // _ALIGNED_BYTES) * _ALIGNED_BYTES for size in sizes)]
+        is_on_device = any(piece.values.device.type != "cpu" for piece in share.pieces)
+        if self._memory.numel() < begins[-1]:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # free it first
+            self._memory = torch.zeros(begins[-1], dtype=torch.uint8, pin_memory=is_on_device)
+        copies = []
+        for piece, begin, size in zip(share.pieces, begins, sizes, strict=False):
+            values = self._memory[begin : begin + size].view(piece.values.dtype)
+            values.copy_(piece.values, non_blocking=True)
+            copies.append(piece._replace(values=values))
+        if is_on_device:
+            torch.cuda.synchronize()
+        return replace(share, pieces=copies)
 
 
 def own_pieces(fragments: Sequence[Fragment], *, rank: int, num_ranks: int) -> list[Piece]:
@@ -55,9 +108,10 @@ def own_pieces(fragments: Sequence[Fragment], *, rank: int, num_ranks: int) -> l
             for number in (replica.number, replica.number + 1)
         )
         for i in np.flatnonzero(last > first):
-            fragment = fragments[indices[i]]
-            start, end = fragment.flat_start + int(first[i]), fragment.flat_start + int(last[i])
-            pieces.append(Piece(indices[i], fragment, start, end))
+            fragment, begin, end = fragments[indices[i]], int(first[i]), int(last[i])
+            values = fragment.tensor.detach().reshape(-1)[begin:end]
+            start = fragment.flat_start
+            pieces.append(Piece(indices[i], fragment.spec, start + begin, start + end, values))
     return sorted(pieces, key=lambda piece: piece.position)
 
 
@@ -74,25 +128,19 @@ class Written(NamedTuple):
     num_elements: np.ndarray
 
 
-def write_pieces(
-    folder: Path,
-    files: Sequence[TensorFile],
-    pieces: Sequence[Piece],
-    *,
-    num_tensors: int,
-    with_headers: bool,
-    on_chunk: Callable[[], None] = lambda: None,
+def write_share(
+    folder: Path, share: Share, *, with_headers: bool, on_chunk: Callable[[], None] = lambda: None
 ) -> Written:
-    """Write pieces durably at their places into files that are there. Raises OSError that names the file."""
-    crcs = np.zeros(num_tensors, dtype=np.uint64)
-    num_elements = np.zeros(num_tensors, dtype=np.int64)
-    places = {spec.key: (number, offset) for number, file in enumerate(files) for spec, offset in file.offsets()}
+    """Write a share durably at its places into files that are there. Raises OSError that names the file."""
+    crcs = np.zeros(len(share.specs), dtype=np.uint64)
+    num_elements = np.zeros(len(share.specs), dtype=np.int64)
+    places = {spec.key: (number, offset) for number, file in enumerate(share.files) for spec, offset in file.offsets()}
     pieces_of: dict[int, list[Piece]] = {}
-    for piece in pieces:
-        pieces_of.setdefault(places[piece.fragment.spec.key][0], []).append(piece)
+    for piece in share.pieces:
+        pieces_of.setdefault(places[piece.spec.key][0], []).append(piece)
     with ExitStack() as stack:
         written: list[_SharedFile] = []
-        for number, file in enumerate(files):
+        for number, file in enumerate(share.files):
             if not with_headers and number not in pieces_of:
                 continue
             out = stack.enter_context(_SharedFile(folder / file.file_name))
@@ -100,11 +148,11 @@ def write_pieces(
             if with_headers:
                 out.write(0, memoryview(file.header))
             for piece in pieces_of.get(number, ()):
-                spec = piece.fragment.spec
+                spec = piece.spec
                 item_bytes = BYTES_PER_ELEMENT[spec.dtype]
                 at = places[spec.key][1] + piece.start * item_bytes
                 crc = 0
-                for chunk in _chunks(piece, item_bytes):
+                for chunk in _chunks(piece.values):
                     crc = crc64nvme(chunk, crc)
                     out.write(at, chunk)
                     at += len(chunk)
@@ -119,11 +167,9 @@ def write_pieces(
     return Written(crcs, num_elements)
 
 
-def _chunks(piece: Piece, item_bytes: int) -> Iterator[memoryview]:
-    """Yield the bytes of a piece, copied only where they are not contiguous in host memory."""
-    fragment = piece.fragment
-    flat = fragment.tensor.detach().reshape(-1)[piece.start - fragment.flat_start : piece.end - fragment.flat_start]
-    for part in flat.split(CHUNK_BYTES // item_bytes):
+def _chunks(values: torch.Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of a flat tensor, copied only where they are not in host memory."""
+    for part in values.split(CHUNK_BYTES // values.element_size()):
         yield part.to("cpu").contiguous().view(torch.uint8).numpy().data
 
 

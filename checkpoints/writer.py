@@ -1,7 +1,7 @@
 """Save a checkpoint: every rank writes its share into the files of a staging folder, and one rename commits it."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from shardlaunch.checkpoints.layout import (
     TensorFile,
     index_file_name,
     is_plain_file_name,
-    plan_files,
     step_dir_name,
 )
 from shardlaunch.checkpoints.manifest import Manifest
@@ -24,8 +23,8 @@ from shardlaunch.checkpoints.names import TRASH_PREFIX as TRASH_PREFIX
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
 from shardlaunch.checkpoints.records import Position, to_json
-from shardlaunch.checkpoints.shares import Written, own_pieces, write_pieces
-from shardlaunch.checkpoints.state import Fragment, TensorSpec, checked, specs_by_section
+from shardlaunch.checkpoints.shares import Share, Written, write_share
+from shardlaunch.checkpoints.state import TensorSpec, specs_by_section
 from shardlaunch.checkpoints.tensorfile import digest_file, write_file
 from shardlaunch.errors import UserError
 
@@ -34,42 +33,31 @@ def save(
     checkpoints_dir: Path,
     *,
     position: Position,
-    state: Iterable[Fragment],
+    share: Share,
     export: Callable[[Path], None],
     aliases: Mapping[str, str],
     peers: Peers,
+    on_chunk: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Save `state` as the checkpoint of a position's step and return its folder. All ranks.
+    """Save a state as the checkpoint of a position's step and return its folder. All ranks.
 
-    The fragments of all ranks together make up the state: every rank yields the same tensors in the same order. Each
-    writes ranges that it holds, in chunks of a few MiB; only digests are sent.
+    The shares of all ranks together make up the state. Each rank writes its own, in chunks of a few MiB, and calls
+    `on_chunk` after each; only digests are sent.
     `export` writes the other files of a model folder (configuration, tokenizer) on rank 0. A valid checkpoint of the
     same step is kept, unless the evaluation that it lacks has been done since. Raises UserError on all ranks when any
     rank cannot write; then nothing is left behind but what cannot be deleted either, under a name that `sweep` knows.
     """
     target = checkpoints_dir / step_dir_name(position.step)
-    fragments = checked(state)
-    files = plan_files([fragment.spec for fragment in fragments])
-    pieces = own_pieces(fragments, rank=peers.rank, num_ranks=peers.num_ranks)
     staging = checkpoints_dir / f"{STAGING_PREFIX}{target.name}"
     try:
         if _is_committed(target, position, peers):
             peers.together(lambda: fsync(checkpoints_dir) if peers.rank == 0 else None)
             return target
-        peers.together(lambda: _make_staging(staging, files) if peers.rank == 0 else None)
-        written = peers.together(
-            lambda: write_pieces(
-                staging,
-                files,
-                pieces,
-                num_tensors=len(fragments),
-                with_headers=peers.rank == 0,
-                on_chunk=peers.advance,
-            )
-        )
-        crcs = _crcs([fragment.spec for fragment in fragments], written, peers)
+        peers.together(lambda: _make_staging(staging, share.files) if peers.rank == 0 else None)
+        written = peers.together(lambda: write_share(staging, share, with_headers=peers.rank == 0, on_chunk=on_chunk))
+        crcs = _crcs(share.specs, written, peers)
         peers.together(
-            lambda: _commit(staging, target, position, files, crcs, export, aliases) if peers.rank == 0 else None
+            lambda: _commit(staging, target, position, share.files, crcs, export, aliases) if peers.rank == 0 else None
         )
     except UserError as error:
         if peers.rank == 0:

@@ -28,6 +28,16 @@ class RunData:
     num_steps: int
     last_step: int
 
+    def extended_to(self, step: int) -> int:
+        """Return the last step of a run that is extended, and has come to a step; 0 of one that is not."""
+        last_step = max(self.last_step, step)
+        return last_step if last_step > self.num_steps else 0
+
+    def steps_text(self, step: int) -> str:
+        """Return the number of steps of a run that has come to a step."""
+        extended_to = self.extended_to(step)
+        return f"{self.num_steps}" + (f", extended to {extended_to}" if extended_to else "")
+
     def clock(self, recipe: Recipe) -> Clock:
         """Return what tells the recipe where the run is."""
         return Clock(recipe=recipe, steps_per_epoch=self.plan.steps_per_epoch, num_steps=self.num_steps)

@@ -2,16 +2,17 @@
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import xxhash
 
-from shardlaunch.checkpoints.records import IdentityRecord, as_written
+from shardlaunch.checkpoints.records import IdentityRecord, LeftOut, as_written
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options, flag, marks
 from shardlaunch.launcher.seeding import seeded
@@ -97,8 +98,11 @@ def run_identity(
     return Identity(identity=identity, warn={**by_mark["warn"], **in_effect})
 
 
-def run_record(identity: Identity, options: Options, ranks: int, strategy: str) -> dict[str, Any]:
-    """Return the content of run.json."""
+def run_record(
+    identity: Identity, options: Options, ranks: int, strategy: str, *, extended_to: int, left_out: Sequence[LeftOut]
+) -> dict[str, Any]:
+    """Return the content of run.json. `extended_to`: the last step of a run that is extended, else 0."""
+    extended = {"extended_to_steps": extended_to} if extended_to else {}
     return {
         **identity.to_json(),
         "options": {
@@ -108,6 +112,8 @@ def run_record(identity: Identity, options: Options, ranks: int, strategy: str) 
         "strategy": strategy,
         "versions": versions(),
         "machine": {"python": platform.python_version(), "processor": platform.machine()},
+        **extended,
+        **({"left_out": msgspec.to_builtins(left_out)} if left_out else {}),
     }
 
 

@@ -1,12 +1,9 @@
 """One launch of a run: load the data, build or restore the state, train, report."""
 
-import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from msgspec.structs import asdict
 
 from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.manifest import DamagedCheckpoint
@@ -18,9 +15,10 @@ from shardlaunch.launcher.recipe import Recipe, recipe_name
 from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.reporting.notes import collected
 from shardlaunch.launcher.reporting.phases import phase
-from shardlaunch.launcher.reporting.recorder import Recorder
+from shardlaunch.launcher.reporting.recorder import Recorder, StepReport
 from shardlaunch.launcher.reporting.trackers import tracker_names
 from shardlaunch.launcher.runs.assembly import assemble
+from shardlaunch.launcher.runs.background import Messages
 from shardlaunch.launcher.runs.beginning import show_start
 from shardlaunch.launcher.runs.data import load_data
 from shardlaunch.launcher.runs.ending import result_of, show_result
@@ -80,6 +78,7 @@ class Run:
         self.settings = settings
         self.precision = apply_precision(precision_name, world.device)
         self.display = display or Display(silent=not world.is_main)
+        self.warn = Messages(self.display.warn)
         self.name = recipe_name(type(recipe))
         self.output_dir = run_folder(options, self.name)
         self.fold = fold
@@ -90,7 +89,7 @@ class Run:
         time_left = TimeLeft.of(options, say=self.display.say, warn=self.display.warn)
         self.requests = Requests(sorted(folders), time_left)
         self.room = Room(self.output_dir, options, world, warn=self.display.warn)
-        self.upkeep = Upkeep(self.checkpoints_dir, options, warn=self.display.warn)
+        self.upkeep = Upkeep(self.checkpoints_dir, options, warn=self.warn)
         self.second = SecondPlace(options, self.output_dir, world, self.display, fold=fold)
         self.upkeep.busy = self.second.busy
 
@@ -112,7 +111,8 @@ class Run:
             stop_at_step = self.options.stop_at_step
             if self.position.is_finished:
                 early = ", stopped early" if self.position.has_stopped_early else ""
-                self.display.say(f"this run is complete: {self.position.step} of {self._steps_text()} steps{early}")
+                steps = self.data.steps_text(self.position.step)
+                self.display.say(f"this run is complete: {self.position.step} of {steps} steps{early}")
             elif 0 < stop_at_step <= self.position.step:
                 self.display.say(f"already at step {self.position.step} (--stop-at-step {stop_at_step}); nothing to do")
             else:
@@ -151,7 +151,8 @@ class Run:
             newest_evaluation=lambda: self.recorder.last_evaluation,
             before_save=lambda: self.recorder.sync(),
             on_saved=self.second.copy,
-            warn=self.display.warn,
+            time_left=self.requests.time_left,
+            warn=self.warn,
         )
         self.recorder = Recorder(
             self.display,
@@ -249,7 +250,7 @@ class Run:
             last_step=self.data.last_step,
             requests=self.requests,
             hooks=Hooks(
-                on_step=self.recorder.on_step,
+                on_step=self._on_step,
                 on_left_out=self.recorder.on_left_out,
                 on_evaluating=self.recorder.on_evaluating,
                 on_evaluation=self.recorder.on_evaluation,
@@ -265,11 +266,14 @@ class Run:
                 check_loss(recipe, model, batches, precision=self.precision, device=world.device, warn=warn)
 
     def _write_run(self) -> None:
-        record = run_record(self.identity, self.options, self.world.size, self.strategy_name)
-        if max(self.data.last_step, self.position.step) > self.data.num_steps:
-            record["extended_to_steps"] = max(self.data.last_step, self.position.step)
-        if self.left_out:
-            record["left_out"] = [asdict(each) for each in self.left_out]
+        record = run_record(
+            self.identity,
+            self.options,
+            self.world.size,
+            self.strategy_name,
+            extended_to=self.data.extended_to(self.position.step),
+            left_out=self.left_out,
+        )
         self.world.peers.together(lambda: self._write_record(record) if self.world.is_main else None)
 
     def _write_record(self, record: dict[str, Any]) -> None:
@@ -284,6 +288,7 @@ class Run:
         end = min(self.data.last_step, self.options.stop_at_step or self.data.last_step)
         with ExitStack() as records:
             self.world.peers.together(lambda: self._open_records(records, end) if self.world.is_main else None)
+            records.callback(self.saver.close)  # first: it needs the records
             # Weights and two values of the optimizer, until a save is measured.
             self.requests.time_left.assume_save_of(12 * self.assembly.num_elements // self.world.size)
             unfreeze_at = self.options.unfreeze_at_step
@@ -316,6 +321,9 @@ class Run:
             f"{back}: going back to step {start}, and from there on without the global "
             f"{f'batches of steps {first} to {back.step}' if first < back.step else f'batch of step {back.step}'}"
         )
+        self._rebuild(checkpoint)
+
+    def _rebuild(self, checkpoint: Checkpoint | None) -> None:
         del self.trainer, self.strategy, self.assembly  # free memory for the next
         self._assemble(checkpoint)
         self._build_trainer()
@@ -347,23 +355,18 @@ class Run:
     def _unfreeze(self) -> None:
         """Continue with all parameters trainable, exactly as a resume from this step's checkpoint would."""
         assert self.saver.last_saved is not None
-        checkpoint = open_checkpoint(self.saver.last_saved, peers=self.world.peers)
-        del self.trainer, self.strategy, self.assembly  # free memory for the next
-        self._assemble(checkpoint)
+        self._rebuild(open_checkpoint(self.saver.last_saved, peers=self.world.peers))
         self.display.say(f"step {self.position.step}: unfroze all parameters")
         self.display.parameters(self.assembly.rows)
-        self._build_trainer()
+
+    def _on_step(self, step: int, report: StepReport) -> None:
+        self.recorder.on_step(step, report)
+        self.saver.poll()
 
     def save(self, position: Position) -> None:
         """Save a checkpoint of the current state; a save that fails only causes a warning. All ranks."""
-        begun = time.monotonic()
         with phase(SAVING):
             self.saver.save(position, self.assembly)
-        self.requests.time_left.save_took(time.monotonic() - begun)
-
-    def _steps_text(self) -> str:
-        extended_to = max(self.data.last_step, self.position.step)
-        return f"{self.data.num_steps}" + (f", extended to {extended_to}" if extended_to > self.data.num_steps else "")
 
     def _show_start(self) -> None:
         for text in self.notes.warnings:  # about the data
@@ -377,7 +380,7 @@ class Run:
             world=self.world,
             strategy_name=self.strategy_name,
             precision_name=self.precision.name,
-            steps=self._steps_text(),
+            steps=self.data.steps_text(self.position.step),
             fold=self.fold,
             notes=self.notes,
             checkpoint=self.resumed,

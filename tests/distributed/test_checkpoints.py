@@ -13,6 +13,7 @@ from shardlaunch.checkpoints.manifest import DamagedCheckpoint
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
 from shardlaunch.checkpoints.records import Position
+from shardlaunch.checkpoints.shares import share_of
 from shardlaunch.checkpoints.state import MODEL, ONLY, Fragment, Replica, TensorSpec
 from shardlaunch.checkpoints.writer import save
 from shardlaunch.sharding.environment import read_environment
@@ -56,8 +57,9 @@ def _fragments(how: str, rank: int, num_ranks: int) -> list[Fragment]:
 
 
 def _save(folder: Path, fragments: list[Fragment], peers: Peers) -> Path:
+    share = share_of(fragments, rank=peers.rank, num_ranks=peers.num_ranks)
     position = Position(step=1)
-    return save(folder, position=position, state=fragments, export=lambda staging: None, aliases={}, peers=peers)
+    return save(folder, position=position, share=share, export=lambda staging: None, aliases={}, peers=peers)
 
 
 def _save_and_read(folder: Path, hows: list[str]) -> None:

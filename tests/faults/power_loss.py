@@ -141,7 +141,8 @@ class Disk:
                 assert isinstance(what, File), call
                 what.write(call.offset, call.data)
             case "resize":
-                assert isinstance(what, File) and call.offset >= len(what.seen), call
+                assert isinstance(what, File), call
+                assert call.offset >= len(what.seen), f"{call}: cuts a file"
                 what.write(call.offset, b"")
             case "fsync":
                 assert what is not None, call

@@ -17,7 +17,7 @@ from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
 from shardlaunch.checkpoints.records import Position
 from shardlaunch.checkpoints.retention import prune, sweep
-from shardlaunch.checkpoints.shares import own_pieces
+from shardlaunch.checkpoints.shares import own_pieces, share_of
 from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, Fragment, TensorSpec, whole
 from shardlaunch.checkpoints.writer import save
 
@@ -48,7 +48,7 @@ def _save(folder: Path, step: int, *, is_evaluation_due: bool = False) -> Path:
     return save(
         folder,
         position=Position(step=step, is_evaluation_due=is_evaluation_due),
-        state=_state(),
+        share=share_of(_state()),
         export=_export,
         aliases={"head.weight": "layer.weight"},
         peers=ALONE,
@@ -170,7 +170,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match=r"step 4 was not saved.*No space left"):
-        save(tmp_path, position=Position(step=4), state=_state(), export=export, aliases={}, peers=ALONE)
+        save(tmp_path, position=Position(step=4), share=share_of(_state()), export=export, aliases={}, peers=ALONE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -243,12 +243,12 @@ def test_ranks_that_hold_the_same_write_equal_shares(num_ranks: int) -> None:
     of_each = {fragment.spec.key: [(0, 0)] for fragment in fragments}
     for share in shares:
         for piece in share:
-            of_each[piece.fragment.spec.key].append((piece.start, piece.end))
+            of_each[piece.spec.key].append((piece.start, piece.end))
     for fragment in fragments:
         ranges = sorted(of_each[fragment.spec.key])
         assert all(before[1] == after[0] for before, after in pairwise(ranges))
         assert ranges[-1][1] == fragment.spec.num_elements
-    num_bytes = [sum((one.end - one.start) * one.fragment.tensor.element_size() for one in share) for share in shares]
+    num_bytes = [sum((one.end - one.start) * one.values.element_size() for one in share) for share in shares]
     assert max(num_bytes) - min(num_bytes) <= 4 * 8
 
 
