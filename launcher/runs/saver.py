@@ -145,7 +145,8 @@ class Saver:
             job = self._job(position, assembly)
             if not self._error_of_save(job):
                 self._warn(f"the checkpoint of step {position.step} is saved now")
-                self._tidy(job.position)
+            self._tidy(job.position)
+            if self._is_saved(position.step):
                 return
         raise UserError(
             f"the run ended at step {position.step}, but its last checkpoint could not be saved. "
