@@ -186,8 +186,8 @@ class Campaign:
             "second": second,
             "is_finished": is_finished,
             "steps": [len(begun) for begun in steps],
-            "lost": judging.num_lost(expected, *steps) if second and is_finished else 0,
-            "is_same_data": is_finished and (not second or judging.same_data(expected, *steps)),
+            "lost": judging.num_lost(expected, *steps) if is_finished else 0,
+            "is_same_data": is_finished and judging.same_data(expected, *steps),
             "is_same_weights": is_finished and (folder / "final").read_text() == (whole / "final").read_text(),
         }
         print(f"{tool.name:12} {cell!s:45} {judging.verdict(row)}", flush=True)

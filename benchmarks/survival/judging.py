@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ def steps_of(folder: Path, start: int) -> list[Step]:
     for path in sorted(folder.glob(f"ids-{start}-*")):
         # The last line of a process that was killed may be torn.
         ranks.append([json.loads(line) for line in path.read_text().splitlines() if line.endswith("]")])
-    longest = max((len(steps) for steps in ranks), default=0)
-    return [tuple(sorted(sum((steps[step] for steps in ranks if step < len(steps)), []))) for step in range(longest)]
+    return [tuple(sorted(chain.from_iterable(shares))) for shares in zip_longest(*ranks, fillvalue=())]
 
 
 def same_data(whole: Sequence[Step], first: Sequence[Step], second: Sequence[Step]) -> bool:
@@ -26,8 +26,9 @@ def same_data(whole: Sequence[Step], first: Sequence[Step], second: Sequence[Ste
     The last step of the first start may be torn, since some ranks had not begun it.
     """
     begin = len(whole) - len(second)
+    num_whole = max(0, len(first) - 1)
     is_covered = 0 <= begin <= len(first)
-    return is_covered and list(first[:-1]) == list(whole[: len(first) - 1]) and list(second) == list(whole[begin:])
+    return is_covered and list(first[:num_whole]) == list(whole[:num_whole]) and list(second) == list(whole[begin:])
 
 
 def num_lost(whole: Sequence[Step], first: Sequence[Step], second: Sequence[Step]) -> int:
@@ -38,6 +39,11 @@ def num_lost(whole: Sequence[Step], first: Sequence[Step], second: Sequence[Step
 def is_signal(row: Row) -> bool:
     """Return whether a fault asks to stop: all others leave no time for an answer."""
     return row["fault"].startswith("SIG") and row["fault"] != "SIGKILL"
+
+
+def is_kill_of_rank(row: Row) -> bool:
+    """Return whether a rank was killed that another one waits for."""
+    return row["fault"] == "SIGKILL" and "one rank" in row["cell"]
 
 
 def ends_in_time(row: Row) -> bool:
@@ -63,7 +69,7 @@ _MEASURES: Sequence[tuple[str, Callable[[Row], bool], Callable[[Row], bool]]] = 
     ("signals: no step lost but the one in flight", is_signal, loses_nothing),
     (
         f"a rank killed: the others end within {GRACE_S:.0f} s",
-        lambda row: "SIGKILL" in row["cell"] and "one rank" in row["cell"],
+        is_kill_of_rank,
         ends_in_time,
     ),
     ("the same command finishes the run", lambda row: True, lambda row: row["is_finished"]),

@@ -1,4 +1,4 @@
-"""The task with accelerate: `save_state`, `load_state` and `skip_first_batches`, as its guide to checkpointing has it."""
+"""The task with accelerate: `save_state`, `load_state` and `skip_first_batches`, as in its checkpointing guide."""
 
 import os
 import re
