@@ -333,7 +333,7 @@ def main() -> None:
         "versions": _versions(tools),
         "cells": rows,
     }
-    for line in judging.table(report):
+    for line in judging.count_table(report):
         print(f"{line[0]:52}" + "".join(f"{cell:>14}" for cell in line[1:]))
     if args.result:
         write_result(args.result, report)

@@ -78,7 +78,7 @@ _MEASURES: Sequence[tuple[str, Callable[[Row], bool], Callable[[Row], bool]]] = 
 )
 
 
-def table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def count_table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return a table of how many faults went well: a row per measure, a column per tool."""
     tools = list(dict.fromkeys(row["tool"] for row in result["cells"]))
     lines = [("faults survived", *tools)]
@@ -91,7 +91,7 @@ def table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return lines
 
 
-def cell_table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def fault_table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return a table of what became of each fault: a row per fault, a column per tool."""
     tools = list(dict.fromkeys(row["tool"] for row in result["cells"]))
     names = list(dict.fromkeys(row["cell"] for row in result["cells"]))
