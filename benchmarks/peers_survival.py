@@ -174,7 +174,8 @@ class Campaign:
             _damage(tool.newest(folder / "run"), cell.number)
         second = {} if first["is_finished"] else self._start(tool, cell.num_ranks, folder, 1)
         is_finished = (first if first["is_finished"] else second)["is_finished"]
-        steps = [judging.steps_of(folder, start) for start in (0, 1)]
+        begun = judging.steps_of(folder, 0)
+        steps = [begun[: judging.num_updates(folder, 0)], judging.steps_of(folder, 1)]
         expected = judging.steps_of(whole, 0)
         row = {
             "tool": tool.name,
@@ -183,7 +184,7 @@ class Campaign:
             "first": first,
             "second": second,
             "is_finished": is_finished,
-            "steps": [len(begun) for begun in steps],
+            "steps": [len(done) for done in steps],
             "lost": judging.num_lost(expected, *steps) if is_finished else 0,
             "is_same_data": is_finished and judging.same_data(expected, *steps),
             "is_same_weights": is_finished and (folder / "final").read_text() == (whole / "final").read_text(),

@@ -20,20 +20,25 @@ def steps_of(folder: Path, start: int) -> list[Step]:
     return [tuple(sorted(chain.from_iterable(shares))) for shares in zip_longest(*ranks, fillvalue=())]
 
 
+def num_updates(folder: Path, start: int) -> int:
+    """Return how many steps of a start have changed the weights."""
+    return max((len(path.read_bytes()) for path in folder.glob(f"updates-{start}-*")), default=0)
+
+
 def same_data(whole: Sequence[Step], first: Sequence[Step], second: Sequence[Step]) -> bool:
     """Return whether two starts have trained on what an undisturbed run does, in order, without a gap.
 
-    The last step of the first start may be torn, since some ranks had not begun it.
+    Of the first start, only steps count that have changed the weights.
     """
     begin = len(whole) - len(second)
-    num_whole = max(0, len(first) - 1)
     is_covered = 0 <= begin <= len(first)
-    return is_covered and list(first[:num_whole]) == list(whole[:num_whole]) and list(second) == list(whole[begin:])
+    return is_covered and list(first) == list(whole[: len(first)]) and list(second) == list(whole[begin:])
 
 
 def num_lost(whole: Sequence[Step], first: Sequence[Step], second: Sequence[Step]) -> int:
-    """Return how many steps the second start does again, beside the one that was in flight."""
-    return max(0, len(first) - 1 - (len(whole) - len(second)))
+    """Return how many steps the second start does again; 0 where it is the one in which the first one saved."""
+    again = len(first) - (len(whole) - len(second))
+    return again if again > 1 else 0
 
 
 def is_signal(row: Row) -> bool:
@@ -58,7 +63,7 @@ def says_so(row: Row) -> bool:
 
 
 def loses_nothing(row: Row) -> bool:
-    """Return whether the run was finished, and no step but the one in flight was done twice."""
+    """Return whether the run was finished, and no step but the one in flight was done again."""
     return row["is_finished"] and row["lost"] == 0
 
 
@@ -105,10 +110,10 @@ def verdict(row: Row) -> str:
     first = row["first"]
     if is_signal(row) and first["is_finished"]:
         words.append("ignored")
-    elif first["orphans"]:
-        words.append("leaves processes")
     elif first["seconds"] > GRACE_S:
         words.append("hangs")
+    elif first["orphans"]:
+        words.append("leaves processes")
     if not row["is_finished"]:
         return ", ".join([*words, "does not resume"])
     if row["lost"]:

@@ -1,8 +1,9 @@
 """The task that all tools train: a small perceptron on points made from a seed. Imports nothing but torch.
 
-It writes into SURVIVAL_DIR what a start did: its processes, and the ids of the samples of each step, per rank. There
-the campaign also makes it wait in a phase (SURVIVAL_PHASE), until it has sent its signal; the steps after that take a
-quarter of a second each, so that a signal finds a run that is not over.
+It writes into SURVIVAL_DIR what a start did: its processes, the ids of the samples of each step that it began, and a
+line for each update of the weights, per rank. There the campaign also makes it wait in a phase (SURVIVAL_PHASE), until
+it has sent its signal; the steps after that take a quarter of a second each, so that a signal finds a run that is not
+over.
 """
 
 import ctypes
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 NUM_TRAIN, NUM_EVAL, NUM_FEATURES = 256, 64, 16
 GLOBAL_BATCH_SIZE = 16
@@ -45,6 +47,7 @@ class Task:
         self._step = 0
         self._is_slow = False
         self._write(f"pid-{self._start}-{RANK}", str(os.getpid()))
+        register_optimizer_step_post_hook(lambda *_: self._write(f"updates-{self._start}-{RANK}", "\n"))
 
     def points(self, split: str) -> dict[str, torch.Tensor]:
         """Return inputs, labels and ids of the samples of `train` or `eval`."""
@@ -91,9 +94,9 @@ class Task:
         if self._step == SAVED_STEP:
             self.wait("saving")
 
-    def finish(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
-        """Note the weights of a run that is done; nothing if it was stopped."""
-        if RANK == 0 and step == NUM_STEPS:
+    def finish(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Note the weights of a run that is done."""
+        if RANK == 0:
             digest = hashlib.sha256()
             for tensor in _in_order(tensors):
                 digest.update(tensor.detach().contiguous().numpy().tobytes())

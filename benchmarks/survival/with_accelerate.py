@@ -10,17 +10,6 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 
-class Saving:
-    """An object that `save_state` also saves, last: it says when that is."""
-
-    def state_dict(self):
-        TASK.save()
-        return {}
-
-    def load_state_dict(self, state):
-        pass
-
-
 def rows(split: str) -> list[dict[str, torch.Tensor]]:
     """Return the samples as the default collator takes them."""
     columns = TASK.points(split)
@@ -32,13 +21,13 @@ set_seed(task.SEED)
 accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
 model = TASK.model()
 optimizer = torch.optim.AdamW(model.parameters(), lr=task.LEARNING_RATE)
+optimizer.register_state_dict_pre_hook(lambda _: TASK.save())  # in a save: after the weights, before the optimizer
 model, optimizer, train, evaluation = accelerator.prepare(
     model,
     optimizer,
     DataLoader(rows("train"), batch_size=TASK.batch_size, shuffle=True),
     DataLoader(rows("eval"), batch_size=TASK.batch_size),
 )
-accelerator.register_for_checkpointing(Saving())
 step = 0
 if accelerator.is_main_process:
     TASK.run_dir.mkdir(exist_ok=True)
@@ -65,5 +54,5 @@ for epoch in range(first_epoch, task.NUM_EPOCHS):
                     accelerator.gather_for_metrics((model(held_out["inputs"], held_out["ids"]), held_out["labels"]))
         if step % task.SAVE_EVERY == 0 or step == task.NUM_STEPS:
             accelerator.save_state(str(TASK.run_dir / f"step_{step}"))
-TASK.finish(accelerator.unwrap_model(model).state_dict(), step)
+TASK.finish(accelerator.unwrap_model(model).state_dict())
 accelerator.end_training()

@@ -70,4 +70,5 @@ trainer = lightning.Trainer(
 )
 module = Module()
 trainer.fit(module, loader("train"), loader("eval"), ckpt_path="last")
-TASK.finish(module.state_dict(), trainer.global_step)
+if trainer.state.finished:
+    TASK.finish(module.state_dict())

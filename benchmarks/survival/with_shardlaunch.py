@@ -53,7 +53,7 @@ class Mlp(Recipe):
         last = TASK.run_dir / "checkpoints" / f"step-{task.NUM_STEPS:08}"
         if last.exists() and not (TASK.folder / "final").exists():
             files = [load_file(path) for path in last.glob("model-*.safetensors")]
-            TASK.finish({name: tensor for file in files for name, tensor in file.items()}, task.NUM_STEPS)
+            TASK.finish({name: tensor for file in files for name, tensor in file.items()})
         return ""
 
 

@@ -59,4 +59,5 @@ trainer = Saving(
 )
 has_checkpoint = TASK.run_dir.is_dir() and get_last_checkpoint(str(TASK.run_dir)) is not None
 trainer.train(resume_from_checkpoint=has_checkpoint or None)
-TASK.finish(trainer.accelerator.unwrap_model(trainer.model).state_dict(), trainer.state.global_step)
+if trainer.state.global_step == trainer.state.max_steps:
+    TASK.finish(trainer.accelerator.unwrap_model(trainer.model).state_dict())
