@@ -184,7 +184,6 @@ class Campaign:
             "first": first,
             "second": second,
             "is_finished": is_finished,
-            "steps": [len(done) for done in steps],
             "lost": judging.num_lost(expected, *steps) if is_finished else 0,
             "is_same_data": is_finished and judging.same_data(expected, *steps),
             "is_same_weights": is_finished and (folder / "final").read_text() == (whole / "final").read_text(),

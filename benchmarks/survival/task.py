@@ -47,7 +47,7 @@ class Task:
         self._step = 0
         self._is_slow = False
         self._write(f"pid-{self._start}-{RANK}", str(os.getpid()))
-        register_optimizer_step_post_hook(lambda *_: self._write(f"updates-{self._start}-{RANK}", "\n"))
+        register_optimizer_step_post_hook(lambda *_: self._updated())
 
     def points(self, split: str) -> dict[str, torch.Tensor]:
         """Return inputs, labels and ids of the samples of `train` or `eval`."""
@@ -77,7 +77,6 @@ class Task:
         """Note the samples of a step, which begins."""
         self._note_calls()
         self._write(f"ids-{self._start}-{RANK}", json.dumps(ids.tolist()) + "\n")
-        self._arm()
         if self._step == FAULT_STEP:
             self.wait("step")
         elif self._is_slow:
@@ -102,15 +101,17 @@ class Task:
                 digest.update(tensor.detach().contiguous().numpy().tobytes())
             self._write("final", digest.hexdigest())
 
-    def _arm(self) -> None:
-        """Let the shim (tests/faults/shim.c) count the changes of files from here, and kill at one of them."""
-        if self._call and self._step == SAVED_STEP - 1:
+    def _updated(self) -> None:
+        """Note an update. From that before a save, let the shim count the changes of files, and kill at one of them."""
+        self._write(f"updates-{self._start}-{RANK}", "\n")
+        if self._call and self._step == SAVED_STEP:
             call = ctypes.c_long(int(self._call))
             log = self.folder.with_suffix(".calls")
+            # tests/faults/shim.c
             ctypes.CDLL(None).shim_arm(str(self.folder).encode(), str(log).encode(), call, call, _KILL, 0, 0, 1)
 
     def _note_calls(self) -> None:
-        """Note how many changes of files there were from the last step before a save to the next."""
+        """Note how many changes of files a save is, once the next step begins."""
         if self._call and self._step == SAVED_STEP:
             calls = self.folder.with_suffix(".calls").read_bytes().splitlines()
             self._write("num-calls", str(len(calls)))
