@@ -45,6 +45,7 @@ RESUME_S = 180.0
 AFTER_S = 0.5  # from a signal until the run, which waits for it, goes on
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SURVIVAL_")
 NEVER = 10**9
+TORCHRUN_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # the first four are its default
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Tool:
         if self.is_ours:
             return [self.python, "-m", "shardlaunch", "run", script, "--ranks", str(num_ranks)]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-        return [self.python, *launcher, script]
+        return [self.python, *launcher, "--signals-to-handle", TORCHRUN_SIGNALS, script]
 
 
 def _newest_folder(pattern: str) -> Callable[[Path], list[Path]]:
