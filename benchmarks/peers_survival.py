@@ -1,6 +1,6 @@
 """The same faults for four tools that train the same little task: what is lost, and does the same command go on?
 
-    python benchmarks/peers_survival.py --lightning-python VENV/bin/python      # all cells: about 15 minutes
+    python benchmarks/peers_survival.py --lightning-python VENV/bin/python      # all cells: about 20 minutes
     python benchmarks/peers_survival.py --tools trainer --cells SIGTERM         # those whose names match
 
 The task (benchmarks/survival/task.py): a perceptron with dropout, 48 steps in three epochs, a save every 10 steps and
