@@ -6,9 +6,9 @@ A page says between two comments what stands there, and this command fills it in
     <!-- end of table -->
 
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
-`memory` (peaks of host memory), `machine` (where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and
-`<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0. `--check` writes nothing and fails
-when a page differs from its sources.
+`memory` (peaks of host memory), `survival` (how many faults went well), `faults` (what became of each), `machine`
+(where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a
+notebook in docs/, counted from 0. `--check` writes nothing and fails when a page differs from its sources.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from record import RESULTS
+from survival import judging
 
 DOCS = RESULTS.parents[1] / "docs"
 WIDEST_LINE = 80  # of a command, so that it need not be scrolled
@@ -173,9 +174,17 @@ def _memory(results: Sequence[Result]) -> str:
     return _table(("MB of host memory per rank", "held", "more in a save", "more in a load"), rows)
 
 
+def _survival(results: Sequence[Result]) -> str:
+    return "\n\n".join(_table(titles, rows) for titles, *rows in map(judging.count_table, results))
+
+
+def _faults(results: Sequence[Result]) -> str:
+    return "\n\n".join(_table(titles, rows) for titles, *rows in map(judging.fault_table, results))
+
+
 def _machine(results: Sequence[Result]) -> str:
     machines = {f"{result['machine']['cpu']}, Python {result['machine']['python']}" for result in results}
-    packages = ("torch", "accelerate", "transformers")
+    packages = ("torch", "accelerate", "transformers", "lightning")
     found = {
         f"{package} {result['versions'][package]}"
         for package in packages
@@ -196,7 +205,15 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-_KINDS = {"runs": _runs, "commands": _commands, "benchmark": _benchmark, "memory": _memory, "machine": _machine}
+_KINDS = {
+    "runs": _runs,
+    "commands": _commands,
+    "benchmark": _benchmark,
+    "memory": _memory,
+    "survival": _survival,
+    "faults": _faults,
+    "machine": _machine,
+}
 
 
 if __name__ == "__main__":
