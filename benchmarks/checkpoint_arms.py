@@ -134,7 +134,8 @@ class Bench:
 
         return Arm(name=name, tensors=self.tensors, save=save, load=load, is_durable=True)
 
-    def dcp(self) -> Arm:
+    def dcp_state(self) -> dict[str, Any]:
+        """Return what torch.distributed.checkpoint saves: shards as DTensors. All ranks."""
         state: dict[str, Any] = {fragment.spec.key: fragment.tensor for fragment in self.held}
         alone = self.world.size == 1
         mesh = None if alone else init_device_mesh("cpu", (self.world.size,))
@@ -145,6 +146,10 @@ class Bench:
                 state[fragment.spec.key] = DTensor.from_local(
                     fragment.tensor, mesh, [Shard(0)], shape=torch.Size(shape), stride=stride
                 )
+        return state
+
+    def dcp(self) -> Arm:
+        state, alone = self.dcp_state(), self.world.size == 1
         return Arm(
             name="torch.distributed.checkpoint",
             tensors=self.tensors,

@@ -58,8 +58,26 @@ class Peers:
 
     def of_first(self, values: Sequence[int]) -> list[int]:
         """Return rank 0's values (64-bit, any number of them) on every rank. All ranks."""
+        return self.lists(values)[0]
+
+    def lists(self, values: Sequence[int]) -> list[list[int]]:
+        """Return every rank's values (64-bit, any number of them). All ranks."""
         counts = [count for (count,) in self.gather([len(values)])]
-        return self.gather([*values, *[0] * (max(counts) - len(values))])[0][: counts[0]]
+        everyone = self.gather([*values, *[0] * (max(counts) - len(values))])
+        return [found[:count] for found, count in zip(everyone, counts, strict=True)]
+
+    def data_of(self, rank: int, data: bytes) -> bytes:
+        """Return the bytes of one rank on every rank. All ranks."""
+        self.mark()
+        if self.num_ranks == 1:
+            return data
+        size = torch.tensor(len(data))
+        dist.broadcast(size, rank, group=self.group)
+        sent = torch.zeros(int(size), dtype=torch.uint8)
+        if self.rank == rank:
+            sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        dist.broadcast(sent, rank, group=self.group)
+        return sent.numpy().tobytes()
 
     def share_error(self, error: str | None) -> str | None:
         """Return the error of the lowest rank that has one, on every rank; None if no rank has. All ranks."""

@@ -7,7 +7,7 @@ equal ones on other ranks. These divide their bytes evenly.
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from shardlaunch.checkpoints.tensorfile import BYTES_PER_ELEMENT
 
 CHUNK_BYTES = 4 << 20  # copied from a device, digested and written at once
 _SMALL_BYTES = 1 << 20  # what is smaller is written together with what follows it in the file
-_ALIGNED_BYTES = 8  # a share ends where an element of any dtype does
+ALIGNED_BYTES = 8  # a share ends where an element of any dtype does
 _MOST_OPEN = 64
 
 
@@ -54,6 +54,13 @@ class Share:
         return sum(piece.values.nbytes for piece in self.pieces)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HostShare(Share):
+    """A share whose values lie one after the other in host memory, each where any dtype may begin."""
+
+    memory: torch.Tensor
+
+
 def share_of(state: Iterable[Fragment], *, rank: int = 0, num_ranks: int = 1) -> Share:
     """Return this rank's share of a state, as views of its fragments where these are contiguous.
 
@@ -70,10 +77,10 @@ class Snapshots:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def of(self, share: Share) -> Share:
+    def of(self, share: Share) -> HostShare:
         """Return a copy of a share, in place of the one before."""
         sizes = [piece.values.nbytes for piece in share.pieces]
-        begins = [0, *accumulate(-(-size // _ALIGNED_BYTES) * _ALIGNED_BYTES for size in sizes)]
+        begins = [0, *accumulate(-(-size // ALIGNED_BYTES) * ALIGNED_BYTES for size in sizes)]
         is_on_device = any(piece.values.device.type != "cpu" for piece in share.pieces)
         if self._memory.numel() < begins[-1]:
             self._memory = torch.empty(0, dtype=torch.uint8)  # free it first
@@ -85,7 +92,7 @@ class Snapshots:
             copies.append(piece._replace(values=values))
         if is_on_device:
             torch.cuda.synchronize()
-        return replace(share, pieces=copies)
+        return HostShare(specs=share.specs, files=share.files, pieces=copies, memory=self._memory[: begins[-1]])
 
 
 def own_pieces(fragments: Sequence[Fragment], *, rank: int, num_ranks: int) -> list[Piece]:
@@ -118,7 +125,7 @@ def own_pieces(fragments: Sequence[Fragment], *, rank: int, num_ranks: int) -> l
 def _cut(num_bytes: np.int64, number: int, count: int) -> int:
     """Return where the share of a number ends. As Python integers: the product may be larger than 64 bits."""
     cut = int(num_bytes) * number // count
-    return cut if number == count else cut // _ALIGNED_BYTES * _ALIGNED_BYTES
+    return cut if number == count else cut // ALIGNED_BYTES * ALIGNED_BYTES
 
 
 class Written(NamedTuple):
