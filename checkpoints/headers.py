@@ -24,12 +24,12 @@ class StoredTensor:
     offset: int
 
 
-def read_stored(path: Path) -> dict[str, StoredTensor]:
+def read_stored(path: Path, *, follows_links: bool = False) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name. Raises UserError for other files.
 
     The tensors fill the file: each begins where another ends.
     """
-    with open_regular(path) as file, naming(path):
+    with open_regular(path, follows_links=follows_links) as file, naming(path):
         size = os.fstat(file.fileno()).st_size
         header_bytes = int.from_bytes(file.read(8), "little")
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
