@@ -16,6 +16,7 @@ import xxhash
 from torch import nn
 
 from shardlaunch.checkpoints.stored import Place, StoredTensors
+from shardlaunch.errors import UserError
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.runs.drawn_weights import draw, recorded_draws, value_digest
 from shardlaunch.launcher.runs.init_from import InitFrom
@@ -103,15 +104,20 @@ def record_model(recipe: Recipe, seed: int, *, draws: bool = False) -> RecordedM
 
     with seeded(derive_seed(seed, "model")):
         states.append(torch.get_rng_state())
-    with recorded_draws(mark=programs.mark) as drawn:
-        model = build_empty_model(recipe, seed, programs=programs, on_built=on_built)
-    return RecordedModel(
-        model=model, programs=programs, untouched=untouched, has_drawn=not torch.equal(states[0], states[1])
-    )
+    try:
+        with recorded_draws(mark=programs.mark) as drawn:
+            model = build_empty_model(recipe, seed, programs=programs, on_built=on_built)
+    except UserError:  # it may work where nothing is recorded, and parameters do not look as if they were on the CPU
+        model = build_empty_model(recipe, seed)
+        programs.problem = programs.problem or "the constructor sets data of parameters"
+    has_drawn = not torch.equal(states[0], states[-1])
+    return RecordedModel(model=model, programs=programs, untouched=untouched, has_drawn=has_drawn)
 
 
 def _one_at_a_time(recipe: Recipe, seed: int, recorded: RecordedModel, init: InitFrom | None) -> StartValues:
     """Return the values without the whole model. Raises _NeedsWholeModel where that cannot be had."""
+    if recorded.programs.problem:
+        raise _NeedsWholeModel(recorded.programs.problem)
     from_init = init.find(recorded.model) if init is not None else set()
     weights: Mapping[str, torch.Tensor] = {}
     if not from_init >= recorded.model.state_dict().keys():
@@ -119,8 +125,7 @@ def _one_at_a_time(recipe: Recipe, seed: int, recorded: RecordedModel, init: Ini
             before = _generators()
             weights = recipe.weights()
             check_weights(recorded.model, weights)
-            is_in_files = isinstance(weights, StoredTensors) and not weights.tensors
-            if weights and not is_in_files and _generators() != before:
+            if weights and not isinstance(weights, StoredTensors) and _generators() != before:
                 raise _NeedsWholeModel("weights() draws random numbers")
     supplied = {*weights, *from_init}
     for draws in (False, True):
