@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from shardlaunch.launcher.runs.drawn_weights import value_digest
 
 _UNSET = 0xA7
-"""Each byte of memory that torch.empty() has returned, so that a parameter without a value yet is known."""
+"""The first and last bytes of memory from torch.empty(), to see that nobody has set it unseen, as numpy can."""
+_NUM_UNSET = 64
 _EMPTY = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 _OVERWRITING = {
     f"aten::{name}_"
@@ -144,6 +145,8 @@ class Programs:
         self._kept: dict[int, torch.Tensor] = {}  # so that no other memory gets the same key
         self._left: dict[int, tuple[StorageWeakRef, list[range]]] = {}
         """Memory of the tensors that parameters were registered with, which others may still refer to."""
+        self._unset: dict[int, StorageWeakRef] = {}  # memory that has no values yet
+        self._scratch = torch.empty(0, dtype=torch.uint8)
         self._counter = count()
 
     @contextmanager
@@ -154,11 +157,12 @@ class Programs:
             stack.enter_context(_Recording(self))
             stack.enter_context(_LooksUsual(self))
             yield
+        self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def register(self, parameter: torch.Tensor, real: torch.Tensor) -> None:
         """Note that `parameter`, on the meta device, stands for `real`."""
         with torch._C.DisableTorchFunction():
-            base = None if _is_unset(real) else real.detach()
+            base = None if self._is_unset(real) else real.detach()
             self._add(parameter, Program(_num_bytes(parameter), base))
             _, ranges = self._left.setdefault(_key(real), (StorageWeakRef(real.untyped_storage()), []))
             ranges.append(_bytes_in_storage(real))
@@ -166,9 +170,6 @@ class Programs:
     def knows(self, tensor: torch.Tensor) -> bool:
         """Return whether a tensor is a parameter, or made of one."""
         return tensor.is_meta and _key(tensor) in self._programs
-
-    def _is_known(self, arg: Any) -> bool:
-        return isinstance(arg, torch.Tensor) and self.knows(arg)
 
     def of(self, parameter: torch.Tensor) -> Program:
         """Return the program of a parameter, at present."""
@@ -224,6 +225,20 @@ class Programs:
             state = self._drawn(func, (tensor, *args), {})
             self._write(func, tensor, (tensor, *args), {}, state=state, is_random=True, name="aten::init_")
 
+    def note_empty(self, tensor: torch.Tensor) -> None:
+        """Note that a tensor has no values yet."""
+        self._unset[_key(tensor)] = StorageWeakRef(tensor.untyped_storage())
+        for end in _ends_of(tensor):
+            end.fill_(_UNSET)
+
+    def note_set(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Note that tensors have values from now on."""
+        for tensor in tensors:
+            self._unset.pop(_key(tensor), None)
+
+    def _is_unset(self, tensor: torch.Tensor) -> bool:
+        return _key(tensor) in self._unset and all(bool(end.eq(_UNSET).all()) for end in _ends_of(tensor))
+
     def refuse_aliases(self, tensors: Sequence[torch.Tensor]) -> None:
         """Note a problem if a tensor shares the memory of what a parameter was registered with."""
         for tensor in tensors:
@@ -238,13 +253,19 @@ class Programs:
             return None
         state = torch.get_rng_state()
         real_args, real_kwargs = tree_map(
-            lambda arg: (
-                torch.zeros_like(arg, device="cpu") if isinstance(arg, torch.Tensor) and self.knows(arg) else arg
-            ),
+            lambda arg: self._stand_in(arg) if isinstance(arg, torch.Tensor) and self.knows(arg) else arg,
             (args, kwargs),
         )
         func(*real_args, **real_kwargs)
         return state
+
+    def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of zeros in memory that is used again: new memory each time would be left in pieces."""
+        num_bytes = _num_bytes(tensor)
+        if len(self._scratch) < num_bytes:
+            self._scratch = torch.empty(0, dtype=torch.uint8)
+            self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
+        return _view(tensor, None).on(self._scratch.untyped_storage()).zero_()
 
     def _write(
         self,
@@ -328,8 +349,10 @@ class _Recording(TorchDispatchMode):
             if any(map(self._programs.knows, tensors)):
                 return self._programs.record(func, args, kwargs)
             result = func(*args, **kwargs)
-            if func._schema.name in _EMPTY and not result.is_meta:
-                _bytes_of(result).fill_(_UNSET)
+            if func._schema.is_mutable:
+                self._programs.note_set(real)
+            if func._schema.name in _EMPTY and result.device.type == "cpu":
+                self._programs.note_empty(result)
             return result
 
 
@@ -439,12 +462,7 @@ def _bytes_in_storage(tensor: torch.Tensor) -> range:
     return range(start * size, (start + last + 1) * size)
 
 
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole storage of a tensor on the CPU as bytes."""
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-
-
-def _is_unset(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor on the CPU has no values yet."""
-    data = _bytes_of(tensor)
-    return bool(data[:1].eq(_UNSET).all()) and bool(data.eq(_UNSET).all())
+def _ends_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first and the last bytes of the storage of a tensor on the CPU."""
+    data = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    return data[:_NUM_UNSET], data[-_NUM_UNSET:]
