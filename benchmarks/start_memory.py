@@ -1,12 +1,13 @@
 """Peak of host memory while a new sharded run starts, per process, beyond what it had before: the largest of its ranks.
 
-    python benchmarks/start_memory.py                          # GPT-2 of 1.1 GB, on 2 and 4 ranks over gloo
+    python benchmarks/start_memory.py                          # GPT-2 of 1.0 GB, on 2 and 4 ranks over gloo
     python benchmarks/start_memory.py --before ../before/src   # and the same with the package of another checkout
 
 A start is building the model, spreading it and giving it its first weights, without data and steps. Weights are
 pretrained (a folder that save_pretrained wrote, in fp32 and in bf16), or all drawn. Libraries are warm: each process
 starts a tiny model first. "shard + module" is what a process needs at least: its part of the fp32 weights, and the
-largest module, which is made or gathered as a whole.
+largest module, which is made or gathered as a whole; "held" is what it has when it has started (DeepSpeed's ZeRO 3
+then has its gradients and the optimizer's state too).
 """
 
 import argparse
@@ -41,7 +42,7 @@ TINY = {"n_layer": 1, "n_embd": 64, "n_head": 4, "vocab_size": 1000}
 def main() -> None:
     """Measure all cases, each in processes of its own, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=18, help="of 1024 features each")
+    parser.add_argument("--layers", type=int, default=16, help="of 1024 features each")
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
     parser.add_argument("--strategies", nargs="*", default=STRATEGIES, choices=STRATEGIES)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
@@ -59,17 +60,18 @@ def main() -> None:
         for kind in {*args.kinds} - {"drawn"}:
             _save(kind, sizes, Path(folder) / kind)
             _save(kind, TINY, Path(folder) / f"{kind}-tiny")
-        cases = [(k, s, r) for k in args.kinds for s in args.strategies for r in args.ranks]
+        cases = [(k, s, r) for s in args.strategies for k in args.kinds for r in args.ranks]
         for kind, strategy, num_ranks in cases:
             row = {"name": f"{KINDS[kind]}, {strategy}", "ranks": num_ranks}
             for arm, source in (("before", args.before), ("after", None)):
                 if arm == "after" or source is not None:
                     found = _launched(kind, strategy, folder, args.layers, num_ranks, source)
-                    row |= {"least": found["least"], arm: found["peak"], f"{arm}_cpu_s": found["cpu_s"]}
+                    row |= {"least": found["least"], "held": found["held"]}
+                    row |= {arm: found["peak"], f"{arm}_cpu_s": found["cpu_s"]}
             rows.append(row)
             print(_described(row), flush=True)
-    if args.result:
-        write_result(args.result, _report(args, rows))
+            if args.result:
+                write_result(args.result, _report(args, rows))
 
 
 def _launched(
@@ -103,12 +105,18 @@ def _measure(kind: str, strategy: str, folder: str, sizes: Mapping[str, int]) ->
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back (proc(5))
     before, begin = _status_bytes("VmRSS"), time.process_time()
     assembly = _start(kind, strategy, Path(folder) / kind, sizes, world)
-    figures = torch.tensor([_status_bytes("VmHWM") - before, int(1000 * (time.process_time() - begin))])
+    cpu_ms = int(1000 * (time.process_time() - begin))
+    gc.collect()
+    figures = torch.tensor([_status_bytes("VmHWM") - before, cpu_ms, _status_bytes("VmRSS") - before])
     dist.all_reduce(figures, op=dist.ReduceOp.MAX)
     if world.is_main:
         largest = 4 * max(50257 * sizes["n_embd"], 4 * sizes["n_embd"] ** 2)
         least = 4 * assembly.num_elements // world.size + largest
-        print(json.dumps({"peak": int(figures[0]), "least": least, "cpu_s": int(figures[1]) / 1000}))
+        print(
+            json.dumps(
+                {"peak": int(figures[0]), "least": least, "held": int(figures[2]), "cpu_s": int(figures[1]) / 1000}
+            )
+        )
     disconnect(world)
 
 
@@ -149,7 +157,7 @@ def _described(row: Mapping[str, Any]) -> str:
         for arm in ("before", "after")
         if arm in row
     ]
-    return f"{row['name']}, {row['ranks']} ranks: shard + module {row['least'] / 1e6:.0f} MB, {', '.join(arms)}"
+    return f"{row['name']}, {row['ranks']} ranks: shard + module {row['least'] / 1e6:.0f} MB, held {row['held'] / 1e6:.0f} MB, {', '.join(arms)}"
 
 
 def _report(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
