@@ -157,7 +157,8 @@ def _described(row: Mapping[str, Any]) -> str:
         for arm in ("before", "after")
         if arm in row
     ]
-    return f"{row['name']}, {row['ranks']} ranks: shard + module {row['least'] / 1e6:.0f} MB, held {row['held'] / 1e6:.0f} MB, {', '.join(arms)}"
+    needs = f"shard + module {row['least'] / 1e6:.0f} MB, held {row['held'] / 1e6:.0f} MB"
+    return f"{row['name']}, {row['ranks']} ranks: {needs}, {', '.join(arms)}"
 
 
 def _report(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Tensors that stay in their files until some of their elements are read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -38,6 +38,12 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         entry = self.places[name].entry
         tensor = self.places[name].read(0, prod(entry.shape)).reshape(entry.shape)
         return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+
+    def renamed(self, rename: Callable[[str], str]) -> "StoredTensors":
+        """Return the same tensors by other names, without reading any."""
+        places = {rename(name): place for name, place in self.places.items()}
+        tensors = {rename(name): tensor for name, tensor in self.tensors.items()}
+        return StoredTensors(places=places, tensors=tensors, dtype=self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         yield from self.places

@@ -370,6 +370,10 @@ class _LooksUsual(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 if self._programs.knows(args[0]):
                     return _LOOKS[func]
+        if func in (torch.Tensor.to, torch.Tensor.cpu):
+            with torch._C.DisableTorchFunction():
+                if self._programs.knows(args[0]):
+                    return _moved(func, args[0], args[1:], kwargs or {})
         if func is torch.Tensor.__setitem__ and isinstance(args[2], int | float) and _is_basic(args[1]):
             return args[0][args[1]].fill_(args[2])  # torch would make a meta tensor of the number
         return func(*args, **(kwargs or {}))
@@ -380,6 +384,15 @@ _LOOKS: dict[Any, Any] = {
     torch.Tensor.is_cpu.__get__: True,  # type: ignore[attr-defined]
     torch.Tensor.device.__get__: torch.device("cpu"),
 }
+
+
+def _moved(func: Any, tensor: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return what a tensor's to() or cpu() returns for one that is on the CPU already."""
+    is_copied = kwargs.pop("copy", False)
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs) if func is torch.Tensor.to else (None, None)
+    if device is not None and device.type != "cpu":
+        return tensor.to(device, dtype or tensor.dtype, copy=is_copied)
+    return tensor.to(dtype or tensor.dtype, copy=is_copied)
 
 
 def _is_basic(index: Any) -> bool:
