@@ -5,10 +5,10 @@ A page says between two comments what stands there, and this command fills it in
     <!-- table: KIND RESULT RESULT ... -->
     <!-- end of table -->
 
-Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
-`memory` (peaks of host memory), `machine` (where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and
-`<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0. `--check` writes nothing and fails
-when a page differs from its sources.
+Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result), `memory`
+(peaks of host memory), `start` (those while a run starts, before a change and now), `machine` (where the figures were
+measured). `<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a notebook in docs/,
+counted from 0. `--check` writes nothing and fails when a page differs from its sources.
 """
 
 import argparse
@@ -173,6 +173,18 @@ def _memory(results: Sequence[Result]) -> str:
     return _table(("MB of host memory per rank", "held", "more in a save", "more in a load"), rows)
 
 
+def _start(results: Sequence[Result]) -> str:
+    rows = []
+    for row in (row for result in results for row in result["rows"]):
+        cells = []
+        for arm in ("before", "after"):
+            cells += [f"{row[arm] / 1e6:.0f}", f"{row[arm] / row['least']:.2f}"] if arm in row else ["", ""]
+        figures = (row["least"], row["held"])
+        rows.append((row["name"], str(row["ranks"]), *(f"{figure / 1e6:.0f}" for figure in figures), *cells))
+    titles = ("shard + module", "held", "peak before", "x", "peak now", "x")
+    return _table(("MB of host memory per rank", "ranks", *titles), rows)
+
+
 def _machine(results: Sequence[Result]) -> str:
     machines = {f"{result['machine']['cpu']}, Python {result['machine']['python']}" for result in results}
     packages = ("torch", "accelerate", "transformers")
@@ -196,7 +208,14 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-_KINDS = {"runs": _runs, "commands": _commands, "benchmark": _benchmark, "memory": _memory, "machine": _machine}
+_KINDS = {
+    "runs": _runs,
+    "commands": _commands,
+    "benchmark": _benchmark,
+    "memory": _memory,
+    "start": _start,
+    "machine": _machine,
+}
 
 
 if __name__ == "__main__":

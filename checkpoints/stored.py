@@ -1,6 +1,6 @@
 """Tensors that stay in their files until some of their elements are read."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -22,12 +22,12 @@ class Place:
         return read_range(self.path, self.entry, flat_start, flat_end)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredTensors(Mapping[str, torch.Tensor]):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredTensors(MutableMapping[str, torch.Tensor]):
     """Tensors by name, most of them in files: a whole tensor is read each time that it is asked for."""
 
-    places: Mapping[str, Place]
-    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    places: dict[str, Place]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     """Those that are in no file as they are meant."""
     dtype: torch.dtype | None = None
     """Of what is returned, if it holds floating-point numbers; None: as stored."""
@@ -38,6 +38,18 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         entry = self.places[name].entry
         tensor = self.places[name].read(0, prod(entry.shape)).reshape(entry.shape)
         return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        self.places.pop(name, None)
+        self.tensors[name] = tensor
+
+    def __delitem__(self, name: str) -> None:
+        del (self.places if name in self.places else self.tensors)[name]
+
+    def __or__(self, others: Mapping[str, torch.Tensor]) -> "StoredTensors":
+        both = self.renamed(lambda name: name)
+        both.update(others)
+        return both
 
     def renamed(self, rename: Callable[[str], str]) -> "StoredTensors":
         """Return the same tensors by other names, without reading any."""

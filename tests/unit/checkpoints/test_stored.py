@@ -59,6 +59,13 @@ def test_stored_tensors_are_a_mapping_that_reads_when_asked(file: Path) -> None:
     assert shapes_of(stored) == {"a": (4, 6), "b": (5,)}
     assert {name: tensor.dtype for name, tensor in stored.items()} == {"a": torch.float32, "b": torch.float32}
     assert torch.equal(stored["a"], torch.arange(24.0).reshape(4, 6))
+    both = stored.renamed(str.upper) | {"A": torch.zeros(2), "c": torch.ones(1)}
+    assert (both["A"].tolist(), list(both.places), both.pop("B").tolist()) == (
+        [0.0, 0.0],
+        ["B"],
+        [0.0, 1.0, 2.0, 3.0, 4.0],
+    )
+    assert (sorted(both), sorted(stored)) == (["A", "c"], ["a", "b"])
 
 
 def test_what_is_mapped_and_unchanged_is_found_in_its_file(file: Path) -> None:
