@@ -107,9 +107,10 @@ def record_model(recipe: Recipe, seed: int, *, draws: bool = False) -> RecordedM
     try:
         with recorded_draws(mark=programs.mark) as drawn:
             model = build_empty_model(recipe, seed, programs=programs, on_built=on_built)
-    except UserError:  # it may work where nothing is recorded, and parameters do not look as if they were on the CPU
+    except UserError as error:  # it may work where parameters do not look as if they were on the CPU
         model = build_empty_model(recipe, seed)
-        programs.problem = programs.problem or "the constructor sets data of parameters"
+        reason = str(error.__cause__ or error).splitlines()[0]
+        programs.problem = programs.problem or f"what the constructor does cannot be recorded ({reason})"
     has_drawn = not torch.equal(states[0], states[-1])
     return RecordedModel(model=model, programs=programs, untouched=untouched, has_drawn=has_drawn)
 

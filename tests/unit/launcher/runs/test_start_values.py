@@ -41,6 +41,8 @@ def _checked(model: Any, weights: Any = dict, init: Path | None = None) -> Start
         assert read.dtype == expected[spec.name].dtype, spec.name
         assert torch.equal(read, expected[spec.name].detach().reshape(-1)), spec.name
     assert torch.equal(torch.get_rng_state(), state)
+    assert values.digest() == start_values(recipe, 3, record_model(recipe, 3), init=opened[1]).digest()
+    assert ()
     return values
 
 
@@ -94,6 +96,12 @@ def _by_numpy() -> nn.Module:
     return module
 
 
+def _set_by_data() -> nn.Module:
+    module = nn.Linear(3, 3)
+    module.weight.data = torch.arange(9.0, device=module.weight.device).reshape(3, 3)
+    return module
+
+
 def _student_and_teacher() -> nn.Module:
     student = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     return nn.ModuleDict({"student": student, "teacher": deepcopy(student), "head": nn.Linear(3, 2)})
@@ -109,6 +117,7 @@ def _drawn_weights() -> Mapping[str, torch.Tensor]:
         (_aliased, dict, "uses a tensor after it has registered it"),
         (_student_and_teacher, lambda: {"student.0.weight": torch.ones(3, 3)}, "takes teacher.0.weight from"),
         (_student_and_teacher, _drawn_weights, "weights() draws random numbers"),
+        (_set_by_data, dict, "cannot be recorded"),
         (_by_numpy, dict, ""),
     ],
 )
