@@ -42,7 +42,6 @@ def _checked(model: Any, weights: Any = dict, init: Path | None = None) -> Start
         assert torch.equal(read, expected[spec.name].detach().reshape(-1)), spec.name
     assert torch.equal(torch.get_rng_state(), state)
     assert values.digest() == start_values(recipe, 3, record_model(recipe, 3), init=opened[1]).digest()
-    assert ()
     return values
 
 
