@@ -6,9 +6,10 @@ A page says between two comments what stands there, and this command fills it in
     <!-- end of table -->
 
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
-`memory` (peaks of host memory), `survival` (how many faults went well), `faults` (what became of each), `machine`
-(where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a
-notebook in docs/, counted from 0. `--check` writes nothing and fails when a page differs from its sources.
+`memory` (peaks of host memory), `start` (those while a run starts, before a change and now), `survival` (how many
+faults went well), `faults` (what became of each), `machine` (where the figures were measured).
+`<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0.
+`--check` writes nothing and fails when a page differs from its sources.
 """
 
 import argparse
@@ -182,6 +183,18 @@ def _faults(results: Sequence[Result]) -> str:
     return "\n\n".join(_table(titles, rows) for titles, *rows in map(judging.fault_table, results))
 
 
+def _start(results: Sequence[Result]) -> str:
+    rows = []
+    for row in (row for result in results for row in result["rows"]):
+        cells = []
+        for arm in ("before", "after"):
+            cells += [f"{row[arm] / 1e6:.0f}", f"{row[arm] / row['least']:.2f}"] if arm in row else ["", ""]
+        figures = (row["least"], row["held"])
+        rows.append((row["name"], str(row["ranks"]), *(f"{figure / 1e6:.0f}" for figure in figures), *cells))
+    titles = ("shard + module", "held", "peak before", "x", "peak now", "x")
+    return _table(("MB of host memory per rank", "ranks", *titles), rows)
+
+
 def _machine(results: Sequence[Result]) -> str:
     machines = {f"{result['machine']['cpu']}, Python {result['machine']['python']}" for result in results}
     packages = ("torch", "accelerate", "transformers", "lightning")
@@ -212,6 +225,7 @@ _KINDS = {
     "memory": _memory,
     "survival": _survival,
     "faults": _faults,
+    "start": _start,
     "machine": _machine,
 }
 

@@ -24,9 +24,9 @@ class StoredTensor:
     offset: int
 
 
-def header_bytes(path: Path) -> bytes:
+def header_bytes(path: Path, *, follows_links: bool = False) -> bytes:
     """Return the bytes of a safetensors file before its first tensor. Raises UserError for other files."""
-    with open_regular(path) as file, naming(path):
+    with open_regular(path, follows_links=follows_links) as file, naming(path):
         size = os.fstat(file.fileno()).st_size
         length = file.read(8)
         num_bytes = int.from_bytes(length, "little")
@@ -35,13 +35,13 @@ def header_bytes(path: Path) -> bytes:
         return length + file.read(num_bytes)
 
 
-def read_stored(path: Path) -> dict[str, StoredTensor]:
+def read_stored(path: Path, *, follows_links: bool = False) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name. Raises UserError for other files.
 
     The tensors fill the file: each begins where another ends.
     """
-    data = header_bytes(path)
-    start, size = len(data), regular_size(path)
+    data = header_bytes(path, follows_links=follows_links)
+    start, size = len(data), regular_size(path, follows_links=follows_links)
     entries: dict[str, StoredTensor] = {}
     ranges = []
     for key, value in decode(path, data[8:], dict[str, msgspec.Raw]).items():

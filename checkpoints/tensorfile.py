@@ -70,14 +70,14 @@ def header_of(entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> by
     return len(text).to_bytes(8, "little") + text
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
+def read_header(path: Path, *, follows_links: bool = False) -> dict[str, TensorEntry]:
     """Return the tensor entries of a safetensors file. Raises UserError for other files.
 
     The tensors fill the file: each begins where another ends.
     """
     return {
         key: TensorEntry(shape=stored.shape, dtype=DTYPES[stored.dtype], offset=stored.offset)
-        for key, stored in read_stored(path).items()
+        for key, stored in read_stored(path, follows_links=follows_links).items()
     }
 
 

@@ -1,7 +1,9 @@
 """Weights in safetensors files: of a checkpoint, a run, or another tool's folder."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,7 +15,8 @@ from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_path
 from shardlaunch.checkpoints.records import IndexRecord, decode, open_regular, read_bytes
 from shardlaunch.checkpoints.state import MODEL
-from shardlaunch.checkpoints.tensorfile import digest_file
+from shardlaunch.checkpoints.stored import Place
+from shardlaunch.checkpoints.tensorfile import digest_file, read_header
 from shardlaunch.errors import UserError, some
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -35,6 +38,16 @@ class WeightFiles:
         with safe_open(self._file_of[name], framework="pt") as stored:
             tensor: torch.Tensor = stored.get_tensor(name)
         return tensor
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """Where the tensors are, to read ranges of them; without those of files with a dtype that is not known here."""
+        places: dict[str, Place] = {}
+        for file in self.files:
+            with suppress(UserError):
+                header = read_header(file, follows_links=True)
+                places |= {name: Place(path=file, entry=entry) for name, entry in header.items()}
+        return places
 
     def digest(self) -> str:
         """Return a digest of the files' contents, independent of their names."""

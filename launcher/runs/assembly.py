@@ -18,9 +18,9 @@ from shardlaunch.launcher.runs.model import (
     Origins,
     build_empty_model,
     build_model,
-    check_non_persistent_buffers,
     non_persistent_buffers_digest,
 )
+from shardlaunch.launcher.runs.start_values import RecordedModel, record_model, start_values
 from shardlaunch.sharding.initial_weights import InitialWeights
 from shardlaunch.sharding.precision import convert_model
 from shardlaunch.sharding.resolve import STRATEGIES
@@ -38,6 +38,8 @@ class Assembly:
     strategy: Strategy
     origins: Origins
     """Where the initial values of the parameters come from."""
+    whole_model_because: str
+    """Why one rank of each machine built the whole model for ranks that keep shards; empty: none did."""
     aliases: dict[str, str]
     """Other names of tied parameters, each with the name that it is saved under."""
     non_persistent_buffers: str
@@ -67,7 +69,9 @@ def assemble(
     """
     options = recipe.options
     with phase("building the model"):
-        model, origins, initial = _build(recipe, world, strategy_name, run_digest, is_resumed=is_resumed, init=init)
+        model, origins, initial, reason = _build(
+            recipe, world, strategy_name, run_digest, is_resumed=is_resumed, init=init
+        )
     buffers_digest = non_persistent_buffers_digest(model)
     convert_model(model, precision_name)
     if options.gradient_checkpointing:
@@ -106,6 +110,7 @@ def assemble(
         model_class=model_class,
         strategy=strategy,
         origins=origins,
+        whole_model_because=reason,
         aliases=aliases,
         non_persistent_buffers=buffers_digest,
         rows=rows,
@@ -116,35 +121,37 @@ def assemble(
 
 def _build(
     recipe: Recipe, world: World, strategy_name: str, run_digest: int, *, is_resumed: bool, init: InitFrom | None
-) -> tuple[nn.Module, Origins, InitialWeights | None]:
+) -> tuple[nn.Module, Origins, InitialWeights | None, str]:
     """Build the model, whole or (if the strategy requires it) empty; return it, its weights' origins, and its weights.
 
-    All ranks. The weights are those to restore: none if the model has them.
+    All ranks. The weights are those to restore: none if the model has them. The last is why a whole model was built
+    besides an empty one.
     """
     seed = recipe.options.seed
     if not STRATEGIES[strategy_name].starts_empty:
         model, origins = build_model(recipe, seed, is_resumed=is_resumed, init=init)
-        _check_ranks_agree(world, run_digest, model)
-        return model, origins, None
-    empty = world.peers.together(lambda: build_empty_model(recipe, seed))
+        _check_ranks_agree(world, run_digest, _weights_digest(model))
+        return model, origins, None, ""
     if is_resumed:
-        _check_ranks_agree(world, run_digest, None)
-        return empty, Origins(), None
+        empty = world.peers.together(lambda: build_empty_model(recipe, seed))
+        _check_ranks_agree(world, run_digest, -1)
+        return empty, Origins(), None, ""
 
-    def build_whole() -> tuple[nn.Module, Origins]:
-        whole, origins = build_model(recipe, seed, is_resumed=False, init=init)
-        check_non_persistent_buffers(whole, empty)
-        return whole, origins
+    def built() -> tuple[nn.Module, RecordedModel | None]:
+        recorded = record_model(recipe, seed) if world.is_local_main else None
+        return (recorded.model if recorded else build_empty_model(recipe, seed)), recorded
 
-    built = world.peers.together(lambda: build_whole() if world.is_local_main else None)
-    whole, origins = built if built is not None else (None, Origins())
-    _check_ranks_agree(world, run_digest, whole)
-    return empty, origins, InitialWeights(empty, whole, world=world)
+    empty, recorded = world.peers.together(built)
+    values = world.peers.together(lambda: start_values(recipe, seed, recorded, init=init) if recorded else None)
+    is_one_machine = world.local_size == world.size
+    weights_digest = world.peers.together(lambda: -1 if values is None or is_one_machine else values.digest())
+    _check_ranks_agree(world, run_digest, weights_digest)
+    origins, reason = (values.origins, values.whole_model_because) if values is not None else (Origins(), "")
+    return empty, origins, InitialWeights(empty, values, world=world), reason
 
 
-def _check_ranks_agree(world: World, run_digest: int, whole: nn.Module | None) -> None:
-    """Check that all ranks have the same run, and the same weights if they have built the model. All ranks."""
-    weights_here = _weights_digest(whole) if whole is not None else -1
+def _check_ranks_agree(world: World, run_digest: int, weights_here: int) -> None:
+    """Check that all ranks have the same run, and the same digest of the weights, unless it is -1. All ranks."""
     everyone = world.peers.gather([run_digest, weights_here])
     for rank, (run, weights) in enumerate(everyone):
         if run != everyone[0][0] or weights not in (-1, everyone[0][1]):

@@ -66,6 +66,10 @@ def show_start(
             f"the constructor copied values that weights() has replaced since: {some(assembly.origins.stale)}; "
             f"return these from weights() too, or load the pretrained weights in model() before the copy"
         )
+    if assembly.whole_model_because and world.size > 1:
+        display.say(
+            f"one process of each machine held the whole model while this run started: {assembly.whole_model_because}"
+        )
     if init is not None and init.match is not None and checkpoint is None:
         match = init.match
         say_init(

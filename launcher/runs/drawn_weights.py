@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,10 @@ _LOADED = "_is_hf_initialized"  # transformers sets it on each parameter that fr
 class Drawn:
     """Parameters as Hugging Face models left them when they drew their weights."""
 
-    values: dict[int, tuple[nn.Parameter, int]] = field(default_factory=dict)
-    """By id: the parameter, which keeps the id taken, and a digest of its values."""
+    mark: Callable[[torch.Tensor], Any] = field(default_factory=lambda: value_digest)
+    """What differs when a parameter has changed."""
+    values: dict[int, tuple[nn.Parameter, Any]] = field(default_factory=dict)
+    """By id: the parameter, which keeps the id taken, and its mark."""
     calls: list[dict[str, nn.Parameter]] = field(default_factory=list)
     """Parameters of each model that has drawn its weights, in this order, by their names in that model."""
 
@@ -30,20 +32,20 @@ class Drawn:
         self.calls.append(dict(model.named_parameters()))
         for parameter in model.parameters():
             if not parameter.is_meta and not getattr(parameter, _LOADED, False):
-                self.values[id(parameter)] = (parameter, value_digest(parameter))
+                self.values[id(parameter)] = (parameter, self.mark(parameter))
 
     def untouched(self, model: nn.Module) -> set[str]:
         """Return the names of parameters whose values are still those that a Hugging Face model drew."""
         return {
             name
             for name, parameter in model.named_parameters()
-            if id(parameter) in self.values and self.values[id(parameter)][1] == value_digest(parameter)
+            if id(parameter) in self.values and self.values[id(parameter)][1] == self.mark(parameter)
         }
 
-    def replaced(self, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """Return which of `weights` replace what each model has drawn, in the order of `calls`, by names as there."""
+    def replaced(self, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> list[dict[str, str]]:
+        """Return which of `weights` replace what each model in `calls` has drawn: their names by its own names."""
         tensors = model.state_dict(keep_vars=True)
-        by_id = {id(tensors[name]): tensor for name, tensor in weights.items() if name in tensors}
+        by_id = {id(tensors[name]): name for name in weights if name in tensors}
         return [
             {name: by_id[id(parameter)] for name, parameter in call.items() if id(parameter) in by_id}
             for call in self.calls
@@ -62,24 +64,33 @@ def is_loaded(parameter: nn.Parameter) -> bool:
 
 
 @contextmanager
-def recorded_draws(replaced: Sequence[Mapping[str, torch.Tensor]] = ()) -> Iterator[Drawn]:
+def recorded_draws(
+    *,
+    mark: Callable[[torch.Tensor], Any] | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    replaced: Sequence[Mapping[str, str]] = (),
+) -> Iterator[Drawn]:
     """Record what Hugging Face models draw meanwhile, in their constructors and in from_pretrained().
 
-    `replaced` (see `Drawn.replaced`) has values to set as soon as they are drawn.
+    `replaced` (see `Drawn.replaced`) are those of `weights` to set as soon as their parameters are drawn.
     """
-    drawn = Drawn()
+    drawn = Drawn(mark=mark or value_digest)
+
+    def recording(cls: type) -> AbstractContextManager[None]:
+        return _recording(cls, drawn, weights or {}, replaced)
+
     with ExitStack() as stack:
         if _MODELING in sys.modules:
-            stack.enter_context(_recording(sys.modules[_MODELING].PreTrainedModel, drawn, replaced))
+            stack.enter_context(recording(sys.modules[_MODELING].PreTrainedModel))
         else:  # importing it takes a second, which other models need not wait for
-            stack.enter_context(
-                _at_declaration("PreTrainedModel", lambda cls: stack.enter_context(_recording(cls, drawn, replaced)))
-            )
+            stack.enter_context(_at_declaration("PreTrainedModel", lambda cls: stack.enter_context(recording(cls))))
         yield drawn
 
 
 @contextmanager
-def _recording(model_class: Any, drawn: Drawn, replaced: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[None]:
+def _recording(
+    model_class: Any, drawn: Drawn, weights: Mapping[str, torch.Tensor], replaced: Sequence[Mapping[str, str]]
+) -> Iterator[None]:
     initialize = model_class.initialize_weights
 
     def initialize_and_record(model: Any) -> None:
@@ -87,8 +98,8 @@ def _recording(model_class: Any, drawn: Drawn, replaced: Sequence[Mapping[str, t
         drawn.record(model)
         if replaced:
             with torch.no_grad():
-                for name, tensor in replaced[len(drawn.calls) - 1].items():
-                    drawn.calls[-1][name].copy_(tensor)
+                for name, source in replaced[len(drawn.calls) - 1].items():
+                    drawn.calls[-1][name].copy_(weights[source])
 
     model_class.initialize_weights = initialize_and_record
     try:
@@ -114,10 +125,18 @@ def _at_declaration(name: str, call: Callable[[type], object]) -> Iterator[None]
 
 
 @torch.no_grad()
-def draw(model: nn.Module, names: Collection[str], seed: int) -> None:
+def draw(
+    model: nn.Module,
+    names: Collection[str],
+    seed: int,
+    *,
+    keep: Callable[[torch.Tensor], Any] = torch.Tensor.clone,
+    restore: Callable[[torch.Tensor, Any], object] = torch.Tensor.copy_,
+) -> None:
     """Draw the named parameters as their Hugging Face models do, seeded by (seed, module name).
 
-    Children come first. All other parameters keep their values, although a module draws all of its own at once.
+    Children come first. All other parameters keep their values, although a module draws all of its own at once:
+    `keep` returns what `restore` sets them back to.
     """
     from transformers import PreTrainedModel
     from transformers.initialization import guard_torch_init_functions
@@ -127,7 +146,7 @@ def draw(model: nn.Module, names: Collection[str], seed: int) -> None:
     # Loaded parameters are many, but flagged, and transformers' initializers skip those; others do not.
     beside = {name.rpartition(".")[0] for name in names}
     kept = {
-        name: parameter.clone()
+        name: keep(parameter)
         for name, parameter in model.named_parameters()
         if name not in names and (not is_loaded(parameter) or name.rpartition(".")[0] in beside)
     }
@@ -138,7 +157,7 @@ def draw(model: nn.Module, names: Collection[str], seed: int) -> None:
                 torch.default_generator.manual_seed(derive_seed(seed, name))
                 owners[name]._init_weights(modules[name])
     for name, value in kept.items():
-        model.get_parameter(name).copy_(value)
+        restore(model.get_parameter(name), value)
 
 
 def _owner(modules: Mapping[str, nn.Module], name: str, kind: type) -> Any:

@@ -1,7 +1,7 @@
 """Initial weights of a run, the same on every rank: pretrained weights by name, new weights from the seed."""
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -12,12 +12,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
+from shardlaunch.checkpoints.stored import StoredTensors, shapes_of
 from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES
 from shardlaunch.errors import MOST_NAMED, UserError, some
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.reporting.parameters import counts_by_part
-from shardlaunch.launcher.runs.drawn_weights import Drawn, draw, is_loaded, recorded_draws, value_digest
+from shardlaunch.launcher.runs.drawn_weights import draw, is_loaded, recorded_draws, value_digest
 from shardlaunch.launcher.runs.init_from import InitFrom
+from shardlaunch.launcher.runs.programs import Programs
 from shardlaunch.launcher.seeding import derive_seed, seed_generators, seeded
 from shardlaunch.sharding.buffers import non_persistent_buffers, persistent_buffers
 
@@ -59,17 +61,17 @@ def build_model(
     model_seed = derive_seed(seed, "model")
     with seeded(model_seed):
         with recorded_draws() as drawn:
-            model = _checked(recipe.model())
+            model = checked_model(recipe.model())
         from_init = init.find(model) if init is not None and not is_resumed else set()
         weights = {} if is_resumed or from_init >= model.state_dict().keys() else recipe.weights()
-        _check_weights(model, weights)
-        origins = _origins(model, {*weights, *from_init}, drawn)
+        check_weights(model, weights)
+        origins = origins_of(model, {*weights, *from_init}, drawn.untouched(model))
         if weights and origins.constructed and any(replaced := drawn.replaced(model, weights)):
             # The constructor may have computed values from those that weights() replaces, as DoRA's magnitudes and a
             # teacher that is a copy. Built again, it computes them from the pretrained ones.
             seed_generators(model_seed)
-            with recorded_draws(replaced) as drawn:
-                model = _checked(recipe.model())
+            with recorded_draws(weights=weights, replaced=replaced):
+                model = checked_model(recipe.model())
         widen(model)
         if origins.drawn:
             draw(model, set(origins.drawn), seed)
@@ -80,10 +82,12 @@ def build_model(
     return model, origins
 
 
-def _origins(model: nn.Module, supplied: Collection[str], drawn: Drawn) -> Origins:
-    """Return the origins of a model's parameters, of which those of some names have been supplied with values."""
+def origins_of(model: nn.Module, supplied: Collection[str], untouched: Collection[str]) -> Origins:
+    """Return the origins of a model's parameters.
+
+    Those of some names are `supplied` with values; others are `untouched` since a Hugging Face model drew them.
+    """
     origins = Origins()
-    untouched = drawn.untouched(model)
     tensors = model.state_dict(keep_vars=True)
     loaded = {id(tensors[name]) for name in supplied}  # tied ones have several names
     for name, parameter in model.named_parameters():
@@ -98,20 +102,35 @@ def _stale(model: nn.Module, constructed: list[str], weights: Mapping[str, torch
     if not constructed or not weights:
         return []
     tensors = model.state_dict(keep_vars=True)
-    pairs = [(tensors[name].detach().flatten(), weight.flatten()) for name, weight in weights.items()]
-    replaced = [mine for mine, weight in pairs if not torch.equal(mine, weight.to(mine.dtype))]
-    digests = {value_digest(mine) for mine in replaced if (mine != mine[0]).any()}  # all new norms are alike
+    digests = set()
+    for name, weight in weights.items():  # each may be read from a file for this
+        mine = tensors[name].detach().flatten()
+        if (
+            not torch.equal(mine, weight.flatten().to(mine.dtype)) and (mine != mine[0]).any()
+        ):  # all new norms are alike
+            digests.add(value_digest(mine))
     return [name for name in constructed if value_digest(tensors[name]) in digests]
 
 
-def build_empty_model(recipe: Recipe, seed: int) -> nn.Module:
+def build_empty_model(
+    recipe: Recipe,
+    seed: int,
+    *,
+    programs: Programs | None = None,
+    on_built: Callable[[nn.Module], object] | None = None,
+) -> nn.Module:
     """Return the recipe's model with its parameters on the meta device (no values); its buffers have values.
 
-    Raises UserError if the model's constructor needs values of parameters.
+    `programs` record how the parameters get their values. `on_built` gets the model as model() returned it, before its
+    dtypes are changed. Raises UserError if the model's constructor needs values of parameters.
     """
-    with seeded(derive_seed(seed, "model")), _parameters_on_meta():
+    with ExitStack() as stack:
+        stack.enter_context(seeded(derive_seed(seed, "model")))
+        stack.enter_context(_parameters_on_meta(programs))
+        if programs is not None:
+            stack.enter_context(programs.recording())
         try:
-            model = _checked(recipe.model())
+            model = checked_model(recipe.model())
         except (NotImplementedError, RuntimeError) as error:
             if not str(error):
                 raise
@@ -120,8 +139,10 @@ def build_empty_model(recipe: Recipe, seed: int) -> nn.Module:
                 f"requires: {str(error).splitlines()[0]}. It may create and initialize parameters, but not read them "
                 f"or set their data; return your own values from weights(), or use --strategy ddp"
             ) from error
-    widen(model)
-    lost = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+        if on_built is not None:
+            on_built(model)
+        widen(model)
+    lost = [name for name, buffer in model.named_buffers() if _is_on_meta(buffer)]
     if lost:
         raise UserError(
             f"the recipe's model() computes buffers from values of parameters, but this strategy builds it with "
@@ -130,12 +151,9 @@ def build_empty_model(recipe: Recipe, seed: int) -> nn.Module:
     return model
 
 
-def check_non_persistent_buffers(model: nn.Module, empty: nn.Module) -> None:
+def check_non_persistent_buffers(found: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> None:
     """Check that non-persistent buffers do not depend on whether parameters have values. Raises UserError."""
-    others = non_persistent_buffers(empty)
-    differing = [
-        name for name, buffer in non_persistent_buffers(model).items() if not torch.equal(buffer, others[name])
-    ]
+    differing = [name for name, buffer in found.items() if not torch.equal(buffer, others[name])]
     if differing:
         raise UserError(
             f"non-persistent buffers differ when the model is built with parameters on the meta device, because its "
@@ -153,8 +171,14 @@ def non_persistent_buffers_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _is_on_meta(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is on the meta device, even if it says otherwise (see `Programs`)."""
+    with torch._C.DisableTorchFunction():
+        return tensor.is_meta
+
+
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def _parameters_on_meta(programs: Programs | None) -> Iterator[None]:
     """Move each parameter to the meta device as it is registered, so that at most one has values at a time.
 
     `with torch.device("meta")` would lose the values of buffers too.
@@ -163,10 +187,12 @@ def _parameters_on_meta() -> Iterator[None]:
     seen = WeakIdKeyDictionary()  # a parameter that is registered twice (tied) stays one parameter
 
     def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta and not is_lazy(param):
+        if param is not None and not _is_on_meta(param) and not is_lazy(param):
             if param not in seen:
                 seen[param] = type(param)(param.detach().to("meta"), requires_grad=param.requires_grad)
                 seen[param].__dict__.update(param.__dict__)
+                if programs is not None:
+                    programs.register(seen[param], param)
             param = seen[param]
         register(module, name, param)
 
@@ -177,7 +203,7 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _checked(model: Any) -> nn.Module:
+def checked_model(model: Any) -> nn.Module:
     """Return what model() returned. Raises UserError for what is not a module, or cannot be kept in a checkpoint."""
     if not isinstance(model, nn.Module):
         raise UserError(f"the recipe's model() must return a torch module; it returned {type(model).__name__}")
@@ -226,9 +252,12 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         targets[name].copy_(tensor)
 
 
-def _check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Raise UserError for unknown names and other shapes than the model's."""
-    if not isinstance(weights, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+    is_stored = isinstance(weights, StoredTensors)
+    if not isinstance(weights, Mapping) or not (
+        is_stored or all(isinstance(tensor, torch.Tensor) for tensor in weights.values())
+    ):
         raise UserError("the recipe's weights() must return tensors by name, such as a state_dict()")
     targets = model.state_dict(keep_vars=True)
     unknown = [name for name in weights if name not in targets]
@@ -237,10 +266,11 @@ def _check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Non
             f"weights() returns names that the model does not have: {some(_with_nearest(unknown, list(targets)))}. "
             f"Rename or remove them"
         )
+    complex_ones = {} if is_stored else {name: tensor.is_complex() for name, tensor in weights.items()}
     wrong = [
-        f"{name} (returned {list(tensor.shape)}, here {list(targets[name].shape)})"
-        for name, tensor in weights.items()
-        if targets[name].shape != tensor.shape or (tensor.is_complex() and not targets[name].is_complex())
+        f"{name} (returned {list(shape)}, here {list(targets[name].shape)})"
+        for name, shape in shapes_of(weights).items()
+        if targets[name].shape != shape or (complex_ones.get(name) and not targets[name].is_complex())
     ]
     if wrong:
         raise UserError(

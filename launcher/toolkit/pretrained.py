@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 import xxhash
 from torch import nn
 
+from shardlaunch.checkpoints.mapped import in_files
+from shardlaunch.checkpoints.stored import StoredTensors
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.toolkit.families import PACKING_MODELS, ROW_MODELS, require_vocabulary
 
@@ -54,7 +57,8 @@ def from_config(auto_class: Any, config: Any, source: str | Path) -> Any:
 def pretrained_weights(auto_class: Any, source: str | Path, **options: Any) -> Mapping[str, torch.Tensor]:
     """Return the weights of `source` for a model of `auto_class`, by the model's own parameter names, in fp32.
 
-    Only safetensors files are read. Weights that the source does not have (a new head) are left out.
+    Only safetensors files are read. Weights that the source does not have (a new head) are left out. A tensor is read
+    when it is asked for; under FSDP2 and ZeRO 3 each process reads its shards only.
     """
     folder = Path(source)
     if (folder / "pytorch_model.bin").exists() and not list(folder.glob("model*.safetensors*")):
@@ -62,17 +66,25 @@ def pretrained_weights(auto_class: Any, source: str | Path, **options: Any) -> M
             f"--model {source}: its weights are a pickle file, which could run arbitrary code, so it is not loaded; "
             f"convert it to safetensors with save_pretrained() of transformers"
         )
-    model, info = from_source(
-        auto_class,
-        source,
-        dtype=torch.float32,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **options,
-    )
-    absent = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in absent}
+
+    def loaded(dtype: torch.dtype | str) -> StoredTensors:
+        model, info = from_source(
+            auto_class,
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+        absent = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
+        return in_files({name: tensor for name, tensor in model.state_dict().items() if name not in absent})
+
+    # In its own dtype the model is a view of its files. What transformers computes, it must compute in fp32.
+    found = loaded("auto")
+    if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in found.tensors.values()):
+        found = loaded(torch.float32)
+    return replace(found, dtype=torch.float32)
 
 
 def save_config(model: Any, folder: Path) -> None:

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import torch
 
+from shardlaunch.checkpoints.stored import StoredTensors
 from shardlaunch.checkpoints.weight_files import open_weights
 from shardlaunch.errors import UserError
 
 
-def stored_weights(source: str, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def stored_weights(source: str, expected: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """Return the tensors of safetensors files that have a name in `expected`; others are ignored.
+
+    They are read when they are asked for, and under FSDP2 and ZeRO 3 each process reads its shards.
 
     `source`, the value of --weights: a safetensors file, a folder with model*.safetensors, a checkpoint, a run folder
     (its newest valid checkpoint), or a hub id with a file model.safetensors. Raises UserError when it is not found, and
@@ -22,17 +25,18 @@ def stored_weights(source: str, expected: Mapping[str, torch.Tensor]) -> dict[st
         weights = open_weights(path if path.exists() else _from_hub(source), warn=lambda text: None)
     except UserError as error:
         raise UserError(f"--weights {error}") from error
-    tensors = {name: weights.read(name) for name in expected.keys() & weights.shapes.keys()}
     for name, tensor in expected.items():
-        if name not in tensors and name.endswith(".num_batches_tracked"):
+        if name not in weights.shapes and name.endswith(".num_batches_tracked"):
             continue
-        wanted, found = list(tensor.shape), list(tensors[name].shape) if name in tensors else "missing"
+        wanted, found = list(tensor.shape), list(weights.shapes[name]) if name in weights.shapes else "missing"
         if wanted != found:
             raise UserError(
                 f"--weights {source}: does not fit this model: {name} is {found} and must be {wanted}; "
                 f"use other weights, or the model options that these weights were trained with"
             )
-    return tensors
+    names = [name for name in expected if name in weights.shapes]
+    places = {name: weights.places[name] for name in names if name in weights.places}
+    return StoredTensors(places=places, tensors={name: weights.read(name) for name in names if name not in places})
 
 
 def _from_hub(source: str) -> Path:
