@@ -6,7 +6,7 @@ A page says between two comments what stands there, and this command fills it in
     <!-- end of table -->
 
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
-`memory` (peaks of host memory), `machine` (where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and
+`memory` (peaks of host memory), `plan` (planning batches), `machine` (where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and
 `<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0. `--check` writes nothing and fails
 when a page differs from its sources.
 """
@@ -173,9 +173,27 @@ def _memory(results: Sequence[Result]) -> str:
     return _table(("MB of host memory per rank", "held", "more in a save", "more in a load"), rows)
 
 
+def _plan(results: Sequence[Result]) -> str:
+    titles = ("order", "samples", "lengths", "digest, ms", "first step, ms", "a step, µs", "memory, MB")
+    rows = [
+        (
+            row["when"],
+            f"{row['num_samples']:,}",
+            "yes" if row["has_lengths"] else "no",
+            f"{row['digest_s'] * 1e3:,.1f}",
+            f"{row['first_s'] * 1e3:,.1f}",
+            f"{row['step_s'] * 1e6:,.0f}",
+            f"{row['memory_bytes'] / 1e6:,.1f}",
+        )
+        for result in results
+        for row in result["rows"]
+    ]
+    return _table(titles, rows)
+
+
 def _machine(results: Sequence[Result]) -> str:
     machines = {f"{result['machine']['cpu']}, Python {result['machine']['python']}" for result in results}
-    packages = ("torch", "accelerate", "transformers")
+    packages = ("torch", "accelerate", "transformers") if "torch" in results[0]["versions"] else ("numpy",)
     found = {
         f"{package} {result['versions'][package]}"
         for package in packages
@@ -188,7 +206,8 @@ def _machine(results: Sequence[Result]) -> str:
 
 
 def _title(result: Result) -> str:
-    return f"{result['benchmark']} on {result['ranks']} rank{'s' * (result['ranks'] > 1)}"
+    on = f" on {result['ranks']} rank{'s' * (result['ranks'] > 1)}" if "ranks" in result else ""
+    return f"{result['benchmark']}{on}"
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -196,7 +215,14 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-_KINDS = {"runs": _runs, "commands": _commands, "benchmark": _benchmark, "memory": _memory, "machine": _machine}
+_KINDS = {
+    "runs": _runs,
+    "commands": _commands,
+    "benchmark": _benchmark,
+    "memory": _memory,
+    "plan": _plan,
+    "machine": _machine,
+}
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ class BatchPlan:
         numbers = (VERSION, self.num_samples, self.global_batch_size, self.micro_batch_size, self.seed)
         digest = xxhash.xxh3_128(repr(numbers).encode())
         if self.lengths is not None:
-            for first in range(0, self.num_samples, EVALUATION_SAMPLES):  # in parts, whatever their dtype
-                digest.update(np.ascontiguousarray(self.lengths[first : first + EVALUATION_SAMPLES], dtype="<f8").data)
+            for first in range(0, self.num_samples, BUCKET_SAMPLES):  # in parts, whatever their dtype
+                digest.update(np.ascontiguousarray(self.lengths[first : first + BUCKET_SAMPLES], dtype="<f8").data)
         return digest.hexdigest()
 
 
