@@ -6,9 +6,9 @@ A page says between two comments what stands there, and this command fills it in
     <!-- end of table -->
 
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
-`memory` (peaks of host memory), `plan` (planning batches), `machine` (where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and
-`<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0. `--check` writes nothing and fails
-when a page differs from its sources.
+`memory` (peaks of host memory), `plan` (planning batches), `machine` (where the figures were measured).
+`<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0.
+`--check` writes nothing and fails when a page differs from its sources.
 """
 
 import argparse
