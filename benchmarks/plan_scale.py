@@ -78,15 +78,17 @@ def _seconds(work: Callable[[], Any]) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure all cases and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--largest", type=int, default=1_000_000_000, help="leave out what has more samples")
     parser.add_argument("--result", default="", help="also write the figures to benchmarks/results/NAME.json")
     parser.add_argument("--note", default="", help="what else is to be known, such as work beside the benchmark")
     words = parser.parse_args(argv)
+    cases = [case for case in CASES if case[2] <= words.largest]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lengths"
-        _write_lengths(path, max(num_samples for _, _, num_samples in CASES))
+        _write_lengths(path, max(num_samples for _, _, num_samples in cases))
         lengths = np.memmap(path, np.uint8, mode="r")
-        for when, kind, num_samples in CASES:
+        for when, kind, num_samples in cases:
             for of in (None, lengths[:num_samples]):
                 figures = measure(kind, num_samples, of)
                 rows.append({"when": when, "num_samples": num_samples, "has_lengths": of is not None, **figures})
