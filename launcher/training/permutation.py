@@ -4,11 +4,11 @@ import numpy as np
 
 from shardlaunch.launcher.seeding import sample_seeds
 
-# Eight rounds: generic attacks tell r rounds from chance by about (size ** (1/2)) ** (r - 4) known values (Patarin,
-# Generic Attacks on Feistel Schemes, 2001), more than all epochs of a run have.
+# A few whole permutations tell six rounds from chance, and several permutations ask for more (Patarin, Generic Attacks
+# on Feistel Schemes, 2001); a run takes one per epoch.
 MIN_ROUNDS = 8
-# Two values whose halves agree in one part stay together in a round with probability 2 ** -bits of the part. So small
-# halves need more rounds; then pairs are uniform within 2 ** (-48 / 2) for every size.
+# Two values that agree in one part keep their difference in the other, and do so after the next round of this one with
+# probability 2 ** -bits. So small parts need more rounds; then pairs are as by chance within 2 ** (-48 / 2).
 ROUND_BITS = 48
 
 # The finalizer of MurmurHash3 (Appleby, public domain), whose last shift is left to those who use its upper bits.

@@ -68,6 +68,22 @@ def test_any_step_alone_is_that_of_the_whole(sizes: tuple[int, int], is_long: bo
                 assert np.array_equal(found, whole[position * sizes[0] :][: sizes[0]])
 
 
+def test_two_samples_share_a_batch_as_often_as_by_chance() -> None:
+    num_samples, size, num_epochs = 256, 16, 2000
+    plan = BatchPlan(num_samples=num_samples, global_batch_size=size, micro_batch_size=size, seed=1)
+    together = np.zeros((num_samples, num_samples), dtype=np.int64)
+    for epoch in range(num_epochs):
+        batch_of = np.empty(num_samples, dtype=np.int64)
+        batch_of[_whole(plan, epoch)] = np.arange(num_samples) // size
+        together += batch_of[:, None] == batch_of
+    share = (size - 1) / (num_samples - 1)
+    counts = together[np.triu_indices(num_samples, 1)]
+    assert counts.mean() == pytest.approx(num_epochs * share), "for any permutation"
+    assert counts.var() == pytest.approx(num_epochs * share * (1 - share), rel=0.05)
+    neighbours = np.diagonal(together, 1)
+    assert abs(neighbours.mean() - num_epochs * share) < 4 * np.sqrt(num_epochs * share / len(neighbours))
+
+
 def test_order_is_a_function_of_seed_and_epoch() -> None:
     plan = _plan(1000)
     assert np.array_equal(_whole(plan, 3), _whole(_plan(1000), 3))
