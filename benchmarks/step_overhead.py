@@ -42,7 +42,8 @@ from shardlaunch.checkpoints.records import Position
 from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.reporting.recorder import Recorder, StepReport
 from shardlaunch.launcher.reporting.trackers import TrackedRun
-from shardlaunch.launcher.training.batches import Batches, BatchPlan
+from shardlaunch.launcher.training.batch_plan import BatchPlan
+from shardlaunch.launcher.training.batches import Batches
 from shardlaunch.launcher.training.trainer import Hooks, Trainer
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.precision import apply_precision
@@ -125,7 +126,7 @@ class Bench:
             for step in range(first, end):
                 epoch, position = divmod(step, STEPS_PER_EPOCH)
                 if position == 0 or step == first:
-                    order = torch.from_numpy(plan.order(epoch))
+                    order = torch.from_numpy(plan.order(epoch, 0, plan.num_samples))
                 begin = position * plan.global_batch_size + offset
                 rows = order[begin : begin + MICRO_BATCH]
                 outputs = wrapped(inputs.index_select(0, rows))

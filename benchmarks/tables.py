@@ -6,8 +6,9 @@ A page says between two comments what stands there, and this command fills it in
     <!-- end of table -->
 
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
-`memory` (peaks of host memory), `start` (those while a run starts, before a change and now), `survival` (how many
-faults went well), `faults` (what became of each), `machine` (where the figures were measured).
+`memory` (peaks of host memory), `start` (those while a run starts, before a change and now), `plan` (planning
+batches), `survival` (how many faults went well), `faults` (what became of each), `machine` (where the figures were
+measured).
 `<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0.
 `--check` writes nothing and fails when a page differs from its sources.
 """
@@ -195,9 +196,27 @@ def _start(results: Sequence[Result]) -> str:
     return _table(("MB of host memory per rank", "ranks", *titles), rows)
 
 
+def _plan(results: Sequence[Result]) -> str:
+    titles = ("order", "samples", "lengths", "digest, ms", "first step, ms", "a step, µs", "memory, MB")
+    rows = [
+        (
+            row["when"],
+            f"{row['num_samples']:,}",
+            "yes" if row["has_lengths"] else "no",
+            f"{row['digest_s'] * 1e3:,.1f}",
+            f"{row['first_s'] * 1e3:,.1f}",
+            f"{row['step_s'] * 1e6:,.0f}",
+            f"{row['memory_bytes'] / 1e6:,.1f}",
+        )
+        for result in results
+        for row in result["rows"]
+    ]
+    return _table(titles, rows)
+
+
 def _machine(results: Sequence[Result]) -> str:
     machines = {f"{result['machine']['cpu']}, Python {result['machine']['python']}" for result in results}
-    packages = ("torch", "accelerate", "transformers", "lightning")
+    packages = ("torch", "accelerate", "transformers", "lightning") if "torch" in results[0]["versions"] else ("numpy",)
     found = {
         f"{package} {result['versions'][package]}"
         for package in packages
@@ -210,7 +229,8 @@ def _machine(results: Sequence[Result]) -> str:
 
 
 def _title(result: Result) -> str:
-    return f"{result['benchmark']} on {result['ranks']} rank{'s' * (result['ranks'] > 1)}"
+    on = f" on {result['ranks']} rank{'s' * (result['ranks'] > 1)}" if "ranks" in result else ""
+    return f"{result['benchmark']}{on}"
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -226,6 +246,7 @@ _KINDS = {
     "survival": _survival,
     "faults": _faults,
     "start": _start,
+    "plan": _plan,
     "machine": _machine,
 }
 

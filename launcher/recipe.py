@@ -98,7 +98,10 @@ class Recipe:
         return {}
 
     def lengths(self, dataset: Any) -> np.ndarray | None:
-        """Return one length per sample (integer array), to batch samples of similar length; None: no such batching."""
+        """Return one length per sample, to batch samples of similar length; None: no such batching.
+
+        An array of numbers; of one that is mapped from a file (numpy.memmap), what is needed is read.
+        """
         if "length" in (getattr(dataset, "column_names", None) or ()):
             return np.asarray(dataset.with_format("numpy", columns=["length"])["length"][:])
         return None

@@ -1,8 +1,10 @@
 """The data of a run, the plan of its batches, and the number of steps."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.optimization.schedules import require_extendable
@@ -11,8 +13,10 @@ from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.runs.folds import checked_splits
 from shardlaunch.launcher.runs.second_look import check_second_look
 from shardlaunch.launcher.seeding import derive_seed, seeded
-from shardlaunch.launcher.training.batches import Batches, BatchPlan, EvaluationPlan
+from shardlaunch.launcher.training.batch_plan import BatchPlan, EvaluationPlan
+from shardlaunch.launcher.training.batches import Batches
 from shardlaunch.launcher.training.clock import Clock
+from shardlaunch.launcher.training.former_order import FormerPlan
 from shardlaunch.sharding.world import World
 
 
@@ -38,6 +42,18 @@ class RunData:
         extended_to = self.extended_to(step)
         return f"{self.num_steps}" + (f", extended to {extended_to}" if extended_to else "")
 
+    def in_former_order(self) -> "RunData":
+        """Return the same data in the order of runs that began before the order had a version."""
+        plan = self.plan
+        former = FormerPlan(
+            num_samples=plan.num_samples,
+            global_batch_size=plan.global_batch_size,
+            micro_batch_size=plan.micro_batch_size,
+            seed=plan.seed,
+            lengths=plan.lengths,
+        )
+        return replace(self, plan=former)
+
     def clock(self, recipe: Recipe) -> Clock:
         """Return what tells the recipe where the run is."""
         return Clock(recipe=recipe, steps_per_epoch=self.plan.steps_per_epoch, num_steps=self.num_steps)
@@ -56,7 +72,7 @@ class RunData:
             global_batch_size=recipe.options.global_batch_size,
             micro_batch_size=recipe.options.micro_batch_size,
             seed=recipe.options.seed,
-            lengths=recipe.lengths(split),
+            lengths=_lengths(recipe, split),
         )
         return _batches(recipe, world, split, plan)
 
@@ -80,7 +96,7 @@ def load_data(recipe: Recipe, world: World, fold: int | None) -> RunData:
         global_batch_size=options.global_batch_size,
         micro_batch_size=options.micro_batch_size,
         seed=options.seed,
-        lengths=recipe.lengths(splits["train"]),
+        lengths=_lengths(recipe, splits["train"]),
     )
     num_steps = options.max_steps or options.epochs * plan.steps_per_epoch
     for name in ("unfreeze_at_step", "warmup_steps"):
@@ -90,6 +106,20 @@ def load_data(recipe: Recipe, world: World, fold: int | None) -> RunData:
         has_own_schedule = type(recipe).schedule is not Recipe.schedule
         require_extendable(options, num_steps, options.extend_to_steps, has_own_schedule=has_own_schedule)
     return RunData(splits=splits, plan=plan, num_steps=num_steps, last_step=options.extend_to_steps or num_steps)
+
+
+def _lengths(recipe: Recipe, split: Any) -> np.ndarray | None:
+    """Return the recipe's lengths, which are read in the course of the run. Raises UserError if they do not fit."""
+    lengths = recipe.lengths(split)
+    if lengths is None:
+        return None
+    found = np.asarray(lengths)
+    if found.shape != (len(split),) or found.dtype.kind not in "biuf":
+        raise UserError(
+            f"the recipe's lengths() must return one number per sample, for {len(split):,} samples; it returned "
+            f"{found.dtype} of shape {found.shape}"
+        )
+    return found
 
 
 def _batches(recipe: Recipe, world: World, dataset: Any, plan: BatchPlan, *, clock: Clock | None = None) -> Batches:

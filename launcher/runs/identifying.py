@@ -10,6 +10,7 @@ from shardlaunch.launcher.reporting.phases import phase
 from shardlaunch.launcher.runs.data import RunData
 from shardlaunch.launcher.runs.identity import Identity, data_fingerprint, run_identity, versions
 from shardlaunch.launcher.runs.init_from import InitFrom
+from shardlaunch.launcher.training.batch_plan import VERSION
 from shardlaunch.sharding.world import World
 
 
@@ -37,7 +38,8 @@ def identify(
         options,
         num_steps=data.num_steps,
         data={name: data_fingerprint(split, seed=options.seed) for name, split in data.splits.items()},
-        plan_digest=data.plan.digest(),
+        order=f"version {VERSION}, {data.plan.digest()}",
+        former_digest=lambda: data.in_former_order().plan.digest(),
         fold=fold,
         init_digest=f"{init_digest:016x}" if init_digest else None,
         in_effect={

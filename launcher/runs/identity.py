@@ -2,8 +2,8 @@
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -23,14 +23,32 @@ _PACKAGES = ("shardlaunch", "torch", "accelerate", "transformers", "datasets", "
 SAMPLED_ROWS = 4096
 FULL_DIGEST_BYTES = 1 << 30
 _INIT_DIGEST = "digest of the weights of --init-from"
+_ORDER = "order of the batches"
+_FORMER_ORDER = "digest of the batch plan"  # stands in the records of runs in the order of FormerPlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Fields compared on resume: `identity` fields must be equal, differing `warn` fields only cause a warning."""
+    """Fields compared on resume: `identity` fields must be equal, differing `warn` fields only cause a warning.
+
+    `former_digest` returns the digest of the former order, which takes its memory and time.
+    """
 
     identity: Mapping[str, Any]
     warn: Mapping[str, Any]
+    former_digest: Callable[[], str]
+
+    @property
+    def has_former_order(self) -> bool:
+        """Whether the run's batches have the order of FormerPlan."""
+        return _FORMER_ORDER in self.identity
+
+    def in_order_of(self, saved: IdentityRecord) -> "Identity":
+        """Return this identity, or that with the former order if the saved run has it, which a resume keeps."""
+        if self.has_former_order or _FORMER_ORDER not in saved.identity:
+            return self
+        fields = {name: value for name, value in self.identity.items() if name != _ORDER}
+        return replace(self, identity={**fields, _FORMER_ORDER: self.former_digest()})
 
     def check(self, saved: IdentityRecord, where: str, *, hint: str) -> list[str]:
         """Compare with a checkpoint's record and return descriptions of the differences that only affect rounding.
@@ -38,10 +56,10 @@ class Identity:
         Raises UserError if identity fields differ, with both values of each, options first. The message ends with
         `hint`, an option that starts a new run.
         """
-        expected = dict(saved.identity)
-        if _INIT_DIGEST not in self.identity:  # a resumed run does not need --init-from
+        expected, here = dict(saved.identity), self.in_order_of(saved).identity
+        if _INIT_DIGEST not in here:  # a resumed run does not need --init-from
             expected.pop(_INIT_DIGEST, None)
-        refused = _differences(expected, self.identity)
+        refused = _differences(expected, here)
         if refused:
             raise UserError(
                 f"cannot resume {where}: it holds another run ({', '.join(refused)}). "
@@ -72,12 +90,16 @@ def run_identity(
     *,
     num_steps: int,
     data: Mapping[str, str],
-    plan_digest: str,
+    order: str,
+    former_digest: Callable[[], str],
     fold: int | None,
     init_digest: str | None,
     in_effect: Mapping[str, Any],
 ) -> Identity:
-    """Return the identity of a run. `in_effect` gives resolved values of `warn` options (precision, threads, ...)."""
+    """Return the identity of a run. `in_effect` gives resolved values of `warn` options (precision, threads, ...).
+
+    `order` says what the order of the batches follows from.
+    """
     by_mark: dict[str, dict[str, Any]] = {"identity": {}, "warn": {}, "free": {}}
     for name, mark in marks(options).items():
         # With early stopping, the interval and metrics of the evaluations decide where the run ends.
@@ -93,9 +115,9 @@ def run_identity(
         **({"fold": fold + 1} if fold is not None else {}),
         **({_INIT_DIGEST: init_digest} if init_digest is not None else {}),
         **{f"fingerprint of the {name} data": digest for name, digest in data.items()},
-        "digest of the batch plan": plan_digest,
+        _ORDER: order,
     }
-    return Identity(identity=identity, warn={**by_mark["warn"], **in_effect})
+    return Identity(identity=identity, warn={**by_mark["warn"], **in_effect}, former_digest=former_digest)
 
 
 def run_record(

@@ -182,6 +182,7 @@ class Run:
         found = world.peers.together(lambda: identity_of_folder(self.output_dir))
         if found is not None:
             self.identity.check(found, str(self.output_dir), hint=new_folder_hint(options, self.output_dir))
+            self.identity = self.identity.in_order_of(found)
         self.left_out = world.peers.together(lambda: left_out_of(self.output_dir, self.identity))
         if world.is_main:
             self.upkeep.sweep()
@@ -194,6 +195,10 @@ class Run:
             saved = checkpoint.recipe.run
             for difference in self.identity.check(saved, where, hint=hint):
                 self.display.warn(f"this resume may round differently: {difference}")
+            self.identity = self.identity.in_order_of(saved)
+        if self.identity.has_former_order:
+            self.data = self.data.in_former_order()
+            self.display.say("this run began in the order of batches of an earlier version, and keeps it")
         return checkpoint
 
     def _find_here(self, resume: str, *, checks_tensors: bool = True) -> Checkpoint | None:

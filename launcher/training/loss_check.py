@@ -43,7 +43,7 @@ def check_loss(
     """
     if recipe.loss_couples_samples:
         return
-    samples = batches.plan.micro_batches(0)[0][:MOST_SAMPLES]
+    samples = batches.plan.micro_batch(epoch=0, first=0)[:MOST_SAMPLES]
     load = lambda chosen: batches.load(Slot(step=0, epoch=0, micro_batch=0, weight=1, samples=chosen))  # noqa: E731
     half = samples[: max(1, len(samples) // 2)]
     with seeded(derive_seed(recipe.options.seed, "loss check")), _evaluating(model):

@@ -72,7 +72,9 @@ class Target:
         checkpoint = newest_valid(self.run_dir / CHECKPOINTS, peers=Peers(), warn=ignored)
         assert checkpoint is not None
         recipe = checkpoint.recipe
-        Identity(identity=recipe.run.identity, warn=recipe.run.warn).check(recipe.run, "here", hint="")
+        Identity(identity=recipe.run.identity, warn=recipe.run.warn, former_digest=str).check(
+            recipe.run, "here", hint=""
+        )
         with warnings.catch_warnings(action="ignore"):  # of lines that are left out
             result = Result.of_folder(self.run_dir)
         looks_complete = newest_complete(self.run_dir / CHECKPOINTS)

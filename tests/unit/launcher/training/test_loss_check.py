@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardlaunch import Options, Recipe, TensorData, UserError
-from shardlaunch.launcher.training.batches import Batches, BatchPlan
+from shardlaunch.launcher.training.batch_plan import BatchPlan
+from shardlaunch.launcher.training.batches import Batches
 from shardlaunch.launcher.training.loss_check import check_loss
 from shardlaunch.sharding.precision import apply_precision
 
@@ -181,7 +182,7 @@ def _warnings(recipe_type: type[Recipe], micro_batch_size: int) -> list[str]:
         torch.manual_seed(0)
         model = recipe.model()
     plan = BatchPlan(
-        num_samples=len(dataset), global_batch_size=micro_batch_size, micro_batch_size=micro_batch_size, seed=0
+        num_samples=len(dataset), global_batch_size=micro_batch_size, micro_batch_size=micro_batch_size, seed=1
     )
     counts = {"num_targets": recipe.num_targets, "num_tokens": recipe.num_tokens}
     batches = Batches(dataset, plan, collate=recipe.collate, **counts, rank=0, num_ranks=1, training=True)  # type: ignore[arg-type]
