@@ -139,6 +139,8 @@ class SavingOptions:
     """Mean time between failures that --save-every auto expects, of all machines together, such as 6h or 2d."""
     async_save: Literal["auto", "on", "off"] = option("auto", mark="free")
     """Write checkpoints while the training goes on, from a copy in host memory (auto: where there is room for it)."""
+    replicate_every: int = option(0, mark="free", minimum=0)
+    """Every N steps, keep a copy of the state in the memory of this machine and of the next one (0: off)."""
     save_on_best: bool = option(True, mark="free")
     """Also save when the best metric improves, and keep that checkpoint."""
     keep: int = option(2, mark="free", minimum=0)

@@ -112,6 +112,7 @@ class Replicas:
         if not self.every:
             return
         peers, checkpoints_dir = self._world.peers, self._output_dir / CHECKPOINTS
+        peers.together(self._check_memory)
         here = peers.together(lambda: memory.parts_in(self._folder) if self._world.is_local_main else [])
         everyone = peers.lists([number for part in here for number in part])
         newest = peers.together(lambda: newest_complete(checkpoints_dir) if peers.rank == 0 else None)
@@ -150,6 +151,14 @@ class Replicas:
             peers=peers,
         )
 
+    def _check_memory(self) -> None:
+        folder = _memory_dir().parent
+        if not folder.is_dir():
+            raise UserError(
+                f"--replicate-every {self.every}: {folder} is no folder; set {MEMORY_VARIABLE} to one in memory, or "
+                f"remove the option"
+            )
+
     def forget(self) -> None:
         """Delete the copies: the disk has what they have, or a newer state."""
         if self.every and self._world.is_local_main:
@@ -185,13 +194,3 @@ def _write(files: Mapping[str, bytes], folder: Path) -> None:
 def _memory_dir() -> Path:
     """Return the folder of a memory file system that the runs of this user share."""
     return Path(os.environ.get(MEMORY_VARIABLE) or MEMORY / f"shardlaunch-{os.getuid()}")
-
-
-def check_memory(options: Options) -> None:
-    """Raise UserError if copies are wanted where there is no memory file system."""
-    folder = _memory_dir()
-    if options.replicate_every and not folder.parent.is_dir():
-        raise UserError(
-            f"--replicate-every {options.replicate_every}: {folder.parent} is no folder; set {MEMORY_VARIABLE} to one "
-            f"in memory, or remove the option"
-        )

@@ -8,7 +8,6 @@ from typing import Any
 from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.manifest import DamagedCheckpoint
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, open_checkpoint
-from shardlaunch.checkpoints.records import Position
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe, recipe_name
@@ -25,7 +24,6 @@ from shardlaunch.launcher.runs.ending import result_of, show_result
 from shardlaunch.launcher.runs.folder import (
     claim,
     find_checkpoint,
-    identity_of_folder,
     new_folder_hint,
     run_folder,
     tracked_run,
@@ -34,8 +32,10 @@ from shardlaunch.launcher.runs.folder import (
 from shardlaunch.launcher.runs.identifying import identify
 from shardlaunch.launcher.runs.identity import option_values, run_record
 from shardlaunch.launcher.runs.preflight import Room, check_shared
+from shardlaunch.launcher.runs.replicas import Replicas
 from shardlaunch.launcher.runs.restoring import restore
 from shardlaunch.launcher.runs.result import Result
+from shardlaunch.launcher.runs.resuming import identity_in_folder, identity_of_resume
 from shardlaunch.launcher.runs.rollback import delete_superseded, left_out_of, with_rollback
 from shardlaunch.launcher.runs.saver import Saver
 from shardlaunch.launcher.runs.second_place import SecondPlace
@@ -51,7 +51,6 @@ from shardlaunch.launcher.training.stopping import (
 )
 from shardlaunch.launcher.training.time_left import TimeLeft
 from shardlaunch.launcher.training.trainer import Hooks, Trainer
-from shardlaunch.progress import SAVING
 from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
 from shardlaunch.sharding.world import World
@@ -92,6 +91,7 @@ class Run:
         self.upkeep = Upkeep(self.checkpoints_dir, options, warn=self.warn)
         self.second = SecondPlace(options, self.output_dir, world, self.display, fold=fold)
         self.upkeep.busy = self.second.busy
+        self.replicas = Replicas(options, self.output_dir, world, say=self.display.say, warn=self.warn)
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -152,6 +152,7 @@ class Run:
             before_save=lambda: self.recorder.sync(),
             on_saved=self.second.copy,
             time_left=self.requests.time_left,
+            replicas=self.replicas,
             warn=self.warn,
         )
         self.recorder = Recorder(
@@ -179,23 +180,18 @@ class Run:
     def _find_checkpoint(self, *, checks_tensors: bool) -> Checkpoint | None:
         """Return the checkpoint to resume from, if any. Raises UserError if it or the output folder has another run."""
         options, world = self.options, self.world
-        found = world.peers.together(lambda: identity_of_folder(self.output_dir))
-        if found is not None:
-            self.identity.check(found, str(self.output_dir), hint=new_folder_hint(options, self.output_dir))
-            self.identity = self.identity.in_order_of(found)
+        hint = new_folder_hint(options, self.output_dir)
+        self.identity = identity_in_folder(self.identity, self.output_dir, peers=world.peers, hint=hint)
         self.left_out = world.peers.together(lambda: left_out_of(self.output_dir, self.identity))
         if world.is_main:
             self.upkeep.sweep()
-        hint = new_folder_hint(options, self.output_dir)
+        if options.resume == "auto":
+            self.replicas.bring_back(self.identity)
         checkpoint = self.second.find(
             lambda: self._find_here(options.resume, checks_tensors=checks_tensors), self.identity, hint=hint
         )
         if checkpoint is not None:
-            where = str(checkpoint.step_dir)
-            saved = checkpoint.recipe.run
-            for difference in self.identity.check(saved, where, hint=hint):
-                self.display.warn(f"this resume may round differently: {difference}")
-            self.identity = self.identity.in_order_of(saved)
+            self.identity = identity_of_resume(self.identity, checkpoint, hint=hint, warn=self.display.warn)
         if self.identity.has_former_order:
             self.data = self.data.in_former_order()
             self.display.say("this run began in the order of batches of an earlier version, and keeps it")
@@ -259,7 +255,8 @@ class Run:
                 on_left_out=self.recorder.on_left_out,
                 on_evaluating=self.recorder.on_evaluating,
                 on_evaluation=self.recorder.on_evaluation,
-                save=self.save,
+                save=lambda position: self.saver.save(position, self.assembly),
+                replicate=lambda position: self.saver.replicate(position, self.assembly),
                 on_first_state=lambda num_bytes: self.room.check(
                     num_bytes, steps_left=self.data.last_step - self.position.step, is_exact=True
                 ),
@@ -352,6 +349,7 @@ class Run:
                 nothing_left_to_stop(0)
         if self.position.step > start:
             self.saver.require_saved(self.position, self.assembly)
+            self.replicas.forget()
         self.second.finish()
         if self.world.is_main:
             self.upkeep.prune(self.position)  # what was being copied before
@@ -367,11 +365,6 @@ class Run:
     def _on_step(self, step: int, report: StepReport) -> None:
         self.recorder.on_step(step, report)
         self.saver.poll()
-
-    def save(self, position: Position) -> None:
-        """Save a checkpoint of the current state; a save that fails only causes a warning. All ranks."""
-        with phase(SAVING):
-            self.saver.save(position, self.assembly)
 
     def _show_start(self) -> None:
         for text in self.notes.warnings:  # about the data

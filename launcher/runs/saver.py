@@ -21,13 +21,15 @@ from shardlaunch.checkpoints.shares import Share, Snapshots, share_of
 from shardlaunch.checkpoints.writer import save
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.recipe import Recipe, recipe_name
+from shardlaunch.launcher.reporting.phases import phase
 from shardlaunch.launcher.runs.assembly import Assembly
 from shardlaunch.launcher.runs.background import Background, Messages
 from shardlaunch.launcher.runs.identity import Identity, option_values
 from shardlaunch.launcher.runs.model_card import CARD, CardFacts, model_card
+from shardlaunch.launcher.runs.replicas import Replicas
 from shardlaunch.launcher.runs.upkeep import Upkeep
 from shardlaunch.launcher.training.time_left import TimeLeft
-from shardlaunch.progress import progress
+from shardlaunch.progress import SAVING, progress
 from shardlaunch.sharding.environment import report_checkpoint
 from shardlaunch.sharding.named_state import group_hyperparameters
 from shardlaunch.sharding.world import World
@@ -67,6 +69,7 @@ class Saver:
         before_save: Callable[[], None],
         on_saved: Callable[[Position], None],
         time_left: TimeLeft,
+        replicas: Replicas,
         warn: Messages,
     ) -> None:
         self._checkpoints_dir = checkpoints_dir
@@ -79,10 +82,12 @@ class Saver:
         self._before_save = before_save
         self._on_saved = on_saved
         self._time_left = time_left
+        self._replicas = replicas
         self._warn = warn
         self._background = Background()
-        self._snapshots: Snapshots | None = None
-        self._is_decided = False
+        self._snapshots = Snapshots()
+        self._is_beside: bool | None = None
+        self._is_saving = False
         self._begun = self._ended = self._stood_s = 0.0
         self.last_saved: Path | None = None
 
@@ -91,14 +96,17 @@ class Saver:
 
         The save before ends first. What is saved is the same as if the training waited.
         """
+        with phase(SAVING):
+            self._begin(position, assembly)
+
+    def _begin(self, position: Position, assembly: Assembly) -> None:
         self.wait()
         self._time_left.save_begins()
         self._begun = time.monotonic()
         job = self._job(position, assembly)
-        if not self._is_decided:
-            self._is_decided = True
-            self._snapshots = Snapshots() if self._is_beside_training(job.share) else None
-        if self._snapshots is None:
+        if self._is_beside is None:
+            self._is_beside = self._is_beside_training(job.share)
+        if not self._is_beside:
             self._save(job)
             self._stood_s = self._ended - self._begun
             self._time_left.save_took(self._stood_s, self._stood_s)
@@ -109,8 +117,33 @@ class Saver:
             peers=self._world.background_peers,
             on_chunk=self._background.advance,
         )
+        self._is_saving = True
         self._background.start(lambda: self._save(beside), name="save")
         self._stood_s = time.monotonic() - self._begun
+
+    def replicate(self, position: Position, assembly: Assembly) -> None:
+        """Begin to keep a copy of the state in memory. All ranks. A save before ends first."""
+        self.wait()
+        job = self._job(position, assembly)
+        share = self._snapshots.of(job.share)
+        peers = self._world.background_peers
+
+        def work() -> None:
+            try:
+                peers.together(self._before_save)  # as for a checkpoint: the log must know of its steps
+            except UserError as error:
+                self._warn(f"no copy of the state is kept in memory: {error}")
+                return
+            self._replicas.keep(
+                job.position,
+                share,
+                run=self._identity.digest(),
+                aliases=job.aliases,
+                export=job.export,
+                peers=peers,
+            )
+
+        self._background.start(work, name="replicate")
 
     def poll(self) -> None:
         """Say what has happened beside the training. Cheap."""
@@ -127,6 +160,9 @@ class Saver:
             self._background.wait()
         finally:
             self._warn.flush()
+        if not self._is_saving:
+            return
+        self._is_saving = False
         self._stood_s += time.monotonic() - begun
         self._time_left.save_took(self._ended - self._begun, self._stood_s)
 

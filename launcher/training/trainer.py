@@ -38,6 +38,8 @@ class Hooks:
     on_evaluating: Callable[[int, int], None]
     on_evaluation: Callable[[int, Evaluation], None]
     save: Callable[[Position], None]
+    replicate: Callable[[Position], None] = lambda position: None
+    """Keep a copy of the state in memory."""
     on_first_state: Callable[[int], None] = lambda num_bytes: None
     """Told how many bytes the state has, all of it, after the first step."""
 
@@ -150,6 +152,9 @@ class Trainer:
         is_due = position.step == end or position.is_finished or is_multiple
         if is_due or any(asked) or (has_improved and self.options.save_on_best):
             self._save(position)
+        elif self.options.replicate_every and position.step % self.options.replicate_every == 0:
+            self._note_state(position)
+            self.hooks.replicate(position)
         cause = self.requests.met() if any(asked) else ""
         return cause if asked.stop and not position.is_finished else ""
 
@@ -292,10 +297,13 @@ class Trainer:
         return False
 
     def _save(self, position: Position) -> None:
+        self._note_state(position)
+        self.hooks.save(position)
+
+    def _note_state(self, position: Position) -> None:
         position.recent_losses = self.judge.recent
         if self.precision.loss_scale is not None:
             position.loss_scale = self.precision.loss_scale.state()
-        self.hooks.save(position)
 
 
 class CountedBatch(NamedTuple):
