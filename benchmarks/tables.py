@@ -6,9 +6,10 @@ A page says between two comments what stands there, and this command fills it in
     <!-- end of table -->
 
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
-`memory` (peaks of host memory), `plan` (planning batches), `machine` (where the figures were measured).
-`<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0.
-`--check` writes nothing and fails when a page differs from its sources.
+`memory` (peaks of host memory), `survival` (how many faults went well), `faults` (what became of each), `plan`
+(planning batches), `machine` (where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and
+`<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0. `--check` writes nothing and fails
+when a page differs from its sources.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from record import RESULTS
+from survival import judging
 
 DOCS = RESULTS.parents[1] / "docs"
 WIDEST_LINE = 80  # of a command, so that it need not be scrolled
@@ -191,9 +193,17 @@ def _plan(results: Sequence[Result]) -> str:
     return _table(titles, rows)
 
 
+def _survival(results: Sequence[Result]) -> str:
+    return "\n\n".join(_table(titles, rows) for titles, *rows in map(judging.count_table, results))
+
+
+def _faults(results: Sequence[Result]) -> str:
+    return "\n\n".join(_table(titles, rows) for titles, *rows in map(judging.fault_table, results))
+
+
 def _machine(results: Sequence[Result]) -> str:
     machines = {f"{result['machine']['cpu']}, Python {result['machine']['python']}" for result in results}
-    packages = ("torch", "accelerate", "transformers") if "torch" in results[0]["versions"] else ("numpy",)
+    packages = ("torch", "accelerate", "transformers", "lightning") if "torch" in results[0]["versions"] else ("numpy",)
     found = {
         f"{package} {result['versions'][package]}"
         for package in packages
@@ -221,6 +231,8 @@ _KINDS = {
     "benchmark": _benchmark,
     "memory": _memory,
     "plan": _plan,
+    "survival": _survival,
+    "faults": _faults,
     "machine": _machine,
 }
 

@@ -257,7 +257,7 @@ class _Work:
 
     def _copy(self, name: str, place: Place) -> None:
         """Copy a file and read it back."""
-        written = place.write(name, self._counted(self.source.chunks(name)))
+        written = place.write(name, self._counted(self.source.chunks(name)), kind=self.files[name].kind)
         if written != self.files[name]:
             place.remove(name)
             raise DamagedCheckpoint(
@@ -272,7 +272,7 @@ class _Work:
             raise UserError(f"{place.shown}/{MANIFEST}: does not read back as it was written; copy it again")
 
     def _digest(self, place: Place, name: str) -> FileRecord:
-        return digest_at(place, name, check=self._check_stop)
+        return digest_at(place, name, kind=self.files[name].kind, check=self._check_stop)
 
     def _counted(self, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
         for chunk in chunks:

@@ -144,6 +144,6 @@ def _copy_records(source: Place, target: Place, names: tuple[str, ...], copied: 
         if source.size(name) is None:
             continue
         written = target.write(f"{name}", source.chunks(name))
-        if digest_at(target, name) != written:
+        if digest_at(target, name, kind=written.kind) != written:
             raise UserError(f"{target.shown}/{name}: does not read back as it was written; copy it again")
         copied.records.append(name)

@@ -123,7 +123,8 @@ def check_files(checkpoint: Checkpoint) -> None:
     """Compare the digests of the files that an export reads. Raises DamagedCheckpoint."""
     names = {file for spec, file in checkpoint.manifest.tensors.items() if spec.section == MODEL}
     for name in sorted(names | set(_others(checkpoint))):
-        if digest_file(checkpoint.step_dir / name) != checkpoint.manifest.files[name]:
+        record = checkpoint.manifest.files[name]
+        if digest_file(checkpoint.step_dir / name, kind=record.kind) != record:
             raise DamagedCheckpoint(
                 f"{checkpoint.step_dir / name}: the file is damaged (its digest differs from the manifest's)"
             )

@@ -9,7 +9,7 @@ import msgspec
 
 from shardlaunch.checkpoints.files import naming
 from shardlaunch.checkpoints.names import NUM_BYTES
-from shardlaunch.checkpoints.records import HeaderEntry, decode, open_regular
+from shardlaunch.checkpoints.records import HeaderEntry, decode, open_regular, regular_size
 from shardlaunch.errors import UserError
 
 MAX_HEADER_BYTES = 64 << 20
@@ -24,21 +24,27 @@ class StoredTensor:
     offset: int
 
 
+def header_bytes(path: Path) -> bytes:
+    """Return the bytes of a safetensors file before its first tensor. Raises UserError for other files."""
+    with open_regular(path) as file, naming(path):
+        size = os.fstat(file.fileno()).st_size
+        length = file.read(8)
+        num_bytes = int.from_bytes(length, "little")
+        if not 2 <= num_bytes <= min(MAX_HEADER_BYTES, size - 8):
+            raise UserError(f"{path}: not a safetensors file")
+        return length + file.read(num_bytes)
+
+
 def read_stored(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name. Raises UserError for other files.
 
     The tensors fill the file: each begins where another ends.
     """
-    with open_regular(path) as file, naming(path):
-        size = os.fstat(file.fileno()).st_size
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
-            raise UserError(f"{path}: not a safetensors file")
-        data = file.read(header_bytes)
-    start = 8 + header_bytes
+    data = header_bytes(path)
+    start, size = len(data), regular_size(path)
     entries: dict[str, StoredTensor] = {}
     ranges = []
-    for key, value in decode(path, data, dict[str, msgspec.Raw]).items():
+    for key, value in decode(path, data[8:], dict[str, msgspec.Raw]).items():
         if key == "__metadata__":
             decode(path, bytes(value), dict[str, str])
             continue

@@ -1,8 +1,10 @@
-"""Where each tensor of a checkpoint is: folder names, file names, and which rank writes what."""
+"""Where each tensor of a checkpoint is: folder names, file names, and offsets in files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from shardlaunch.checkpoints.digests import FileRecord, crc64nvme, joined
 from shardlaunch.checkpoints.names import CHECKPOINTS as CHECKPOINTS
 from shardlaunch.checkpoints.names import MANIFEST as MANIFEST
 from shardlaunch.checkpoints.names import RECIPE as RECIPE
@@ -12,46 +14,59 @@ from shardlaunch.checkpoints.names import is_plain_file_name as is_plain_file_na
 from shardlaunch.checkpoints.names import step_dir_name as step_dir_name
 from shardlaunch.checkpoints.names import step_of_dir_name as step_of_dir_name
 from shardlaunch.checkpoints.state import TensorSpec, specs_by_section
+from shardlaunch.checkpoints.tensorfile import header_of
+
+FILE_BYTES = 5_000_000_000  # a new file is begun beyond that; what the hubs and their tools do well with
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorFile:
-    """One safetensors file of a checkpoint: its name, the rank that writes it, and its tensors."""
+    """One safetensors file of a checkpoint: its name, and its tensors one after the other."""
 
     file_name: str
-    owner: int
     specs: tuple[TensorSpec, ...]
 
+    @cached_property
+    def header(self) -> bytes:
+        """Return the bytes before the first tensor."""
+        return header_of((spec.key, spec.dtype, spec.shape) for spec in self.specs)
 
-def plan_files(specs: Sequence[TensorSpec], num_ranks: int) -> list[TensorFile]:
-    """Assign tensors to ranks, balanced by bytes, with one file per rank and section. The same result on every rank.
+    @property
+    def num_bytes(self) -> int:
+        return len(self.header) + sum(spec.num_bytes for spec in self.specs)
 
-    Sections have separate files: `model-*`, `optimizer-*`. A rank without tensors of a section writes no file for it.
+    def record(self, crcs: Mapping[TensorSpec, int]) -> FileRecord:
+        """Return size and digest of the file, which follow from its header and the CRCs of its tensors."""
+        parts = [(crc64nvme(self.header), len(self.header)), *((crcs[spec], spec.num_bytes) for spec in self.specs)]
+        return FileRecord(num_bytes=self.num_bytes, digest=f"{joined(parts):016x}")
+
+    def offsets(self) -> Iterator[tuple[TensorSpec, int]]:
+        """Yield each tensor with its offset in bytes from the start of the file."""
+        offset = len(self.header)
+        for spec in self.specs:
+            yield spec, offset
+            offset += spec.num_bytes
+
+
+def plan_files(specs: Sequence[TensorSpec], *, file_bytes: int = FILE_BYTES) -> list[TensorFile]:
+    """Divide tensors into files of at most `file_bytes`, in the order given; a larger tensor has a file of its own.
+
+    The same for any number of ranks. Sections have separate files: `model-*`, `optimizer-*`.
     """
-    return [
-        file for section, its_specs in specs_by_section(specs).items() for file in _files(section, its_specs, num_ranks)
-    ]
+    sections = specs_by_section(specs)
+    return [file for section, its_specs in sections.items() for file in _files(section, its_specs, file_bytes)]
 
 
-def _files(prefix: str, specs: Sequence[TensorSpec], num_ranks: int) -> list[TensorFile]:
-    by_owner = [(owner, owned) for owner, owned in enumerate(_by_owner(specs, num_ranks)) if owned]
-    return [
-        TensorFile(
-            file_name=f"{prefix}-{number:05d}-of-{len(by_owner):05d}.safetensors", owner=owner, specs=tuple(owned)
-        )
-        for number, (owner, owned) in enumerate(by_owner, start=1)
-    ]
-
-
-def _by_owner(specs: Sequence[TensorSpec], num_ranks: int) -> list[list[TensorSpec]]:
-    """Assign each tensor, largest first, to the rank with the fewest bytes (ties: the lower rank)."""
-    num_bytes = [0] * num_ranks
-    owner: dict[str, int] = {}
-    for spec in sorted(specs, key=lambda spec: (-spec.num_bytes, spec.key)):
-        rank = num_bytes.index(min(num_bytes))
-        num_bytes[rank] += spec.num_bytes
-        owner[spec.key] = rank
-    by_owner: list[list[TensorSpec]] = [[] for _ in range(num_ranks)]
+def _files(prefix: str, specs: Sequence[TensorSpec], file_bytes: int) -> list[TensorFile]:
+    groups: list[list[TensorSpec]] = []
+    room = 0
     for spec in specs:
-        by_owner[owner[spec.key]].append(spec)
-    return by_owner
+        if not groups or spec.num_bytes > room:
+            groups.append([])
+            room = file_bytes
+        groups[-1].append(spec)
+        room -= spec.num_bytes
+    return [
+        TensorFile(file_name=f"{prefix}-{number:05d}-of-{len(groups):05d}.safetensors", specs=tuple(group))
+        for number, group in enumerate(groups, start=1)
+    ]

@@ -10,14 +10,16 @@ import msgspec
 import xxhash
 from msgspec import UNSET
 
-from shardlaunch.checkpoints.digests import FileRecord
+from shardlaunch.checkpoints.digests import CRC64, XXH3, FileRecord
 from shardlaunch.checkpoints.files import is_there
 from shardlaunch.checkpoints.names import MANIFEST, MODEL, NUM_BYTES, OPTIMIZER, TRAINER_STATE, is_plain_file_name
-from shardlaunch.checkpoints.records import ManifestHead, ManifestRecord, TensorListing, decode, read_bytes
+from shardlaunch.checkpoints.records import FileEntry, ManifestHead, ManifestRecord, TensorListing, decode, read_bytes
 from shardlaunch.errors import UserError
 
 FORMAT = "shardlaunch-checkpoint"
-VERSION = 3  # version 2 had no `num_tensors`; version 1 `kind` (`weight` or the optimizer's) for section and entry
+VERSION = 4
+"""Version 3 had xxh3-128 digests of whole files only; version 2 no `num_tensors` either; version 1 `kind` (`weight` or
+the optimizer's) for section and entry."""
 
 
 class DamagedCheckpoint(UserError):
@@ -60,7 +62,13 @@ def listing_of(path: Path | str, data: bytes) -> ManifestRecord:
 
 def file_records(record: ManifestRecord) -> dict[str, FileRecord]:
     """Return size and digest of each file of a manifest, by name."""
-    return {name: FileRecord(num_bytes=entry.bytes, digest=entry.xxh3_128) for name, entry in record.files.items()}
+    return {name: _file_record(entry) for name, entry in record.files.items()}
+
+
+def _file_record(entry: FileEntry) -> FileRecord:
+    if isinstance(entry.crc64nvme, str):
+        return FileRecord(num_bytes=entry.bytes, digest=entry.crc64nvme, kind=CRC64)
+    return FileRecord(num_bytes=entry.bytes, digest=str(entry.xxh3_128), kind=XXH3)
 
 
 def body_digest(body: Mapping[str, Any]) -> str:
@@ -75,17 +83,22 @@ def tensor_key(name: str, section: str, entry: str) -> str:
 
 def _check(record: ManifestRecord) -> None:
     """Check that the parts of a manifest agree. Raises ValueError that says which do not."""
-    for name in record.files:
+    has_crcs = record.version >= 4
+    for name, entry in record.files.items():
         if not is_plain_file_name(name) or name == MANIFEST:
             raise ValueError(f"{name!r} is not a plain file name")
+        if (entry.crc64nvme is not UNSET, entry.xxh3_128 is not UNSET) != (has_crcs, not has_crcs):
+            raise ValueError(f"{name!r} has not the digest of version {record.version}")
     keys = set()
     sections: Counter[str] = Counter()
     for listing in record.tensors:
         if listing.file not in record.files:
             raise ValueError(f"tensor {listing.name!r} is in {listing.file!r}, which is not among the files")
-        section, entry = _place(listing, record.version)
-        listing.section, listing.entry, listing.kind = section, entry, UNSET
-        keys.add(tensor_key(listing.name, section, entry))
+        if (listing.crc64nvme is not UNSET) != has_crcs:
+            raise ValueError(f"tensor {listing.name!r} has not the digest of version {record.version}")
+        section, part = _place(listing, record.version)
+        listing.section, listing.entry, listing.kind = section, part, UNSET
+        keys.add(tensor_key(listing.name, section, part))
         sections[section] += 1
     if len(keys) < len(record.tensors):
         raise ValueError("a tensor is listed twice")

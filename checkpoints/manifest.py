@@ -26,6 +26,8 @@ class Manifest:
     tensors: Mapping[TensorSpec, str]
     aliases: Mapping[str, str] = field(default_factory=dict)
     version: int = VERSION
+    crcs: Mapping[TensorSpec, int] = field(default_factory=dict)
+    """CRC-64/NVME of each tensor, since version 4."""
 
     def to_json(self) -> bytes:
         """Return the manifest as JSON, with a digest of itself at the end."""
@@ -34,7 +36,7 @@ class Manifest:
             "version": VERSION,
             "step": self.step,
             "files": {
-                name: {"bytes": record.num_bytes, "xxh3_128": record.digest} for name, record in self.files.items()
+                name: {"bytes": record.num_bytes, record.kind: record.digest} for name, record in self.files.items()
             },
             "tensors": [
                 {
@@ -44,6 +46,7 @@ class Manifest:
                     "shape": list(spec.shape),
                     "dtype": DTYPE_NAMES[spec.dtype],
                     "file": file_name,
+                    "crc64nvme": f"{self.crcs[spec]:016x}",
                 }
                 for spec, file_name in self.tensors.items()
             ],
@@ -56,12 +59,18 @@ class Manifest:
 def read_manifest(step_dir: Path) -> Manifest:
     """Read and check the manifest of a checkpoint. Raises UserError when it is missing or not valid."""
     record = read_listing(step_dir)
+    specs = [_spec(listing) for listing in record.tensors]
     return Manifest(
         step=record.step,
         files=file_records(record),
-        tensors={_spec(listing): listing.file for listing in record.tensors},
+        tensors={spec: listing.file for spec, listing in zip(specs, record.tensors, strict=True)},
         aliases=record.aliases,
         version=record.version,
+        crcs={
+            spec: int(listing.crc64nvme, 16)
+            for spec, listing in zip(specs, record.tensors, strict=True)
+            if isinstance(listing.crc64nvme, str)
+        },
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -23,7 +24,7 @@ class Peers:
     num_ranks: int = 1
     group: dist.ProcessGroup | None = None
     on_collective: Callable[[], None] | None = None
-    """Called as a collective begins, and in a save as a bucket does: on all ranks alike."""
+    """Called as a collective begins: on all ranks alike."""
 
     def mark(self) -> None:
         """Note that all ranks alike go on."""
@@ -40,6 +41,21 @@ class Peers:
         dist.all_gather(everyone, mine, group=self.group)
         return [one.tolist() for one in everyone]
 
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Return the sums of all ranks' numbers (int64). All ranks."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def xor(self, values: np.ndarray) -> np.ndarray:
+        """Return the exclusive or of all ranks' numbers (uint64). All ranks."""
+        return self._reduced(values.view(np.int64), dist.ReduceOp.BXOR).view(np.uint64)
+
+    def _reduced(self, values: np.ndarray, operation: dist.ReduceOp.RedOpType) -> np.ndarray:
+        self.mark()
+        result = torch.from_numpy(values.copy())
+        if self.num_ranks > 1:
+            dist.all_reduce(result, op=operation, group=self.group)
+        return result.numpy()
+
     def of_first(self, values: Sequence[int]) -> list[int]:
         """Return rank 0's values (64-bit, any number of them) on every rank. All ranks."""
         counts = [count for (count,) in self.gather([len(values)])]
@@ -50,16 +66,14 @@ class Peers:
         self.mark()
         if self.num_ranks == 1:
             return error
-        text = b"" if error is None else (error or "unknown error").encode()[:_TEXT_BYTES]
-        mine = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
-        mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else mine[:0]
-        everyone = [torch.empty_like(mine) for _ in range(self.num_ranks)]
-        dist.all_gather(everyone, mine, group=self.group)
-        for one in everyone:
-            data = bytes(one.tolist()).rstrip(b"\0")
-            if data:
-                return data.decode(errors="replace")
-        return None
+        failed = torch.tensor(self.num_ranks if error is None else self.rank)
+        dist.all_reduce(failed, op=dist.ReduceOp.MIN, group=self.group)
+        if failed == self.num_ranks:
+            return None
+        text = (error or "unknown error").encode()[:_TEXT_BYTES] if failed == self.rank else b""
+        sent = torch.frombuffer(bytearray(text.ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8)
+        dist.broadcast(sent, int(failed), group=self.group)
+        return bytes(sent.tolist()).rstrip(b"\0").decode(errors="replace")
 
     def together(self, work: Callable[[], T]) -> T:
         """Run `work`; raise on every rank if it failed on any. All ranks.

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import xxhash
-
-from shardlaunch.checkpoints.digests import DigestingFile, FileRecord
+from shardlaunch.checkpoints.digests import CRC64, DigestingFile, FileRecord, digest_of_kind
 from shardlaunch.checkpoints.names import MANIFEST, step_of_dir_name
 from shardlaunch.checkpoints.records import MOST_BYTES, DamagedRecord, open_regular, read_bytes, regular_size
 from shardlaunch.errors import UserError
@@ -42,8 +40,8 @@ class Place(Protocol):
     def read(self, name: str) -> bytes:
         """Return the content of a small file."""
 
-    def write(self, name: str, chunks: Iterator[memoryview]) -> FileRecord:
-        """Write a file, over one that is there, and return size and digest of what was written."""
+    def write(self, name: str, chunks: Iterator[memoryview], *, kind: str = CRC64) -> FileRecord:
+        """Write a file, over one that is there, and return size and digest, of a kind, of what was written."""
 
     def remove(self, name: str) -> None:
         """Delete a file, if there is one."""
@@ -84,14 +82,14 @@ def without_password(url: str) -> str:
     return _PASSWORD.sub("***@", url)
 
 
-def digest_at(place: Place, name: str, *, check: Callable[[], None] = lambda: None) -> FileRecord:
-    """Read a file and return its size and digest. `check` is called with each chunk, to stop by raising."""
-    digest, num_bytes = xxhash.xxh3_128(), 0
+def digest_at(place: Place, name: str, *, kind: str, check: Callable[[], None] = lambda: None) -> FileRecord:
+    """Read a file and return its size and digest of a kind. `check` is called with each chunk, to stop by raising."""
+    digest, num_bytes = digest_of_kind(kind), 0
     for chunk in place.chunks(name):
         check()
         digest.update(chunk)
         num_bytes += len(chunk)
-    return FileRecord(num_bytes=num_bytes, digest=digest.hexdigest())
+    return FileRecord(num_bytes=num_bytes, digest=digest.hexdigest(), kind=kind)
 
 
 def committed_steps(place: Place) -> list[int]:
@@ -135,11 +133,11 @@ class LocalPlace:
     def read(self, name: str) -> bytes:
         return read_bytes(self.path / name)
 
-    def write(self, name: str, chunks: Iterator[memoryview]) -> FileRecord:
+    def write(self, name: str, chunks: Iterator[memoryview], *, kind: str = CRC64) -> FileRecord:
         path = self.path / name
         with _failures_named(str(path)):
             path.unlink(missing_ok=True)
-            file = DigestingFile(path)
+            file = DigestingFile(path, kind=kind)
             try:
                 for chunk in chunks:
                     file.write(chunk)
@@ -202,8 +200,8 @@ class RemotePlace:
             raise DamagedRecord(f"{self.shown}/{name}: {missing}")
         return b"".join(bytes(chunk) for chunk in self.chunks(name))
 
-    def write(self, name: str, chunks: Iterator[memoryview]) -> FileRecord:
-        digest, num_bytes = xxhash.xxh3_128(), 0
+    def write(self, name: str, chunks: Iterator[memoryview], *, kind: str = CRC64) -> FileRecord:
+        digest, num_bytes = digest_of_kind(kind), 0
         with _failures_named(f"{self.shown}/{name}"):
             try:
                 with self.file_system.open(f"{self.path}/{name}", "wb") as file:
@@ -216,7 +214,7 @@ class RemotePlace:
                     self.remove(name)
                 raise
             self.file_system.invalidate_cache()
-        return FileRecord(num_bytes=num_bytes, digest=digest.hexdigest())
+        return FileRecord(num_bytes=num_bytes, digest=digest.hexdigest(), kind=kind)
 
     def remove(self, name: str) -> None:
         with _failures_named(f"{self.shown}/{name}"), suppress(FileNotFoundError):

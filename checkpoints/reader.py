@@ -3,17 +3,21 @@
 import os
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial, reduce
+from operator import xor
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from shardlaunch.checkpoints.digests import shifted
 from shardlaunch.checkpoints.files import come_again, is_transient, naming, retried
 from shardlaunch.checkpoints.layout import (
     CHECKPOINTS,
     RECIPE,
     TRAINER_STATE,
+    TensorFile,
     index_file_name,
     step_dir_name,
     step_of_dir_name,
@@ -28,17 +32,46 @@ from shardlaunch.checkpoints.records import (
     read_record,
     regular_size,
 )
-from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, TensorSpec
-from shardlaunch.checkpoints.tensorfile import FileRecord, TensorEntry, digest_file, read_header, read_range
+from shardlaunch.checkpoints.state import MODEL, ONLY, OPTIMIZER, Replica, TensorSpec
+from shardlaunch.checkpoints.tensorfile import (
+    BYTES_PER_ELEMENT,
+    FileRecord,
+    TensorEntry,
+    digest_file,
+    read_header,
+    read_range,
+)
 from shardlaunch.errors import UserError
+
+
+@dataclass(kw_only=True)
+class _Reads:
+    """What a rank has read of a tensor: CRCs of the whole of it, its part in the CRC of replicas, and how much."""
+
+    whole: set[int] = field(default_factory=set)
+    crc: int = 0
+    num_elements: int = 0
+
+    def add(self, spec: TensorSpec, start: int, end: int, replica: Replica, crc: int) -> None:
+        if (start, end) == (0, spec.num_elements):
+            self.whole.add(crc)
+            return
+        num_after = (spec.num_elements - end) * BYTES_PER_ELEMENT[spec.dtype]
+        # Equal parts would cancel each other out: each replica counts as if as many bytes more followed it.
+        self.crc ^= shifted(crc, num_after + replica.number)
+        self.num_elements += end - start
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A verified checkpoint folder, read by tensor name and range (a `StateReader`)."""
+    """A checkpoint folder, read by tensor name and range (a `StateReader`).
+
+    Records are verified; tensors as well, unless `open_checkpoint` has left that to `verify_read`.
+    """
 
     step_dir: Path
     manifest: Manifest
+    _reads: dict[TensorSpec, _Reads] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -48,10 +81,43 @@ class Checkpoint:
         """Return the specs of all its tensors."""
         return self.manifest.tensors.keys()
 
-    def read(self, spec: TensorSpec, flat_start: int, flat_end: int) -> torch.Tensor:
-        """Read elements [flat_start, flat_end): a flat CPU tensor of the saved dtype."""
+    def read(self, spec: TensorSpec, flat_start: int, flat_end: int, replica: Replica = ONLY) -> torch.Tensor:
+        """Read elements [flat_start, flat_end): a flat CPU tensor of the saved dtype.
+
+        `replica` says which one this range is of equal ones that several ranks read.
+        """
         file_name = self.manifest.tensors[spec]
-        return read_range(self.step_dir / file_name, self._headers[file_name][spec.key], flat_start, flat_end)
+        entry = TensorEntry(shape=spec.shape, dtype=spec.dtype, offset=self._offsets[spec])
+        flat, crc = read_range(self.step_dir / file_name, entry, flat_start, flat_end)
+        if spec in self.manifest.crcs:
+            self._reads.setdefault(spec, _Reads()).add(spec, flat_start, flat_end, replica, crc)
+        return flat
+
+    def verify_read(self, peers: Peers) -> None:
+        """Check what was read since the checkpoint was opened: all ranks' parts of a tensor together. All ranks.
+
+        Raises DamagedCheckpoint on all ranks. Raises AssertionError where ranks have not read all parts of a replica.
+        """
+        specs = list(self.manifest.crcs)
+        mine = [self._reads.get(spec, _Reads()) for spec in specs]
+        crcs = peers.xor(np.array([reads.crc for reads in mine], dtype=np.uint64))
+        counts = peers.sum(np.array([reads.num_elements for reads in mine], dtype=np.int64))
+        self._reads.clear()
+
+        def check() -> None:
+            for spec, reads, crc, count in zip(specs, mine, crcs, counts, strict=True):
+                saved = self.manifest.crcs[spec]
+                num_replicas, rest = divmod(int(count), spec.num_elements or 1)
+                assert not rest, f"{spec.key}: {count} elements read, of {spec.num_elements}"
+                expected = reduce(xor, (shifted(saved, index) for index in range(num_replicas)), 0)
+                if int(crc) != expected or not reads.whole <= {saved}:
+                    path = self.step_dir / self.manifest.tensors[spec]
+                    raise DamagedCheckpoint(f"{path}: the file is damaged (the digest of {spec.key} differs)")
+
+        try:
+            peers.together(check)
+        except UserError as error:
+            raise DamagedCheckpoint(str(error)) from error
 
     @property
     def position(self) -> Position:
@@ -70,30 +136,44 @@ class Checkpoint:
         return read_record(self.step_dir / RECIPE, RecipeRecord)
 
     @cached_property
-    def _headers(self) -> dict[str, dict[str, TensorEntry]]:
-        return {name: read_header(self.step_dir / name) for name in set(self.manifest.tensors.values())}
+    def _files(self) -> dict[str, TensorFile]:
+        """Return the files of tensors by name, with the tensors in the manifest's order, which is that in the file."""
+        specs: dict[str, list[TensorSpec]] = {}
+        for spec, name in self.manifest.tensors.items():
+            specs.setdefault(name, []).append(spec)
+        return {name: TensorFile(file_name=name, specs=tuple(its_specs)) for name, its_specs in specs.items()}
+
+    @cached_property
+    def _offsets(self) -> dict[TensorSpec, int]:
+        if self.manifest.version >= 4:
+            return {spec: offset for file in self._files.values() for spec, offset in file.offsets()}
+        headers = {name: read_header(self.step_dir / name) for name in self._files}
+        return {spec: headers[name][spec.key].offset for spec, name in self.manifest.tensors.items()}
 
 
-def open_checkpoint(step_dir: Path, *, peers: Peers) -> Checkpoint:
-    """Verify a checkpoint folder and return its reader. All ranks; the files to digest are divided among them.
+def open_checkpoint(step_dir: Path, *, peers: Peers, checks_tensors: bool = True) -> Checkpoint:
+    """Verify a checkpoint folder and return its reader. All ranks; the files are divided among them.
 
-    Raises UserError, the same on all ranks, when a file is missing or its size or digest differs.
+    Without `checks_tensors` the values of tensors are left to `Checkpoint.verify_read`, where the manifest has a digest
+    of each. Raises UserError, the same on all ranks, when a file is missing or its size or digest differs.
     """
 
     def verify() -> Checkpoint:
-        checkpoint = _open_unverified(step_dir)
-        for position, (name, record) in enumerate(checkpoint.manifest.files.items()):
-            if position % peers.num_ranks == peers.rank:
+        checkpoint = _open_unverified(step_dir, share=slice(peers.rank, None, peers.num_ranks))
+        left_out = checkpoint._files if checkpoint.manifest.crcs and not checks_tensors else {}
+        for name, record in list(checkpoint.manifest.files.items())[peers.rank :: peers.num_ranks]:
+            if name not in left_out:
                 _verify_content(step_dir / name, record)
-        _verify_headers(checkpoint)
+        for file in list(checkpoint._files.values())[peers.rank :: peers.num_ranks]:
+            _verify_header(step_dir / file.file_name, file, checkpoint.manifest)
         _verify_records(checkpoint)
         return checkpoint
 
     return peers.together(lambda: retried(verify))
 
 
-def _open_unverified(step_dir: Path) -> Checkpoint:
-    """Return the reader of a checkpoint whose files are there, and have their sizes. Raises UserError for others."""
+def _open_unverified(step_dir: Path, *, share: slice = slice(None)) -> Checkpoint:
+    """Return the reader of a checkpoint whose files, or a share, have their sizes. Raises UserError for others."""
     manifest = read_manifest(step_dir)
     step = step_of_dir_name(step_dir.name)
     if step not in (None, manifest.step):
@@ -101,7 +181,7 @@ def _open_unverified(step_dir: Path) -> Checkpoint:
             f"{step_dir}: holds step {manifest.step}; is it a copy? Give the folder the name "
             f"{step_dir_name(manifest.step)}, or delete it"
         )
-    for name, record in manifest.files.items():  # sizes first: a file without an end has no digest
+    for name, record in list(manifest.files.items())[share]:  # sizes first: a file without an end has no digest
         num_bytes = regular_size(step_dir / name)
         if num_bytes != record.num_bytes:
             raise DamagedCheckpoint(f"{step_dir / name}: {num_bytes} bytes, but {record.num_bytes} in the manifest")
@@ -109,21 +189,23 @@ def _open_unverified(step_dir: Path) -> Checkpoint:
 
 
 def _verify_content(path: Path, record: FileRecord) -> None:
-    if digest_file(path) != record:
+    if digest_file(path, kind=record.kind) != record:
         raise DamagedCheckpoint(f"{path}: the file is damaged (its digest differs from the manifest's)")
 
 
-def _verify_headers(checkpoint: Checkpoint) -> None:
-    """Check that each file holds exactly the tensors that the manifest lists for it."""
-    found = {(name, key): entry for name, header in checkpoint._headers.items() for key, entry in header.items()}
-    listed = {(name, spec.key): spec for spec, name in checkpoint.manifest.tensors.items()}
-    for place in sorted(found.keys() | listed.keys()):
-        name, key = place
-        if place not in found or place not in listed:
-            where = "the manifest" if place in listed else "the file"
-            raise DamagedCheckpoint(f"{checkpoint.step_dir / name}: tensor {key!r} is only in {where}")
-        if (found[place].shape, found[place].dtype) != (listed[place].shape, listed[place].dtype):
-            raise DamagedCheckpoint(f"{checkpoint.step_dir / name}: tensor {key!r} differs from the manifest's entry")
+def _verify_header(path: Path, file: TensorFile, manifest: Manifest) -> None:
+    """Check that a file holds exactly the tensors that the manifest lists for it, and that these make up its digest."""
+    found = read_header(path)
+    listed = {spec.key: (spec, offset) for spec, offset in file.offsets()}
+    for key in sorted(found.keys() | listed.keys()):
+        if key not in found or key not in listed:
+            where = "the manifest" if key in listed else "the file"
+            raise DamagedCheckpoint(f"{path}: tensor {key!r} is only in {where}")
+        entry, (spec, offset) = found[key], listed[key]
+        if (entry.shape, entry.dtype) != (spec.shape, spec.dtype) or (manifest.crcs and entry.offset != offset):
+            raise DamagedCheckpoint(f"{path}: tensor {key!r} differs from the manifest's entry")
+    if manifest.crcs and file.record(manifest.crcs) != manifest.files[file.file_name]:
+        raise DamagedCheckpoint(f"{path}: its digest in the manifest is not that of its tensors there")
 
 
 def _verify_records(checkpoint: Checkpoint) -> None:
@@ -191,18 +273,22 @@ def position_of(step_dir: Path) -> Position:
 
 
 def latest_checkpoint(
-    step_dirs: Iterable[Path], *, peers: Peers, on_damaged: Callable[[UserError], None]
+    step_dirs: Iterable[Path],
+    *,
+    peers: Peers,
+    on_damaged: Callable[[UserError], None],
+    checks_tensors: bool = True,
 ) -> Checkpoint | None:
     """Return the first valid one of `step_dirs` (newest first); `on_damaged` gets each error before it. All ranks."""
     for step_dir in step_dirs:
         try:
-            return open_checkpoint(step_dir, peers=peers)
+            return open_checkpoint(step_dir, peers=peers, checks_tensors=checks_tensors)
         except UserError as error:
             on_damaged(error)
     return None
 
 
-def open_path(path: Path, *, peers: Peers, warn: Callable[[str], None]) -> Checkpoint:
+def open_path(path: Path, *, peers: Peers, warn: Callable[[str], None], checks_tensors: bool = True) -> Checkpoint:
     """Return the checkpoint at a path: a checkpoint folder, or a run folder (its newest valid checkpoint).
 
     All ranks. Raises UserError with a message that begins with the path.
@@ -211,11 +297,11 @@ def open_path(path: Path, *, peers: Peers, warn: Callable[[str], None]) -> Check
         raise UserError(f"{path}: no such folder")
     if step_of_dir_name(path.name) is not None or not (path / CHECKPOINTS).is_dir():
         try:
-            return open_checkpoint(path, peers=peers)
+            return open_checkpoint(path, peers=peers, checks_tensors=checks_tensors)
         except UserError as error:
             raise UserError(f"{path}: not a valid checkpoint: {error}") from error
     try:
-        checkpoint = newest_valid(path / CHECKPOINTS, peers=peers, warn=warn)
+        checkpoint = newest_valid(path / CHECKPOINTS, peers=peers, warn=warn, checks_tensors=checks_tensors)
     except DamagedCheckpoint as error:
         raise UserError(f"{path}: {error}") from error
     if checkpoint is None:
@@ -223,7 +309,9 @@ def open_path(path: Path, *, peers: Peers, warn: Callable[[str], None]) -> Check
     return checkpoint
 
 
-def newest_valid(checkpoints_dir: Path, *, peers: Peers, warn: Callable[[str], None]) -> Checkpoint | None:
+def newest_valid(
+    checkpoints_dir: Path, *, peers: Peers, warn: Callable[[str], None], checks_tensors: bool = True
+) -> Checkpoint | None:
     """Return the newest valid checkpoint, None if there is none; `warn` gets a line for each damaged one. All ranks.
 
     Raises DamagedCheckpoint when there are checkpoints but all are damaged.
@@ -236,7 +324,7 @@ def newest_valid(checkpoints_dir: Path, *, peers: Peers, warn: Callable[[str], N
         warn(f"skipped a damaged checkpoint: {error}")
 
     step_dirs = [checkpoints_dir / step_dir_name(step) for step in reversed(steps)]
-    checkpoint = latest_checkpoint(step_dirs, peers=peers, on_damaged=on_damaged)
+    checkpoint = latest_checkpoint(step_dirs, peers=peers, on_damaged=on_damaged, checks_tensors=checks_tensors)
     if checkpoint is None and any(map(is_transient, damaged)):
         raise come_again(next(filter(is_transient, damaged)))
     if checkpoint is None and damaged:

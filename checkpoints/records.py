@@ -34,6 +34,7 @@ _KINDS = {
 }
 
 Count = Annotated[int, Meta(ge=0, le=_LARGEST)]
+Crc = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
 Mark = Literal["identity", "warn", "free"]
 
 
@@ -81,14 +82,15 @@ class Position(Record):
 
 
 class FileEntry(Record):
-    """A file in a manifest."""
+    """A file in a manifest, with one of two digests."""
 
     bytes: Count
-    xxh3_128: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    crc64nvme: Crc | UnsetType = UNSET
+    xxh3_128: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")] | UnsetType = UNSET  # up to version 3
 
 
 class TensorListing(Record, kw_only=True):
-    """A tensor in a manifest. `kind` is what version 1 has instead of section and entry."""
+    """A tensor in a manifest. `kind` is what version 1 has instead of section and entry; the CRC is there since 4."""
 
     name: str
     section: Literal["model", "optimizer"] | UnsetType = UNSET
@@ -97,6 +99,7 @@ class TensorListing(Record, kw_only=True):
     shape: list[Count]
     dtype: str
     file: str
+    crc64nvme: Crc | UnsetType = UNSET
 
 
 class ManifestHead(Struct):

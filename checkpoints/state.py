@@ -1,9 +1,9 @@
 """The state type that strategies and checkpoints share: fragments of named tensors."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -41,6 +41,17 @@ class TensorSpec:
         return tensor_key(self.name, self.section, self.entry)
 
 
+class Replica(NamedTuple):
+    """One of several equal fragments, each on another rank."""
+
+    number: int
+    num_replicas: int
+
+
+ONLY = Replica(0, 1)
+"""The replica of a range that no other rank holds."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
     """The flat range [flat_start, flat_end) of one tensor of the state, as held by this rank.
@@ -52,21 +63,27 @@ class Fragment:
     flat_start: int
     flat_end: int
     tensor: torch.Tensor
+    replica: Replica | None = None
+    """Which one this is of the equal fragments of several ranks; None: every rank holds this range."""
 
 
 def whole(name: str, tensor: torch.Tensor, *, section: str = MODEL, entry: str = "") -> Fragment:
-    """Return all of `tensor` as a fragment."""
+    """Return all of `tensor`, which every rank holds, as a fragment."""
     tensor = tensor.detach()
     spec = TensorSpec(name=name, section=section, entry=entry, shape=tuple(tensor.shape), dtype=tensor.dtype)
     return Fragment(spec=spec, flat_start=0, flat_end=spec.num_elements, tensor=tensor)
 
 
 class StateReader(Protocol):
-    """Access to saved state by name. A restore reads only the ranges that its rank holds."""
+    """Access to saved state by name. A restore reads only the ranges that its rank holds.
+
+    What is read is verified: a part of a tensor together with the parts that other ranks read. So of each replica the
+    ranks read all parts, or none.
+    """
 
     def specs(self) -> Iterable[TensorSpec]: ...
 
-    def read(self, spec: TensorSpec, flat_start: int, flat_end: int) -> torch.Tensor: ...
+    def read(self, spec: TensorSpec, flat_start: int, flat_end: int, replica: Replica = ONLY) -> torch.Tensor: ...
 
 
 def specs_by_section(specs: Iterable[TensorSpec]) -> dict[str, list[TensorSpec]]:
@@ -77,16 +94,12 @@ def specs_by_section(specs: Iterable[TensorSpec]) -> dict[str, list[TensorSpec]]
     return sections
 
 
-def fragments_by_key(fragments: Iterable[Fragment]) -> dict[str, Fragment]:
-    """Index fragments by their tensor's key. Raises AssertionError for a duplicate tensor."""
-    by_key: dict[str, Fragment] = {}
-    for fragment in _checked(fragments):
-        assert fragment.spec.key not in by_key, f"{fragment.spec.key} is in the state twice"
-        by_key[fragment.spec.key] = fragment
-    return by_key
-
-
-def _checked(fragments: Iterable[Fragment]) -> Iterator[Fragment]:
+def checked(fragments: Iterable[Fragment]) -> list[Fragment]:
+    """Return the fragments. Raises AssertionError for a tensor that is there twice, or a fragment of another size."""
+    found: dict[str, Fragment] = {}
     for fragment in fragments:
-        assert fragment.tensor.numel() == fragment.flat_end - fragment.flat_start, fragment.spec.key
-        yield fragment
+        key = fragment.spec.key
+        assert fragment.tensor.numel() == fragment.flat_end - fragment.flat_start, key
+        assert key not in found, f"{key} is in the state twice"
+        found[key] = fragment
+    return list(found.values())

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from shardlaunch.checkpoints.digests import DigestingFile
+from shardlaunch.checkpoints.digests import DIGEST_BYTES, DigestingFile, crc64nvme
 from shardlaunch.checkpoints.digests import FileRecord as FileRecord
 from shardlaunch.checkpoints.digests import digest_file as digest_file
 from shardlaunch.checkpoints.digests import write_file as write_file
@@ -50,19 +50,24 @@ class TensorWriter(DigestingFile):
 
     def __init__(self, path: Path, entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
         super().__init__(path)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for key, dtype, shape in entries:
-            end = offset + prod(shape) * BYTES_PER_ELEMENT[dtype]
-            header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
         try:
-            self.write(memoryview(len(text).to_bytes(8, "little") + text))
+            self.write(memoryview(header_of(entries)))
         except OSError:
             self.close()
             raise
+
+
+def header_of(entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+    """Return what a safetensors file of these tensors, one after the other, begins with."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for key, dtype, shape in entries:
+        end = offset + prod(shape) * BYTES_PER_ELEMENT[dtype]
+        header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -76,21 +81,22 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     }
 
 
-def read_range(path: Path, entry: TensorEntry, flat_start: int, flat_end: int) -> torch.Tensor:
-    """Read only elements [flat_start, flat_end) of a tensor, as a flat tensor on the CPU."""
+def read_range(path: Path, entry: TensorEntry, flat_start: int, flat_end: int) -> tuple[torch.Tensor, int]:
+    """Read only elements [flat_start, flat_end) of a tensor, as a flat tensor on the CPU, and return their CRC too."""
     return retried(lambda: _read_range(path, entry, flat_start, flat_end))
 
 
-def _read_range(path: Path, entry: TensorEntry, flat_start: int, flat_end: int) -> torch.Tensor:
+def _read_range(path: Path, entry: TensorEntry, flat_start: int, flat_end: int) -> tuple[torch.Tensor, int]:
     item_bytes = BYTES_PER_ELEMENT[entry.dtype]
     flat = torch.empty(flat_end - flat_start, dtype=entry.dtype)
     view = flat.view(torch.uint8).numpy().data
     with open(path, "rb", buffering=0) as file, naming(path):
         file.seek(entry.offset + flat_start * item_bytes)
-        done = 0
+        done = crc = 0
         while done < len(view):
-            count = file.readinto(view[done:])
+            count = file.readinto(view[done : done + DIGEST_BYTES])
             if not count:
                 raise ValueError(f"{path.name}: ends before its last tensor")
+            crc = crc64nvme(view[done : done + count], crc)
             done += count
-    return flat
+    return flat, crc

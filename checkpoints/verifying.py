@@ -5,14 +5,16 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
-from shardlaunch.checkpoints.digests import FileRecord, digest_file
-from shardlaunch.checkpoints.headers import read_stored
+from shardlaunch.checkpoints.digests import FileRecord, crc64nvme, digest_file, joined
+from shardlaunch.checkpoints.headers import header_bytes, read_stored
 from shardlaunch.checkpoints.listing import DamagedCheckpoint, file_records, read_listing, tensor_key
 from shardlaunch.checkpoints.names import (
     MANIFEST,
     MODEL,
+    NUM_BYTES,
     OPTIMIZER,
     RECIPE,
     TRAINER_STATE,
@@ -154,7 +156,7 @@ def _file_damage(step_dir: Path, record: ManifestRecord, named: tuple[str, FileR
     if what:
         return what
     try:
-        found = digest_file(path)
+        found = digest_file(path, kind=file.kind)
     except (UserError, OSError) as error:
         return _without_path(error, path)
     listed = {
@@ -166,7 +168,18 @@ def _file_damage(step_dir: Path, record: ManifestRecord, named: tuple[str, FileR
     if found != file:
         where = f", its header too: {header}" if header else ", in the tensors' data" if listed else ""
         return f"its content has changed{where} (digest {found.digest}, {file.digest} in the manifest)"
-    return header
+    return header or _digest_damage(path, record, file)
+
+
+def _digest_damage(path: Path, record: ManifestRecord, file: FileRecord) -> str:
+    """Return what is wrong with the digests of a file's tensors, empty if nothing is."""
+    tensors = [(listing, listing.crc64nvme) for listing in record.tensors if listing.file == path.name]
+    crcs = [(int(crc, 16), prod(one.shape) * NUM_BYTES[one.dtype]) for one, crc in tensors if isinstance(crc, str)]
+    if not crcs:
+        return ""
+    header = header_bytes(path)
+    whole = joined([(crc64nvme(header), len(header)), *crcs])
+    return "" if f"{whole:016x}" == file.digest else "its digest in the manifest is not that of its tensors there"
 
 
 def _header_damage(path: Path, listed: Mapping[str, tuple[tuple[int, ...], str]]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import xxhash
 
+from shardlaunch.checkpoints.digests import XXH3
 from shardlaunch.checkpoints.layout import CHECKPOINTS, MANIFEST, index_file_name, is_plain_file_name
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_path
@@ -39,7 +40,7 @@ class WeightFiles:
         """Return a digest of the files' contents, independent of their names."""
         digest = xxhash.xxh3_128()
         for file in self.files:
-            digest.update(digest_file(file, follows_links=True).digest.encode())
+            digest.update(digest_file(file, kind=XXH3, follows_links=True).digest.encode())
         return digest.hexdigest()
 
 

@@ -1,21 +1,19 @@
-"""Save a checkpoint: every rank writes its files into a staging folder, and one rename commits it."""
+"""Save a checkpoint: every rank writes its share into the files of a staging folder, and one rename commits it."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
-from shardlaunch.checkpoints.files import delete_tree, fsync, is_there
-from shardlaunch.checkpoints.gather import gather
+from shardlaunch.checkpoints.files import delete_tree, fsync, is_there, naming
 from shardlaunch.checkpoints.layout import (
     MANIFEST,
     TRAINER_STATE,
     TensorFile,
     index_file_name,
     is_plain_file_name,
-    plan_files,
     step_dir_name,
 )
 from shardlaunch.checkpoints.manifest import Manifest
@@ -25,8 +23,9 @@ from shardlaunch.checkpoints.names import TRASH_PREFIX as TRASH_PREFIX
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
 from shardlaunch.checkpoints.records import Position, to_json
-from shardlaunch.checkpoints.state import Fragment, fragments_by_key, specs_by_section
-from shardlaunch.checkpoints.tensorfile import FileRecord, TensorWriter, digest_file, write_file
+from shardlaunch.checkpoints.shares import Share, Written, write_share
+from shardlaunch.checkpoints.state import TensorSpec, specs_by_section
+from shardlaunch.checkpoints.tensorfile import digest_file, write_file
 from shardlaunch.errors import UserError
 
 
@@ -34,33 +33,31 @@ def save(
     checkpoints_dir: Path,
     *,
     position: Position,
-    state: Iterable[Fragment],
+    share: Share,
     export: Callable[[Path], None],
     aliases: Mapping[str, str],
     peers: Peers,
+    on_chunk: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Save `state` as the checkpoint of a position's step and return its folder. All ranks.
+    """Save a state as the checkpoint of a position's step and return its folder. All ranks.
 
-    The fragments of all ranks together make up the state: every rank yields the same tensors in the same order. In
-    addition, a rank needs memory for two incoming buckets of 16 MiB, and for two outgoing ones per other rank: at most
-    32 MiB and 512 MiB, since buckets are smaller with more than 16 ranks.
+    The shares of all ranks together make up the state. Each rank writes its own, in chunks of a few MiB, and calls
+    `on_chunk` after each; only digests are sent.
     `export` writes the other files of a model folder (configuration, tokenizer) on rank 0. A valid checkpoint of the
     same step is kept, unless the evaluation that it lacks has been done since. Raises UserError on all ranks when any
     rank cannot write; then nothing is left behind but what cannot be deleted either, under a name that `sweep` knows.
     """
     target = checkpoints_dir / step_dir_name(position.step)
-    fragments = fragments_by_key(state)
-    files = plan_files([fragment.spec for fragment in fragments.values()], peers.num_ranks)
     staging = checkpoints_dir / f"{STAGING_PREFIX}{target.name}"
     try:
         if _is_committed(target, position, peers):
             peers.together(lambda: fsync(checkpoints_dir) if peers.rank == 0 else None)
             return target
-        peers.together(lambda: _make_staging(staging) if peers.rank == 0 else None)
-        records = peers.together(lambda: _write_files(staging, files, fragments, peers))
-        everyone = _exchange(files, records, peers)
+        peers.together(lambda: _make_staging(staging, share.files) if peers.rank == 0 else None)
+        written = peers.together(lambda: write_share(staging, share, with_headers=peers.rank == 0, on_chunk=on_chunk))
+        crcs = _crcs(share.specs, written, peers)
         peers.together(
-            lambda: _commit(staging, target, position, files, everyone, export, aliases) if peers.rank == 0 else None
+            lambda: _commit(staging, target, position, share.files, crcs, export, aliases) if peers.rank == 0 else None
         )
     except UserError as error:
         if peers.rank == 0:
@@ -82,68 +79,38 @@ def _is_committed(target: Path, position: Position, peers: Peers) -> bool:
     return saved.is_evaluation_due <= position.is_evaluation_due
 
 
-def _make_staging(staging: Path) -> None:
+def _make_staging(staging: Path, files: Sequence[TensorFile]) -> None:
+    """Make the staging folder with the files of tensors in it, empty but of their sizes."""
     delete_tree(staging)
     staging.mkdir(parents=True)
-
-
-def _write_files(
-    staging: Path, files: list[TensorFile], fragments: Mapping[str, Fragment], peers: Peers
-) -> dict[str, FileRecord]:
-    """Gather and write the files that this rank owns. All ranks.
-
-    A rank that cannot write continues to gather, since the others need its data, and raises OSError at the end.
-    """
-    failure: OSError | None = None
-    writing: dict[str, TensorWriter] = {}
-    try:
-        try:
-            for file in files:
-                if file.owner == peers.rank:
-                    entries = [(spec.key, spec.dtype, spec.shape) for spec in file.specs]
-                    writing[file.file_name] = TensorWriter(staging / file.file_name, entries)
-        except OSError as error:
-            failure = error
-        for file, chunks in gather(files, fragments, peers):
-            try:
-                if failure is None:
-                    for chunk in chunks:
-                        writing[file.file_name].write(chunk)
-            except OSError as error:
-                failure = error
-        if failure is not None:
-            raise failure
-        return {name: writer.finish() for name, writer in writing.items()}
-    finally:
-        for writer in writing.values():
-            writer.close()
-
-
-def _exchange(files: list[TensorFile], records: Mapping[str, FileRecord], peers: Peers) -> dict[str, FileRecord]:
-    """Return every file's record on every rank. All ranks. A digest is sent as four 32-bit numbers."""
-    numbers = []
     for file in files:
-        record = records.get(file.file_name)
-        digest = int(record.digest, 16) if record else 0
-        numbers += [record.num_bytes if record else 0, *((digest >> shift) & 0xFFFFFFFF for shift in (96, 64, 32, 0))]
-    everyone = peers.gather(numbers)
-    result = {}
-    for position, file in enumerate(files):
-        num_bytes, *words = everyone[file.owner][5 * position : 5 * position + 5]
-        result[file.file_name] = FileRecord(num_bytes=num_bytes, digest="".join(f"{word:08x}" for word in words))
-    return result
+        path = staging / file.file_name
+        with open(path, "xb", buffering=0) as made, naming(path):
+            made.truncate(file.num_bytes)
+
+
+def _crcs(specs: Sequence[TensorSpec], written: Written, peers: Peers) -> dict[TensorSpec, int]:
+    """Return the CRC of each tensor, of which each rank knows a part. All ranks.
+
+    Raises AssertionError on all ranks if not each element was written once.
+    """
+    crcs, num_elements = peers.xor(written.crcs), peers.sum(written.num_elements)
+    for spec, count in zip(specs, num_elements, strict=True):
+        assert count == spec.num_elements, f"{spec.key}: {count} elements written, of {spec.num_elements}"
+    return {spec: int(crc) for spec, crc in zip(specs, crcs, strict=True)}
 
 
 def _commit(
     staging: Path,
     target: Path,
     position: Position,
-    files: list[TensorFile],
-    records: dict[str, FileRecord],
+    files: Sequence[TensorFile],
+    crcs: Mapping[TensorSpec, int],
     export: Callable[[Path], None],
     aliases: Mapping[str, str],
 ) -> None:
     """Complete the staging folder and commit it. Rank 0."""
+    records = {file.file_name: file.record(crcs) for file in files}
     export(staging)
     for path in sorted(staging.iterdir()):
         if not is_plain_file_name(path.name):  # as `read_manifest` asks for
@@ -161,7 +128,7 @@ def _commit(
         records[index_name] = write_file(staging / index_name, json.dumps(index, indent=1).encode())
     saved = msgspec.to_builtins(position)
     records[TRAINER_STATE] = write_file(staging / TRAINER_STATE, to_json(saved, indent=1))
-    manifest = Manifest(step=position.step, files=records, tensors=tensors, aliases=aliases)
+    manifest = Manifest(step=position.step, files=records, tensors=tensors, aliases=aliases, crcs=crcs)
     write_file(staging / MANIFEST, manifest.to_json())
     fsync(staging)
     replaced = target.with_name(f"{REPLACED_PREFIX}{target.name}")

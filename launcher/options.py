@@ -137,6 +137,8 @@ class SavingOptions:
     """Save every N steps and at the end (0: only at the end; auto: as --mtbf and the time of a save make it best)."""
     mtbf: str = option("1d", mark="free")
     """Mean time between failures that --save-every auto expects, of all machines together, such as 6h or 2d."""
+    async_save: Literal["auto", "on", "off"] = option("auto", mark="free")
+    """Write checkpoints while the training goes on, from a copy in host memory (auto: where there is room for it)."""
     save_on_best: bool = option(True, mark="free")
     """Also save when the best metric improves, and keep that checkpoint."""
     keep: int = option(2, mark="free", minimum=0)

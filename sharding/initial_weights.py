@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardlaunch.checkpoints.state import MODEL, TensorSpec
+from shardlaunch.checkpoints.state import MODEL, ONLY, Replica, TensorSpec
 from shardlaunch.sharding.buffers import persistent_buffers
 from shardlaunch.sharding.world import World
 
@@ -33,7 +33,7 @@ class InitialWeights:
         """Return every weight and persistent buffer."""
         return self._specs
 
-    def read(self, spec: TensorSpec, flat_start: int, flat_end: int) -> torch.Tensor:
+    def read(self, spec: TensorSpec, flat_start: int, flat_end: int, replica: Replica = ONLY) -> torch.Tensor:
         """Return elements [flat_start, flat_end): a flat CPU tensor. All ranks of the machine."""
         leader, *others = self._world.local_ranks
         group = self._world.host_group

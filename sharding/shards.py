@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from shardlaunch.checkpoints.state import MODEL, Fragment, StateReader, TensorSpec
+from shardlaunch.checkpoints.state import MODEL, ONLY, Fragment, Replica, StateReader, TensorSpec
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,17 +35,29 @@ def flat_range(tensor: torch.Tensor) -> tuple[int, int]:
     return start * row, (start + length) * row
 
 
+def replica(tensor: torch.Tensor) -> Replica | None:
+    """Return which of several equal shards this rank's is; None for a plain tensor, which every rank holds."""
+    if not isinstance(tensor, DTensor):
+        return None
+    index, count = 0, 1
+    for dimension, placement in enumerate(tensor.placements):
+        if not isinstance(placement, Shard):
+            size = tensor.device_mesh.size(dimension)
+            index, count = index * size + tensor.device_mesh.get_local_rank(dimension), count * size
+    return Replica(index, count)
+
+
 def fragment(name: str, tensor: torch.Tensor, *, section: str = MODEL, entry: str = "") -> Fragment:
     """Return this rank's shard of a tensor as a fragment of the run's state."""
     spec = TensorSpec(name=name, section=section, entry=entry, shape=tuple(tensor.shape), dtype=tensor.dtype)
     start, end = flat_range(tensor)
-    return Fragment(spec=spec, flat_start=start, flat_end=end, tensor=local_shard(tensor))
+    return Fragment(spec=spec, flat_start=start, flat_end=end, tensor=local_shard(tensor), replica=replica(tensor))
 
 
 def read_shard(reader: StateReader, spec: TensorSpec, like: torch.Tensor) -> torch.Tensor:
     """Read the range of a saved tensor that is this rank's shard of `like`, in the shard's shape."""
     start, end = flat_range(like)
-    return reader.read(spec, start, end).reshape(local_shard(like).shape)
+    return reader.read(spec, start, end, replica(like) or ONLY).reshape(local_shard(like).shape)
 
 
 def shard_like(shard: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

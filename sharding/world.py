@@ -66,6 +66,12 @@ class World:
         """Return these ranks in the form that checkpoints use."""
         return Peers(rank=self.rank, num_ranks=self.size, group=self.host_group, on_collective=progress.mark)
 
+    @cached_property
+    def background_peers(self) -> Peers:
+        """Return these ranks for one background thread of each. All ranks, the first time."""
+        group = dist.new_group(backend="gloo", timeout=WATCHED_TIMEOUT) if self.size > 1 else None
+        return Peers(rank=self.rank, num_ranks=self.size, group=group)
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over the ranks, in place, and return it. All ranks."""
         if self.size > 1:
@@ -162,8 +168,9 @@ def abandon(world: World) -> None:
     """
     if world.host_group is not None:
         with suppress(RuntimeError):
-            dist.destroy_process_group(None if world.owns_group else world.host_group)
-        object.__setattr__(world.peers, "group", None)
+            _destroy_groups(world)
+        for peers in _all_peers(world):
+            object.__setattr__(peers, "group", None)
         object.__setattr__(world, "host_group", None)
 
 
@@ -171,7 +178,20 @@ def disconnect(world: World) -> None:
     """Leave the process group. All ranks."""
     if world.host_group is not None:
         dist.barrier(group=world.host_group)  # no rank closes its sockets while another still works
-        dist.destroy_process_group(None if world.owns_group else world.host_group)
+        _destroy_groups(world)
+
+
+def _destroy_groups(world: World) -> None:
+    if world.owns_group:
+        dist.destroy_process_group()
+        return
+    for peers in _all_peers(world):
+        if peers.group is not None:
+            dist.destroy_process_group(peers.group)
+
+
+def _all_peers(world: World) -> list[Peers]:
+    return [world.peers, *([world.background_peers] if "background_peers" in vars(world) else [])]
 
 
 def threads_per_rank(requested: int, env: LaunchEnvironment, world: World) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, Fragment, StateReader, TensorSpec, whole
+from shardlaunch.checkpoints.state import MODEL, ONLY, OPTIMIZER, Fragment, StateReader, TensorSpec, whole
 from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES
 from shardlaunch.errors import UserError
 from shardlaunch.sharding.buffers import persistent_buffers
@@ -248,4 +248,4 @@ def _fragment(
     entry: str = "",
 ) -> Fragment:
     spec = TensorSpec(name=name, section=section, entry=entry, shape=shape_of(parameter), dtype=flat.dtype)
-    return Fragment(spec=spec, flat_start=held.start, flat_end=held.end, tensor=held.view(flat))
+    return Fragment(spec=spec, flat_start=held.start, flat_end=held.end, tensor=held.view(flat), replica=ONLY)

@@ -1,6 +1,7 @@
 """A file that a run appends to: what cannot be written for a while is kept in memory, and nothing is written twice."""
 
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -46,10 +47,12 @@ class LastingFile:
         self._durable = 0
         self._kept = bytearray()  # all that follows what is durable
         self._num_written = 0  # of what is kept
+        self._lock = threading.Lock()
 
     def append(self, data: bytes) -> None:
         """Append bytes: at once, or when it works again, which is said once."""
-        self._kept += data
+        with self._lock:
+            self._kept += data
         if self.attempt() and len(self._kept) > MOST_KEPT:
             with suppress(OSError):
                 self.sync()
@@ -57,7 +60,8 @@ class LastingFile:
     def attempt(self) -> bool:
         """Write what is not written, and return whether that worked."""
         try:
-            self._write()
+            with self._lock:
+                self._write()
         except (OSError, UserError) as error:
             if isinstance(error, UserError) and not is_transient(error):
                 raise
@@ -70,18 +74,22 @@ class LastingFile:
         return True
 
     def sync(self) -> None:
-        """Make durable what was appended. Raises OSError."""
-        self._write()
-        assert self._descriptor is not None
+        """Make durable what was appended. Raises OSError. In any thread, while another one appends."""
+        with self._lock:
+            self._write()
+            assert self._descriptor is not None
+            descriptor, num_bytes = self._descriptor, self._num_written
         try:
             with naming(self.path):
-                os.fsync(self._descriptor)
+                os.fsync(descriptor)
         except OSError:
-            self._num_written = 0  # the system may have dropped what it could not write
+            with self._lock:
+                self._num_written = 0  # the system may have dropped what it could not write
             raise
-        self._durable += len(self._kept)
-        self._kept.clear()
-        self._num_written = 0
+        with self._lock:
+            self._durable += num_bytes
+            del self._kept[:num_bytes]
+            self._num_written -= num_bytes
         self._trouble.ends(f"{self.path.name} is written again, without a gap")
 
     def _write(self) -> None:

@@ -1,6 +1,6 @@
 """The data of a run, the plan of its batches, and the number of steps."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,8 +32,9 @@ class RunData:
     num_steps: int
     last_step: int
 
-    def in_former_order(self) -> "RunData":
-        """Return the same data in the order of runs that began before the order had a version."""
+    def in_former_order(self, say: Callable[[str], None] = lambda text: None) -> "RunData":
+        """Return the same data in the order of runs that began before the order had a version, and say so."""
+        say("this run began in the order of batches of an earlier version, and keeps it")
         plan = self.plan
         former = FormerPlan(
             num_samples=plan.num_samples,
@@ -43,6 +44,16 @@ class RunData:
             lengths=plan.lengths,
         )
         return replace(self, plan=former)
+
+    def extended_to(self, step: int) -> int:
+        """Return the last step of a run that is extended, and has come to a step; 0 of one that is not."""
+        last_step = max(self.last_step, step)
+        return last_step if last_step > self.num_steps else 0
+
+    def steps_text(self, step: int) -> str:
+        """Return the number of steps of a run that has come to a step."""
+        extended_to = self.extended_to(step)
+        return f"{self.num_steps}" + (f", extended to {extended_to}" if extended_to else "")
 
     def clock(self, recipe: Recipe) -> Clock:
         """Return what tells the recipe where the run is."""

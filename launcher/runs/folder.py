@@ -135,8 +135,12 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     replace_file(path, to_json(record, indent=1))
 
 
-def find_checkpoint(resume: str, output_dir: Path, *, peers: Peers, display: Display) -> Checkpoint | None:
+def find_checkpoint(
+    resume: str, output_dir: Path, *, peers: Peers, display: Display, checks_tensors: bool = True
+) -> Checkpoint | None:
     """Return the checkpoint selected by --resume, None to start from the beginning. All ranks.
+
+    Without `checks_tensors` the values of its tensors are verified only as they are read (`Checkpoint.verify_read`).
 
     Raises UserError if there are checkpoints but none is valid, and if `never` would mix two runs in one folder.
     """
@@ -149,13 +153,13 @@ def find_checkpoint(resume: str, output_dir: Path, *, peers: Peers, display: Dis
         return None
     if resume == "auto":
         try:
-            return newest_valid(checkpoints_dir, peers=peers, warn=display.warn)
+            return newest_valid(checkpoints_dir, peers=peers, warn=display.warn, checks_tensors=checks_tensors)
         except DamagedCheckpoint as error:
             raise UserError(
                 f"{error}. To start from the beginning, delete them or choose another --output-dir."
             ) from error
     try:
-        checkpoint = open_path(Path(resume), peers=peers, warn=display.warn)
+        checkpoint = open_path(Path(resume), peers=peers, warn=display.warn, checks_tensors=checks_tensors)
     except UserError as error:
         raise UserError(f"--resume {error}") from error
     newer = [step for step in shared_steps(checkpoints_dir, peers=peers) if step > checkpoint.step]

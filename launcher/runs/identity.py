@@ -2,16 +2,17 @@
 
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import xxhash
 
-from shardlaunch.checkpoints.records import IdentityRecord, as_written
+from shardlaunch.checkpoints.records import IdentityRecord, LeftOut, as_written
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options, flag, marks
 from shardlaunch.launcher.seeding import seeded
@@ -66,6 +67,10 @@ class Identity:
             )
         return _differences(saved.warn, self.warn)
 
+    def digest(self) -> int:
+        """Return a digest of the identity, a positive 64-bit integer."""
+        return xxhash.xxh3_64_intdigest(json.dumps(self.identity).encode()) >> 1
+
     def to_json(self) -> dict[str, Any]:
         """Return the record stored in checkpoints and run.json."""
         return {"identity": dict(self.identity), "warn": dict(self.warn)}
@@ -115,8 +120,11 @@ def run_identity(
     return Identity(identity=identity, warn={**by_mark["warn"], **in_effect}, former_digest=former_digest)
 
 
-def run_record(identity: Identity, options: Options, ranks: int, strategy: str) -> dict[str, Any]:
-    """Return the content of run.json."""
+def run_record(
+    identity: Identity, options: Options, ranks: int, strategy: str, *, extended_to: int, left_out: Sequence[LeftOut]
+) -> dict[str, Any]:
+    """Return the content of run.json. `extended_to`: the last step of a run that is extended, else 0."""
+    extended = {"extended_to_steps": extended_to} if extended_to else {}
     return {
         **identity.to_json(),
         "options": {
@@ -126,6 +134,8 @@ def run_record(identity: Identity, options: Options, ranks: int, strategy: str) 
         "strategy": strategy,
         "versions": versions(),
         "machine": {"python": platform.python_version(), "processor": platform.machine()},
+        **extended,
+        **({"left_out": msgspec.to_builtins(left_out)} if left_out else {}),
     }
 
 

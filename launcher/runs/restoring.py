@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint
 from shardlaunch.checkpoints.records import Position
 from shardlaunch.checkpoints.state import OPTIMIZER
@@ -21,11 +22,12 @@ def restore(
     options: Options,
     data: RunData,
     *,
+    peers: Peers,
     warn: Callable[[str], None],
 ) -> Position:
     """Restore weights and optimizer from a checkpoint, and return its position; None: that of the beginning. All ranks.
 
-    Raises UserError for a model that is built otherwise than the checkpoint's.
+    Raises UserError for a model that is built otherwise than the checkpoint's, and DamagedCheckpoint.
     """
     strategy = assembly.strategy
     if checkpoint is None:
@@ -41,7 +43,12 @@ def restore(
             f"constructor has changed or draws them at random. Register them with persistent=True"
         )
     with phase("loading the checkpoint"):
-        strategy.restore(checkpoint)
+        try:
+            strategy.restore(checkpoint)
+        except UserError:
+            checkpoint.verify_read(peers)  # damage may look like another model; all ranks come here, or none
+            raise
+        checkpoint.verify_read(peers)
     if position.step and not any(spec.section == OPTIMIZER for spec in checkpoint.specs()):
         kind = type(strategy.optimizer)
         if kind is not torch.optim.SGD or any(group["momentum"] for group in strategy.optimizer.param_groups):

@@ -1,17 +1,12 @@
 """One launch of a run: load the data, build or restore the state, train, report."""
 
-import json
-import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import xxhash
-from msgspec.structs import asdict
-
 from shardlaunch.checkpoints.layout import CHECKPOINTS
+from shardlaunch.checkpoints.manifest import DamagedCheckpoint
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, open_checkpoint
 from shardlaunch.checkpoints.records import Position
 from shardlaunch.errors import UserError
@@ -20,9 +15,10 @@ from shardlaunch.launcher.recipe import Recipe, recipe_name
 from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.reporting.notes import collected
 from shardlaunch.launcher.reporting.phases import phase
-from shardlaunch.launcher.reporting.recorder import Recorder
+from shardlaunch.launcher.reporting.recorder import Recorder, StepReport
 from shardlaunch.launcher.reporting.trackers import tracker_names
 from shardlaunch.launcher.runs.assembly import assemble
+from shardlaunch.launcher.runs.background import Messages
 from shardlaunch.launcher.runs.beginning import show_start
 from shardlaunch.launcher.runs.data import load_data
 from shardlaunch.launcher.runs.ending import result_of, show_result
@@ -82,6 +78,7 @@ class Run:
         self.settings = settings
         self.precision = apply_precision(precision_name, world.device)
         self.display = display or Display(silent=not world.is_main)
+        self.warn = Messages(self.display.warn)
         self.name = recipe_name(type(recipe))
         self.output_dir = run_folder(options, self.name)
         self.fold = fold
@@ -92,7 +89,7 @@ class Run:
         time_left = TimeLeft.of(options, say=self.display.say, warn=self.display.warn)
         self.requests = Requests(sorted(folders), time_left)
         self.room = Room(self.output_dir, options, world, warn=self.display.warn)
-        self.upkeep = Upkeep(self.checkpoints_dir, options, warn=self.display.warn)
+        self.upkeep = Upkeep(self.checkpoints_dir, options, warn=self.warn)
         self.second = SecondPlace(options, self.output_dir, world, self.display, fold=fold)
         self.upkeep.busy = self.second.busy
 
@@ -114,7 +111,8 @@ class Run:
             stop_at_step = self.options.stop_at_step
             if self.position.is_finished:
                 early = ", stopped early" if self.position.has_stopped_early else ""
-                self.display.say(f"this run is complete: {self.position.step} of {self._steps_text()} steps{early}")
+                steps = self.data.steps_text(self.position.step)
+                self.display.say(f"this run is complete: {self.position.step} of {steps} steps{early}")
             elif 0 < stop_at_step <= self.position.step:
                 self.display.say(f"already at step {self.position.step} (--stop-at-step {stop_at_step}); nothing to do")
             else:
@@ -137,9 +135,7 @@ class Run:
                 warn=self.display.warn,
             )
             self.world.peers.together(lambda: None)  # the other ranks read after rank 0, which shows this phase
-        with phase("looking for a checkpoint"):
-            self.resumed = self._find_checkpoint()
-        self._assemble(self.resumed)
+        self._resume()
         if self.world.is_main:
             self.upkeep.prune_resumed(self.resumed, self.position)
         self.room.check_start(self.resumed, self.assembly.num_elements, self.position, last_step=self.data.last_step)
@@ -155,7 +151,8 @@ class Run:
             newest_evaluation=lambda: self.recorder.last_evaluation,
             before_save=lambda: self.recorder.sync(),
             on_saved=self.second.copy,
-            warn=self.display.warn,
+            time_left=self.requests.time_left,
+            warn=self.warn,
         )
         self.recorder = Recorder(
             self.display,
@@ -166,7 +163,20 @@ class Run:
         )
         self._build_trainer()
 
-    def _find_checkpoint(self) -> Checkpoint | None:
+    def _resume(self) -> None:
+        """Find the checkpoint to resume from, and build the model with its values. All ranks."""
+        for checks_tensors in (False, True):  # where reading has found damage, look at every byte before
+            with phase("looking for a checkpoint"):
+                self.resumed = self._find_checkpoint(checks_tensors=checks_tensors)
+            try:
+                self._assemble(self.resumed)
+                return
+            except DamagedCheckpoint:
+                if checks_tensors:
+                    raise
+                del self.strategy, self.assembly  # free memory for the next
+
+    def _find_checkpoint(self, *, checks_tensors: bool) -> Checkpoint | None:
         """Return the checkpoint to resume from, if any. Raises UserError if it or the output folder has another run."""
         options, world = self.options, self.world
         found = world.peers.together(lambda: identity_of_folder(self.output_dir))
@@ -176,23 +186,21 @@ class Run:
         self.left_out = world.peers.together(lambda: left_out_of(self.output_dir, self.identity))
         if world.is_main:
             self.upkeep.sweep()
-        hint = new_folder_hint(options, self.output_dir)
-        checkpoint = self.second.find(lambda: self._find_here(options.resume), self.identity, hint=hint)
+        find, resume, hint = self._find_here, options.resume, new_folder_hint(options, self.output_dir)
+        checkpoint = self.second.find(lambda: find(resume, checks_tensors=checks_tensors), self.identity, hint=hint)
         if checkpoint is not None:
-            where = str(checkpoint.step_dir)
             saved = checkpoint.recipe.run
-            for difference in self.identity.check(saved, where, hint=hint):
+            for difference in self.identity.check(saved, str(checkpoint.step_dir), hint=hint):
                 self.display.warn(f"this resume may round differently: {difference}")
             self.identity = self.identity.in_order_of(saved)
         if self.identity.has_former_order:
-            self.data = self.data.in_former_order()
-            self.display.say("this run began in the order of batches of an earlier version, and keeps it")
+            self.data = self.data.in_former_order(say=self.display.say)
         return checkpoint
 
-    def _find_here(self, resume: str) -> Checkpoint | None:
-        peers = self.world.peers
+    def _find_here(self, resume: str, *, checks_tensors: bool = True) -> Checkpoint | None:
+        peers, display = self.world.peers, self.display
         peers.together(lambda: delete_superseded(self.output_dir, self.left_out) if self.world.is_main else None)
-        return find_checkpoint(resume, self.output_dir, peers=peers, display=self.display)
+        return find_checkpoint(resume, self.output_dir, peers=peers, display=display, checks_tensors=checks_tensors)
 
     def _assemble(self, checkpoint: Checkpoint | None) -> None:
         """Build the model and its strategy, and restore a checkpoint (None: start with the initial weights)."""
@@ -202,13 +210,15 @@ class Run:
             strategy_name=self.strategy_name,
             settings=self.settings,
             precision_name=self.precision.name,
-            run_digest=_digest(self.identity.identity),
+            run_digest=self.identity.digest(),
             step=checkpoint.step if checkpoint is not None else 0,
             is_resumed=checkpoint is not None,
             init=self.init,
         )
         self.strategy = self.assembly.strategy
-        self.position = restore(checkpoint, self.assembly, self.options, self.data, warn=self.display.warn)
+        self.position = restore(
+            checkpoint, self.assembly, self.options, self.data, peers=self.world.peers, warn=self.display.warn
+        )
         known = self.position.left_out
         self.left_out = self.position.left_out = [*known, *(each for each in self.left_out if each not in known)]
 
@@ -239,7 +249,7 @@ class Run:
             last_step=self.data.last_step,
             requests=self.requests,
             hooks=Hooks(
-                on_step=self.recorder.on_step,
+                on_step=self._on_step,
                 on_left_out=self.recorder.on_left_out,
                 on_evaluating=self.recorder.on_evaluating,
                 on_evaluation=self.recorder.on_evaluation,
@@ -255,11 +265,14 @@ class Run:
                 check_loss(recipe, model, batches, precision=self.precision, device=world.device, warn=warn)
 
     def _write_run(self) -> None:
-        record = run_record(self.identity, self.options, self.world.size, self.strategy_name)
-        if max(self.data.last_step, self.position.step) > self.data.num_steps:
-            record["extended_to_steps"] = max(self.data.last_step, self.position.step)
-        if self.left_out:
-            record["left_out"] = [asdict(each) for each in self.left_out]
+        record = run_record(
+            self.identity,
+            self.options,
+            self.world.size,
+            self.strategy_name,
+            extended_to=self.data.extended_to(self.position.step),
+            left_out=self.left_out,
+        )
         self.world.peers.together(lambda: self._write_record(record) if self.world.is_main else None)
 
     def _write_record(self, record: dict[str, Any]) -> None:
@@ -274,6 +287,7 @@ class Run:
         end = min(self.data.last_step, self.options.stop_at_step or self.data.last_step)
         with ExitStack() as records:
             self.world.peers.together(lambda: self._open_records(records, end) if self.world.is_main else None)
+            records.callback(self.saver.close)  # first: it needs the records
             # Weights and two values of the optimizer, until a save is measured.
             self.requests.time_left.assume_save_of(12 * self.assembly.num_elements // self.world.size)
             unfreeze_at = self.options.unfreeze_at_step
@@ -306,6 +320,9 @@ class Run:
             f"{back}: going back to step {start}, and from there on without the global "
             f"{f'batches of steps {first} to {back.step}' if first < back.step else f'batch of step {back.step}'}"
         )
+        self._rebuild(checkpoint)
+
+    def _rebuild(self, checkpoint: Checkpoint | None) -> None:
         del self.trainer, self.strategy, self.assembly  # free memory for the next
         self._assemble(checkpoint)
         self._build_trainer()
@@ -337,23 +354,18 @@ class Run:
     def _unfreeze(self) -> None:
         """Continue with all parameters trainable, exactly as a resume from this step's checkpoint would."""
         assert self.saver.last_saved is not None
-        checkpoint = open_checkpoint(self.saver.last_saved, peers=self.world.peers)
-        del self.trainer, self.strategy, self.assembly  # free memory for the next
-        self._assemble(checkpoint)
+        self._rebuild(open_checkpoint(self.saver.last_saved, peers=self.world.peers))
         self.display.say(f"step {self.position.step}: unfroze all parameters")
         self.display.parameters(self.assembly.rows)
-        self._build_trainer()
+
+    def _on_step(self, step: int, report: StepReport) -> None:
+        self.recorder.on_step(step, report)
+        self.saver.poll()
 
     def save(self, position: Position) -> None:
         """Save a checkpoint of the current state; a save that fails only causes a warning. All ranks."""
-        begun = time.monotonic()
         with phase(SAVING):
             self.saver.save(position, self.assembly)
-        self.requests.time_left.save_took(time.monotonic() - begun)
-
-    def _steps_text(self) -> str:
-        extended_to = max(self.data.last_step, self.position.step)
-        return f"{self.data.num_steps}" + (f", extended to {extended_to}" if extended_to > self.data.num_steps else "")
 
     def _show_start(self) -> None:
         for text in self.notes.warnings:  # about the data
@@ -367,7 +379,7 @@ class Run:
             world=self.world,
             strategy_name=self.strategy_name,
             precision_name=self.precision.name,
-            steps=self._steps_text(),
+            steps=self.data.steps_text(self.position.step),
             fold=self.fold,
             notes=self.notes,
             checkpoint=self.resumed,
@@ -386,7 +398,3 @@ class Run:
         if self.world.is_main:
             show_result(self.display, result, self.recipe, best_step=self.position.best_step)
         return result
-
-
-def _digest(record: Mapping[str, Any]) -> int:
-    return xxhash.xxh3_64_intdigest(json.dumps(record).encode()) >> 1

@@ -36,7 +36,8 @@ class TimeLeft:
         `say` and `warn` get a message, once, when a save has been measured.
         """
         self.grace_s = grace_s
-        self.save_s = self._longest_s = 0.0
+        self.save_s = self._longest_s = self._stood_s = 0.0
+        self.is_saving = False
         self._step_s = 0.0
         self._mtbf_s = mtbf_s
         self._say = say
@@ -65,9 +66,13 @@ class TimeLeft:
         """Assume how long a save of this rank's `num_bytes` takes, until one is measured."""
         self.save_s = self.save_s or num_bytes / ASSUMED_BYTES_PER_S
 
-    def save_took(self, seconds: float) -> None:
-        """Remember the slowest save."""
+    def save_begins(self) -> None:
         self._saved_at = time.monotonic()
+        self.is_saving = True
+
+    def save_took(self, seconds: float, stood_s: float) -> None:
+        """Remember the slowest save, and for how long the training has stood still at most."""
+        self.is_saving = False
         is_first = not self._longest_s
         if seconds > self.grace_s >= self._longest_s and self.grace_s:
             self._warn(
@@ -75,10 +80,12 @@ class TimeLeft:
                 f"to stop may be killed before it has saved. Have the cluster wait longer, and say so with --grace-s"
             )
         self._longest_s = self.save_s = max(seconds, self._longest_s)
+        self._stood_s = max(stood_s, self._stood_s)
         if is_first and self._mtbf_s:
             self._say(
-                f"saving about every {duration_text(self.save_interval_s)}: a save takes {duration_text(seconds)}, and "
-                f"one failure is expected per {duration_text(self._mtbf_s)} (--mtbf)"
+                f"saving about every {duration_text(self.save_interval_s)}: the training stands still for "
+                f"{duration_text(stood_s)} in a save, and one failure is expected per {duration_text(self._mtbf_s)} "
+                f"(--mtbf)"
             )
 
     def step_begins(self) -> None:
@@ -90,11 +97,21 @@ class TimeLeft:
 
     @property
     def save_interval_s(self) -> float:
-        """Return the best time between saves: what they cost, and what failures do, is least (J. T. Daly, 2006)."""
-        if self.save_s >= 2 * self._mtbf_s:
+        """Return the best time between saves: what they cost, and what failures do, is least (J. T. Daly, 2006).
+
+        One save ends before the next.
+        """
+        cost_s = self._stood_s or self.save_s
+        if cost_s >= 2 * self._mtbf_s:
             return self._mtbf_s
-        part = self.save_s / (2 * self._mtbf_s)
-        return math.sqrt(2 * self.save_s * self._mtbf_s) * (1 + math.sqrt(part) / 3 + part / 9) - self.save_s
+        part = cost_s / (2 * self._mtbf_s)
+        best_s = math.sqrt(2 * cost_s * self._mtbf_s) * (1 + math.sqrt(part) / 3 + part / 9) - cost_s
+        return max(best_s, self.save_s)
+
+    @property
+    def _saves_s(self) -> float:
+        """Return how long a save takes at most, after the one that is under way."""
+        return (1 + self.is_saving) * self.save_s
 
     def is_save_due(self) -> bool:
         """Return whether the best time since the last save has passed."""
@@ -102,7 +119,7 @@ class TimeLeft:
 
     def is_over(self) -> bool:
         """Return whether --max-time, or the job, has no room for one more step and a save."""
-        return bool(self._end) and time.monotonic() + MARGIN * (self._step_s + self.save_s) > self._end
+        return bool(self._end) and time.monotonic() + MARGIN * (self._step_s + self._saves_s) > self._end
 
     def is_short(self, asked_at: float | None) -> bool:
         """Return whether the rest of the current step and a save take longer than what is left.
@@ -112,7 +129,7 @@ class TimeLeft:
         now = time.monotonic()
         ends = [end for end in (self._end, asked_at + self.grace_s if asked_at is not None else 0.0) if end]
         rest = max(0.0, MARGIN * self._step_s - (now - self._step_began)) if self._step_s else self.grace_s
-        return bool(ends) and now + rest + MARGIN * self.save_s > min(ends)
+        return bool(ends) and now + rest + MARGIN * self._saves_s > min(ends)
 
 
 def _age_s() -> float:

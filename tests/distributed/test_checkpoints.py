@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from shardlaunch import UserError
-from shardlaunch.checkpoints.gather import gather
-from shardlaunch.checkpoints.layout import plan_files
+from shardlaunch.checkpoints.manifest import DamagedCheckpoint
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
 from shardlaunch.checkpoints.records import Position
-from shardlaunch.checkpoints.state import MODEL, Fragment, TensorSpec, fragments_by_key
+from shardlaunch.checkpoints.shares import share_of
+from shardlaunch.checkpoints.state import MODEL, ONLY, Fragment, Replica, TensorSpec
 from shardlaunch.checkpoints.writer import save
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.world import connect, disconnect
@@ -33,9 +33,12 @@ def _tensors() -> dict[str, torch.Tensor]:
 
 
 def _fragments(how: str, rank: int, num_ranks: int) -> list[Fragment]:
-    """Return a rank's fragments: whole tensors, equal shards, random cuts, overlapping ones, or all on the last."""
+    """Return a rank's fragments: whole tensors, equal shards, random cuts, two replicas, or all on the last."""
     random = np.random.default_rng(1)
     fragments = []
+    replica = ONLY if how != "whole" else None
+    if how == "replicas":  # ranks 0 and 1 hold the same, and so on
+        replica = Replica(rank % 2, 2)
     for name, tensor in _tensors().items():
         n = tensor.numel()
         cuts = [0, *sorted(random.integers(0, n + 1, num_ranks - 1).tolist()), n]
@@ -44,17 +47,19 @@ def _fragments(how: str, rank: int, num_ranks: int) -> list[Fragment]:
             "whole": (0, n),
             "shards": (min(n, rank * size), min(n, (rank + 1) * size)),
             "cuts": (cuts[rank], cuts[rank + 1]),
-            "overlapping": (cuts[rank], n),
+            "replicas": (n * (rank // 2) // (num_ranks // 2), n * (rank // 2 + 1) // (num_ranks // 2)),
             "last": (0, n) if rank == num_ranks - 1 else (n, n),
         }[how]
         spec = TensorSpec(name=name, section=MODEL, shape=tuple(tensor.shape), dtype=tensor.dtype)
-        fragments.append(Fragment(spec=spec, flat_start=start, flat_end=end, tensor=tensor.reshape(-1)[start:end]))
+        held = tensor.reshape(-1)[start:end]
+        fragments.append(Fragment(spec=spec, flat_start=start, flat_end=end, tensor=held, replica=replica))
     return fragments
 
 
 def _save(folder: Path, fragments: list[Fragment], peers: Peers) -> Path:
+    share = share_of(fragments, rank=peers.rank, num_ranks=peers.num_ranks)
     position = Position(step=1)
-    return save(folder, position=position, state=fragments, export=lambda staging: None, aliases={}, peers=peers)
+    return save(folder, position=position, share=share, export=lambda staging: None, aliases={}, peers=peers)
 
 
 def _save_and_read(folder: Path, hows: list[str]) -> None:
@@ -63,42 +68,50 @@ def _save_and_read(folder: Path, hows: list[str]) -> None:
         _save(folder / how, _fragments(how, world.rank, world.size), world.peers)
         checkpoint = open_checkpoint(folder / how / "step-00000001", peers=world.peers)
         tensors = _tensors()
-        for fragment in _fragments("cuts", world.rank, world.size):
-            shard = checkpoint.read(fragment.spec, fragment.flat_start, fragment.flat_end)
+        for fragment in _fragments(hows[0], world.rank, world.size):
+            shard = checkpoint.read(fragment.spec, fragment.flat_start, fragment.flat_end, fragment.replica or ONLY)
             assert torch.equal(shard, tensors[fragment.spec.name].reshape(-1)[fragment.flat_start : fragment.flat_end])
+        checkpoint.verify_read(world.peers)
+        hows = hows[1:] + hows[:1]
     disconnect(world)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_any_sharding_becomes_the_same_files(num_ranks: int, tmp_path: Path) -> None:
-    hows = ["whole", "shards", "cuts", "overlapping", "last"]
+    hows = ["whole", "shards", "cuts", "last", *(["replicas"] if num_ranks % 2 == 0 else [])]
     run_on_ranks(num_ranks, _save_and_read, tmp_path, hows)
     manifests = {(tmp_path / how / "step-00000001" / "manifest.json").read_text() for how in hows}
     assert len(manifests) == 1, "the files' digests do not say who held what"
 
 
-def _gather_in_small_buckets(how: str, bucket_bytes: int) -> None:
+def _read_damaged(folder: Path, how: str, key: str) -> str:
+    """Return the error of a rank that reads its shards, after a bit of one has changed beneath it."""
     world = connect(read_environment())
-    fragments = fragments_by_key(_fragments(how, world.rank, world.size))
-    files = plan_files([fragment.spec for fragment in fragments.values()], world.size)
-    received: dict[str, bytes] = {file.file_name: b"" for file in files if file.owner == world.rank}
-    for file, chunks in gather(files, fragments, world.peers, bucket_bytes=bucket_bytes):
-        assert sum(len(chunk) for chunk in chunks) <= bucket_bytes
-        received[file.file_name] += b"".join(chunks)
-    tensors = _tensors()
-    for file in files:
-        if file.owner == world.rank:
-            flat = [tensors[spec.name].reshape(-1).view(torch.uint8).numpy().tobytes() for spec in file.specs]
-            assert received[file.file_name] == b"".join(flat)
+    step_dir = _save(folder, _fragments("whole", world.rank, world.size), world.peers)
+    checkpoint = open_checkpoint(step_dir, peers=world.peers)
+    if world.is_main:
+        path = step_dir / "model-00001-of-00001.safetensors"
+        data = bytearray(path.read_bytes())
+        data[checkpoint._offsets[next(spec for spec in checkpoint.specs() if spec.key == key)]] ^= 4
+        path.write_bytes(data)
+    world.peers.together(lambda: None)
+    for fragment in _fragments(how, world.rank, world.size):
+        checkpoint.read(fragment.spec, fragment.flat_start, fragment.flat_end, fragment.replica or ONLY)
+    with pytest.raises(DamagedCheckpoint) as caught:
+        checkpoint.verify_read(world.peers)
+    checkpoint.verify_read(world.peers)  # nothing is read since
     disconnect(world)
+    return str(caught.value)
 
 
-@pytest.mark.parametrize("how", ["cuts", "last"])
-def test_no_message_is_larger_than_a_bucket(how: str) -> None:
-    run_on_ranks(3, _gather_in_small_buckets, how, 1 << 10)
+@pytest.mark.parametrize("how", ["whole", "shards", "replicas", "last"])
+def test_damage_that_one_rank_reads_is_known_to_all(how: str, tmp_path: Path) -> None:
+    answers = run_on_ranks(4, _read_damaged, tmp_path, how, "t4")
+    assert len(set(answers)) == 1
+    assert "the digest of t4 differs" in answers[0]
 
 
-def _gather_with_a_gap(_: Path) -> str:
+def _save_with_a_gap(_: Path) -> str:
     world = connect(read_environment())
     fragments = _fragments("shards", world.rank, world.size)
     try:
@@ -110,8 +123,8 @@ def _gather_with_a_gap(_: Path) -> str:
 
 def test_a_state_with_a_gap_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    answers = run_on_ranks(2, _gather_with_a_gap, tmp_path)
-    assert all("no rank has element 0 of 12" in answer for answer in answers), answers
+    answers = run_on_ranks(2, _save_with_a_gap, tmp_path)
+    assert all("t4: 1056 elements written, of 2112" in answer for answer in answers), answers
 
 
 def _save_with_a_full_rank(folder: Path) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, TensorSpec
+from shardlaunch.checkpoints.state import MODEL, ONLY, OPTIMIZER, Replica, TensorSpec
 from shardlaunch.launcher.optimization.optimizers import decay_groups
 from shardlaunch.sharding.zero import Zero, Zero1, Zero2, Zero3
 
@@ -76,7 +76,7 @@ class Reader:
             for (name, entry), tensor in self.tensors.items()
         ]
 
-    def read(self, spec: TensorSpec, flat_start: int, flat_end: int) -> torch.Tensor:
+    def read(self, spec: TensorSpec, flat_start: int, flat_end: int, replica: Replica = ONLY) -> torch.Tensor:
         self.asked.append((spec.name, spec.entry))
         return self.tensors[spec.name, spec.entry].reshape(-1)[flat_start:flat_end].clone()
 

@@ -140,6 +140,10 @@ class Disk:
             case "write":
                 assert isinstance(what, File), call
                 what.write(call.offset, call.data)
+            case "resize":
+                assert isinstance(what, File), call
+                assert call.offset >= len(what.seen), f"{call}: cuts a file"
+                what.write(call.offset, b"")
             case "fsync":
                 assert what is not None, call
                 what.sync()

@@ -23,6 +23,7 @@ import torch
 import xxhash
 
 from shardlaunch import UserError, fit
+from shardlaunch.checkpoints.digests import crc64nvme
 from shardlaunch.checkpoints.layout import CHECKPOINTS, MANIFEST, RECIPE, TRAINER_STATE, step_dir_name
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import newest_complete, newest_valid
@@ -96,7 +97,13 @@ class Target:
             return
         if changed is not None:
             data = changed.read_bytes()
-            body["files"][changed.name] = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+            body["files"][changed.name] = {"bytes": len(data), "crc64nvme": f"{crc64nvme(data):016x}"}
+        if body.get("version") in (1, 2, 3):
+            for name in body["files"]:
+                data = (self.step_dir / name).read_bytes()
+                body["files"][name] = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+            for tensor in body["tensors"]:
+                tensor.pop("crc64nvme", None)
         body.pop("xxh3_128", None)
         text = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
         (self.step_dir / MANIFEST).write_text(json.dumps({**body, "xxh3_128": xxhash.xxh3_128_hexdigest(text)}))

@@ -126,6 +126,27 @@ static int begin_open(int dir, const char *path, int flags, char *whole) {
   }
 OPENS(open) OPENS(open64) OPENS_AT(openat) OPENS_AT(openat64)
 
+/* C++ streams (torch.save) open files by these, and write to their descriptors. */
+#define FOPENS(function)                                                                   \
+  FILE *function(const char *path, const char *how) {                                      \
+    REAL(FILE *, #function, const char *, const char *)                                    \
+    char whole[LONGEST];                                                                   \
+    int flags = *how == 'r' ? (strchr(how, '+') ? O_RDWR : O_RDONLY)                       \
+                            : O_CREAT | O_WRONLY | (*how == 'w' ? O_TRUNC : O_APPEND);     \
+    int is = begin_open(AT_FDCWD, path, flags, whole);                                     \
+    if (is == 1) return NULL;                                                              \
+    FILE *file = real(path, how);                                                          \
+    if (file) keep(fileno(file), is == 0 ? whole : NULL);                                  \
+    return file;                                                                           \
+  }
+FOPENS(fopen) FOPENS(fopen64)
+
+int fclose(FILE *file) {
+  REAL(int, "fclose", FILE *)
+  keep(fileno(file), NULL);
+  return real(file);
+}
+
 int close(int fd) { /* not counted: Linux closes also where it reports an error */
   REAL(int, "close", int)
   keep(fd, NULL);
@@ -162,6 +183,17 @@ ssize_t write(int fd, const void *data, size_t size) {
     if (fate == SHORT) return real(fd, data, size / 2);
   }
   return real(fd, data, size);
+}
+
+/* Taken for one write of its first part. */
+ssize_t writev(int fd, const struct iovec *parts, int count) {
+  REAL(ssize_t, "writev", int, const struct iovec *, int)
+  if (path_of(fd) && count > 0) {
+    int fate = counted("write", path_of(fd), NULL, -1, NULL, parts[0].iov_len, 1);
+    if (fate == FAIL) return -1;
+    if (fate == SHORT) return real(fd, parts, 1);
+  }
+  return real(fd, parts, count);
 }
 
 #define WRITES_AT(function, offset_type)                                                   \

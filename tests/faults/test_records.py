@@ -17,6 +17,7 @@ from shardlaunch.checkpoints.layout import CHECKPOINTS, MANIFEST, TRAINER_STATE,
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import newest_complete, newest_valid, open_checkpoint, open_path
 from shardlaunch.checkpoints.records import as_meant, to_json
+from shardlaunch.checkpoints.verifying import verify
 from shardlaunch.checkpoints.weight_files import open_weights
 from shardlaunch.errors import printable, some
 from shardlaunch.launcher.reporting.display import Display
@@ -24,6 +25,7 @@ from shardlaunch.launcher.reporting.tracking import MetricsLog, read_metrics
 from shardlaunch.launcher.runs.result import Result
 from tests.faults.records import BEFORE, INDEX, NEWEST, OPTIONS, Target, run
 from tests.recipes import NetRecipe
+from tests.unit.checkpoints.saved import flip
 
 ALONE = Peers()
 
@@ -141,12 +143,12 @@ def _without_optimizer(target: Target, *, version: int, recount: bool = False) -
 
 
 def test_a_checkpoint_without_optimizer_state_is_not_resumed_silently(target: Target, tmp_path: Path) -> None:
-    _without_optimizer(target, version=3)
+    _without_optimizer(target, version=4)
     with pytest.raises(UserError, match=r"lists other tensors than the \{.*'optimizer': \d+\} that were saved"):
         open_checkpoint(target.step_dir, peers=ALONE)
-    for version in (3, 2):
+    for version in (4, 3, 2):
         target.restore()
-        _without_optimizer(target, version=version, recount=version == 3)
+        _without_optimizer(target, version=version, recount=version >= 3)
         copy = Path(shutil.copytree(target.run_dir, tmp_path / str(version)))
         with pytest.warns(UserWarning, match="holds no optimizer state, so that AdamW starts anew"):
             fit(NetRecipe, output_dir=copy, **OPTIONS)
@@ -163,6 +165,16 @@ def test_checkpoints_of_earlier_versions_are_read(target: Target) -> None:
     position = expected.position
     path, state = target.step_dir / MANIFEST, target.step_dir / TRAINER_STATE
     body = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**body, "version": 3}))
+    target.sign()
+    third = open_checkpoint(target.step_dir, peers=ALONE, checks_tensors=False)
+    assert (third.manifest.tensors, third.position) == (expected.manifest.tensors, position)
+    for spec in expected.specs():
+        assert torch.equal(third.read(spec, 0, spec.num_elements), expected.read(spec, 0, spec.num_elements))
+    flip(target.weights)
+    with pytest.raises(UserError, match="digest"):  # without digests of tensors all is checked at once
+        open_checkpoint(target.step_dir, peers=ALONE, checks_tensors=False)
+    flip(target.weights)
     del body["num_tensors"]
     path.write_text(json.dumps({**body, "version": 2}))
     target.sign()
@@ -179,6 +191,18 @@ def test_checkpoints_of_earlier_versions_are_read(target: Target) -> None:
     target.sign(state)
     first = open_checkpoint(target.step_dir, peers=ALONE)
     assert (first.manifest.tensors, first.position) == (expected.manifest.tensors, position)
+
+
+def test_a_digest_of_a_tensor_that_is_not_its_own_makes_a_checkpoint_damaged(target: Target) -> None:
+    path = target.step_dir / MANIFEST
+    body = json.loads(path.read_bytes())
+    body["tensors"][0]["crc64nvme"] = f"{1:016x}"
+    path.write_text(json.dumps(body))
+    target.sign()
+    for checks_tensors in (True, False):
+        with pytest.raises(UserError, match="manifest"):
+            open_checkpoint(target.step_dir, peers=ALONE, checks_tensors=checks_tensors)
+    assert "its tensors" in verify(target.step_dir).damages[0].what
 
 
 def test_a_file_beside_the_manifests_own_is_not_read(target: Target) -> None:

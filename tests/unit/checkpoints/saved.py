@@ -9,6 +9,7 @@ import torch
 from shardlaunch.checkpoints.names import RECIPE
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.records import Position, to_json
+from shardlaunch.checkpoints.shares import share_of
 from shardlaunch.checkpoints.state import OPTIMIZER, Fragment, whole
 from shardlaunch.checkpoints.writer import save
 
@@ -54,7 +55,9 @@ def save_step(
             (folder / name).write_text(text)
 
     where = Position(step=step, **(position or {}))
-    return save(checkpoints_dir, position=where, state=state, export=export, aliases=aliases or {}, peers=Peers())
+    return save(
+        checkpoints_dir, position=where, share=share_of(state), export=export, aliases=aliases or {}, peers=Peers()
+    )
 
 
 def flip(path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
 from shardlaunch.checkpoints.records import Position
 from shardlaunch.checkpoints.retention import prune, sweep
+from shardlaunch.checkpoints.shares import own_pieces, share_of
 from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, Fragment, TensorSpec, whole
 from shardlaunch.checkpoints.writer import save
 
@@ -46,7 +48,7 @@ def _save(folder: Path, step: int, *, is_evaluation_due: bool = False) -> Path:
     return save(
         folder,
         position=Position(step=step, is_evaluation_due=is_evaluation_due),
-        state=_state(),
+        share=share_of(_state()),
         export=_export,
         aliases={"head.weight": "layer.weight"},
         peers=ALONE,
@@ -168,7 +170,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match=r"step 4 was not saved.*No space left"):
-        save(tmp_path, position=Position(step=4), state=_state(), export=export, aliases={}, peers=ALONE)
+        save(tmp_path, position=Position(step=4), share=share_of(_state()), export=export, aliases={}, peers=ALONE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -213,17 +215,41 @@ def test_retention(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_owners_have_equal_bytes_and_every_tensor_one_file() -> None:
+def test_files_are_of_a_size_and_every_tensor_is_in_one() -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(1, 1000, (60,), generator=generator).tolist()
     specs = [TensorSpec(name=f"t{i}", section=MODEL, shape=(n,), dtype=torch.float32) for i, n in enumerate(sizes)]
-    files = plan_files(specs, 4)
-    assert sorted(spec.name for file in files for spec in file.specs) == sorted(spec.name for spec in specs)
+    files = plan_files(specs, file_bytes=5000)
+    assert [spec.name for file in files for spec in file.specs] == [spec.name for spec in specs]
     num_bytes = [sum(spec.num_bytes for spec in file.specs) for file in files]
-    assert max(num_bytes) - min(num_bytes) < 4 * max(sizes)
-    assert files[0].file_name == "model-00001-of-00004.safetensors"
-    few = plan_files(specs[:2], 4)
-    assert [file.file_name[-len("00002-of-00002.safetensors") :] for file in few][1] == "00002-of-00002.safetensors"
+    assert max(num_bytes) <= 5000
+    assert all(n + after.specs[0].num_bytes > 5000 for n, after in zip(num_bytes, files[1:], strict=False))
+    assert files[0].file_name == f"model-00001-of-{len(files):05d}.safetensors"
+    (alone,) = plan_files(specs[:1], file_bytes=1)
+    assert alone.num_bytes == len(alone.header) + specs[0].num_bytes
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7, 64])
+def test_ranks_that_hold_the_same_write_equal_shares(num_ranks: int) -> None:
+    """Of tensors of all sizes and dtypes, over weights and optimizer together."""
+    dtypes = [torch.float32, torch.bfloat16, torch.int64, torch.bool]
+    shapes = [(999,), (), (3, 5), (0, 4), (70,), (1,), (400, 3)]
+    fragments = [
+        whole(f"t{i}", torch.zeros(shape, dtype=dtypes[i % 4]), section=section, entry=entry)
+        for section, entry in ((MODEL, ""), (OPTIMIZER, "exp_avg"))
+        for i, shape in enumerate(shapes * 5)
+    ]
+    shares = [own_pieces(fragments, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    of_each = {fragment.spec.key: [(0, 0)] for fragment in fragments}
+    for share in shares:
+        for piece in share:
+            of_each[piece.spec.key].append((piece.start, piece.end))
+    for fragment in fragments:
+        ranges = sorted(of_each[fragment.spec.key])
+        assert all(before[1] == after[0] for before, after in pairwise(ranges))
+        assert ranges[-1][1] == fragment.spec.num_elements
+    num_bytes = [sum((one.end - one.start) * one.values.element_size() for one in share) for share in shares]
+    assert max(num_bytes) - min(num_bytes) <= 4 * 8
 
 
 def test_names() -> None:

@@ -12,6 +12,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from shardlaunch import UserError
+from shardlaunch.checkpoints.digests import crc64nvme
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.records import Position, to_json
 from shardlaunch.checkpoints.state import whole
@@ -46,7 +47,7 @@ def _sign(step_dir: Path, name: str) -> None:
     """Write the digest of a changed file into the manifest."""
     body = json.loads((step_dir / "manifest.json").read_bytes())
     data = (step_dir / name).read_bytes()
-    body["files"][name] = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+    body["files"][name] = {"bytes": len(data), "crc64nvme": f"{crc64nvme(data):016x}"}
     body.pop("xxh3_128")
     text = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
     (step_dir / "manifest.json").write_text(json.dumps({**body, "xxh3_128": xxhash.xxh3_128_hexdigest(text)}))

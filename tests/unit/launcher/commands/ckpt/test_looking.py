@@ -106,7 +106,7 @@ def test_what_is_no_run_is_refused_in_one_message(
 
 def _version_9(step_dir: Path) -> None:
     manifest = step_dir / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"version": 3', '"version": 9'))
+    manifest.write_text(manifest.read_text().replace('"version": 4', '"version": 9'))
 
 
 def _pipe(step_dir: Path) -> None:
