@@ -59,10 +59,10 @@ def test_another_run_in_the_former_order_is_refused(tmp_path: Path, monkeypatch:
 
 
 def _in_former_order(find: Any) -> Any:
-    def find_in_former_order(run: Run) -> Checkpoint | None:
+    def find_in_former_order(run: Run, **kwargs: Any) -> Checkpoint | None:
         run.identity = run.identity.in_order_of(IdentityRecord(identity={FORMER: ""}, warn={}))
         run.data = run.data.in_former_order()
-        checkpoint: Checkpoint | None = find(run)
+        checkpoint: Checkpoint | None = find(run, **kwargs)
         return checkpoint
 
     return find_in_former_order
