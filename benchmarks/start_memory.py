@@ -5,7 +5,7 @@
 
 A start is building the model, spreading it and giving it its first weights, without data and steps. Weights are
 pretrained (a folder that save_pretrained wrote, in fp32 and in bf16), or all drawn. Libraries are warm: each process
-starts a tiny model first. "shard + module" is what a process needs at least: its part of the fp32 weights, and the
+starts a tiny model first. "shard + module" is what a process may hold at once: its part of the fp32 weights, and the
 largest module, which is made or gathered as a whole; "held" is what it has when it has started (DeepSpeed's ZeRO 3
 then has its gradients and the optimizer's state too).
 """

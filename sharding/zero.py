@@ -281,9 +281,12 @@ def _materialise(model: nn.Module, config: dict[str, Any]) -> None:
     # differently, which shows under autocast; so its forward pass is set to torch's.
     linear.LinearFunctionForZeroStage3.forward = staticmethod(_linear)
     init = EmptyInit(module=nn.Module(), config_dict_or_path=config, dtype=torch.float32)
+    # All in the same memory: pieces of it freed between the shards would not be given back.
+    most = max(parameter.numel() for parameter in model.parameters())
+    memory = torch.empty(most, dtype=torch.float32, device=init.local_device)
     for parameter in model.parameters():
         if parameter.is_meta:
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=init.local_device)
+            empty = memory[: parameter.numel()].view(parameter.shape)
             real = nn.Parameter(empty, requires_grad=parameter.requires_grad)
             real.__dict__.update(parameter.__dict__)
             torch.utils.swap_tensors(parameter, real)
