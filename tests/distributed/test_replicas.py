@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,32 +23,38 @@ OPTIONS: dict[str, Any] = {
     "replicate_every": 2,
     "threads_per_rank": 1,
     "tracker": "none",
-    "eval_every": 0,
+    "save_on_best": False,
     "keep": 0,
     "strategy": "fsdp2",
 }
 
 
-class Fails(NetRecipe):
-    """Ends in its sixth step, after a checkpoint of step 3 and a copy of step 4."""
+class Replicated(NetRecipe):
+    """May end in its sixth step, after a checkpoint of step 3 and a copy of step 4."""
+
+    ends_in = -1
 
     def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
-        if self.moment.step == 5:
+        if self.moment.step == self.ends_in:
             raise RuntimeError("as if killed")
         return super().loss(outputs, batch)
 
 
-def _on_its_own_machine(folder: Path, recipe: type[NetRecipe], run_dir: Path) -> list[str]:
+def _on_its_own_machine(folder: Path, run_dir: Path, ends_in: int) -> list[str]:
     """Train with each rank as the only one of a machine, and return the warnings."""
     rank = os.environ["RANK"]
-    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", SHARDLAUNCH_MEMORY_DIR=str(folder / f"machine-{rank}"))
-    if recipe is Fails:
+    socket.gethostname = lambda: f"machine-{rank}"
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+    os.environ["SHARDLAUNCH_MEMORY_DIR"] = str(folder / f"machine-{rank}")
+    Replicated.ends_in = ends_in
+    if ends_in > 0:
         with pytest.raises(RuntimeError, match="as if killed"):
-            fit(recipe, output_dir=run_dir, **OPTIONS)
+            fit(Replicated, output_dir=run_dir, **OPTIONS)
         return []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(recipe, output_dir=run_dir, **OPTIONS)
+        fit(Replicated, output_dir=run_dir, **OPTIONS)
     return [str(warning.message) for warning in caught]
 
 
@@ -56,7 +63,7 @@ def _parts(machine: Path) -> list[tuple[int, int, int]]:
 
 
 def _crash(folder: Path) -> Path:
-    run_on_ranks(3, _on_its_own_machine, folder, Fails, folder / "run")
+    run_on_ranks(3, _on_its_own_machine, folder, folder / "run", 5)
     assert checkpoint_steps(folder / "run" / "checkpoints") == [3]
     for rank, before in ((0, 2), (1, 0), (2, 1)):
         assert _parts(folder / f"machine-{rank}") == sorted([(4, 3, rank), (4, 3, before)])
@@ -65,7 +72,7 @@ def _crash(folder: Path) -> Path:
 
 def _assert_as_without(run_dir: Path) -> None:
     whole = run_dir.with_name("whole")
-    fit(NetRecipe, output_dir=whole, **{**OPTIONS, "replicate_every": 0, "strategy": "single"})
+    fit(Replicated, output_dir=whole, **{**OPTIONS, "replicate_every": 0, "strategy": "single"})
     assert losses(run_dir) == pytest.approx(losses(whole), abs=1e-6)
     for name, tensor in final_tensors(whole).items():
         assert torch.allclose(final_tensors(run_dir)[name], tensor, atol=1e-6)
@@ -74,7 +81,7 @@ def _assert_as_without(run_dir: Path) -> None:
 def test_a_lost_machine_comes_back_from_the_memory_of_the_next(tmp_path: Path) -> None:
     run_dir = _crash(tmp_path)
     shutil.rmtree(tmp_path / "machine-2")  # with its own part
-    assert run_on_ranks(2, _on_its_own_machine, tmp_path, NetRecipe, run_dir) == [[], []]
+    assert run_on_ranks(2, _on_its_own_machine, tmp_path, run_dir, -1) == [[], []]
     assert checkpoint_steps(run_dir / "checkpoints") == [3, 4, 6, 8]
     assert open_checkpoint(run_dir / "checkpoints" / "step-00000004", peers=Peers()).step == 4
     _assert_as_without(run_dir)
@@ -88,7 +95,7 @@ def test_a_copy_that_is_damaged_or_not_whole_is_not_used(tmp_path: Path) -> None
             data = bytearray(path.read_bytes())
             data[-1] ^= 1
             path.write_bytes(data)
-    said = run_on_ranks(2, _on_its_own_machine, tmp_path, NetRecipe, run_dir)
+    said = run_on_ranks(2, _on_its_own_machine, tmp_path, run_dir, -1)
     assert any("step 4 is not brought back from memory: " in line for line in said[0]), said
     assert checkpoint_steps(run_dir / "checkpoints") == [3, 6, 8]
     _assert_as_without(run_dir)

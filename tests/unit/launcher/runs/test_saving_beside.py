@@ -1,4 +1,4 @@
-"""Saves beside the training: of the state as it was, one at a time, whose errors are raised, and whose last is awaited."""
+"""Saves beside the training: of the state as it was, one at a time; errors are raised, the last one is awaited."""
 
 import threading
 from pathlib import Path
