@@ -125,8 +125,7 @@ class Bench:
             (step_dir,) = folder.glob("step-*")
             checkpoint = open_checkpoint(step_dir, peers=self.world.peers, checks_tensors=False)
             for fragment in self.held:
-                flat = checkpoint.read(fragment.spec, fragment.flat_start, fragment.flat_end)
-                fragment.tensor.view(-1).copy_(flat)
+                checkpoint.read_into(fragment.spec, fragment.flat_start, fragment.tensor)
             checkpoint.verify_read(self.world.peers)
 
         def save(folder: Path) -> None:

@@ -39,7 +39,7 @@ from shardlaunch.checkpoints.tensorfile import (
     TensorEntry,
     digest_file,
     read_header,
-    read_range,
+    read_range_into,
 )
 from shardlaunch.errors import UserError
 
@@ -86,12 +86,17 @@ class Checkpoint:
 
         `replica` says which one this range is of equal ones that several ranks read.
         """
-        file_name = self.manifest.tensors[spec]
-        entry = TensorEntry(shape=spec.shape, dtype=spec.dtype, offset=self._offsets[spec])
-        flat, crc = read_range(self.step_dir / file_name, entry, flat_start, flat_end)
-        if spec in self.manifest.crcs:
-            self._reads.setdefault(spec, _Reads()).add(spec, flat_start, flat_end, replica, crc)
+        flat = torch.empty(flat_end - flat_start, dtype=spec.dtype)
+        self.read_into(spec, flat_start, flat, replica)
         return flat
+
+    def read_into(self, spec: TensorSpec, flat_start: int, target: torch.Tensor, replica: Replica = ONLY) -> None:
+        """Read elements from `flat_start` on into a contiguous CPU tensor of the saved dtype."""
+        entry = TensorEntry(shape=spec.shape, dtype=spec.dtype, offset=self._offsets[spec])
+        crc = read_range_into(self.step_dir / self.manifest.tensors[spec], entry, flat_start, target)
+        if spec in self.manifest.crcs:
+            flat_end = flat_start + target.numel()
+            self._reads.setdefault(spec, _Reads()).add(spec, flat_start, flat_end, replica, crc)
 
     def verify_read(self, peers: Peers) -> None:
         """Check what was read since the checkpoint was opened: all ranks' parts of a tensor together. All ranks.

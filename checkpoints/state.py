@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -84,6 +84,22 @@ class StateReader(Protocol):
     def specs(self) -> Iterable[TensorSpec]: ...
 
     def read(self, spec: TensorSpec, flat_start: int, flat_end: int, replica: Replica = ONLY) -> torch.Tensor: ...
+
+
+@runtime_checkable
+class FillingReader(StateReader, Protocol):
+    """A reader that can read into memory which is there."""
+
+    def read_into(self, spec: TensorSpec, flat_start: int, target: torch.Tensor, replica: Replica = ONLY) -> None: ...
+
+
+def fill(reader: StateReader, spec: TensorSpec, flat_start: int, target: torch.Tensor, replica: Replica = ONLY) -> None:
+    """Read the elements from `flat_start` on into a tensor of any shape, without a copy in between where possible."""
+    is_plain = target.device.type == "cpu" and target.is_contiguous() and target.dtype == spec.dtype
+    if is_plain and isinstance(reader, FillingReader):
+        reader.read_into(spec, flat_start, target, replica)
+    else:
+        target.copy_(reader.read(spec, flat_start, flat_start + target.numel(), replica).view(target.shape))
 
 
 def specs_by_section(specs: Iterable[TensorSpec]) -> dict[str, list[TensorSpec]]:

@@ -19,7 +19,7 @@ class Place:
 
     def read(self, flat_start: int, flat_end: int) -> torch.Tensor:
         """Return elements [flat_start, flat_end): a flat CPU tensor of the stored dtype. Reads nothing else."""
-        return read_range(self.path, self.entry, flat_start, flat_end)[0]
+        return read_range(self.path, self.entry, flat_start, flat_end)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

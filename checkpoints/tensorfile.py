@@ -81,22 +81,27 @@ def read_header(path: Path, *, follows_links: bool = False) -> dict[str, TensorE
     }
 
 
-def read_range(path: Path, entry: TensorEntry, flat_start: int, flat_end: int) -> tuple[torch.Tensor, int]:
-    """Read only elements [flat_start, flat_end) of a tensor, as a flat tensor on the CPU, and return their CRC too."""
-    return retried(lambda: _read_range(path, entry, flat_start, flat_end))
-
-
-def _read_range(path: Path, entry: TensorEntry, flat_start: int, flat_end: int) -> tuple[torch.Tensor, int]:
-    item_bytes = BYTES_PER_ELEMENT[entry.dtype]
+def read_range(path: Path, entry: TensorEntry, flat_start: int, flat_end: int) -> torch.Tensor:
+    """Read only elements [flat_start, flat_end) of a tensor, as a flat tensor on the CPU."""
     flat = torch.empty(flat_end - flat_start, dtype=entry.dtype)
-    view = flat.view(torch.uint8).numpy().data
+    read_range_into(path, entry, flat_start, flat)
+    return flat
+
+
+def read_range_into(path: Path, entry: TensorEntry, flat_start: int, target: torch.Tensor) -> int:
+    """Read elements from `flat_start` on into a contiguous tensor of the CPU, and return their CRC-64/NVME."""
+    return retried(lambda: _read_range_into(path, entry, flat_start, target))
+
+
+def _read_range_into(path: Path, entry: TensorEntry, flat_start: int, target: torch.Tensor) -> int:
+    view = target.detach().view(-1).view(torch.uint8).numpy().data
+    done = crc = 0
     with open(path, "rb", buffering=0) as file, naming(path):
-        file.seek(entry.offset + flat_start * item_bytes)
-        done = crc = 0
+        file.seek(entry.offset + flat_start * BYTES_PER_ELEMENT[entry.dtype])
         while done < len(view):
             count = file.readinto(view[done : done + DIGEST_BYTES])
             if not count:
                 raise ValueError(f"{path.name}: ends before its last tensor")
             crc = crc64nvme(view[done : done + count], crc)
             done += count
-    return flat, crc
+    return crc

@@ -15,7 +15,7 @@ from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, Fragment, StateReade
 from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES
 from shardlaunch.errors import UserError, some
 from shardlaunch.sharding.buffers import persistent_buffers
-from shardlaunch.sharding.shards import fragment, local_shard, read_shard, shard_like
+from shardlaunch.sharding.shards import fill_shard, fragment, read_shard, shard_like
 
 _STAND_IN = "_shardlaunch_stand_in"
 
@@ -124,7 +124,7 @@ def restore_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, read
     targets = dict(model.named_parameters()) | persistent_buffers(model)
     check_names(weights, targets)
     for name, tensor in targets.items():
-        local_shard(tensor).copy_(read_shard(reader, weights[name], tensor))
+        fill_shard(reader, weights[name], tensor)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     position = {id(parameter): index for index, parameter in enumerate(parameters)}
     state: dict[int, dict[str, Any]] = {}

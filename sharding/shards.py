@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from shardlaunch.checkpoints.state import MODEL, ONLY, Fragment, Replica, StateReader, TensorSpec
+from shardlaunch.checkpoints.state import MODEL, ONLY, Fragment, Replica, StateReader, TensorSpec, fill
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
@@ -58,6 +58,11 @@ def read_shard(reader: StateReader, spec: TensorSpec, like: torch.Tensor) -> tor
     """Read the range of a saved tensor that is this rank's shard of `like`, in the shard's shape."""
     start, end = flat_range(like)
     return reader.read(spec, start, end, replica(like) or ONLY).reshape(local_shard(like).shape)
+
+
+def fill_shard(reader: StateReader, spec: TensorSpec, tensor: torch.Tensor) -> None:
+    """Read the range of a saved tensor that is this rank's shard of `tensor` into it."""
+    fill(reader, spec, flat_range(tensor)[0], local_shard(tensor), replica(tensor) or ONLY)
 
 
 def shard_like(shard: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardlaunch.checkpoints.state import MODEL, ONLY, OPTIMIZER, Fragment, StateReader, TensorSpec, whole
+from shardlaunch.checkpoints.state import MODEL, ONLY, OPTIMIZER, Fragment, StateReader, TensorSpec, fill, whole
 from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES
 from shardlaunch.errors import UserError
 from shardlaunch.sharding.buffers import persistent_buffers
@@ -167,9 +167,9 @@ class Partitions:
                 shard[end - start :] = 0  # padding
                 shard[: end - start] = reader.read(weights[name], start, end)
             else:
-                parameter.copy_(reader.read(weights[name], 0, parameter.numel()).view_as(parameter))
+                fill(reader, weights[name], 0, parameter)
         for name, buffer in buffers.items():
-            buffer.copy_(reader.read(weights[name], 0, buffer.numel()).view_as(buffer))
+            fill(reader, weights[name], 0, buffer)
         self._zero.refresh_fp32_params()
         if self._is_model_sharded and self._zero.persistent_parameters:  # small parameters stay gathered between steps
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
@@ -188,7 +188,7 @@ class Partitions:
                 entries[held.partition].add_scalar(spec, reader.read(spec, 0, 1).reshape(()))
             elif spec.shape == shape_of(parameter):
                 flat = entries[held.partition].flat(spec, self.masters[held.partition])
-                held.view(flat).copy_(reader.read(spec, held.start, held.end))
+                fill(reader, spec, held.start, held.view(flat))
             else:
                 raise UserError(
                     f"the checkpoint's {spec.entry} of {spec.name} has shape {list(spec.shape)}, but ZeRO needs the "
