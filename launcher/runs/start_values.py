@@ -28,7 +28,8 @@ from shardlaunch.launcher.runs.model import (
     check_weights,
     origins_of,
 )
-from shardlaunch.launcher.runs.programs import Made, Program, Programs
+from shardlaunch.launcher.runs.program import Made, Program
+from shardlaunch.launcher.runs.programs import Programs
 from shardlaunch.launcher.seeding import derive_seed, seeded
 from shardlaunch.sharding.buffers import non_persistent_buffers, persistent_buffers
 
@@ -62,8 +63,8 @@ class StartValues:
     """Why the whole model was built; empty: it was not."""
 
     def value(self, name: str) -> torch.Tensor:
-        """Return a value that is not in a file."""
-        return self.made[name].value() if name in self.made else self.tensors[name].detach()
+        """Return a value that is not in a file, on the CPU; a given one in its own dtype."""
+        return self.made[name].value() if name in self.made else self.tensors[name].detach().cpu()
 
     def digest(self) -> int:
         """Return a digest of all values, made or read one at a time."""
@@ -225,7 +226,7 @@ def _collected(
             places[own] = place
         else:
             places.pop(own, None)
-            tensors[own] = source[key].to(named[own].dtype)
+            tensors[own] = source[key]
 
     for name in weights:
         supply(name, weights.places.get(name) if isinstance(weights, StoredTensors) else None, weights, name)
