@@ -62,7 +62,7 @@ class InitialWeights:
         leader, *others = self._world.local_ranks
         group = self._world.host_group
         if self._values is not None:
-            flat = self._values.value(spec.name).reshape(-1)
+            flat = self._values.value(spec.name).to(spec.dtype).reshape(-1)
             for other in others:
                 wanted = torch.empty(2, dtype=torch.int64)
                 dist.recv(wanted, other, group=group)

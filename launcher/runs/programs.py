@@ -7,7 +7,6 @@ are those of the model built as usual, to the bit. What cannot be recorded is kn
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from shardlaunch.launcher.runs.drawn_weights import value_digest
+from shardlaunch.launcher.runs.program import Made, Program, Step, longer, mark_of, view_of
 
 _UNSET = 0xA7
 """The first and last bytes of memory from torch.empty(), to see that nobody has set it unseen, as numpy can."""
@@ -28,110 +28,6 @@ _OVERWRITING = {
     f"aten::{name}_"
     for name in ("zero", "fill", "copy", "normal", "uniform", "log_normal", "exponential", "random", "cauchy", "init")
 }
-MOST_STEPS = 1000
-"""Of one program, with all that it takes values from."""
-
-
-@dataclass(frozen=True)
-class _View:
-    """A tensor argument: a view of the program's own memory, or of another's (a snapshot of that program)."""
-
-    of: "Program | None"
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    def on(self, storage: torch.UntypedStorage | None = None) -> torch.Tensor:
-        own = storage if self.of is None else self.of.run()
-        assert own is not None
-        return torch.empty(0, dtype=self.dtype).set_(own, self.offset, self.size, self.stride)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """An operation: in place, or one whose output number `output` is the program's memory from then on."""
-
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    is_random: bool
-    state: torch.Tensor | None
-    """Of the random generator; None: of no interest, or not known because nothing was drawn meanwhile."""
-    output: int | None
-    mark: tuple[Any, ...]
-    """Equal for steps that do the same."""
-
-
-@dataclass(frozen=True)
-class Program:
-    """How a parameter gets its value."""
-
-    num_bytes: int
-    base: torch.Tensor | None = None
-    """The value that it was registered with; None: it had none."""
-    steps: tuple[_Step, ...] = ()
-    ancestors: frozenset[int] = frozenset()
-    """Memory that values were taken from."""
-    num_steps: int = 0
-    """With those of all programs that it takes values from."""
-    problem: str = ""
-
-    @property
-    def needs_draws(self) -> bool:
-        """Return whether it draws with a generator whose state is not known."""
-        others = (arg.of for step in self.steps for arg in _views(step.args, step.kwargs) if arg.of is not None)
-        return any(step.is_random and step.state is None for step in self.steps) or any(p.needs_draws for p in others)
-
-    @property
-    def mark(self) -> tuple[Any, ...]:
-        """Return what is equal for programs that do the same."""
-        return (None if self.base is None else id(self.base), *(step.mark for step in self.steps))
-
-    @torch.no_grad()
-    def run(self) -> torch.UntypedStorage:
-        """Do all steps and return the memory with the value. Moves the random generator."""
-        if self.base is not None:
-            laid_out = torch.empty_like(self.base)  # as the meta tensor is
-            storage = laid_out.copy_(self.base).untyped_storage()
-        else:
-            storage = torch.empty(self.num_bytes, dtype=torch.uint8).untyped_storage()
-        for step in self.steps:
-            args, kwargs = tree_map(
-                lambda arg: arg.on(storage) if isinstance(arg, _View) else arg,  # noqa: B023 - called at once
-                (step.args, step.kwargs),
-            )
-            if step.state is not None:
-                torch.set_rng_state(step.state)
-            result = step.func(*args, **kwargs)
-            if step.output is not None:
-                storage = (result[step.output] if isinstance(result, tuple | list) else result).untyped_storage()
-        return storage
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """What makes the value of one parameter. Equal if the values are known to be."""
-
-    _view: _View
-
-    def __eq__(self, other: object) -> bool:
-        mine, its = self._view.of, other._view.of if isinstance(other, Made) else None
-        assert mine is not None
-        if its is None or mine.mark == its.mark:
-            return its is not None
-        is_known = not any(program.needs_draws or program.problem for program in (mine, its))
-        return is_known and value_digest(self.value()) == value_digest(other.value())  # type: ignore[attr-defined]
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def value(self) -> torch.Tensor:
-        """Make the value."""
-        state = torch.get_rng_state()
-        try:
-            return self._view.on()
-        finally:
-            torch.set_rng_state(state)
 
 
 class Programs:
@@ -190,7 +86,7 @@ class Programs:
 
     def made(self, parameter: torch.Tensor) -> "Made":
         """Return what makes the value that a parameter has at present."""
-        return Made(_view(parameter, self.of(parameter)))
+        return Made(view_of(parameter, self.of(parameter)))
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do an operation that has parameters among its arguments, and note what it means for them."""
@@ -265,7 +161,7 @@ class Programs:
         if len(self._scratch) < num_bytes:
             self._scratch = torch.empty(0, dtype=torch.uint8)
             self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
-        return _view(tensor, None).on(self._scratch.untyped_storage()).zero_()
+        return view_of(tensor, None).on(self._scratch.untyped_storage()).zero_()
 
     def _write(
         self,
@@ -283,7 +179,7 @@ class Programs:
         is_whole = target.numel() * target.dtype.itemsize == old.num_bytes
         if (name or func._schema.name) in _OVERWRITING and is_whole:
             old = Program(old.num_bytes)
-        self._programs[key] = _longer(old, step, taken)
+        self._programs[key] = longer(old, step, taken)
 
     def _make(
         self, func: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, state: Any, is_random: bool
@@ -292,7 +188,7 @@ class Programs:
         for number, output in enumerate(outputs):
             if isinstance(output, torch.Tensor) and output.is_meta:
                 step, taken = self._step(func, 0, args, kwargs, state=state, is_random=is_random, output=number)
-                self._add(output, _longer(Program(_num_bytes(output)), step, taken))
+                self._add(output, longer(Program(_num_bytes(output)), step, taken))
 
     def _step(
         self,
@@ -304,7 +200,7 @@ class Programs:
         state: torch.Tensor | None,
         is_random: bool,
         output: int | None,
-    ) -> tuple[_Step, list[tuple[int, Program]]]:
+    ) -> tuple[Step, list[tuple[int, Program]]]:
         """Return a step, and the memory and programs that it takes values from."""
         taken: list[tuple[int, Program]] = []
 
@@ -315,15 +211,15 @@ class Programs:
                 return arg.detach().clone()
             key = _key(arg)
             if key == own:
-                return _view(arg, None)
+                return view_of(arg, None)
             taken.append((key, self.of(arg)))
-            return _view(arg, taken[-1][1])
+            return view_of(arg, taken[-1][1])
 
         args, kwargs = tree_map(recorded, (args, kwargs))
         # What draws differs from all before it, unless the generator's state is the same.
         drawn = () if not is_random else (next(self._counter),) if state is None else (value_digest(state),)
-        mark = (*_mark_of(func, args, kwargs), output, *drawn)
-        return _Step(func, args, kwargs, is_random, state, output, mark), taken
+        mark = (*mark_of(func, args, kwargs), output, *drawn)
+        return Step(func, args, kwargs, is_random, state, output, mark), taken
 
     def _add(self, tensor: torch.Tensor, program: Program) -> None:
         self._programs[_key(tensor)] = program
@@ -420,41 +316,6 @@ def _atomic_draws(programs: Programs) -> Iterator[None]:
         yield
     finally:
         nn.init._no_grad_trunc_normal_ = usual
-
-
-def _longer(program: Program, step: _Step, taken: Sequence[tuple[int, Program]]) -> Program:
-    ancestors = program.ancestors.union(*(other.ancestors | {key} for key, other in taken))
-    num_steps = program.num_steps + 1 + sum(other.num_steps for _, other in taken)
-    problem = program.problem or next((other.problem for _, other in taken if other.problem), "")
-    if num_steps > MOST_STEPS:
-        problem = problem or f"a parameter takes more than {MOST_STEPS} operations"
-    return replace(program, steps=(*program.steps, step), ancestors=ancestors, num_steps=num_steps, problem=problem)
-
-
-def _views(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[_View]:
-    for arg in tree_flatten((args, kwargs))[0]:
-        if isinstance(arg, _View):
-            yield arg
-
-
-def _view(tensor: torch.Tensor, of: Program | None) -> _View:
-    with torch._C.DisableTorchFunction():
-        return _View(of, tensor.dtype, tuple(tensor.size()), tuple(tensor.stride()), int(tensor.storage_offset()))
-
-
-def _mark_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what is equal for operations that do the same."""
-
-    def mark(arg: Any) -> Any:
-        if isinstance(arg, _View):
-            return (None if arg.of is None else arg.of.mark, arg.dtype, arg.size, arg.stride, arg.offset)
-        return (
-            value_digest(arg) if isinstance(arg, torch.Tensor) else arg if isinstance(arg, int | float) else repr(arg)
-        )
-
-    if func is torch.ops.aten.zero_.default:
-        func, args = torch.ops.aten.fill_.Scalar, (*args, 0)
-    return (repr(func), *map(mark, tree_flatten((args, kwargs))[0]))
 
 
 def _key(tensor: torch.Tensor) -> int:

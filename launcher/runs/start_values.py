@@ -16,7 +16,6 @@ import xxhash
 from torch import nn
 
 from shardlaunch.checkpoints.stored import Place, StoredTensors
-from shardlaunch.errors import UserError
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.runs.drawn_weights import draw, recorded_draws, value_digest
 from shardlaunch.launcher.runs.init_from import InitFrom
@@ -28,7 +27,8 @@ from shardlaunch.launcher.runs.model import (
     check_weights,
     origins_of,
 )
-from shardlaunch.launcher.runs.programs import Made, Program, Programs
+from shardlaunch.launcher.runs.program import Made, Program
+from shardlaunch.launcher.runs.programs import Programs
 from shardlaunch.launcher.seeding import derive_seed, seeded
 from shardlaunch.sharding.buffers import non_persistent_buffers, persistent_buffers
 
@@ -62,8 +62,8 @@ class StartValues:
     """Why the whole model was built; empty: it was not."""
 
     def value(self, name: str) -> torch.Tensor:
-        """Return a value that is not in a file."""
-        return self.made[name].value() if name in self.made else self.tensors[name].detach()
+        """Return a value that is not in a file, on the CPU; a given one in its own dtype."""
+        return self.made[name].value() if name in self.made else self.tensors[name].detach().cpu()
 
     def digest(self) -> int:
         """Return a digest of all values, made or read one at a time."""
@@ -82,11 +82,12 @@ def start_values(recipe: Recipe, seed: int, recorded: RecordedModel, *, init: In
     """
     try:
         return _one_at_a_time(recipe, seed, recorded, init)
-    except _NeedsWholeModel as reason:
-        whole, origins = build_model(recipe, seed, is_resumed=False, init=init)
-        check_non_persistent_buffers(non_persistent_buffers(whole), non_persistent_buffers(recorded.model))
-        tensors = dict(whole.named_parameters()) | persistent_buffers(whole)
-        return StartValues(origins=origins, tensors=tensors, whole_model_because=str(reason))
+    except _NeedsWholeModel as error:
+        reason = str(error)  # without its frames, which hold the weights
+    whole, origins = build_model(recipe, seed, is_resumed=False, init=init)
+    check_non_persistent_buffers(non_persistent_buffers(whole), non_persistent_buffers(recorded.model))
+    tensors = dict(whole.named_parameters()) | persistent_buffers(whole)
+    return StartValues(origins=origins, tensors=tensors, whole_model_because=reason)
 
 
 def record_model(recipe: Recipe, seed: int, *, draws: bool = False) -> RecordedModel:
@@ -107,9 +108,9 @@ def record_model(recipe: Recipe, seed: int, *, draws: bool = False) -> RecordedM
     try:
         with recorded_draws(mark=programs.mark) as drawn:
             model = build_empty_model(recipe, seed, programs=programs, on_built=on_built)
-    except UserError as error:  # it may work where parameters do not look as if they were on the CPU
+    except Exception as error:  # of the recipe's own, which comes again; or of what the recording does not know
         model = build_empty_model(recipe, seed)
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
         programs.problem = programs.problem or f"what the constructor does cannot be recorded ({reason})"
     has_drawn = not torch.equal(states[0], states[-1])
     return RecordedModel(model=model, programs=programs, untouched=untouched, has_drawn=has_drawn)
@@ -196,8 +197,9 @@ def _draw(recorded: RecordedModel, origins: Origins, seed: int) -> None:
     try:
         with seeded(derive_seed(seed, "model")), programs.recording():
             draw(model, set(origins.drawn), seed, keep=programs.of, restore=programs.restore)
-    except (NotImplementedError, RuntimeError) as error:
-        raise _NeedsWholeModel(f"_init_weights needs values of parameters: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise _NeedsWholeModel(f"what _init_weights does cannot be recorded ({reason})") from error
     finally:
         programs.draws = were_drawing
     check_non_persistent_buffers(before, non_persistent_buffers(model))
@@ -225,7 +227,7 @@ def _collected(
             places[own] = place
         else:
             places.pop(own, None)
-            tensors[own] = source[key].to(named[own].dtype)
+            tensors[own] = source[key]
 
     for name in weights:
         supply(name, weights.places.get(name) if isinstance(weights, StoredTensors) else None, weights, name)

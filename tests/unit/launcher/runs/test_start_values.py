@@ -22,7 +22,7 @@ from shardlaunch.sharding.world import World
 from shardlaunch.text import from_config, pretrained_weights
 
 
-def _checked(model: Any, weights: Any = dict, init: Path | None = None) -> StartValues:
+def checked_values(model: Any, weights: Any = dict, init: Path | None = None) -> StartValues:
     """Return the values of a model, after a comparison with those of the whole model; they are read in two ranges."""
     recipe = type("_", (Recipe,), {"model": lambda self: model(), "weights": lambda self: weights()})(Options())
     opened = [InitFrom.opened(init, warn=print) if init is not None else None for _ in range(2)]
@@ -69,15 +69,15 @@ class _Zoo(nn.Module):
 
 def test_what_a_constructor_does_is_done_later_to_one_parameter_at_a_time(tmp_path: Path) -> None:
     for model in (_Zoo, lambda: _Zoo().double(), lambda: _Zoo().to(torch.bfloat16)):
-        values = _checked(model)
+        values = checked_values(model)
         assert not values.whole_model_because
         assert not values.places
     head = {f"attention.{name}": tensor for name, tensor in nn.MultiheadAttention(8, 2).state_dict().items()}
     save_file({"module.tied.weight": torch.full((8, 8), 0.5, dtype=torch.float16)}, tmp_path / "init.safetensors")
     save_file(head, tmp_path / "head.safetensors")
-    values = _checked(_Zoo, lambda: stored_weights(str(tmp_path / "head.safetensors"), head))
+    values = checked_values(_Zoo, lambda: stored_weights(str(tmp_path / "head.safetensors"), head))
     assert values.places.keys() == head.keys()
-    values = _checked(_Zoo, lambda: head, tmp_path / "init.safetensors")
+    values = checked_values(_Zoo, lambda: head, tmp_path / "init.safetensors")
     assert values.places.keys() == {"linear.weight"}, "the name that the tied tensor is saved under"
 
 
@@ -121,7 +121,7 @@ def _drawn_weights() -> Mapping[str, torch.Tensor]:
     ],
 )
 def test_what_cannot_be_had_so_is_taken_from_the_whole_model_and_said(model: Any, weights: Any, reason: str) -> None:
-    values = _checked(model, weights)
+    values = checked_values(model, weights)
     assert reason in values.whole_model_because
     assert bool(values.whole_model_because) == bool(reason)
 
@@ -134,18 +134,18 @@ def test_pretrained_models_stay_in_their_files(tmp_path: Path, dtype: torch.dtyp
     config = GPT2Config(vocab_size=60, n_positions=32, n_embd=16, n_layer=2, n_head=2, pad_token_id=0)
     with torch.random.fork_rng(devices=[]):
         GPT2Model(config).to(dtype).save_pretrained(tmp_path)  # names without `transformer.`
-    values = _checked(
+    values = checked_values(
         lambda: from_config(AutoModelForCausalLM, config, tmp_path),
         lambda: pretrained_weights(AutoModelForCausalLM, tmp_path),
     )
     assert (len(values.places), list(values.made), list(values.tensors)) == (28, [], [])
     assert {place.entry.dtype for place in values.places.values()} == {dtype}
-    values = _checked(
+    values = checked_values(
         lambda: from_config(AutoModelForSequenceClassification, config, tmp_path),
         lambda: pretrained_weights(AutoModelForSequenceClassification, tmp_path),
     )
     assert (len(values.places), list(values.made)) == (28, ["score.weight"])
-    values = _checked(lambda: from_config(AutoModelForCausalLM, config, tmp_path))
+    values = checked_values(lambda: from_config(AutoModelForCausalLM, config, tmp_path))
     assert (len(values.made), values.whole_model_because) == (28, "")
 
 
@@ -171,6 +171,6 @@ def test_adapters_beside_pretrained_weights_are_made_alone(tmp_path: Path) -> No
             lambda name: f"base_model.model.{name.replace('q_proj.weight', 'q_proj.base_layer.weight')}"
         )
 
-    values = _checked(model, weights)
+    values = checked_values(model, weights)
     assert {name.rpartition(".lora_")[2] for name in values.made} == {"A.default.weight", "B.default.weight"}
     assert not values.whole_model_because
