@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -27,7 +28,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def num_elements(self) -> int:
         return prod(self.shape)
 
@@ -35,7 +36,7 @@ class TensorSpec:
     def num_bytes(self) -> int:
         return self.num_elements * BYTES_PER_ELEMENT[self.dtype]
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Return the tensor's name in its file: `name` in the model section, `entry/name` in all others."""
         return tensor_key(self.name, self.section, self.entry)

@@ -25,7 +25,7 @@ from shardlaunch.sharding.lockstep import Lockstep
 from shardlaunch.sharding.named_state import check_optimizer
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, ONE_RANK, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
-from shardlaunch.sharding.zero_order import GradientOrder, fill_gradient, gather_in_lockstep
+from shardlaunch.sharding.zero_order import GradientOrder, fill_gradient, gather_in_lockstep, release_all
 from shardlaunch.sharding.zero_partitions import Partitions
 
 BUCKET_ELEMENTS = 1 << 24  # 64 MiB of gradients are reduced at a time
@@ -75,6 +75,7 @@ class Zero(Strategy):
         self.partitions = Partitions(
             model, self._zero, self.optimizer, rank=world.rank, is_offloaded=settings.cpu_offload
         )
+        self._parameters = list(model.parameters())
         self._trained = [p for p in model.parameters() if id(p) in self.partitions.ranges]
         self._lockstep = Lockstep(model, world=world) if self.stage == 3 else None
         if self._lockstep is not None:
@@ -114,6 +115,8 @@ class Zero(Strategy):
             self._lockstep.end_backward()
         self._engine.allreduce_gradients()
         self._zero.backward_epilogue()
+        if self.stage == 3:
+            release_all(self._zero, self._parameters)
 
     def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
         """Compute the norm over all partitions, then unscale and clip in one multiplication."""

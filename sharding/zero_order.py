@@ -29,6 +29,21 @@ def gather_in_lockstep(zero: Any, lockstep: Lockstep) -> None:
     coordinator.fetch_sub_module = fetch_in_lockstep
 
 
+def release_all(zero: Any, parameters: Iterable[Any]) -> None:
+    """Let go of the parameters that a backward pass of stage 3 has left gathered, but for those that stay so.
+
+    DeepSpeed lets a module go when the gradients of its inputs are there. Where these need none, which may differ
+    between ranks, it keeps some; the next pass would gather them on the other ranks only. The small parameters that
+    stay gathered do so once it knows the order of modules; until then it lets them go too.
+    """
+    coordinator = zero.parameter_offload.get_param_coordinator()
+    keeps_small = coordinator.is_complete_trace()
+    for parameter in parameters:
+        if parameter.ds_status.name == "AVAILABLE" and not (parameter.ds_persist and keeps_small):
+            parameter.ds_active_sub_modules.clear()
+            coordinator._PartitionedParameterCoordinator__release_param(parameter)
+
+
 class GradientOrder:
     """Pass gradients to ZeRO from the last parameter to the first, each as soon as it is available and due.
 

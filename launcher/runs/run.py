@@ -347,6 +347,7 @@ class Run:
             cause = self.trainer.run(self.position, end=end)
             if is_last and not cause:
                 nothing_left_to_stop(0)
+        self.saver.wait()
         if self.position.step > start:
             self.saver.require_saved(self.position, self.assembly)
             self.replicas.forget()
