@@ -7,7 +7,7 @@ A page says between two comments what stands there, and this command fills it in
 
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
 `memory` (peaks of host memory), `start` (those while a run starts, before a change and now), `plan` (planning
-batches), `survival` (how many faults went well), `faults` (what became of each), `machine` (where the figures were
+batches), `scale` (planning saves), `survival` (how many faults went well), `faults` (what became of each), `machine` (where the figures were
 measured).
 `<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0.
 `--check` writes nothing and fails when a page differs from its sources.
@@ -129,7 +129,8 @@ def _wrapped(command: str) -> str:
 def _benchmark(results: Sequence[Result]) -> str:
     has_ratio = any("x_raw" in row for row in results[0]["rows"])
     ranks = [f"{result['ranks']} rank{'s' * (result['ranks'] > 1)}" for result in results]
-    titles = [title for text in ranks for title in ((text, "x raw") if has_ratio else (text,))]
+    ratio = results[0].get("ratio", "x raw")
+    titles = [title for text in ranks for title in ((text, ratio) if has_ratio else (text,))]
     names = dict.fromkeys(row["name"] for result in results for row in result["rows"])
     # A row that only some of the results have stands behind the one that it follows there.
     longest = max(results, key=lambda result: len(result["rows"]))
@@ -214,6 +215,26 @@ def _plan(results: Sequence[Result]) -> str:
     return _table(titles, rows)
 
 
+def _scale(results: Sequence[Result]) -> str:
+    titles = ("state", "layout", "ranks", "plan, s", "memory, MB", "sent, MB", "manifest, s", "largest share, MB", "mean")
+    rows = [
+        (
+            row["model"],
+            row["layout"],
+            f"{row['ranks']:,}",
+            f"{row['plan_s']:.3f}",
+            f"{row['memory_bytes'] / 1e6:.1f}",
+            f"{row['sent_bytes'] / 1e6:.2f}",
+            f"{row['manifest_s']:.2f}",
+            f"{row['largest_share_bytes'] / 1e6:,.0f}",
+            f"{row['mean_share_bytes'] / 1e6:,.0f}",
+        )
+        for result in results
+        for row in result["rows"]
+    ]
+    return _table(titles, rows)
+
+
 def _machine(results: Sequence[Result]) -> str:
     machines = {f"{result['machine']['cpu']}, Python {result['machine']['python']}" for result in results}
     packages = ("torch", "accelerate", "transformers", "lightning") if "torch" in results[0]["versions"] else ("numpy",)
@@ -247,6 +268,7 @@ _KINDS = {
     "faults": _faults,
     "start": _start,
     "plan": _plan,
+    "scale": _scale,
     "machine": _machine,
 }
 

@@ -49,11 +49,16 @@ class Replicas:
         run: int,
         aliases: Mapping[str, str],
         export: Callable[[Path], None],
+        before: Callable[[], None],
         peers: Peers,
     ) -> None:
-        """Keep a copy of a state, in place of the one before. All ranks. What fails is said once; the run goes on."""
+        """Keep a copy of a state, in place of the one before. All ranks. What fails is said once; the run goes on.
+
+        `before` makes the log durable, which must know of all that the state does.
+        """
         step, rank, num_ranks = position.step, peers.rank, peers.num_ranks
         try:
+            peers.together(before)
             files = peers.together(lambda: _exported(export) if rank == 0 else {})
             head = memory.head_of(
                 share, position, rank=rank, num_ranks=num_ranks, run=run, aliases=aliases, files=files

@@ -129,17 +129,13 @@ class Saver:
         peers = self._world.background_peers
 
         def work() -> None:
-            try:
-                peers.together(self._before_save)  # as for a checkpoint: the log must know of its steps
-            except UserError as error:
-                self._warn(f"no copy of the state is kept in memory: {error}")
-                return
             self._replicas.keep(
                 job.position,
                 share,
                 run=self._identity.digest(),
                 aliases=job.aliases,
                 export=job.export,
+                before=self._before_save,
                 peers=peers,
             )
 

@@ -65,7 +65,8 @@ class RunThatSavesFirst(Run):
     def prepare(self) -> None:
         super().prepare()
         if self.position.step:
-            self.save(self.position)
+            self.saver.save(self.position, self.assembly)
+        self.saver.wait()
 
 
 def _run_all(topology: Topology, sources: dict[str, tuple[str, ...]], folder: Path) -> None:
