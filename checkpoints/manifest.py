@@ -14,6 +14,10 @@ from shardlaunch.checkpoints.state import TensorSpec
 from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES, DTYPES
 
 
+MOST_INDENTED = 10_000
+"""Tensors of a manifest that is written for people to read too; a longer one is a fifth shorter without."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """A checkpoint's files with size and digest, and its tensors with shape, dtype and file.
@@ -53,7 +57,8 @@ class Manifest:
             "num_tensors": Counter(spec.section for spec in self.tensors),
             "aliases": dict(self.aliases),
         }
-        return json.dumps({**body, "xxh3_128": body_digest(body)}, indent=1).encode()
+        indent = 1 if len(self.tensors) <= MOST_INDENTED else None
+        return json.dumps({**body, "xxh3_128": body_digest(body)}, indent=indent).encode()
 
 
 def read_manifest(step_dir: Path) -> Manifest:

@@ -21,7 +21,7 @@ from shardlaunch.errors import UserError
 
 T = TypeVar("T")
 
-MOST_BYTES = 128 << 20  # of a JSON file: a manifest of 500,000 tensors
+MOST_BYTES = 64 << 20  # of a JSON file: a manifest of 330,000 tensors
 _LARGEST = 2**63 - 1
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _KINDS = {
