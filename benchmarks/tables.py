@@ -7,10 +7,9 @@ A page says between two comments what stands there, and this command fills it in
 
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
 `memory` (peaks of host memory), `start` (those while a run starts, before a change and now), `plan` (planning
-batches), `scale` (planning saves), `survival` (how many faults went well), `faults` (what became of each), `machine` (where the figures were
-measured).
-`<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0.
-`--check` writes nothing and fails when a page differs from its sources.
+batches), `scale` (planning saves), `survival` (how many faults went well), `faults` (what became of each), `machine`
+(where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a
+notebook in docs/, counted from 0. `--check` writes nothing and fails when a page differs from its sources.
 """
 
 import argparse
@@ -216,7 +215,17 @@ def _plan(results: Sequence[Result]) -> str:
 
 
 def _scale(results: Sequence[Result]) -> str:
-    titles = ("state", "layout", "ranks", "plan, s", "memory, MB", "sent, MB", "manifest, s", "largest share, MB", "mean")
+    titles = (
+        "state",
+        "layout",
+        "ranks",
+        "plan, s",
+        "memory, MB",
+        "sent, MB",
+        "manifest, s",
+        "largest share, MB",
+        "mean",
+    )
     rows = [
         (
             row["model"],

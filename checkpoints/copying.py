@@ -82,10 +82,10 @@ def copy_checkpoint(source: Place, target: Place, *, num_threads: int = 2) -> Co
         )
     files = file_records(record)
     unlisted = tuple(name for name in source.names() if name not in files and name != MANIFEST)
-    _check_sizes(source, files)
-    _refuse_other(target, record, files)
     work = _Work(source=source, target=target, files=files, manifest=manifest, num_threads=num_threads)
     try:
+        _check_sizes(source, files)
+        _refuse_other(target, record, files)
         num_skipped = work.to_local(target) if isinstance(target, LocalPlace) else work.to_remote()
     except UserError as error:
         if _is_gone(source):

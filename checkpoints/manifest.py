@@ -13,7 +13,6 @@ from shardlaunch.checkpoints.records import TensorListing
 from shardlaunch.checkpoints.state import TensorSpec
 from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES, DTYPES
 
-
 MOST_INDENTED = 10_000
 """Tensors of a manifest that is written for people to read too; a longer one is a fifth shorter without."""
 

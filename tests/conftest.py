@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # workers of pytest-xdist share the cache
         os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="shardlaunch-tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True))
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what nohup ignores, runs would too
+    _handle_signals()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["OMP_WAIT_POLICY"] = "passive"  # several tests share the cores: a thread that waits must not spin
 
@@ -30,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _as_found() -> Iterator[None]:
     """Give each test what the one before found, and fail one that leaves a process group or a process."""
+    _handle_signals()
     environment = dict(os.environ)
     threads = torch.get_num_threads()
     folder = os.getcwd()
@@ -47,6 +48,16 @@ def _as_found() -> Iterator[None]:
         process.kill()
     if left:
         pytest.fail(f"left processes: {left}")
+
+
+def _handle_signals() -> None:
+    """Handle signals as usual: nohup ignores SIGHUP, and a run that has ended in this process ignores all of them.
+
+    What is ignored, processes that are started would ignore too.
+    """
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _processes_left(before: set[psutil.Process]) -> list[psutil.Process]:

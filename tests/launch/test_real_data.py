@@ -16,7 +16,7 @@ def test_mnist(data_dir: Path, hf_home: Path, tmp_path: Path) -> None:
     assert ended.status == 0, ended.both
     last = last_evaluation(tmp_path)
     assert last["epoch"] == 3
-    assert last["eval/accuracy"] >= 0.965
+    assert last["eval/accuracy"] >= 0.95  # 0.956 to 0.966 with the first three seeds
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["identity"]["number of steps (--epochs, --max-steps)"] == 2814
 

@@ -15,6 +15,7 @@ from shardlaunch import UserError
 from shardlaunch.checkpoints.digests import crc64nvme
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.records import Position, to_json
+from shardlaunch.checkpoints.shares import share_of
 from shardlaunch.checkpoints.state import whole
 from shardlaunch.checkpoints.writer import save
 from shardlaunch.launcher.commands.generate import Sampling, generate_texts
@@ -37,9 +38,9 @@ def _save(folder: Path, model: Any, *, max_length: Any = 8) -> Path:
         record = {"recipe": "mine.Mine", "options": {"max_length": max_length}, "run": run}
         (staging / "recipe.json").write_bytes(to_json(record))
 
-    state = [whole(name, tensor) for name, tensor in model.named_parameters()]
+    share = share_of(whole(name, tensor) for name, tensor in model.named_parameters())
     return save(
-        folder / "checkpoints", position=Position(step=1), state=state, export=export, aliases={}, peers=Peers()
+        folder / "checkpoints", position=Position(step=1), share=share, export=export, aliases={}, peers=Peers()
     )
 
 
