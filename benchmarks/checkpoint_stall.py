@@ -179,14 +179,16 @@ def _report(
         rows += [_row(f"step, {title}: {name}", figures, of_arm[NO_SAVE]) for name, figures in of_arm.items()]
     width = max(len(row["name"]) for row in rows)
     for row in rows:
-        print(f"{row['name']:{width}}  {row['median']:8.4f} [{row['least']:.4f}, {row['most']:.4f}]  x {row['x_raw']}")
+        print(
+            f"{row['name']:{width}}  {row['median']:7.1f} ms [{row['least']:.1f}, {row['most']:.1f}]  x {row['x_raw']}"
+        )
     if args.result:
         launcher = "python" if world.size == 1 else f"torchrun --nproc_per_node {world.size}"
         result = {
             "benchmark": "checkpoint_stall",
             "command": f"{launcher} benchmarks/checkpoint_stall.py",
             "ranks": world.size,
-            "unit": "seconds",
+            "unit": "milliseconds",
             "ratio": "x copy, or no save",
             "rounds": args.rounds,
             "rows": rows,
@@ -200,7 +202,7 @@ def _report(
 def _row(name: str, seconds: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
     ratio = statistics.median(one / other for one, other in zip(seconds, base, strict=True))
     figures = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
-    return {"name": name, **{key: round(value, 4) for key, value in figures.items()}, "x_raw": round(ratio, 2)}
+    return {"name": name, **{key: round(1e3 * value, 1) for key, value in figures.items()}, "x_raw": round(ratio, 2)}
 
 
 def _percentile(values: Sequence[float], part: float) -> float:
