@@ -18,6 +18,7 @@ from shardlaunch.checkpoints.shares import HostShare, Share
 from shardlaunch.checkpoints.writer import save
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
+from shardlaunch.launcher.reporting.lasting import Trouble
 from shardlaunch.launcher.runs.background import Messages
 from shardlaunch.launcher.runs.identity import Identity
 from shardlaunch.sharding.world import World
@@ -38,7 +39,7 @@ class Replicas:
         self._world = world
         self._say = say
         self._warn = warn
-        self._has_failed = False
+        self._trouble = Trouble(warn)
         self._folder = _memory_dir() / hashlib.sha256(os.fsencode(output_dir.absolute())).hexdigest()[:24]
 
     def keep(
@@ -68,13 +69,9 @@ class Replicas:
             self._send(step, head, share.memory, peers)
             peers.together(lambda: memory.forget(self._folder, but=[step]) if self._world.is_local_main else None)
         except UserError as error:
-            if not self._has_failed:
-                self._warn(f"no copy of the state is kept in memory: {error}; the run goes on, and tries again")
-            self._has_failed = True
+            self._trouble.begins(f"no copy of the state is kept in memory: {error}; the run goes on, and tries again")
             return
-        if self._has_failed:
-            self._warn("a copy of the state is kept in memory again")
-        self._has_failed = False
+        self._trouble.ends("a copy of the state is kept in memory again")
 
     def _send(self, step: int, head: bytes, values: torch.Tensor, peers: Peers) -> None:
         """Send this rank's part to the machine after its own, and write those that come. All ranks."""
