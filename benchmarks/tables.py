@@ -149,11 +149,10 @@ def _benchmark(results: Sequence[Result]) -> str:
 
 def _label(name: str) -> str:
     """Return what a page calls a row, whose name may begin with the work that is measured and end with a number."""
-    work, _, arm = name.partition(": ")
-    if work not in ("save", "load"):
-        return _ROWS.get(name, name)
+    is_of_work = name.startswith(("save: ", "load: "))
+    work, mark, arm = name.partition(": ") if is_of_work else ("", "", name)
     written = re.fullmatch(r"(ours, written by) (.*)", arm)
-    return f"{work}: {f'{_ROWS[written[1]]} {written[2]}' if written else _ROWS.get(arm, arm)}"
+    return f"{work}{mark}{f'{_ROWS[written[1]]} {written[2]}' if written else _ROWS.get(arm, arm)}"
 
 
 def _range(row: Result) -> str:
@@ -169,7 +168,7 @@ def _number(value: float) -> str:
 def _memory(results: Sequence[Result]) -> str:
     keys = ("holds", "save", "load")
     rows = [
-        (_ROWS.get(name, name), *(f"{figures[key] / 1e6:.0f}" if key in figures else "" for key in keys))
+        (_label(name), *(f"{figures[key] / 1e6:.0f}" if key in figures else "" for key in keys))
         for result in results
         for name, figures in result["memory_bytes"].items()
     ]
