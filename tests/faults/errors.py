@@ -9,7 +9,6 @@ there to the end. `--count 0` takes all of them.
 
 import argparse
 import errno
-import random
 import re
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.faults.calls import FAIL, SHORT, Call, Fault, Trial, run_ranks, under_the_shim
+from tests.faults.choosing import add_choice, chosen
 from tests.faults.small_runs import Reference, Scenario, scenarios
 
 _CHANGING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -97,7 +97,15 @@ def outcome(case: Case, reference: Reference, folder: Path) -> tuple[str, Trial]
     return "as without" if status == 0 else f"refused with {status} ({trial.hit.name})", trial
 
 
-def run(count: int, seed: int, *, only: str = "", say: Callable[[str], object] = print, verbose: bool = False) -> int:
+def run(
+    count: int,
+    seed: int,
+    *,
+    part: str = "1/1",
+    only: str = "",
+    say: Callable[[str], object] = print,
+    verbose: bool = False,
+) -> int:
     """Run `count` random cases (0: all) and return how many are bad."""
     counts: Counter[str] = Counter()
     num_bad = 0
@@ -116,9 +124,7 @@ def run(count: int, seed: int, *, only: str = "", say: Callable[[str], object] =
                 say(f"{scenario.name}, rank {rank}: {len(trial.calls)} calls")
                 cases += cases_of(scenario, rank, trial.calls)
         say(f"{len(cases):,} faults")
-        if count:
-            cases = random.Random(seed).sample(cases, min(count, len(cases)))
-        for number, case in enumerate(cases):
+        for number, case in enumerate(chosen(cases, count, seed, part)):
             ended, trial = outcome(case, references[case.scenario.name], folder)
             counts[ended] += 1
             if ended.startswith("BAD"):
@@ -138,9 +144,9 @@ def run(count: int, seed: int, *, only: str = "", say: Callable[[str], object] =
 if __name__ == "__main__":
     under_the_shim()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
+    add_choice(parser, count=400)
     parser.add_argument("--only", default="")
     parser.add_argument("--verbose", action="store_true")
     arguments = parser.parse_args()
-    sys.exit(bool(run(arguments.count, arguments.seed, only=arguments.only, verbose=arguments.verbose)))
+    num_bad = run(arguments.count, arguments.seed, part=arguments.part, only=arguments.only, verbose=arguments.verbose)
+    sys.exit(num_bad > 0)

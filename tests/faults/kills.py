@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults.calls import KILL, Fault, run_ranks, under_the_shim
+from tests.faults.choosing import add_choice, chosen
 from tests.faults.small_runs import Reference, Scenario, scenarios
 
 
@@ -46,10 +47,18 @@ def outcome(scenario: Scenario, rank: int, calls: list[int], reference: Referenc
     return f"BAD at {where}: {', '.join(found + left)}" if found or left else "as without"
 
 
-def run(count: int, seed: int, *, is_twice: bool = False, only: str = "", say: Callable[[str], object] = print) -> int:
+def run(
+    count: int,
+    seed: int,
+    *,
+    part: str = "1/1",
+    is_twice: bool = False,
+    only: str = "",
+    say: Callable[[str], object] = print,
+) -> int:
     """Kill at `count` random points (0: all) and return how many were bad."""
     counts: Counter[str] = Counter()
-    random_ = random.Random(seed)
+    random_ = random.Random(f"{seed} {part}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         points = []
@@ -63,9 +72,7 @@ def run(count: int, seed: int, *, is_twice: bool = False, only: str = "", say: C
                 trial = run_ranks(words, folder / "run", num_ranks=scenario.num_ranks, armed_rank=rank, fault=never)
                 say(f"{scenario.name}, rank {rank}: {len(trial.calls)} calls that change something")
                 points += [(scenario, rank, call.number) for call in trial.calls]
-        if count:
-            points = random_.sample(points, min(count, len(points)))
-        for scenario, rank, call in points:
+        for scenario, rank, call in chosen(points, count, seed, part):
             calls = [call, random_.randrange(1, 150)] if is_twice else [call]
             ended = outcome(scenario, rank, calls, references[scenario.name], folder / "run")
             counts[ended] += 1
@@ -79,9 +86,9 @@ def run(count: int, seed: int, *, is_twice: bool = False, only: str = "", say: C
 if __name__ == "__main__":
     under_the_shim()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
+    add_choice(parser, count=200)
     parser.add_argument("--twice", action="store_true")
     parser.add_argument("--only", default="")
     arguments = parser.parse_args()
-    sys.exit(bool(run(arguments.count, arguments.seed, is_twice=arguments.twice, only=arguments.only)))
+    num_bad = run(arguments.count, arguments.seed, part=arguments.part, is_twice=arguments.twice, only=arguments.only)
+    sys.exit(num_bad > 0)

@@ -1,4 +1,6 @@
-"""Send signals to runs in every phase, and see that nothing is lost: python -m tests.faults.signals [--count N].
+"""Send signals to runs in every phase, and see that nothing is lost.
+
+    python -m tests.faults.signals --count 100 --seed 1
 
 A cell is a signal, a phase in which it arrives, a strategy with its ranks, loading workers, and who gets it: one rank,
 all, or the launcher. Each cell of a phase is stopped, run again to its end, and compared with a run that was not
@@ -7,7 +9,6 @@ stopped: exit status, metrics, tensors, and what is left behind. Prints a table;
 
 import argparse
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -24,7 +25,8 @@ import psutil
 import torch
 
 from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_STOPPED
-from tests.launch.command import SHARDLAUNCH, STUCK_S, Ended, environment, forked
+from tests.faults.choosing import add_choice, chosen
+from tests.launch.command import SHARDLAUNCH, STUCK_S, Ended, environment, forked, forked_end_of
 from tests.recipes import final_tensors, training_lines
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "twice")
@@ -135,53 +137,57 @@ class Campaign:
         """Stop a run, run it to its end, and return what is wrong, or an empty string."""
         self._count += 1
         run_dir = self._folder / f"run-{self._count}"
-        words = self._words(cell, run_dir)
         before = set(os.listdir("/dev/shm"))
         if cell.phase == "restart":
-            prepared = self._run([*words, "--stop-at-step", "4"], cell, run_dir, "")
+            prepared = self._plain_run(cell, run_dir, "--stop-at-step", "4")
             if prepared.status:
                 return f"could not be prepared\n{prepared.both}"
-        ended = self._run(words, cell, run_dir, cell.phase)
-        problem = _problem_at_stop(cell, ended)
+        problem = _problem_at_stop(cell, self._stopped_run(cell, run_dir))
         if not problem:
-            again = self._run(words, cell, run_dir, "")
+            again = self._plain_run(cell, run_dir)
             problem = f"does not go on\n{again.both}" if again.status else _difference(run_dir, self._whole_of(cell))
         left = set(os.listdir("/dev/shm")) - before
         hidden = [str(path) for path in run_dir.rglob(".*") if path.name != ".lock"]
         return problem or (f"left behind: {left}, {hidden}" if left or hidden else "")
 
-    def _words(self, cell: Cell, run_dir: Path) -> list[str]:
-        options = ["--num-workers", str(cell.num_workers), "--output-dir", str(run_dir)]
-        if cell.target == "launcher":
-            ranks = ["--ranks", str(cell.num_ranks), "--strategy", cell.strategy]
-            return [*SHARDLAUNCH, "run", str(self._recipe), *ranks, "--", *options]
-        return [sys.executable, str(self._recipe), "--strategy", cell.strategy, *options]
-
     def _whole_of(self, cell: Cell) -> Path:
         key = (cell.strategy, cell.num_ranks)
         if key not in self._whole:
             run_dir = self._folder / f"whole-{len(self._whole)}"
-            plain = Cell("", "", cell.strategy, cell.num_ranks, 0, "all ranks")
-            ended = self._run(self._words(plain, run_dir), plain, run_dir, "")
+            ended = self._plain_run(replace(cell, num_workers=0), run_dir)
             assert ended.status == 0, ended.both
             self._whole[key] = run_dir
         return self._whole[key]
 
-    def _run(self, words: Sequence[str], cell: Cell, run_dir: Path, phase: str) -> Ended:
-        """Run until the phase, if any, send the signal, and wait for the end."""
+    def _words(self, cell: Cell, run_dir: Path) -> list[str]:
+        """Return the command line of one rank."""
+        options = ["--num-workers", str(cell.num_workers), "--output-dir", str(run_dir)]
+        return [sys.executable, str(self._recipe), "--strategy", cell.strategy, *options]
+
+    def _plain_run(self, cell: Cell, run_dir: Path, *more: str) -> Ended:
+        """Run without a signal, from forked ranks: a launcher would add nothing but its start."""
+        env = environment(self._folder / "hf", {})
+        return forked_end_of([*self._words(cell, run_dir), *more], env, num_ranks=cell.num_ranks)
+
+    def _stopped_run(self, cell: Cell, run_dir: Path) -> Ended:
+        """Run until the phase, send the signal, and wait for the end."""
         mark = run_dir.with_suffix(".mark")
-        mark.unlink(missing_ok=True)
-        env = environment(self._folder / "hf", {"PHASE": phase, "MARK": str(mark)} if phase else {})
-        with _launched(words, env) if cell.target == "launcher" else _ranks(words, env, cell.num_ranks) as run:
-            if phase:
-                end = time.monotonic() + STUCK_S
-                while not mark.exists() and run.is_alive() and time.monotonic() < end:
-                    time.sleep(0.005)
-                name = "SIGTERM" if cell.signal == "twice" else cell.signal
-                run.send(signal.Signals[name], cell.target)
-                if cell.signal == "twice":
-                    time.sleep(AGAIN_S)
-                    run.send(signal.SIGTERM, cell.target)
+        env = environment(self._folder / "hf", {"PHASE": cell.phase, "MARK": str(mark)})
+        words = self._words(cell, run_dir)
+        if cell.target == "launcher":
+            launched = [*SHARDLAUNCH, "run", words[1], "--ranks", str(cell.num_ranks), *words[2:4], "--", *words[4:]]
+            running = _launched(launched, env)
+        else:
+            running = _ranks(words, env, cell.num_ranks)
+        with running as run:
+            end = time.monotonic() + STUCK_S
+            while not mark.exists() and run.is_alive() and time.monotonic() < end:
+                time.sleep(0.005)
+            name = "SIGTERM" if cell.signal == "twice" else cell.signal
+            run.send(signal.Signals[name], cell.target)
+            if cell.signal == "twice":
+                time.sleep(AGAIN_S)
+                run.send(signal.SIGTERM, cell.target)
             return run.end()
 
 
@@ -274,9 +280,7 @@ def run(cells: Sequence[Cell], *, say: Callable[[str], object] = print) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=len(CELLS), help="cells, chosen at random (default: all)")
-    parser.add_argument("--seed", type=int, default=0)
+    add_choice(parser, count=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    chosen = random.Random(arguments.seed).sample(CELLS, min(arguments.count, len(CELLS)))
-    sys.exit(run(chosen) > 0)
+    sys.exit(run(chosen(CELLS, arguments.count, arguments.seed, arguments.part)) > 0)
