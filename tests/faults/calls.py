@@ -115,6 +115,8 @@ def run_ranks(
                         runpy.run_path(str(RECIPE), run_name="__main__")
                     else:
                         work()
+                except SystemExit as end:
+                    os._exit(int(end.code or 0))
                 except BaseException:
                     traceback.print_exc()
                     os._exit(1)

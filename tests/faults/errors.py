@@ -2,9 +2,8 @@
 
     python -m tests.faults.errors --count 400 --seed 1
 
-A new run, and a resume with old checkpoints and leftovers, on 1 and 2 ranks, both with each error: ENOSPC, EDQUOT,
-EROFS and short writes at each call that changes something, EIO and ESTALE at all; at one call, at several, or from
-there to the end. `--count 0` takes all of them.
+The runs and commands of `tests.faults.kills`, with each error: ENOSPC, EDQUOT, EROFS and short writes at each call that
+changes something, EIO and ESTALE at all; at one call, at several, or from there to the end. `--count 0` takes all.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.faults.calls import FAIL, SHORT, Call, Fault, Trial, run_ranks, under_the_shim
+from tests.faults.calls import FAIL, SHORT, Call, Fault, Trial, under_the_shim
 from tests.faults.choosing import add_choice, chosen
 from tests.faults.small_runs import Reference, Scenario, scenarios
 
@@ -57,9 +56,7 @@ def outcome(case: Case, reference: Reference, folder: Path) -> tuple[str, Trial]
     run_dir = folder / "run"
     scenario = case.scenario
     scenario.prepare(run_dir)
-    trial = run_ranks(
-        scenario.words(run_dir), run_dir, num_ranks=scenario.num_ranks, armed_rank=case.rank, fault=case.fault
-    )
+    trial = scenario.run(run_dir, armed_rank=case.rank, fault=case.fault)
     reasons = []
     if trial.hit is None:
         return "no call", trial
@@ -83,7 +80,7 @@ def outcome(case: Case, reference: Reference, folder: Path) -> tuple[str, Trial]
         if left and "could not be deleted" not in trial.output:
             reasons.append("left without a word")
     if status or left or reasons:
-        again = run_ranks(scenario.words(run_dir), run_dir, num_ranks=scenario.num_ranks)
+        again = scenario.run(run_dir)
         if any(again.statuses):
             reasons.append("not resumed")
             trial = Trial(statuses=trial.statuses, output=trial.output + "\nAGAIN\n" + again.output, calls=trial.calls)
@@ -117,8 +114,7 @@ def run(
             references[scenario.name] = Reference(scenario, folder / "reference")
             for rank in range(scenario.num_ranks):
                 scenario.prepare(folder / "run")
-                words = scenario.words(folder / "run")
-                trial = run_ranks(words, folder / "run", num_ranks=scenario.num_ranks, armed_rank=rank)
+                trial = scenario.run(folder / "run", armed_rank=rank)
                 assert not any(trial.statuses), trial.output
                 assert not references[scenario.name].differences(folder / "run")
                 say(f"{scenario.name}, rank {rank}: {len(trial.calls)} calls")

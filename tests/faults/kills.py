@@ -2,7 +2,8 @@
 
     python -m tests.faults.kills --count 200 --seed 1
 
-New runs and resumes, on 1 and 2 ranks; so at each change of a save, of retention, of a resume and of the records.
+New runs and resumes, on 1 and 2 ranks, with saves beside the training and not, a second place and copies in memory, and
+`shardlaunch ckpt prune` and `copy`; so at each change of a save, of retention, of a resume and of the records.
 `--count 0` takes all of them. `--twice` kills the resume too.
 """
 
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults.calls import KILL, Fault, run_ranks, under_the_shim
+from tests.faults.calls import KILL, Fault, under_the_shim
 from tests.faults.choosing import add_choice, chosen
 from tests.faults.small_runs import Reference, Scenario, scenarios
 
@@ -25,13 +26,7 @@ def outcome(scenario: Scenario, rank: int, calls: list[int], reference: Referenc
     scenario.prepare(run_dir)
     where = ""
     for call in calls:
-        trial = run_ranks(
-            scenario.words(run_dir),
-            run_dir,
-            num_ranks=scenario.num_ranks,
-            armed_rank=rank,
-            fault=Fault(KILL, call, call),
-        )
+        trial = scenario.run(run_dir, armed_rank=rank, fault=Fault(KILL, call, call))
         if trial.hit is None:
             break
         where = f"{trial.hit.name} {trial.hit.path}".replace(str(run_dir.parent), "")
@@ -39,7 +34,7 @@ def outcome(scenario: Scenario, rank: int, calls: list[int], reference: Referenc
             return f"BAD at {where}: traceback"
         if 0 in trial.statuses:
             return f"BAD at {where}: statuses {trial.statuses}"
-    again = run_ranks(scenario.words(run_dir), run_dir, num_ranks=scenario.num_ranks)
+    again = scenario.run(run_dir)
     if any(again.statuses):
         return f"BAD at {where}: not resumed: {again.output[-500:]}"
     found = reference.differences(run_dir)
@@ -67,9 +62,7 @@ def run(
             references[scenario.name] = Reference(scenario, folder / "reference")
             for rank in range(scenario.num_ranks):
                 scenario.prepare(folder / "run")
-                words = scenario.words(folder / "run")
-                never = Fault(KILL, 10**9, 10**9)
-                trial = run_ranks(words, folder / "run", num_ranks=scenario.num_ranks, armed_rank=rank, fault=never)
+                trial = scenario.run(folder / "run", armed_rank=rank, fault=Fault(KILL, 10**9, 10**9))
                 say(f"{scenario.name}, rank {rank}: {len(trial.calls)} calls that change something")
                 points += [(scenario, rank, call.number) for call in trial.calls]
         for scenario, rank, call in chosen(points, count, seed, part):

@@ -25,7 +25,7 @@ from shardlaunch.checkpoints.reader import newest_valid
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.reporting.tracking import METRICS_FILE, read_metrics
 from shardlaunch.launcher.runs.folder import RUN, identity_of_folder
-from tests.faults.calls import Call, run_ranks, under_the_shim
+from tests.faults.calls import Call, under_the_shim
 from tests.faults.small_runs import Reference, Scenario, scenarios
 
 SECTOR_BYTES = 512
@@ -183,7 +183,7 @@ class Recording:
         self.scenario, self.run_dir = scenario, run_dir
         scenario.prepare(run_dir)
         self.start = Disk(run_dir)
-        trial = run_ranks(scenario.words(run_dir), run_dir, records_data=True)
+        trial = scenario.run(run_dir, records_data=True)
         assert not any(trial.statuses), trial.output
         self.calls = trial.calls
         self.manifests = {
@@ -250,7 +250,7 @@ def run(
             disk.write_image(image, random.Random(f"{seed} {number}"))
             found = problem(image, recording, disk.committed)
             if not found and num_resumed and number % max(1, count // num_resumed) == 0:
-                trial = run_ranks(recording.scenario.words(image), image)
+                trial = recording.scenario.run(image)
                 differences = reference.differences(image) or list(map(str, recording.scenario.leftovers(image)))
                 found = f"resumed with {trial.statuses}: {differences}" if any(trial.statuses) or differences else ""
                 counts["resumed"] += 1

@@ -243,6 +243,10 @@ def _problem_at_stop(cell: Cell, ended: Ended) -> str:
     expected = {EXIT_STOPPED}
     if cell.signal == "SIGINT" and is_before:
         expected = {EXIT_INTERRUPTED}
+    if (
+        cell.signal == "SIGINT" and cell.phase == "first batch"
+    ):  # which the check of the loss uses before the first step
+        expected = {EXIT_STOPPED, EXIT_INTERRUPTED}
     if cell.signal == "twice" and cell.phase != "end":
         expected = {EXIT_STOPPED, EXIT_INTERRUPTED}
     if cell.phase == "end":
@@ -283,4 +287,5 @@ if __name__ == "__main__":
     add_choice(parser, count=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # runs would ignore it too where nohup started this
     sys.exit(run(chosen(CELLS, arguments.count, arguments.seed, arguments.part)) > 0)

@@ -2,15 +2,16 @@
 
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import checkpoint_steps, newest_valid
-from tests.faults.calls import run_ranks
+from shardlaunch.launcher.commands.main import main
+from tests.faults.calls import NO_FAULT, Fault, Trial, run_ranks
 from tests.recipes import final_tensors, training_lines
 
 _WORDS = ("--max-steps", "6", "--eval-every", "3", "--threads-per-rank", "1", "--tracker", "tensorboard")
@@ -24,8 +25,8 @@ class Scenario:
     name: str
     num_ranks: int = 1
     template: Path | None = None
-    has_second_place: bool = False
-    """It saves to a folder inside the run's too, whose calls count."""
+    options: tuple[str, ...] = ()
+    """More options; `{run_dir}` stands for the folder of the run, so that calls below it count."""
 
     def prepare(self, run_dir: Path) -> None:
         """Put the folder of the run into the state in which it starts."""
@@ -33,16 +34,71 @@ class Scenario:
         if self.template is not None:
             shutil.copytree(self.template, run_dir)
 
-    def words(self, run_dir: Path) -> list[str]:
-        """Return the words of its command line."""
-        second = ("--save-to", str(run_dir / "second")) if self.has_second_place else ()
-        return [*_WORDS, *_SAVES, *second, "--output-dir", str(run_dir)]
+    def run(self, run_dir: Path, *, armed_rank: int = 0, fault: Fault = NO_FAULT, records_data: bool = False) -> Trial:
+        """Run to the end, or as far as the fault lets it."""
+        return run_ranks(
+            self._words(run_dir),
+            run_dir,
+            num_ranks=self.num_ranks,
+            armed_rank=armed_rank,
+            fault=fault,
+            records_data=records_data,
+        )
+
+    def _words(self, run_dir: Path) -> list[str]:
+        more = [word.format(run_dir=run_dir) for word in self.options]
+        return [*_WORDS, *_SAVES, *more, "--output-dir", str(run_dir)]
+
+    def result(self, run_dir: Path) -> dict[str, Any]:
+        """Return what a finished run has come to, by the name of what differs from the reference if it does."""
+        checkpoint = newest_valid(run_dir / CHECKPOINTS, peers=Peers(), warn=lambda text: None)
+        if checkpoint is None or not checkpoint.position.is_finished:
+            return {"an end": False}
+        return {
+            "an end": True,
+            "weights": {name: tensor.numpy().tobytes() for name, tensor in final_tensors(run_dir).items()},
+            "lines": training_lines(run_dir),
+            "checkpoints": checkpoint_steps(run_dir / CHECKPOINTS),
+            "copies": newest_step(run_dir / "second" / CHECKPOINTS),
+        }
 
     def leftovers(self, run_dir: Path) -> list[Path]:
-        """Return what a run must not leave: files that are staged, or to be deleted, and superfluous checkpoints."""
+        """Return what must not be left: files that are staged, or to be deleted, and copies of what a disk has."""
         hidden = [path for path in run_dir.rglob("*") if path.name.startswith((".staging", ".trash", ".shared"))]
         staged = [path for path in run_dir.rglob("*") if path.name.endswith(".staged")]
         return hidden + staged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(Scenario):
+    """`shardlaunch ckpt` on the run that `template` holds, in the folder `run` below."""
+
+    target: str
+    """The folder below in which it writes."""
+
+    def prepare(self, run_dir: Path) -> None:
+        """Put a copy of the run there."""
+        shutil.rmtree(run_dir, ignore_errors=True)
+        assert self.template is not None
+        shutil.copytree(self.template, run_dir / "run")
+
+    def run(self, run_dir: Path, *, armed_rank: int = 0, fault: Fault = NO_FAULT, records_data: bool = False) -> Trial:
+        """Run the command to its end, or as far as the fault lets it."""
+
+        def work() -> None:
+            sys.argv = ["shardlaunch", "ckpt", *(word.format(run_dir=run_dir) for word in self.options)]
+            main()
+
+        return run_ranks([], run_dir, fault=fault, records_data=records_data, work=work)
+
+    def result(self, run_dir: Path) -> dict[str, Any]:
+        """Return the files that are left, with what is in them."""
+        files = (path for path in sorted(run_dir.rglob("*")) if path.is_file() and path.name != ".lock")
+        return {"files": {str(path.relative_to(run_dir)): path.read_bytes() for path in files}}
+
+    def leftovers(self, run_dir: Path) -> list[Path]:
+        """Return what must not be left where the command writes."""
+        return super().leftovers(run_dir / self.target)
 
 
 class Reference:
@@ -50,33 +106,19 @@ class Reference:
 
     def __init__(self, scenario: Scenario, run_dir: Path) -> None:
         scenario.prepare(run_dir)
-        trial = run_ranks(scenario.words(run_dir), run_dir, num_ranks=scenario.num_ranks)
+        trial = scenario.run(run_dir)
         assert not any(trial.statuses), trial.output
-        self.tensors = final_tensors(run_dir)
-        self.lines = training_lines(run_dir)
-        self.steps = checkpoint_steps(run_dir / CHECKPOINTS)
-        self.second_steps = checkpoint_steps(run_dir / "second" / CHECKPOINTS)
+        self._scenario = scenario
+        self._result = scenario.result(run_dir)
+        assert self._result.get("an end", True)
         assert not scenario.leftovers(run_dir)
 
     def differences(self, run_dir: Path) -> list[str]:
         """Return in what a finished run differs."""
-        checkpoint = newest_valid(run_dir / CHECKPOINTS, peers=Peers(), warn=lambda text: None)
-        if checkpoint is None or not checkpoint.position.is_finished:
+        found = self._scenario.result(run_dir)
+        if not found.get("an end", True):
             return ["not finished"]
-        found = []
-        tensors = final_tensors(run_dir)
-        if tensors.keys() != self.tensors.keys() or not all(
-            torch.equal(tensors[name], self.tensors[name]) for name in tensors
-        ):
-            found.append("other weights")
-        if training_lines(run_dir) != self.lines:
-            found.append("other lines")
-        if checkpoint_steps(run_dir / CHECKPOINTS) != self.steps:
-            found.append("other checkpoints")
-        second = run_dir / "second" / CHECKPOINTS
-        if self.second_steps and newest_step(second) != self.second_steps[-1]:
-            found.append("other copies")
-        return found
+        return [f"other {name}" for name, value in self._result.items() if found[name] != value]
 
 
 def newest_step(checkpoints_dir: Path) -> int:
@@ -87,18 +129,31 @@ def newest_step(checkpoints_dir: Path) -> int:
 
 def scenarios(folder: Path, only: str = "") -> list[Scenario]:
     """Return the runs whose names match `only`; what they resume from is written below `folder`."""
-    found = []
+    found: list[Scenario] = []
     for num_ranks in (1, 2):
-        if re.search(only, f"new run on {num_ranks}"):
-            found.append(Scenario(name=f"new run on {num_ranks}", num_ranks=num_ranks))
-        if re.search(only, f"resume on {num_ranks}"):
-            template = folder / f"template-{num_ranks}"
-            words = [*_WORDS, "--save-every", "1", "--keep", "0", "--stop-at-step", "4", "--output-dir", str(template)]
-            trial = run_ranks(words, template, num_ranks=num_ranks)
-            assert not any(trial.statuses), trial.output
-            for name in (".staging-step-00000005", ".trash-step-00000001"):
-                shutil.copytree(template / CHECKPOINTS / "step-00000004", template / CHECKPOINTS / name)
-            found.append(Scenario(name=f"resume on {num_ranks}", num_ranks=num_ranks, template=template))
-    if re.search(only, "second place"):
-        found.append(Scenario(name="second place", has_second_place=True))
+        found.append(Scenario(name=f"new run on {num_ranks}", num_ranks=num_ranks))
+        template = folder / f"template-{num_ranks}"
+        found.append(Scenario(name=f"resume on {num_ranks}", num_ranks=num_ranks, template=template))
+    found.append(Scenario(name="second place", options=("--save-to", "{run_dir}/second")))
+    found.append(Scenario(name="saves that the training waits for", num_ranks=2, options=("--async-save", "off")))
+    found.append(Scenario(name="copies in memory", num_ranks=2, options=("--replicate-every", "1")))
+    template = folder / "template-1"
+    found.append(
+        Command(name="prune", template=template, target="run", options=("prune", "{run_dir}/run", "--keep", "2"))
+    )
+    found.append(
+        Command(name="copy", template=template, target="copy", options=("copy", "{run_dir}/run", "{run_dir}/copy"))
+    )
+    found = [scenario for scenario in found if re.search(only, scenario.name)]
+    for template, num_ranks in {one.template: one.num_ranks for one in found if one.template is not None}.items():
+        _write_template(template, num_ranks)
     return found
+
+
+def _write_template(template: Path, num_ranks: int) -> None:
+    """Write what a run leaves that was interrupted in a save and in a deletion."""
+    words = [*_WORDS, "--save-every", "1", "--keep", "0", "--stop-at-step", "4", "--output-dir", str(template)]
+    trial = run_ranks(words, template, num_ranks=num_ranks)
+    assert not any(trial.statuses), trial.output
+    for name in (".staging-step-00000005", ".trash-step-00000001"):
+        shutil.copytree(template / CHECKPOINTS / "step-00000004", template / CHECKPOINTS / name)
