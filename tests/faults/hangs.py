@@ -87,6 +87,15 @@ class Rows:
             stop("data")
         return {"inputs": self.inputs[sample], "labels": (self.inputs[sample].sum() > 2).long()}
 
+def fsync(descriptor, of_disk=os.fsync):
+    """Sync as a disk does that is slow, or does not answer."""
+    if "/checkpoints/" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        stop("disk")
+        time.sleep(0.1 * (FAULT == "slow disk"))
+    of_disk(descriptor)
+
+os.fsync = fsync
+
 class Small(Recipe):
     options: SmallOptions
     is_training = False
@@ -152,11 +161,16 @@ CASES = [
     Case("step sleep", 1, "zero3", 2, IN_STEP),
     Case("step C", 0, "zero3", 2, IN_STEP),
     Case("data loop", 3, "ddp", 4, "loading sample 17 for step"),
+    Case("disk sleep", 0, "ddp", 2, "step 8, saving"),
+    Case("disk sleep", 0, "single", 1, "step 8, saving"),
+    Case("disk sleep", 1, "fsdp2", 2, "step 4, saving", ("--async-save", "off")),
 ]
 LIVING = [
     Case("start slow", 0, "ddp", 2, ""),
     Case("evaluation slow", 1, "ddp", 2, ""),
     Case("paused", 0, "ddp", 2, ""),
+    Case("slow disk", 0, "ddp", 2, ""),
+    Case("slow disk", 0, "fsdp2", 2, "", ("--async-save", "off")),
 ]
 
 
