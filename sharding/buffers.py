@@ -67,7 +67,7 @@ class BufferMean:
             if first is None:  # another rank has run the first micro-batch
                 first = torch.zeros(self._num_others, dtype=torch.int64, device=self._start[0].device)
             flat += [(first >> 32).double(), (first & 0xFFFFFFFF).double()]  # float64 does not hold all of int64
-        total = self._world.sum(torch.cat(flat))
+        total = self._world.sum_of_data(torch.cat(flat))
         if self._others:
             high, low = total[-2 * self._num_others :].long().chunk(2)
             others = (high << 32) + low

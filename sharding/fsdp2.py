@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -19,10 +20,13 @@ from shardlaunch.sharding.gradients import clip_factor
 from shardlaunch.sharding.layers import exact_modules, layers_to_wrap, refuse_layer_dropping, refuse_sparse_gradients
 from shardlaunch.sharding.lockstep import Lockstep
 from shardlaunch.sharding.named_state import check_optimizer, named_state, optimized, restore_named_state, stand_in
+from shardlaunch.sharding.parts import Part, mark, part_of
 from shardlaunch.sharding.shards import local_shard
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, ONE_RANK, BuildOptimizer, Settings, Strategy
+from shardlaunch.sharding.tensor_parallel import divide
 from shardlaunch.sharding.world import World
 
+_DIMENSIONS = ("data", "model")
 # torch optimizers that compute norms or products of full weight matrices.
 FULL_MATRIX_OPTIMIZERS = ("Adafactor", "Muon")
 
@@ -48,10 +52,12 @@ class Fsdp2(Strategy):
                 parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
         self._world = world
         self._offload = settings.cpu_offload
-        mesh = self._mesh(world, settings)
+        parts, mesh = self._divide(model, world, settings)
         self._num_replicas = mesh.size() // mesh.size(mesh.ndim - 1)
         self._wrap(model, mesh, settings)
         _materialise(model, world.device, offload=settings.cpu_offload)
+        for name, parameter in model.named_parameters() if parts else ():
+            mark(parameter, parts[name])
         self._scalars = _whole_scalars(model, mesh, world.device)
         self.model = model
         self.replicas = [model]
@@ -68,6 +74,17 @@ class Fsdp2(Strategy):
         self._lockstep = Lockstep(model, world=world)
         for number, block in enumerate(self._blocks):
             block.register_forward_pre_hook(partial(self._step_together, number), prepend=True)
+
+    def _divide(self, model: nn.Module, world: World, settings: Settings) -> tuple[dict[str, Part], DeviceMesh]:
+        """Leave to this rank its part of the model. Return the parts, if any, and the mesh that shards each."""
+        if world.model_ranks == 1:
+            return {}, self._mesh(world, settings)
+        mesh = init_device_mesh(
+            world.device.type, (world.num_data_ranks, world.model_ranks), mesh_dim_names=_DIMENSIONS
+        )
+        group = mesh[_DIMENSIONS[1]].get_group()
+        parts = divide(model, index=world.rank % world.model_ranks, count=world.model_ranks, group=group)
+        return parts, mesh[_DIMENSIONS[0]]
 
     def _mesh(self, world: World, settings: Settings) -> DeviceMesh:
         return init_device_mesh(world.device.type, (world.size,))
@@ -116,7 +133,9 @@ class Fsdp2(Strategy):
         elif self._num_replicas > 1:
             words = [f"{self._num_replicas} replicas", f"{self._world.size // self._num_replicas} shards", blocks]
         else:
-            words = [f"{self._world.size} shards", blocks]
+            words = [f"{self._world.num_data_ranks} shards", blocks]
+        if self._world.model_ranks > 1:
+            words.insert(1, f"each over {self._world.model_ranks} ranks by tensor parallelism")
         return ", ".join(words + ["shards in host memory"] * self._offload)
 
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
@@ -133,8 +152,10 @@ class Fsdp2(Strategy):
         for parameter in self._trainable:
             if parameter.grad is None:  # in a block that no rank has run
                 parameter.grad = torch.zeros_like(parameter)
+        self._sum_partial_gradients()
         shards = [local_shard(p.grad) for p in self._trainable if p.grad is not None]
-        square = torch.nn.utils.get_total_norm(shards).to(self._world.device, torch.float64).square()
+        counted = [shard for shard, p in zip(shards, self._trainable, strict=True) if self._is_counted(p)]
+        square = torch.nn.utils.get_total_norm(counted).to(self._world.device, torch.float64).square()
         total = self._world.sum(square) / self._num_replicas
         if self._scalars:
             scalars = self._sum_scalars()
@@ -147,10 +168,22 @@ class Fsdp2(Strategy):
                 shard.mul_(factor)
         return norm
 
+    def _is_counted(self, parameter: nn.Parameter) -> bool:
+        """Whether the norm is to have this rank's shard: of equal ones in a model group, one."""
+        part = part_of(parameter)
+        return part is None or part.dim is not None or self._world.is_counted
+
+    def _sum_partial_gradients(self) -> None:
+        """Sum gradients over the ranks of a model group where each has that of its own features only. All ranks."""
+        for parameter in self._trainable:
+            part = part_of(parameter)
+            if part is not None and part.has_partial_gradient and parameter.grad is not None:
+                dist.all_reduce(local_shard(parameter.grad), group=part.group)
+
     def _sum_scalars(self) -> torch.Tensor:
         """Sum the gradients of parameters without dimensions over the ranks; the optimizer gets views. All ranks."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._scalars]
-        total = self._world.sum(torch.stack(gradients))
+        total = self._world.sum_of_data(torch.stack(gradients))
         for parameter, gradient in zip(self._scalars, total, strict=True):
             view = optimized(parameter)
             assert isinstance(view, DTensor)

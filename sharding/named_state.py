@@ -15,6 +15,7 @@ from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, Fragment, StateReade
 from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES
 from shardlaunch.errors import UserError, some
 from shardlaunch.sharding.buffers import persistent_buffers
+from shardlaunch.sharding.parts import part_of
 from shardlaunch.sharding.shards import fill_shard, fragment, read_shard, shard_like
 
 _STAND_IN = "_shardlaunch_stand_in"
@@ -103,11 +104,12 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
     Raises UserError for an optimizer that keeps state other than tensors.
     """
     for name, tensor in (*model.named_parameters(), *persistent_buffers(model).items()):
-        yield fragment(name, tensor)
+        yield fragment(name, tensor, part=part_of(tensor))
     for name, parameter in model.named_parameters():
         for entry, value in optimizer.state.get(optimized(parameter), {}).items():
             if isinstance(value, torch.Tensor) and value.dtype in DTYPE_NAMES:
-                yield fragment(name, value, section=OPTIMIZER, entry=entry)
+                part = part_of(parameter) if value.shape == parameter.shape else None
+                yield fragment(name, value, section=OPTIMIZER, entry=entry, part=part)
             elif value is not None:
                 found = getattr(value, "dtype", type(value).__name__)
                 raise UserError(
@@ -124,7 +126,7 @@ def restore_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, read
     targets = dict(model.named_parameters()) | persistent_buffers(model)
     check_names(weights, targets)
     for name, tensor in targets.items():
-        fill_shard(reader, weights[name], tensor)
+        fill_shard(reader, weights[name], tensor, part_of(tensor))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     position = {id(parameter): index for index, parameter in enumerate(parameters)}
     state: dict[int, dict[str, Any]] = {}
@@ -137,9 +139,16 @@ def restore_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, read
                     f"the checkpoint has {spec.entry} of {spec.name}, but this run does not train that parameter"
                 )
             # An entry of another shape than its parameter (a step count) is kept whole.
-            like = parameter if spec.shape == tuple(parameter.shape) else torch.empty(spec.shape)
-            state.setdefault(position[id(parameter)], {})[spec.entry] = shard_like(read_shard(reader, spec, like), like)
+            is_like = spec.shape == _whole_shape(by_name[spec.name])
+            like = parameter if is_like else torch.empty(spec.shape)
+            values = read_shard(reader, spec, like, part_of(by_name[spec.name]) if is_like else None)
+            state.setdefault(position[id(parameter)], {})[spec.entry] = shard_like(values, like)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    part = part_of(tensor)
+    return tuple(tensor.shape) if part is None else part.whole_shape(tensor.shape)
 
 
 def check_names(saved: Mapping[str, TensorSpec], targets: Mapping[str, torch.Tensor]) -> None:
@@ -147,9 +156,9 @@ def check_names(saved: Mapping[str, TensorSpec], targets: Mapping[str, torch.Ten
     missing = [name for name in targets if name not in saved]
     unexpected = [name for name in saved if name not in targets]
     other_shapes = [
-        f"{name} (saved {list(saved[name].shape)}, here {list(tensor.shape)})"
+        f"{name} (saved {list(saved[name].shape)}, here {list(_whole_shape(tensor))})"
         for name, tensor in targets.items()
-        if name in saved and saved[name].shape != tuple(tensor.shape)
+        if name in saved and saved[name].shape != _whole_shape(tensor)
     ]
     problems = [
         f"{len(names)} {what}: {some(names)}"

@@ -59,6 +59,19 @@ def check_settings(name: str, settings: Settings) -> None:
         raise UserError(f"--shard-ranks: {name} has no sharded replicas; use --strategy hsdp")
 
 
+def check_tensor_parallel(name: str, model_ranks: int, num_ranks: int, *, compiles: bool) -> None:
+    """Raise UserError when ranks cannot divide layers among them as --tensor-parallel says."""
+    flag = f"--tensor-parallel {model_ranks}"
+    if name != "fsdp2":
+        raise UserError(f"{flag}: {name} keeps layers whole; use --strategy fsdp2, or remove it")
+    if num_ranks % model_ranks:
+        raise UserError(
+            f"{flag}: {num_ranks} ranks are not a multiple of it; start {model_ranks} ranks or twice as many"
+        )
+    if compiles:
+        raise UserError(f"{flag}: not with --compile; remove one of the two")
+
+
 def fitting(name: str, ranks: int) -> str:
     """Return the strategy that a run goes on under with `ranks` ranks: FSDP2 for replicas that cannot be divided."""
     is_divisible = ranks >= Hsdp.least_ranks and ranks % 2 == 0

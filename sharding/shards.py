@@ -1,7 +1,8 @@
 """This rank's shard of a tensor that is sharded over a mesh of ranks, as a flat range of the whole tensor.
 
 Tensors are sharded along dimension 0 as torch.chunk does, and as FSDP2 shards parameters: all shards have the same
-size, except the last ones, which may be shorter or empty.
+size, except the last ones, which may be shorter or empty. Under tensor parallelism it is the part of a rank's model
+group that is sharded so (see `parts`).
 """
 
 from math import prod
@@ -10,6 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from shardlaunch.checkpoints.state import MODEL, ONLY, Fragment, Replica, StateReader, TensorSpec, fill
+from shardlaunch.sharding.parts import Part, columns_of_rows, row_ranges, rows_of_columns
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,7 +37,7 @@ def flat_range(tensor: torch.Tensor) -> tuple[int, int]:
     return start * row, (start + length) * row
 
 
-def replica(tensor: torch.Tensor) -> Replica | None:
+def replica(tensor: torch.Tensor, part: Part | None = None) -> Replica | None:
     """Return which of several equal shards this rank's is; None for a plain tensor, which every rank holds."""
     if not isinstance(tensor, DTensor):
         return None
@@ -44,25 +46,64 @@ def replica(tensor: torch.Tensor) -> Replica | None:
         if not isinstance(placement, Shard):
             size = tensor.device_mesh.size(dimension)
             index, count = index * size + tensor.device_mesh.get_local_rank(dimension), count * size
+    if part is not None and part.dim is None:  # so that the numbers are in the order of the ranks, as for plain tensors
+        index, count = index * part.num_parts + part.number, count * part.num_parts
     return Replica(index, count)
 
 
-def fragment(name: str, tensor: torch.Tensor, *, section: str = MODEL, entry: str = "") -> Fragment:
-    """Return this rank's shard of a tensor as a fragment of the run's state."""
-    spec = TensorSpec(name=name, section=section, entry=entry, shape=tuple(tensor.shape), dtype=tensor.dtype)
+def fragment(
+    name: str, tensor: torch.Tensor, *, section: str = MODEL, entry: str = "", part: Part | None = None
+) -> Fragment:
+    """Return this rank's shard of a tensor, or of its part, as a fragment of the run's state.
+
+    All ranks of a model group: of columns they exchange rows, since these are ranges of the whole tensor.
+    """
+    shape = part.whole_shape(tensor.shape) if part is not None else tuple(tensor.shape)
+    spec = TensorSpec(name=name, section=section, entry=entry, shape=shape, dtype=tensor.dtype)
+    start, end = _range_in_whole(tensor, part)
+    values = local_shard(tensor)
+    if part is not None and part.dim == 1:
+        values = rows_of_columns(values, part)
+    return Fragment(spec=spec, flat_start=start, flat_end=end, tensor=values, replica=replica(tensor, part))
+
+
+def _range_in_whole(tensor: torch.Tensor, part: Part | None) -> tuple[int, int]:
+    """Return the range of elements of the whole tensor that this rank saves and reads."""
     start, end = flat_range(tensor)
-    return Fragment(spec=spec, flat_start=start, flat_end=end, tensor=local_shard(tensor), replica=replica(tensor))
+    if part is None or part.dim is None:
+        return start, end
+    if part.dim == 0:
+        offset = part.number * tensor.numel()
+        return offset + start, offset + end
+    assert (part.dim, tensor.ndim) == (1, 2), "only matrices are divided into columns"
+    width = tensor.shape[1]
+    first, last = row_ranges((end - start) // width, part.num_parts)[part.number]
+    whole_width = width * part.num_parts
+    return (start // width + first) * whole_width, (start // width + last) * whole_width
 
 
-def read_shard(reader: StateReader, spec: TensorSpec, like: torch.Tensor) -> torch.Tensor:
-    """Read the range of a saved tensor that is this rank's shard of `like`, in the shard's shape."""
-    start, end = flat_range(like)
-    return reader.read(spec, start, end, replica(like) or ONLY).reshape(local_shard(like).shape)
+def read_shard(reader: StateReader, spec: TensorSpec, like: torch.Tensor, part: Part | None = None) -> torch.Tensor:
+    """Read what is this rank's shard of `like`, or of its part, of a saved tensor, in the shard's shape.
+
+    All ranks of a model group.
+    """
+    start, end = _range_in_whole(like, part)
+    values = reader.read(spec, start, end, replica(like, part) or ONLY)
+    shard = local_shard(like)
+    if part is not None and part.dim == 1:
+        return columns_of_rows(values.view(-1, spec.shape[1]), len(shard), part)
+    return values.reshape(shard.shape)
 
 
-def fill_shard(reader: StateReader, spec: TensorSpec, tensor: torch.Tensor) -> None:
-    """Read the range of a saved tensor that is this rank's shard of `tensor` into it."""
-    fill(reader, spec, flat_range(tensor)[0], local_shard(tensor), replica(tensor) or ONLY)
+def fill_shard(reader: StateReader, spec: TensorSpec, tensor: torch.Tensor, part: Part | None = None) -> None:
+    """Read what is this rank's shard of `tensor`, or of its part, of a saved tensor into it.
+
+    All ranks of a model group.
+    """
+    if part is not None and part.dim == 1:
+        local_shard(tensor).copy_(read_shard(reader, spec, tensor, part))
+    else:
+        fill(reader, spec, _range_in_whole(tensor, part)[0], local_shard(tensor), replica(tensor, part) or ONLY)
 
 
 def shard_like(shard: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

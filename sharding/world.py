@@ -43,6 +43,8 @@ class World:
     store: dist.Store | None = None
     owns_group: bool = True
     """The default process group was made by `connect`, and ends with the run."""
+    model_ranks: int = 1
+    """How many consecutive ranks run the same micro-batches, each with a part of the model."""
 
     @property
     def local_size(self) -> int:
@@ -61,6 +63,20 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Return the number of this rank's micro-batches among those that run at once."""
+        return self.rank // self.model_ranks
+
+    @property
+    def num_data_ranks(self) -> int:
+        return self.size // self.model_ranks
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether sums over the ranks' data are to have what this rank has: one rank speaks for the same data."""
+        return self.rank % self.model_ranks == 0
+
     @cached_property
     def peers(self) -> Peers:
         """Return these ranks in the form that checkpoints use."""
@@ -78,6 +94,10 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_of_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place, what each has of its own data, and return it. All ranks."""
+        return self.sum(tensor if self.is_counted else tensor.zero_())
+
     def begin_sum(self, tensor: torch.Tensor) -> dist.Work | None:
         """Start to sum a tensor over the ranks, in place; call `wait()` on the result. All ranks."""
         return dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
@@ -89,6 +109,12 @@ class World:
         """
         result = self.peers.together(lambda: [work()] if self.is_main else [])
         return result[0] if self.is_main else work()
+
+    def meet_at_end(self) -> None:
+        """Wait until all ranks have done their work, or are gone, as a signal may end one after its work. All ranks."""
+        if self.host_group is not None:
+            with suppress(RuntimeError):
+                dist.barrier(group=self.host_group)
 
     def is_first_to(self, action: str) -> bool:
         """Return True on only one rank: the first that asks. Any rank, at any time, even if others are gone."""
@@ -113,7 +139,9 @@ class World:
             time.sleep(0.05)  # the last of them gets its answer, with which it does not print too
 
 
-def connect(env: LaunchEnvironment, *, needs_group: bool = False, is_watched: bool = False) -> World:
+def connect(
+    env: LaunchEnvironment, *, needs_group: bool = False, is_watched: bool = False, model_ranks: int = 1
+) -> World:
     """Join the ranks of this launch: gloo on CPU, NCCL beside gloo on GPUs. All ranks.
 
     A process that was started by itself has a process group, of one, only if it `needs_group`. A collective waits for
@@ -149,6 +177,7 @@ def connect(env: LaunchEnvironment, *, needs_group: bool = False, is_watched: bo
         host_group=dist.new_group(backend="gloo", timeout=timeout),
         store=store,
         owns_group=owns_group,
+        model_ranks=model_ranks,
     )
 
 
@@ -177,7 +206,7 @@ def abandon(world: World) -> None:
 def disconnect(world: World) -> None:
     """Leave the process group. All ranks."""
     if world.host_group is not None:
-        dist.barrier(group=world.host_group)  # no rank closes its sockets while another still works
+        world.meet_at_end()  # no rank closes its sockets while another still works
         _destroy_groups(world)
 
 

@@ -157,6 +157,9 @@ def run_agent(
             return own or (EXIT_STOPPED if passed_on else 128 + abs(codes[0]))
         except SignalException as error:
             return 128 + int(error.sigval)
+        finally:  # the status is known: a later signal must not end this process with another one as it exits
+            for number in handled_signals():
+                signal.signal(number, signal.SIG_IGN)
     return 0
 
 

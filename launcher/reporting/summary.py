@@ -9,11 +9,16 @@ from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.reporting.tracking import numbers
 
 
-def batch_text(*, global_batch: int, micro_batch: int, ranks: int, replicas: int) -> str:
-    """Return how a global batch is spread over `replicas` models: one per rank, or one per GPU of a single process."""
+def batch_text(*, global_batch: int, micro_batch: int, ranks: int, replicas: int, model_ranks: int = 1) -> str:
+    """Return how a global batch is spread over `replicas` models.
+
+    There is one per rank, one per GPU of a single process, or one per group of `model_ranks` ranks.
+    """
     num_micro_batches = global_batch // micro_batch
     accumulation = -(-num_micro_batches // replicas)
     holders = "rank" if replicas == 1 else "ranks" if ranks > 1 else "replicas"
+    if model_ranks > 1:
+        holders = f"group{'s' * (replicas > 1)} of {model_ranks} ranks"
     uneven = ", the last round not full" if num_micro_batches % replicas else ""
     return f"{global_batch} = micro-batch {micro_batch} x accumulation {accumulation} x {replicas} {holders}{uneven}"
 

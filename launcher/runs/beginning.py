@@ -48,8 +48,9 @@ def show_start(
             "global batch": batch_text(
                 global_batch=options.global_batch_size,
                 micro_batch=options.micro_batch_size,
-                ranks=world.size,
-                replicas=world.size * len(strategy.replicas),
+                ranks=world.num_data_ranks,
+                replicas=world.num_data_ranks * len(strategy.replicas),
+                model_ranks=world.model_ranks,
             ),
             "steps": f"{steps} ({plan.steps_per_epoch} per epoch, {plan.num_samples:,} samples)",
             **({"fold": f"{fold + 1} of {options.folds}"} if fold is not None else {}),

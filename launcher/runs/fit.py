@@ -98,7 +98,12 @@ def joined_ranks(
 
     _say_launch(env, options, display)
     with phase(f"connecting {env.world_size} ranks") if env.world_size > 1 else nullcontext():
-        world = connect(env, needs_group=STRATEGIES[choice.strategy].is_sharded, is_watched=is_watched)
+        world = connect(
+            env,
+            needs_group=STRATEGIES[choice.strategy].is_sharded,
+            is_watched=is_watched,
+            model_ranks=options.tensor_parallel,
+        )
     tell_libraries(env, local_rank=world.local_index, local_size=world.local_size)
     num_threads = threads_per_rank(options.threads_per_rank, env, world)
     torch.set_num_threads(num_threads)
@@ -135,7 +140,7 @@ def run_recipe_on(
     from shardlaunch.launcher.runs.cross_validation import cross_validate
     from shardlaunch.launcher.runs.resume_check import check_resume
     from shardlaunch.launcher.runs.run import Run
-    from shardlaunch.sharding.resolve import check_ranks, check_settings
+    from shardlaunch.sharding.resolve import check_ranks, check_settings, check_tensor_parallel
 
     recipe_type = recipe if isinstance(recipe, type) else type(recipe)
     check_ranks(env, world, _accelerate_ranks(world))
@@ -147,6 +152,8 @@ def run_recipe_on(
         shard_ranks=options.shard_ranks or env.shard_ranks,
     )
     check_settings(choice.strategy, settings)
+    if world.model_ranks > 1:
+        check_tensor_parallel(choice.strategy, world.model_ranks, world.size, compiles=options.compile)
 
     def new_recipe(options: Options) -> Recipe:
         """Return a recipe without the state of other folds: recipes store facts about their data."""

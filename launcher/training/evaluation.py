@@ -82,7 +82,9 @@ class Evaluator:
             train_mode(model)
         plan = self._batches.plan
         _keep_rows(self._metrics)
-        loss, num_targets = self._world.sum(sums).tolist()
+        if not self._world.is_counted:
+            _empty(self._metrics)
+        loss, num_targets = self._world.sum_of_data(sums).tolist()
         results: Evaluation = {"loss": loss / num_targets if num_targets else math.nan}
         for name, metric in self._metrics.items():
             try:
@@ -131,8 +133,9 @@ class Evaluator:
 
 
 def _empty(metrics: Mapping[str, Any]) -> None:
-    """Remove a repeated batch from the metrics of a rank without samples of its own, but keep shapes and dtypes.
+    """Remove what is not to be counted from the metrics of a rank: a repeated batch, or the data of another rank.
 
+    Shapes and dtypes stay.
     torchmetrics gathers a metric's lists from all ranks, which fails if a rank has never updated the metric.
     """
     for metric in _with_nested(metrics):

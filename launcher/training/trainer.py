@@ -234,6 +234,8 @@ class Trainer:
         sums = torch.tensor([0.0, *counts, *asked, *times], dtype=torch.float64, device=self.world.device)
         if loss is not None:
             sums[0] = loss
+        if not self.world.is_counted:
+            sums[: 1 + len(counts)] = 0
         work = self.world.begin_sum(sums)
 
         def finish() -> tuple[float, CountedBatch]:
@@ -253,7 +255,7 @@ class Trainer:
 
     def _counted(self, batch: GlobalBatch | None) -> "CountedBatch":
         """Return the first batch with its counts over all ranks. All ranks."""
-        counts = self.world.sum(torch.tensor(_counts(batch), device=self.world.device))
+        counts = self.world.sum_of_data(torch.tensor(_counts(batch), device=self.world.device))
         return CountedBatch(batch, *counts.tolist())
 
     def _is_scaled_too_high(self, norm: float) -> bool:

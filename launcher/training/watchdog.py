@@ -14,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 
 import psutil
-import torch.distributed as dist
 
 from shardlaunch.launcher.training.hang import Seen, hung
 from shardlaunch.launcher.training.hang_report import Hang, Memory, end_run, local_stopped, place_of
@@ -241,8 +240,7 @@ def watched(world: World, *, after_s: float, output_dir: Path) -> Iterator[None]
     try:
         yield
         progress.begin("ending")
-        if world.host_group is not None:
-            progress.mark()
-            dist.barrier(group=world.host_group)
+        progress.mark()
+        world.meet_at_end()
     finally:
         watchdog.stop()
