@@ -6,6 +6,7 @@ ranks.
 
 from collections.abc import Iterator
 from functools import partial
+from math import gcd
 
 import torch
 import torch.distributed as dist
@@ -227,12 +228,16 @@ class Hsdp(Fsdp2):
     def _mesh(self, world: World, settings: Settings) -> DeviceMesh:
         if world.size == 1 and settings.shard_ranks <= 1:
             return super()._mesh(world, settings)
-        machine = world.local_size if world.local_size < world.size else world.size // 2
-        shard = settings.shard_ranks or machine
+        sizes = [world.local_size]
+        if world.local_size < world.size:  # machines may have unequal numbers of ranks: all choose alike
+            sizes = sorted({size for (size,) in world.peers.gather([world.local_size])})
+        shard = settings.shard_ranks or (gcd(*sizes) if sizes[0] < world.size else world.size // 2)
         if world.size % shard or shard == 1 or shard == world.size:
             divisors = [str(n) for n in range(2, world.size) if world.size % n == 0]
             advice = f"Give --shard-ranks {' or '.join(divisors)}, or use" if divisors else "Use"
             ranks = f"{world.size} rank{'s' * (world.size > 1)}"
+            if len(sizes) > 1:
+                ranks += f", on machines of {' and '.join(map(str, sizes))},"
             raise UserError(
                 f"hsdp: {ranks} cannot be divided into several replicas of {shard} shards each. "
                 f"{advice} fsdp2 (one replica) or ddp (one full replica per rank)."

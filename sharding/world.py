@@ -1,6 +1,7 @@
 """The ranks of a run and their collectives."""
 
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -105,10 +106,21 @@ class World:
     def main_first(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 and then on the others, which use the caches that it filled. All ranks.
 
-        Raises rank 0's UserError on every rank.
+        Raises the UserError of any rank on every rank.
         """
-        result = self.peers.together(lambda: [work()] if self.is_main else [])
-        return result[0] if self.is_main else work()
+        mine = self.peers.together(lambda: [work()] if self.is_main else [])
+        others = self.peers.together(lambda: [] if self.is_main else [self._elsewhere(work)])
+        return [*mine, *others][0]
+
+    def _elsewhere(self, work: Callable[[], T]) -> T:
+        """Run what rank 0 has run without an error; one on another host names it."""
+        try:
+            return work()
+        except UserError as error:
+            if 0 in self.local_ranks:
+                raise
+            where = f"on {socket.gethostname()}, where rank {self.rank} is; rank 0 has no such error"
+            raise UserError(f"{error} ({where})") from error
 
     def meet_at_end(self) -> None:
         """Wait until all ranks have done their work, or are gone, as a signal may end one after its work. All ranks."""

@@ -23,7 +23,7 @@ POLL_INTERVAL_S = 0.02
 
 
 def check_shared(output_dir: Path, world: World, *, warn: Callable[[str], None]) -> None:
-    """Check that the first rank of each host sees the folder that rank 0 has claimed. All ranks.
+    """Check that the first rank of each host sees the folder that rank 0 has claimed, and can write there. All ranks.
 
     Raises UserError where one does not; warns where the lock of the folder does not hold between hosts.
     """
@@ -34,6 +34,7 @@ def check_shared(output_dir: Path, world: World, *, warn: Callable[[str], None])
     try:
         peers.together(lambda: retried(path.touch) if world.is_main else None)
         peers.together(lambda: _require_seen(path, world.rank) if is_first else None)
+        peers.together(lambda: _require_writable(output_dir, world.rank) if is_first else None)
     finally:
         if world.is_main:
             with suppress(OSError):
@@ -55,6 +56,18 @@ def _require_seen(path: Path, rank: int) -> None:
                 f"that all hosts have mounted, under the same path"
             )
         time.sleep(POLL_INTERVAL_S)
+
+
+def _require_writable(output_dir: Path, rank: int) -> None:
+    path = output_dir / f".written-{secrets.randbits(62):016x}"
+    try:
+        retried(path.touch)
+        path.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {output_dir.absolute()}: cannot be written by rank {rank}, on {socket.gethostname()} "
+            f"({error.strerror}). Every host writes its part of each checkpoint: let all of them write there"
+        ) from error
 
 
 def _can_be_locked(output_dir: Path) -> bool:

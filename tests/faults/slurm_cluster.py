@@ -2,19 +2,18 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
+from tests.launch.hosts import Host, end_process, hosts_of
+from tests.launch.hosts import why_not as no_hosts
 
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "ip", "nsenter", "unshare")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun")
 STARTS_WITHIN_S = 60
-LINK = "sl-campaign"
 CONF = """
 ClusterName=campaign
 SlurmctldHost=n1
@@ -46,46 +45,32 @@ PartitionName=low Nodes=n[1-2] Default=YES PriorityTier=1 GraceTime=120
 PartitionName=high Nodes=n[1-2] PriorityTier=2
 """
 GRES = "NodeName=n[1-2] Name=gpu File={folder}/gpu[0-1]\n"
-HOSTS = "127.0.0.1 localhost\n10.71.0.1 n1\n10.71.0.2 n2\n"
+MACHINES = {"n1": "10.71.0.1", "n2": "10.71.0.2"}
 
 
 def why_not() -> str:
     """Return why no cluster can be started here, or an empty string."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
-        return f"not installed: {', '.join(missing)} (in Debian: slurmctld, slurmd, slurm-client, munge, iproute2)"
-    if os.geteuid() != 0:
-        return "needs root, for network namespaces"
-    return ""
+        return f"not installed: {', '.join(missing)} (in Debian: slurmctld, slurmd, slurm-client, munge)"
+    return no_hosts()
 
 
 class Cluster:
     """Runs commands on the machines n1 and n2."""
 
-    def __init__(self, folder: Path, machines: Sequence[int], env: Mapping[str, str]) -> None:
-        """`machines` are the processes whose namespaces are those of n1 and n2."""
+    def __init__(self, folder: Path, machines: Sequence[Host], env: Mapping[str, str]) -> None:
         self.folder = folder
         self._machines = machines
         self._env = {**env, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def words(self, words: Sequence[str], *, machine: int = 1) -> list[str]:
         """Return a command line that runs another on a machine."""
-        return ["nsenter", "-t", str(self._machines[machine - 1]), "-n", "-u", "-m", "--wd=.", *words]
+        return self._machines[machine - 1].words(words)
 
     def run(self, *words: str, machine: int = 1, **more: Any) -> subprocess.CompletedProcess[str]:
         """Run a command on a machine until it ends."""
-        done: Any = subprocess.run(
-            self.words(words, machine=machine),
-            env=self._env,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            **more,
-        )
-        assert isinstance(done, subprocess.CompletedProcess)
-        return done
+        return self._machines[machine - 1].run(*words, env=self._env, cwd=self.folder, **more)
 
     def start(self, *words: str, machine: int = 1, **more: Any) -> subprocess.Popen[str]:
         """Start a command on a machine."""
@@ -115,36 +100,11 @@ def slurm_cluster(folder: Path, env: Mapping[str, str]) -> Iterator[Cluster]:
     for name in ("gpu0", "gpu1"):  # Slurm hands out what exists
         (folder / name).touch()
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-    (folder / "hosts").write_text(HOSTS)
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
     with ExitStack() as stack:
-        machines = [_machine(stack, index, folder) for index in (1, 2)]
-        _run(
-            "ip",
-            "link",
-            "add",
-            f"{LINK}1",
-            "netns",
-            str(machines[0]),
-            "type",
-            "veth",
-            "peer",
-            "name",
-            f"{LINK}2",
-            "netns",
-            str(machines[1]),
-        )
-        cluster = Cluster(folder, machines, env)
-        for index in (1, 2):
-            for words in (
-                ("ip", "link", "set", "lo", "up"),
-                ("ip", "address", "add", f"10.71.0.{index}/24", "dev", f"{LINK}{index}"),
-                ("ip", "link", "set", f"{LINK}{index}", "up"),
-            ):
-                done = cluster.run(*words, machine=index)
-                assert done.returncode == 0, done.stderr
+        cluster = Cluster(folder, stack.enter_context(hosts_of(MACHINES)), env)
         munge = (
             "munged",
             "--foreground",
@@ -169,40 +129,9 @@ def slurm_cluster(folder: Path, env: Mapping[str, str]) -> Iterator[Cluster]:
         yield cluster
 
 
-def _machine(stack: ExitStack, index: int, folder: Path) -> int:
-    """Start a process with namespaces of its own, and return its number."""
-    setup = f"hostname n{index} && mount --bind {folder}/hosts /etc/hosts && echo ready && exec sleep infinity"
-    holder = subprocess.Popen(["unshare", "-n", "-u", "-m", "sh", "-c", setup], stdout=subprocess.PIPE, text=True)
-    stack.callback(_end, holder)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "ready\n"
-    return holder.pid
-
-
 def _daemon(stack: ExitStack, cluster: Cluster, log: Path, *words: str, machine: int = 1) -> None:
     with open(log, "w") as file:
         process = cluster.start(
             *words, machine=machine, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
         )
-    stack.callback(_end, process)
-
-
-def _end(process: "subprocess.Popen[str]") -> None:
-    """End a process that was started here, and its children."""
-    children = []
-    with suppress(psutil.NoSuchProcess):
-        children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    for child in children:
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
-
-
-def _run(*words: str) -> None:
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{words}: {done.stderr}"
+    stack.callback(end_process, process)

@@ -103,7 +103,7 @@ def forked(words: Sequence[str], env: Mapping[str, str], *, num_ranks: int = 1) 
         processes = []
         for rank in range(num_ranks):
             its_env = {**env, **(rank_environment(rank, num_ranks, port) if num_ranks > 1 else {})}
-            processes.append(FORKING.Process(target=_run_script, args=(script, its_env, out, err)))
+            processes.append(FORKING.Process(target=run_script, args=(script, its_env, out, err)))
             processes[-1].start()
         try:
             yield Forked(ranks=processes, out=out, err=err)
@@ -119,7 +119,7 @@ def forked_end_of(words: Sequence[str], env: Mapping[str, str], *, num_ranks: in
         return run.end()
 
 
-def _run_script(script: list[str], env: Mapping[str, str], out: Path, err: Path) -> None:
+def run_script(script: list[str], env: Mapping[str, str], out: Path, err: Path) -> None:
     """Run a script as `python script` would."""
     for path, descriptor in ((out, 1), (err, 2)):
         with open(path, "ab") as file:
