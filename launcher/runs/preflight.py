@@ -18,6 +18,7 @@ from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.runs.folder import LOCK, lock
 from shardlaunch.sharding.world import World
 
+SEEN, WRITTEN = ".shared-", ".written-"
 SEEN_WITHIN_S = 5.0  # a network file system may show a new file late
 POLL_INTERVAL_S = 0.02
 
@@ -27,10 +28,15 @@ def check_shared(output_dir: Path, world: World, *, warn: Callable[[str], None])
 
     Raises UserError where one does not; warns where the lock of the folder does not hold between hosts.
     """
+    if world.is_main:  # a start that was killed in here has left its file
+        for name in (SEEN, WRITTEN):
+            for left in output_dir.glob(f"{name}*"):
+                with suppress(OSError):
+                    left.unlink()
     if world.local_size == world.size:
         return
     peers, is_first = world.peers, world.is_local_main and not world.is_main
-    path = output_dir / f".shared-{peers.of_first([secrets.randbits(62)])[0]:016x}"
+    path = output_dir / f"{SEEN}{peers.of_first([secrets.randbits(62)])[0]:016x}"
     try:
         peers.together(lambda: retried(path.touch) if world.is_main else None)
         peers.together(lambda: _require_seen(path, world.rank) if is_first else None)
@@ -59,7 +65,7 @@ def _require_seen(path: Path, rank: int) -> None:
 
 
 def _require_writable(output_dir: Path, rank: int) -> None:
-    path = output_dir / f".written-{secrets.randbits(62):016x}"
+    path = output_dir / f"{WRITTEN}{secrets.randbits(62):016x}"
     try:
         retried(path.touch)
         path.unlink()

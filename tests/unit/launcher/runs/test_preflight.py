@@ -176,3 +176,10 @@ def test_hosts_with_a_folder_each_are_refused(tmp_path: Path, monkeypatch: pytes
 def test_one_host_needs_no_check(tmp_path: Path) -> None:
     check_shared(tmp_path / "none", World(), warn=lambda text: None)
     assert folder.LOCK
+
+
+def test_what_a_killed_check_has_left_goes_at_the_next_start(tmp_path: Path) -> None:
+    for name in (".shared-0a8ddff535777830", ".written-0a8ddff535777830", "kept"):
+        (tmp_path / name).touch()
+    check_shared(tmp_path, World(), warn=lambda text: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
