@@ -68,6 +68,7 @@ class Position(Record):
     left_out: list[LeftOut] = []  # by --on-nonfinite and --on-spike rollback
     recent_losses: list[float] = []  # that --on-spike judges by
     loss_scale: dict[str, int | float] = {}
+    exact_exponents: dict[str, int] = {}  # of the units of --exact, by parameter
     group_hyperparameters: list[dict[str, Any]] = []  # of the optimizer
     non_persistent_buffers: str = ""  # digest of their values
 

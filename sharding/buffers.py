@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from shardlaunch.sharding.exact import summands
 from shardlaunch.sharding.world import World
 
 
@@ -26,8 +27,10 @@ class BufferMean:
     its value to the bit, whatever its dtype.
     """
 
-    def __init__(self, replicas: list[nn.Module], *, world: World) -> None:
+    def __init__(self, replicas: list[nn.Module], *, world: World, exact: bool = False) -> None:
+        """`exact`: no bit depends on the order of the sums."""
         self._world = world
+        self._summands = summands if exact else torch.Tensor.double
         # Non-persistent buffers are left alone: the constructor recomputes them.
         buffers = persistent_buffers(replicas[0])
         self._floats = [name for name, buffer in buffers.items() if buffer.is_floating_point()]
@@ -43,7 +46,7 @@ class BufferMean:
         if self._floats or self._others:
             self._start = [buffer.clone() for buffer in self._of(self._replicas[0])]
             floats = self._start[: len(self._floats)]
-            self._sums = [torch.zeros(b.shape, dtype=torch.float64, device=b.device) for b in floats]
+            self._sums = [torch.zeros_like(self._summands(buffer)) for buffer in floats]
             self._first = None
 
     def end_micro_batch(self, model: nn.Module, *, index: int, weight: float) -> None:
@@ -51,7 +54,7 @@ class BufferMean:
         buffers = self._of(model)
         if weight:
             for start, total, buffer in zip(self._start, self._sums, buffers, strict=False):
-                total.add_(_summed(buffer.to(total.device), start))
+                total.add_(self._summands(_summed(buffer.to(total.device), start)))
             if index == 0 and self._others:
                 self._first = _flat(buffers[len(self._floats) :])
         for start, buffer in zip(self._start, buffers, strict=True):
@@ -75,8 +78,10 @@ class BufferMean:
             offset = other_offset = 0
             for start, buffer in zip(self._start, self._of(model), strict=True):
                 if buffer.is_floating_point():
-                    result = total[offset : offset + buffer.numel()].view_as(buffer) / num_micro_batches
-                    offset += buffer.numel()
+                    length = self._summands(buffer).numel()
+                    sums = total[offset : offset + length].view(-1, *buffer.shape).sum(0)
+                    result = sums / num_micro_batches
+                    offset += length
                     buffer.copy_(start + result if buffer.dtype == torch.float64 else result)
                 else:
                     buffer.copy_(others[other_offset : other_offset + buffer.numel()].view_as(buffer))

@@ -55,9 +55,23 @@ class DataParallel(Strategy):
         """Accumulate on the replica that computed the loss."""
         self._main.backward(loss, factor=factor, last=last)
 
+    def must_repeat(self) -> bool:
+        """Ask the exact sums."""
+        return self._main.must_repeat()
+
+    @property
+    def exact_exponents(self) -> dict[str, int]:
+        """The units of exact sums by parameter."""
+        return self._main.exact_exponents
+
+    @exact_exponents.setter
+    def exact_exponents(self, saved: dict[str, int]) -> None:
+        self._main.exact_exponents = saved
+
     def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
         """Sum the replicas' gradients onto the first."""
         for gradients in self._copied_gradients:
+            assert isinstance(self._main.gradients, GradientBuckets), "exact sums are for one replica"
             for bucket, copied in zip(self._main.gradients.flat, gradients.flat, strict=True):
                 bucket.add_(copied.to(bucket.device))
         return self._main.finish_gradients(unscale=unscale, max_norm=max_norm)

@@ -31,7 +31,7 @@ class GradientBuckets:
         self._missing: list[int] = []  # how many of them the armed backward pass has not reached yet
         self._sums: list[dist.Work] = []
         self._armed = False
-        for group in _grouped(reversed([p for p in parameters if p.requires_grad]), bucket_bytes):
+        for group in grouped(reversed([p for p in parameters if p.requires_grad]), bucket_bytes):
             flat = torch.zeros(sum(p.numel() for p in group), dtype=group[0].dtype, device=group[0].device)
             offset = 0
             for parameter in group:
@@ -100,7 +100,7 @@ def clip_factor(norm: float, *, max_norm: float) -> float:
     return max_norm / norm if 0 < max_norm < norm else 1.0
 
 
-def _grouped(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> Iterable[list[nn.Parameter]]:
+def grouped(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> Iterable[list[nn.Parameter]]:
     """Yield groups of parameters of one dtype and device, of at most `bucket_bytes` each (or a single parameter)."""
     group: list[nn.Parameter] = []
     num_bytes = 0

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
+from shardlaunch.sharding.exact import ExactGradients
 from shardlaunch.sharding.gradients import GradientBuckets, clip_factor
 from shardlaunch.sharding.named_state import check_optimizer, named_state, restore_named_state
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
@@ -28,7 +29,11 @@ class Replicated(Strategy):
         )
         check_optimizer(self.model, self.optimizer)
         self.world = world
-        self.gradients = GradientBuckets(self.model.parameters(), world=world)
+        self.gradients: GradientBuckets | ExactGradients = (
+            ExactGradients(dict(self.model.named_parameters()), world=world)
+            if settings.exact
+            else GradientBuckets(self.model.parameters(), world=world)
+        )
 
     def describe(self) -> str:
         """Say so when there is nothing to sum."""
@@ -39,6 +44,20 @@ class Replicated(Strategy):
         if last:
             self.gradients.arm()
         loss.backward(torch.full_like(loss, factor))
+
+    def must_repeat(self) -> bool:
+        """Ask the exact sums."""
+        return isinstance(self.gradients, ExactGradients) and self.gradients.must_repeat()
+
+    @property
+    def exact_exponents(self) -> dict[str, int]:
+        """The units of exact sums by parameter."""
+        return self.gradients.exponents if isinstance(self.gradients, ExactGradients) else {}
+
+    @exact_exponents.setter
+    def exact_exponents(self, saved: dict[str, int]) -> None:
+        if isinstance(self.gradients, ExactGradients):
+            self.gradients.exponents = saved
 
     def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
         """Wait for the sums, then unscale and clip in one multiplication."""

@@ -3,6 +3,7 @@
 from shardlaunch.errors import UserError
 from shardlaunch.sharding.data_parallel import DataParallel
 from shardlaunch.sharding.environment import RANKS_VARIABLE, STRATEGY_VARIABLE, LaunchEnvironment
+from shardlaunch.sharding.exact import MOST_SUMMANDS
 from shardlaunch.sharding.fsdp2 import Fsdp2, Hsdp
 from shardlaunch.sharding.replicated import Replicated, Single
 from shardlaunch.sharding.strategy import Settings, Strategy
@@ -19,6 +20,10 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "zero2": Zero2,
     "zero3": Zero3,
 }
+
+
+EXACT = ("single", "dp", "ddp")
+"""Those that can sum exactly."""
 
 
 def resolve_strategy(option: str, env: LaunchEnvironment) -> str:
@@ -57,6 +62,21 @@ def check_settings(name: str, settings: Settings) -> None:
         raise UserError(f"--cpu-offload: {name} does not shard; use --strategy fsdp2, hsdp, zero1, zero2 or zero3")
     if settings.shard_ranks and name != "hsdp":
         raise UserError(f"--shard-ranks: {name} has no sharded replicas; use --strategy hsdp")
+
+
+def check_exact(name: str, world: World, *, num_micro_batches: int, compiles: bool) -> None:
+    """Raise UserError where sums cannot be exact."""
+    if name not in EXACT:
+        raise UserError(f"--exact: not under {name}; use --strategy ddp, or single on one rank")
+    if world.device.type != "cpu":
+        raise UserError(f"--exact: not on {world.device.type}; set ACCELERATE_USE_CPU=true")
+    if compiles:
+        raise UserError("--exact: not with --compile; remove one of the two")
+    if num_micro_batches > MOST_SUMMANDS:
+        raise UserError(
+            f"--exact: a global batch of {num_micro_batches:,} micro-batches is too many; at most {MOST_SUMMANDS:,} "
+            f"can be summed. Choose a larger --micro-batch-size"
+        )
 
 
 def check_tensor_parallel(name: str, model_ranks: int, num_ranks: int, *, compiles: bool) -> None:

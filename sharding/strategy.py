@@ -16,7 +16,7 @@ BuildOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Opti
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of a strategy, each used by the strategies that it concerns. Only the dtype changes the results."""
+    """Settings of a strategy, each used by those that it concerns. Only dtype and exact sums change results."""
 
     compute_dtype: torch.dtype = torch.float32
     """Autocast dtype of the forward pass; a strategy that gathers parameters may gather them in it."""
@@ -28,6 +28,8 @@ class Settings:
     """Keep the shards of parameters and optimizer state in host memory."""
     shard_ranks: int = 0
     """Ranks that one replica is sharded over (hsdp); 0: those of one machine, or half of a single machine's."""
+    exact: bool = False
+    """Sum so that no bit depends on the number of ranks."""
 
 
 DEFAULT_SETTINGS = Settings()
@@ -75,6 +77,22 @@ class Strategy(ABC):
     @abstractmethod
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
         """Accumulate `factor` times the gradient of one micro-batch; `last` ends the accumulation. All ranks."""
+
+    def must_repeat(self) -> bool:
+        """Return whether the step's micro-batches must be run again, since exact sums need other units. All ranks.
+
+        To be asked before `finish_gradients`.
+        """
+        return False
+
+    @property
+    def exact_exponents(self) -> dict[str, int]:
+        """The units of exact sums by parameter, which a resume needs; empty without exact sums."""
+        return {}
+
+    @exact_exponents.setter  # noqa: B027 - most strategies have none
+    def exact_exponents(self, saved: dict[str, int]) -> None:
+        pass
 
     @abstractmethod
     def finish_gradients(self, *, unscale: float, max_norm: float) -> float:

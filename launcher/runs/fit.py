@@ -105,7 +105,8 @@ def joined_ranks(
             model_ranks=options.tensor_parallel,
         )
     tell_libraries(env, local_rank=world.local_index, local_size=world.local_size)
-    num_threads = threads_per_rank(options.threads_per_rank, env, world)
+    # How many threads a kernel has changes its bits: with --exact it must not be the cores that happen to be there.
+    num_threads = threads_per_rank(options.threads_per_rank or int(options.exact), env, world)
     torch.set_num_threads(num_threads)
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # otherwise accelerate sets its own number, with a warning
     yield world
@@ -140,7 +141,7 @@ def run_recipe_on(
     from shardlaunch.launcher.runs.cross_validation import cross_validate
     from shardlaunch.launcher.runs.resume_check import check_resume
     from shardlaunch.launcher.runs.run import Run
-    from shardlaunch.sharding.resolve import check_ranks, check_settings, check_tensor_parallel
+    from shardlaunch.sharding.resolve import check_exact, check_ranks, check_settings, check_tensor_parallel
 
     recipe_type = recipe if isinstance(recipe, type) else type(recipe)
     check_ranks(env, world, _accelerate_ranks(world))
@@ -150,8 +151,11 @@ def run_recipe_on(
         reshard_after_forward=options.reshard_after_forward and env.reshard_after_forward,
         cpu_offload=options.cpu_offload or env.cpu_offload,
         shard_ranks=options.shard_ranks or env.shard_ranks,
+        exact=options.exact,
     )
     check_settings(choice.strategy, settings)
+    if options.exact:
+        check_exact(choice.strategy, world, num_micro_batches=options.micro_batches, compiles=options.compile)
     if world.model_ranks > 1:
         check_tensor_parallel(choice.strategy, world.model_ranks, world.size, compiles=options.compile)
 

@@ -1,7 +1,7 @@
 """Evaluation: every sample once, spread over the ranks, with the same metrics on any number of ranks."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from shardlaunch.launcher.optimization.freezing import train_mode
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.seeding import derive_seed, seed_model_stream
 from shardlaunch.launcher.training.batches import Batches
+from shardlaunch.launcher.training.exact_metrics import ExactMetrics, with_nested
 from shardlaunch.launcher.training.forward import forward
 from shardlaunch.progress import EVALUATION, EVALUATION_DATA, EVALUATION_RESULTS, progress
 from shardlaunch.sharding.buffers import persistent_buffers
+from shardlaunch.sharding.exact import NUM_PARTS, summands
 from shardlaunch.sharding.precision import Precision
 from shardlaunch.sharding.world import World
 
@@ -31,6 +33,7 @@ class Evaluator:
         self._precision = precision
         self._seed = derive_seed(recipe.options.seed, "evaluation")
         self._metrics = {name: metric.to(world.device) for name, metric in recipe.metrics().items()}
+        self._is_exact = recipe.options.exact
 
     @property
     def higher_is_better(self) -> bool:
@@ -73,18 +76,23 @@ class Evaluator:
         start = {name: buffer.clone() for name, buffer in persistent_buffers(model).items()}
         for metric in self._metrics.values():
             metric.reset()
+        exact = ExactMetrics(self._metrics, world=self._world) if self._is_exact else None
         try:
-            sums = self._predict(model, num_steps, on_progress, poll)
+            sums = self._predict(model, num_steps, on_progress, poll, exact)
             progress.begin(EVALUATION_RESULTS)
         finally:
             for name, buffer in start.items():  # an evaluation does not change the model
                 model.get_buffer(name).copy_(buffer)
             train_mode(model)
         plan = self._batches.plan
-        _keep_rows(self._metrics)
-        if not self._world.is_counted:
-            _empty(self._metrics)
-        loss, num_targets = self._world.sum_of_data(sums).tolist()
+        if exact is not None:
+            exact.finish()
+        else:
+            _keep_rows(self._metrics)
+            if not self._world.is_counted:
+                _empty(self._metrics)
+        *loss_parts, num_targets = self._world.sum_of_data(sums).tolist()
+        loss = sum(loss_parts)
         results: Evaluation = {"loss": loss / num_targets if num_targets else math.nan}
         for name, metric in self._metrics.items():
             try:
@@ -105,11 +113,12 @@ class Evaluator:
         num_steps: int,
         on_progress: Callable[[int, int], None],
         poll: Callable[[], None],
+        exact: ExactMetrics | None,
     ) -> torch.Tensor:
-        """Update the metrics with this rank's batches, and return the sums of its losses and of its targets."""
+        """Update the metrics with this rank's batches; return the sums of its losses, in parts, and its targets."""
         has_work = False
         num_done = 0
-        sums = torch.zeros(2, dtype=torch.float64, device=self._world.device)
+        sums = torch.zeros(NUM_PARTS + 1, dtype=torch.float64, device=self._world.device)
         progress.begin(EVALUATION_DATA)
         for batch in self._batches.steps(0, num_steps):
             for slot, micro_batch in enumerate(batch.micro_batches):
@@ -117,11 +126,16 @@ class Evaluator:
                 seed_model_stream(self._seed, batch.step, micro_batch.index, self._world.device)
                 inputs, outputs, loss = forward(self._recipe, model, micro_batch, self._precision, self._world.device)
                 if micro_batch.weight:
-                    sums[0] += loss
-                    sums[1] += micro_batch.num_targets
+                    if exact is None:
+                        sums[0] += loss
+                    else:
+                        sums[:NUM_PARTS] += summands(loss)
+                    sums[NUM_PARTS] += micro_batch.num_targets
                     self._recipe.update_metrics(self._metrics, outputs, inputs)
                     has_work = True
-                elif not has_work:
+                    if exact is not None:
+                        exact.add((batch.step, micro_batch.index))
+                elif not has_work and exact is None:
                     self._recipe.update_metrics(self._metrics, outputs, inputs)
                     _keep_rows(self._metrics)
                     _empty(self._metrics)
@@ -138,19 +152,11 @@ def _empty(metrics: Mapping[str, Any]) -> None:
     Shapes and dtypes stay.
     torchmetrics gathers a metric's lists from all ranks, which fails if a rank has never updated the metric.
     """
-    for metric in _with_nested(metrics):
+    for metric in with_nested(metrics):
         for name, default in metric._defaults.items():
             value = getattr(metric, name)
             is_list = isinstance(value, list)
             setattr(metric, name, [item[:0] for item in value] if is_list else default.clone().to(value.device))
-
-
-def _with_nested(metrics: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield the metrics and those nested in them (as in a sum of metrics)."""
-    from torchmetrics import Metric
-
-    for metric in metrics.values():
-        yield from (module for module in metric.modules() if isinstance(module, Metric))
 
 
 def _keep_rows(metrics: Mapping[str, Any]) -> None:
@@ -158,7 +164,7 @@ def _keep_rows(metrics: Mapping[str, Any]) -> None:
 
     torchmetrics gathers scalars and rows by different collectives: ranks with one, several or no scalars would hang.
     """
-    for metric in _with_nested(metrics):
+    for metric in with_nested(metrics):
         for name in metric._defaults:
             if isinstance(getattr(metric, name), list):
                 setattr(metric, name, [torch.atleast_1d(item) for item in getattr(metric, name)])

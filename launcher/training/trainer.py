@@ -24,6 +24,7 @@ from shardlaunch.launcher.training.slow_ranks import PartTimes, RankTimes, slowe
 from shardlaunch.launcher.training.stopping import Asked, BrokenOff, Polls, Requests
 from shardlaunch.progress import BACKWARD, BETWEEN_STEPS, DATA, FORWARD, WAITING, progress
 from shardlaunch.sharding.buffers import BufferMean
+from shardlaunch.sharding.exact import NUM_PARTS, summands
 from shardlaunch.sharding.precision import Precision
 from shardlaunch.sharding.strategy import Strategy
 from shardlaunch.sharding.world import World
@@ -81,7 +82,8 @@ class Trainer:
         self._evaluation_polls = Polls(world.peers, lambda: requests.now().stop)
         self.clock = Clock(recipe=recipe, steps_per_epoch=batches.plan.steps_per_epoch, num_steps=num_steps)
         self.part_times = PartTimes(world)
-        self.buffers = BufferMean(strategy.replicas, world=world)
+        self.buffers = BufferMean(strategy.replicas, world=world, exact=options.exact)
+        self._summands = summands if options.exact else _as_one
         self.peak_lrs = [group["lr"] for group in strategy.optimizer.param_groups]
         # Report the run's own learning rate, not that of a single parameter group.
         self.peak_lr = options.lr if options.lr in self.peak_lrs else float(max(self.peak_lrs))
@@ -93,6 +95,7 @@ class Trainer:
         """
         if self.precision.loss_scale is not None and position.loss_scale:
             self.precision.loss_scale.restore(position.loss_scale)
+        self.strategy.exact_exponents = position.exact_exponents
         for model in self.strategy.replicas:
             train_mode(model)
         if position.is_evaluation_due:
@@ -172,29 +175,35 @@ class Trainer:
         last = len(batch.micro_batches) - 1
         scale = self.precision.loss_scale.value if self.precision.loss_scale is not None else 1.0
         replicas, devices = self.strategy.replicas, self.strategy.devices
-        total: torch.Tensor | None = None
         moment = self.clock.at(batch.step)
-        self.buffers.begin_step()
-        for slot, micro_batch in enumerate(batch.micro_batches):
-            if slot:
-                self._step_polls()
-            model, device = replicas[slot % len(replicas)], devices[slot % len(replicas)]
-            progress.begin_slot(FORWARD, batch.step + 1, slot, last + 1)
-            seed_model_stream(self.options.seed, batch.step, micro_batch.index, device)
-            self.recipe.moment = moment
-            _, _, loss = forward(self.recipe, model, micro_batch, self.precision, device)
-            if micro_batch.weight:
-                total = loss.detach() if total is None else total + loss.detach().to(total.device)
-            if slot == last:
-                progress.begin(DATA)
-                following = next(batches, None)
-                sums = self._begin_sums(batch.step, total, following)
-            factor = micro_batch.weight * scale / num_targets
-            progress.begin(BACKWARD)
-            self.strategy.backward(loss, factor=factor, last=slot == last)
-            self.buffers.end_micro_batch(model, index=micro_batch.index, weight=micro_batch.weight)
-        progress.begin(WAITING)
+        sums: Callable[[], tuple[float, CountedBatch]] | None = None
+        while True:
+            total: torch.Tensor | None = None
+            self.buffers.begin_step()
+            for slot, micro_batch in enumerate(batch.micro_batches):
+                if slot:
+                    self._step_polls()
+                model, device = replicas[slot % len(replicas)], devices[slot % len(replicas)]
+                progress.begin_slot(FORWARD, batch.step + 1, slot, last + 1)
+                seed_model_stream(self.options.seed, batch.step, micro_batch.index, device)
+                self.recipe.moment = moment
+                _, _, loss = forward(self.recipe, model, micro_batch, self.precision, device)
+                if micro_batch.weight:
+                    summand = self._summands(loss.detach())
+                    total = summand if total is None else total + summand.to(total.device)
+                if slot == last and sums is None:
+                    progress.begin(DATA)
+                    following = next(batches, None)
+                    sums = self._begin_sums(batch.step, total, following)
+                factor = micro_batch.weight * scale / num_targets
+                progress.begin(BACKWARD)
+                self.strategy.backward(loss, factor=factor, last=slot == last)
+                self.buffers.end_micro_batch(model, index=micro_batch.index, weight=micro_batch.weight)
+            progress.begin(WAITING)
+            if not self.strategy.must_repeat():
+                break
         norm = self.strategy.finish_gradients(unscale=1.0 / scale, max_norm=self.options.max_grad_norm)
+        assert sums is not None
         loss_sum, upcoming = sums()
         loss_value = loss_sum / num_targets
         is_bad = self.judge.skips(batch.step + 1, loss_value, norm)
@@ -228,22 +237,24 @@ class Trainer:
         asked = self.requests.now()
         if self.world.size == 1:
             assert loss is not None
-            return lambda: (loss.item(), CountedBatch(following, *counts, asked))
+            return lambda: (sum(loss.reshape(-1).tolist()), CountedBatch(following, *counts, asked))
         # float64 holds the loss and integers up to 2**53 exactly.
         times = self.part_times.of_all(step)
-        sums = torch.tensor([0.0, *counts, *asked, *times], dtype=torch.float64, device=self.world.device)
+        sums = torch.tensor(
+            [*[0.0] * NUM_PARTS, *counts, *asked, *times], dtype=torch.float64, device=self.world.device
+        )
         if loss is not None:
-            sums[0] = loss
+            sums[: loss.numel()] = loss
         if not self.world.is_counted:
-            sums[: 1 + len(counts)] = 0
+            sums[: NUM_PARTS + len(counts)] = 0
         work = self.world.begin_sum(sums)
 
         def finish() -> tuple[float, CountedBatch]:
             assert work is not None
             work.wait()
-            loss_sum, num_targets, num_tokens, *others = sums.tolist()
+            loss_parts, (num_targets, num_tokens, *others) = sums[:NUM_PARTS].tolist(), sums[NUM_PARTS:].tolist()
             asked, times = others[: len(Asked())], others[len(Asked()) :]
-            return loss_sum, CountedBatch(
+            return sum(loss_parts), CountedBatch(
                 following,
                 int(num_targets),
                 int(num_tokens),
@@ -304,8 +315,14 @@ class Trainer:
 
     def _note_state(self, position: Position) -> None:
         position.recent_losses = self.judge.recent
+        position.exact_exponents = self.strategy.exact_exponents
         if self.precision.loss_scale is not None:
             position.loss_scale = self.precision.loss_scale.state()
+
+
+def _as_one(loss: torch.Tensor) -> torch.Tensor:
+    """Return a loss as what it adds to a sum."""
+    return loss
 
 
 class CountedBatch(NamedTuple):
