@@ -30,7 +30,7 @@ EXIT_DELAY_S = 60
 EXIT_DELAY_ALONE_S = 3
 # Other ranks mostly fail with the same error a little later, but some may be waiting for this one to end.
 LINGER_S = 5.0
-# Errors of gloo, NCCL and the store when the other side is gone.
+# Errors of gloo and NCCL when the other side is gone.
 _LOST_CONTACT = re.compile(r"connection (was )?(closed|reset|refused)|reset by peer|broken pipe|remote process", re.I)
 
 
@@ -120,7 +120,7 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         return EXIT_INTERRUPTED if interrupt.args in ((), ("SIGINT",)) else EXIT_STOPPED
     except RuntimeError as error:
         is_alone = world is not None and world.size == 1
-        if is_alone or not _LOST_CONTACT.search(str(error)):
+        if is_alone or not _has_lost_contact(error):
             raise
         message = (
             "error: lost contact with another rank, which failed (see its own message) or was killed. "
@@ -141,6 +141,13 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
             world.await_others_at("report", most_s=LINGER_S)
         return EXIT_OTHER_ERROR
     return 0
+
+
+def _has_lost_contact(error: RuntimeError) -> bool:
+    """Return whether an error says that another rank, or the store, is gone."""
+    from torch.distributed import DistNetworkError, DistStoreError
+
+    return isinstance(error, DistNetworkError | DistStoreError) or bool(_LOST_CONTACT.search(str(error)))
 
 
 def _options(recipe_type: type[Recipe], argv: Sequence[str]) -> Options:

@@ -5,8 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from tests.launch.command import PLAIN, PYTHON, TRACEBACK, end_of, environment, forked_end_of
+from tests.launch.command import PLAIN, PYTHON, TRACEBACK, end_of, environment, forked, forked_end_of
 
 WORDS = (*PYTHON, PLAIN)
 
@@ -41,6 +42,19 @@ def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
     assert notice == f"rank 0 waits {who}; at most 3 s (SHARDLAUNCH_JOIN_TIMEOUT_S)"
     assert message.startswith(f"error: rank 0 waited 3 s {who}. ")
     assert "SHARDLAUNCH_JOIN_TIMEOUT_S" in message
+
+
+def test_a_rank_that_is_lost_once_it_has_come(tmp_path: Path) -> None:
+    port = free_port()
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SHARDLAUNCH_JOIN_TIMEOUT_S": "3"}
+    env = environment(tmp_path, {"RANK": "0", "WORLD_SIZE": "2", **where})
+    with forked([*WORDS, "--output-dir", str(tmp_path / "out")], env) as run:
+        store = dist.TCPStore("127.0.0.1", int(port), is_master=False, wait_for_workers=False)
+        dist.PrefixStore("attempt0/run0", store).set("shardlaunch/joined/1", "")
+        ended = run.end()
+    assert ended.status == 1, ended.both
+    assert TRACEBACK not in ended.err
+    assert ended.err.splitlines()[-1].startswith("error: lost contact with another rank"), ended.both
 
 
 def test_rank_0_that_comes_late(tmp_path: Path) -> None:
