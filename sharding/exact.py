@@ -7,7 +7,8 @@ step is run again. (Fixed-point accumulators: U. Kulisch; reproducible sums: J. 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,24 +26,115 @@ _CHUNK = 1 << 16  # elements that stay in the cache between the operations on th
 _SIGNIFICANT = 1.5 * 2.0**52  # in float64, adding this times a power of two rounds to multiples of it
 _UNITS = (2.0**-20, 2.0**-50, 2.0**-80)
 NUM_PARTS = len(_UNITS)
+_SQUARE_UNITS = (2.0**-24, 2.0**-48, 2.0**-72, 2.0**-96)  # for up to 2^29 numbers from 0 to 1
 
 
-def summands(values: torch.Tensor) -> torch.Tensor:
-    """Return three float64 tensors, stacked, whose sums over tensors are exact; added together they are the values.
+def summands(values: torch.Tensor, units: Sequence[float] = _UNITS) -> torch.Tensor:
+    """Return float64 tensors, stacked, whose sums over tensors are exact; added together they are the values.
 
     They have multiples of 2^-20, 2^-50 and 2^-80; what is smaller is rounded. For up to 2^24 tensors, with magnitudes
     below 2^33 in total. NaN and infinities stay what they are.
     """
     rest = values.double()
     parts = []
-    for unit in _UNITS:
-        parts.append(_rounded(rest, unit))
+    for unit in units:
+        parts.append(rest + _SIGNIFICANT * unit - _SIGNIFICANT * unit)
         rest = (rest - parts[-1]).where(values.isfinite(), 0.0)
     return torch.stack(parts)
 
 
-def _rounded(values: torch.Tensor, unit: float) -> torch.Tensor:
-    return values + _SIGNIFICANT * unit - _SIGNIFICANT * unit
+class Units:
+    """The units of which the gradients of parameters are multiples: a power of two each, the same on all ranks."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._exponents = [_UNKNOWN] * len(names)
+        self._largest = torch.zeros(len(names), dtype=torch.float64)
+
+    @property
+    def exponents(self) -> dict[str, int]:
+        """The exponent of each unit by parameter, which a resume needs."""
+        return dict(zip(self._names, self._exponents, strict=True))
+
+    @exponents.setter
+    def exponents(self, saved: Mapping[str, int]) -> None:
+        self._exponents = [saved.get(name, _UNKNOWN) for name in self._names]
+
+    def of(self, number: int) -> float:
+        """Return the unit of a parameter."""
+        return math.ldexp(1.0, self._exponents[number])
+
+    def add_multiples(self, number: int, gradient: torch.Tensor, sums: torch.Tensor) -> None:
+        """Add a flat gradient of a parameter to integer sums, in multiples of its unit."""
+        offset = torch.tensor([_SIGNIFICANT * self.of(number)], dtype=torch.float64)
+        bits = int(offset.view(torch.int64))
+        for total, part in zip(sums.split(_CHUNK), gradient.split(_CHUNK), strict=True):
+            # The multiples are the last bits of the sum with the offset.
+            total.add_((part + offset).view(torch.int64).sub_(bits))
+        largest = float(torch.linalg.vector_norm(gradient, math.inf)) if len(gradient) else 0.0
+        self._largest[number] = max(float(self._largest[number]), largest if math.isfinite(largest) else math.inf)
+
+    def must_change(self, world: World) -> bool:
+        """Return whether a unit was too small for a gradient of any rank; it is larger then. All ranks."""
+        if world.size > 1:
+            dist.all_reduce(self._largest, op=dist.ReduceOp.MAX)
+        if bool(self._largest.isinf().any()):
+            return False  # the step is bad, and has no sums
+        needed = [_needed_exponent(largest) for largest in self._largest.tolist()]
+        is_too_small = [need > exponent for need, exponent in zip(needed, self._exponents, strict=True)]
+        for number, need in enumerate(needed):
+            if is_too_small[number]:
+                self._exponents[number] = need + _HEADROOM
+        return any(is_too_small)
+
+    def gradient(self, number: int, sums: torch.Tensor, out: torch.Tensor) -> None:
+        """Set a flat gradient to what integer sums mean; to NaN if no number does."""
+        if math.isinf(float(self._largest[number])):
+            out.fill_(math.nan)
+            return
+        for part, total in zip(out.split(_CHUNK), sums.split(_CHUNK), strict=True):
+            part.copy_(total.double().mul_(self.of(number)))
+
+    def squares(self, number: int, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the squares of a flat gradient, divided by `square_unit`, in parts that add up exactly."""
+        total = torch.zeros(len(_SQUARE_UNITS), dtype=torch.float64)
+        for part in gradient.split(_CHUNK):
+            scaled = part.double().mul_(math.ldexp(1.0, -self._square_exponent(number)))
+            total += summands(scaled.square_(), _SQUARE_UNITS).sum(1)
+        return total
+
+    def values(self, squares: torch.Tensor) -> list[float]:
+        """Return the sums of squares that rows of `squares` mean, a row per parameter."""
+        return [
+            math.ldexp(sum(row), 2 * self._square_exponent(number)) if math.isfinite(sum(row)) else math.nan
+            for number, row in enumerate(squares.tolist())
+        ]
+
+    def _square_exponent(self, number: int) -> int:
+        """Return the exponent of a bound of the sum of a parameter's gradients."""
+        largest = float(self._largest[number])
+        return math.frexp(largest * MOST_SUMMANDS)[1] if math.isfinite(largest) else 0
+
+    def begin_next(self) -> None:
+        """Choose the units of the next step by the largest gradients of this one."""
+        for number, largest in enumerate(self._largest.tolist()):
+            if largest and math.isfinite(largest):
+                self._exponents[number] = _needed_exponent(largest) + _HEADROOM
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the gradients of this step."""
+        self._largest.zero_()
+
+
+def norm_of(squares: Sequence[float]) -> float:
+    """Return the 2-norm, of sums of squares in any order."""
+    return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan
+
+
+def _needed_exponent(largest: float) -> int:
+    """Return the exponent of the least unit of which a number is few enough multiples."""
+    return math.frexp(largest)[1] - _BITS + 1 if largest else _UNKNOWN
 
 
 class ExactGradients:
@@ -57,40 +149,29 @@ class ExactGradients:
         self._armed = False
         self._works: list[dist.Work] = []
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
-        self._names = list(reversed(trained))
-        self._parameters = [trained[name] for name in self._names]
-        self._exponents = [_UNKNOWN] * len(self._names)
-        self._largest = torch.zeros(len(self._names), dtype=torch.float64)
-        self._sums: list[torch.Tensor] = []  # of multiples, bucket by bucket
+        self._parameters = list(reversed(trained.values()))
+        self.units = Units(list(reversed(trained)))
+        self._sums: list[torch.Tensor] = []  # bucket by bucket
         self._gradients: list[torch.Tensor] = []
         self._sizes: list[int] = []
         self._missing: list[int] = []
-        self._views: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each parameter: its multiples, its gradient
+        self._views: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each parameter: its sums, its gradient
         for group in grouped(self._parameters, BUCKET_BYTES):
             sums = torch.zeros(sum(p.numel() for p in group), dtype=torch.int64)
             gradients = torch.zeros(len(sums), dtype=group[0].dtype)
             offset = 0
             for parameter in group:
                 place = slice(offset, offset := offset + parameter.numel())
-                hook = self._hook(len(self._views), len(self._sums))
-                parameter.register_post_accumulate_grad_hook(hook)
+                reached = partial(self._reached, len(self._views), len(self._sums))
+                parameter.register_post_accumulate_grad_hook(reached)
                 self._views.append((sums[place], gradients[place]))
             self._sums.append(sums)
             self._gradients.append(gradients)
             self._sizes.append(len(group))
 
-    @property
-    def exponents(self) -> dict[str, int]:
-        """The exponent of the unit of each parameter, which a resume needs."""
-        return dict(zip(self._names, self._exponents, strict=True))
-
-    @exponents.setter
-    def exponents(self, saved: Mapping[str, int]) -> None:
-        self._exponents = [saved.get(name, _UNKNOWN) for name in self._names]
-
     def zero(self) -> None:
         """Drop all gradients and sums."""
-        self._largest.zero_()
+        self.units.forget()
         for sums in self._sums:
             sums.zero_()
         for parameter in self._parameters:
@@ -108,75 +189,46 @@ class ExactGradients:
             work.wait()
         self._works.clear()
         self._armed = False
-        if self._world.size > 1:
-            dist.all_reduce(self._largest, op=dist.ReduceOp.MAX)
-        needed = [_needed_exponent(largest) for largest in self._largest.tolist()]
-        if math.inf in needed:
-            return False  # the step is bad
-        is_too_small = [need > exponent for need, exponent in zip(needed, self._exponents, strict=True)]
-        for number, need in enumerate(needed):
-            if is_too_small[number]:
-                self._exponents[number] = int(need) + _HEADROOM
-        if any(is_too_small):
+        must_change = self.units.must_change(self._world)
+        if must_change:
             self.zero()
-        return any(is_too_small)
+        return must_change
 
     def finish(self) -> None:
-        """Turn the sums into gradients, and choose the units of the next step."""
+        """Turn the sums into gradients."""
         for number, parameter in enumerate(self._parameters):
             sums, gradient = self._views[number]
-            unit = math.ldexp(1.0, self._exponents[number])
-            for multiples, part in zip(sums.split(_CHUNK), gradient.split(_CHUNK), strict=True):
-                part.copy_(multiples.double().mul_(unit))
+            self.units.gradient(number, sums, gradient)
             parameter.grad = gradient.view_as(parameter)
-            largest = float(self._largest[number])
-            if math.isinf(largest):
-                gradient.fill_(math.nan)
-            elif largest:
-                self._exponents[number] = int(_needed_exponent(largest)) + _HEADROOM
+
+    def squares(self) -> list[float]:
+        """Return the sum of the squares of each parameter's gradient."""
+        rows = [self.units.squares(number, gradient) for number, (_, gradient) in enumerate(self._views)]
+        return self.units.values(torch.stack(rows)) if rows else []
 
     def norm(self) -> float:
         """Return the 2-norm of all gradients."""
-        return math.sqrt(sum(torch.linalg.vector_norm(bucket).item() ** 2 for bucket in self._gradients))
+        return norm_of(self.squares())
 
     def scale(self, factor: float) -> None:
-        """Multiply all gradients by `factor`."""
+        """Multiply all gradients by `factor`, and choose the units of the next step."""
         if factor != 1.0:
             for bucket in self._gradients:
                 bucket.mul_(factor)
+        self.units.begin_next()
 
-    def _hook(self, number: int, bucket: int) -> Callable[[torch.Tensor], None]:
-        def reached(parameter: torch.Tensor) -> None:
-            gradient = parameter.grad
-            assert gradient is not None
-            parameter.grad = None
-            self._add(number, gradient.reshape(-1))
-            if self._armed and self._world.size > 1:
-                assert bucket >= len(self._works), "a gradient changed after it was summed over the ranks"
-                self._missing[bucket] -= 1
-                while len(self._works) < len(self._sums) and self._missing[len(self._works)] == 0:
-                    self._sum_next()
-
-        return reached
-
-    def _add(self, number: int, gradient: torch.Tensor) -> None:
-        """Add a gradient to a parameter's sum, as multiples of its unit."""
-        offset = torch.tensor([_SIGNIFICANT * math.ldexp(1.0, self._exponents[number])], dtype=torch.float64)
-        bits = int(offset.view(torch.int64))
-        for sums, part in zip(self._views[number][0].split(_CHUNK), gradient.split(_CHUNK), strict=True):
-            # The multiples are the last bits of the sum with the offset.
-            sums.add_((part + offset).view(torch.int64).sub_(bits))
-        largest = float(torch.linalg.vector_norm(gradient, math.inf)) if len(gradient) else 0.0
-        self._largest[number] = max(float(self._largest[number]), largest if math.isfinite(largest) else math.inf)
+    def _reached(self, number: int, bucket: int, parameter: torch.Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        parameter.grad = None
+        self.units.add_multiples(number, gradient.reshape(-1), self._views[number][0])
+        if self._armed and self._world.size > 1:
+            assert bucket >= len(self._works), "a gradient changed after it was summed over the ranks"
+            self._missing[bucket] -= 1
+            while len(self._works) < len(self._sums) and self._missing[len(self._works)] == 0:
+                self._sum_next()
 
     def _sum_next(self) -> None:
         work = dist.all_reduce(self._sums[len(self._works)], async_op=True)
         assert work is not None
         self._works.append(work)
-
-
-def _needed_exponent(largest: float) -> float:
-    """Return the exponent of the least unit of which a number is few enough multiples; infinity if none is."""
-    if math.isinf(largest):
-        return math.inf
-    return math.frexp(largest)[1] - _BITS + 1 if largest else _UNKNOWN

@@ -17,6 +17,9 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.errors import UserError, some
+from shardlaunch.sharding.exact import ExactGradients, norm_of
+from shardlaunch.sharding.exact_shards import ExactShards
+from shardlaunch.sharding.exact_step import step_exactly
 from shardlaunch.sharding.gradients import clip_factor
 from shardlaunch.sharding.layers import exact_modules, layers_to_wrap, refuse_layer_dropping, refuse_sparse_gradients
 from shardlaunch.sharding.lockstep import Lockstep
@@ -72,6 +75,9 @@ class Fsdp2(Strategy):
                 f"{type(self.optimizer).__name__} needs full weight matrices, but FSDP2 shards them; use an "
                 f"elementwise optimizer such as AdamW, or --strategy ddp"
             )
+        self._exact = ExactShards(model, self._blocks, world=world) if settings.exact else None
+        scalars = {name: p for name, p in trainable.items() if not p.ndim}
+        self._exact_scalars = ExactGradients(scalars, world=world) if settings.exact else None
         self._lockstep = Lockstep(model, world=world)
         for number, block in enumerate(self._blocks):
             block.register_forward_pre_hook(partial(self._step_together, number), prepend=True)
@@ -98,7 +104,8 @@ class Fsdp2(Strategy):
         policy = fp32
         exact: list[nn.Module] = []
         layers = layers_to_wrap(model, settings.layer_classes)
-        if settings.compute_dtype != torch.float32:
+        # Exact sums are of gradients as `ddp` has them, in fp32.
+        if settings.compute_dtype != torch.float32 and not settings.exact:
             # Autocast decides the dtype of each operation, as under every strategy. Weights that it casts at each use
             # are gathered in that dtype, which halves the traffic; others are gathered in fp32.
             policy = MixedPrecisionPolicy(
@@ -144,12 +151,55 @@ class Fsdp2(Strategy):
         if self._num_replicas > 1:
             for block in self._blocks:
                 block.set_requires_all_reduce(last, recurse=False)
+        if self._exact_scalars is not None and last:
+            self._exact_scalars.arm()
         self._lockstep.begin_backward()
         loss.backward(torch.full_like(loss, factor))
         self._lockstep.end_backward()
 
+    def must_repeat(self) -> bool:
+        """Ask the exact sums. All ranks."""
+        if self._exact is None or self._exact_scalars is None:
+            return False
+        must_repeat = any([self._exact.must_repeat(), self._exact_scalars.must_repeat()])
+        if must_repeat:
+            self._exact.zero()
+            self._exact_scalars.zero()
+        return must_repeat
+
+    @property
+    def exact_exponents(self) -> dict[str, int]:
+        """The units of exact sums by parameter."""
+        both = (self._exact, self._exact_scalars)
+        return {name: each for sums in both if sums is not None for name, each in sums.units.exponents.items()}
+
+    @exact_exponents.setter
+    def exact_exponents(self, saved: dict[str, int]) -> None:
+        for sums in (self._exact, self._exact_scalars):
+            if sums is not None:
+                sums.units.exponents = saved
+
+    def _finish_exactly(self, *, unscale: float, max_norm: float) -> float:
+        assert self._exact is not None
+        assert self._exact_scalars is not None
+        self._exact.finish()
+        self._exact_scalars.finish()
+        norm = norm_of([*self._exact.squares(self._num_replicas), *self._exact_scalars.squares()]) * unscale
+        factor = unscale * clip_factor(norm, max_norm=max_norm)
+        self._exact_scalars.scale(factor)
+        if factor != 1.0:
+            for parameter in self._trainable:
+                local_shard(parameter.grad).mul_(factor)  # type: ignore[arg-type]
+        self._exact.units.begin_next()
+        for parameter in self._scalars:
+            assert parameter.grad is not None
+            self._give_to_optimizer(parameter, parameter.grad)
+        return norm
+
     def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
         """Compute the norm over all ranks, then unscale and clip in one multiplication."""
+        if self._exact is not None:
+            return self._finish_exactly(unscale=unscale, max_norm=max_norm)
         for parameter in self._trainable:
             if parameter.grad is None:  # in a block that no rank has run
                 parameter.grad = torch.zeros_like(parameter)
@@ -186,20 +236,30 @@ class Fsdp2(Strategy):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._scalars]
         total = self._world.sum_of_data(torch.stack(gradients))
         for parameter, gradient in zip(self._scalars, total, strict=True):
-            view = optimized(parameter)
-            assert isinstance(view, DTensor)
-            view.grad = DTensor.from_local(gradient, view.device_mesh, view.placements, run_check=False)
-            parameter.grad = None
+            self._give_to_optimizer(parameter, gradient)
         return total
+
+    def _give_to_optimizer(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Give the view of a parameter without dimensions that the optimizer has its gradient."""
+        view = optimized(parameter)
+        assert isinstance(view, DTensor)
+        view.grad = DTensor.from_local(gradient, view.device_mesh, view.placements, run_check=False)
+        parameter.grad = None
 
     def optimizer_step(self) -> None:
         """Apply the optimizer to the shards."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        if self._exact is not None:
+            step_exactly(self.optimizer)
+        else:
+            self.optimizer.step()
+        self.discard()
 
     def discard(self) -> None:
         """Drop the gradients."""
         self.optimizer.zero_grad()
+        for sums in (self._exact, self._exact_scalars):
+            if sums is not None:
+                sums.zero()
 
     def state(self) -> Iterator[Fragment]:
         """Yield this rank's shards."""

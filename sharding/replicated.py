@@ -7,6 +7,7 @@ from torch import nn
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.sharding.exact import ExactGradients
+from shardlaunch.sharding.exact_step import step_exactly
 from shardlaunch.sharding.gradients import GradientBuckets, clip_factor
 from shardlaunch.sharding.named_state import check_optimizer, named_state, restore_named_state
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
@@ -52,12 +53,12 @@ class Replicated(Strategy):
     @property
     def exact_exponents(self) -> dict[str, int]:
         """The units of exact sums by parameter."""
-        return self.gradients.exponents if isinstance(self.gradients, ExactGradients) else {}
+        return self.gradients.units.exponents if isinstance(self.gradients, ExactGradients) else {}
 
     @exact_exponents.setter
     def exact_exponents(self, saved: dict[str, int]) -> None:
         if isinstance(self.gradients, ExactGradients):
-            self.gradients.exponents = saved
+            self.gradients.units.exponents = saved
 
     def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
         """Wait for the sums, then unscale and clip in one multiplication."""
@@ -68,7 +69,10 @@ class Replicated(Strategy):
 
     def optimizer_step(self) -> None:
         """Apply the optimizer."""
-        self.optimizer.step()
+        if isinstance(self.gradients, ExactGradients):
+            step_exactly(self.optimizer)
+        else:
+            self.optimizer.step()
         self.gradients.zero()
 
     def discard(self) -> None:

@@ -22,7 +22,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 
-EXACT = ("single", "dp", "ddp")
+EXACT = ("single", "dp", "ddp", "fsdp2", "hsdp")
 """Those that can sum exactly."""
 
 
@@ -67,7 +67,9 @@ def check_settings(name: str, settings: Settings) -> None:
 def check_exact(name: str, world: World, *, num_micro_batches: int, compiles: bool) -> None:
     """Raise UserError where sums cannot be exact."""
     if name not in EXACT:
-        raise UserError(f"--exact: not under {name}; use --strategy ddp, or single on one rank")
+        raise UserError(f"--exact: not under {name}, which sums by itself; use --strategy ddp, fsdp2 or hsdp")
+    if world.model_ranks > 1:
+        raise UserError("--exact: not with --tensor-parallel; remove one of the two")
     if world.device.type != "cpu":
         raise UserError(f"--exact: not on {world.device.type}; set ACCELERATE_USE_CPU=true")
     if compiles:

@@ -1,0 +1,146 @@
+"""Exact sums of gradients that FSDP2 shards: reduced here, as integers, in place of FSDP2's own reduction."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+
+from shardlaunch.sharding.exact import Units
+from shardlaunch.sharding.shards import local_shard
+from shardlaunch.sharding.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shard:
+    """A parameter of a block."""
+
+    number: int
+    """Among all."""
+    parameter: nn.Parameter
+    begin: int
+    end: int
+    """The place of its shard, with padding, in the sums of the block."""
+
+
+class ExactShards:
+    """Shards of gradients with sums that have the same bits on any ranks (see `exact`).
+
+    FSDP2 gives each block its reduction: what it would sum over the ranks is added here to integers that wait for all
+    micro-batches, and FSDP2 gets zeros.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[FSDPModule], *, world: World) -> None:
+        self._world = world
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._shards: list[_Shard] = []
+        self._views: list[torch.Tensor] = []  # of the sums, without padding
+        self._sums: list[torch.Tensor] = []
+        self._replicas: list[dist.ProcessGroup | None] = []
+        found: list[str] = []
+        for block in blocks:
+            group: Any = block._get_fsdp_state()._fsdp_param_group
+            if group is None:
+                continue
+            size = group.mesh_info.shard_mesh_size
+            shards: list[_Shard] = []
+            end = 0
+            for fsdp_parameter in group.fsdp_params:
+                parameter = fsdp_parameter.sharded_param
+                if parameter.requires_grad:
+                    rows, *row = fsdp_parameter._orig_size
+                    begin, end = end, end + -(-rows // size) * prod(row)
+                    shards.append(_Shard(number=len(found), parameter=parameter, begin=begin, end=end))
+                    found.append(names[id(parameter)])
+            sums = torch.zeros(end, dtype=torch.int64)
+            if size > 1:
+                block.set_custom_reduce_scatter(_Reduction(partial(self._reduce, shards, sums)))
+            else:  # then FSDP2 does not reduce
+                block.set_all_reduce_hook(partial(self._add, shards, sums))
+            for shard in shards:
+                self._views.append(sums[shard.begin : shard.begin + local_shard(shard.parameter).numel()])
+            self._shards += shards
+            self._sums.append(sums)
+            self._replicas.append(group._all_reduce_process_group if group._is_hsdp else None)
+        self.units = Units(found)
+
+    def zero(self) -> None:
+        """Drop all sums."""
+        self.units.forget()
+        for sums in self._sums:
+            sums.zero_()
+
+    def must_repeat(self) -> bool:
+        """Return whether the step must be run again, with other units. All ranks."""
+        must_change = self.units.must_change(self._world)
+        if must_change:
+            self.zero()
+        return must_change
+
+    def finish(self) -> None:
+        """Turn the sums into the gradients of the shards. All ranks."""
+        for sums, replicas in zip(self._sums, self._replicas, strict=True):
+            if replicas is not None:
+                dist.all_reduce(sums, group=replicas)
+        for shard, view in zip(self._shards, self._views, strict=True):
+            if shard.parameter.grad is None:  # in a block that no rank has run
+                shard.parameter.grad = torch.zeros_like(shard.parameter)
+            self.units.gradient(shard.number, view, local_shard(shard.parameter.grad).view(-1))
+
+    def squares(self, num_replicas: int) -> list[float]:
+        """Return the sum of the squares of each parameter's gradient, over all shards. All ranks."""
+        gradients = [(shard.number, shard.parameter.grad) for shard in self._shards]
+        rows = [self.units.squares(number, local_shard(g).view(-1)) for number, g in gradients if g is not None]
+        return self.units.values(self._world.sum(torch.stack(rows)) / num_replicas) if rows else []
+
+    def _reduce(
+        self,
+        shards: Sequence[_Shard],
+        sums: torch.Tensor,
+        output: torch.Tensor,
+        gradients: torch.Tensor,
+        group: dist.ProcessGroup,
+    ) -> None:
+        """Sum a micro-batch's gradients of a block over the ranks, and add this rank's shards to the sums."""
+        multiples = torch.zeros(len(gradients), dtype=torch.int64)
+        for its_gradients, its_multiples in zip(
+            gradients.view(-1, len(sums)), multiples.view(-1, len(sums)), strict=True
+        ):
+            self._add(shards, its_multiples, its_gradients)
+        own = torch.empty_like(sums)
+        dist.reduce_scatter_tensor(own, multiples, group=group)
+        sums.add_(own)
+        output.zero_()
+
+    def _add(self, shards: Sequence[_Shard], sums: torch.Tensor, gradients: torch.Tensor) -> None:
+        for shard in shards:
+            place = slice(shard.begin, shard.end)
+            self.units.add_multiples(shard.number, gradients[place], sums[place])
+
+
+class _Reduction(ReduceScatter):
+    """A block's reduction by a function of output, input and group."""
+
+    def __init__(self, reduce: Any) -> None:
+        self._reduce_by = reduce
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return memory for FSDP2."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        """Reduce at once."""
+        self._reduce_by(output_tensor, input_tensor, group)
