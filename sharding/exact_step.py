@@ -55,7 +55,7 @@ _EXACT = {
     *_ADDING,
     *("mul", "mul_", "div", "div_", "sqrt", "sqrt_", "neg", "neg_", "abs", "abs_", "sign", "sign_", "square"),
     *("maximum", "minimum", "max", "min", "clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_"),
-    *("eq", "ne", "lt", "le", "gt", "ge", "where", "masked_fill", "masked_fill_", "logical_and", "logical_not"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "where", "masked_fill", "masked_fill_", "index_put_", "logical_and", "logical_not"),
     *("copy_", "fill_", "zero_", "clone", "detach", "_to_copy", "lift_fresh", "view", "reshape", "_unsafe_view"),
     *("empty", "empty_like", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "scalar_tensor"),
     *("_local_scalar_dense", "alias", "t", "transpose", "expand", "view_as_real", "slice", "select", "unsqueeze"),

@@ -1,13 +1,18 @@
 """The same bits on any number of ranks: losses, metrics, weights, optimizer, through changes of ranks and faults."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from shardlaunch import Recipe, fit
+from shardlaunch import Recipe, UserError, fit
 from shardlaunch.sharding.exact import ExactGradients, summands
+from shardlaunch.sharding.exact_step import step_exactly
+from shardlaunch.sharding.resolve import STRATEGIES
+from shardlaunch.sharding.strategy import Strategy
 from shardlaunch.sharding.world import World
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import MaskedBert, NetRecipe, RankedNet, final_tensors, losses, run_quietly, training_lines
@@ -22,27 +27,38 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+class ExactNet(RankedNet):
+    """The net of other tests, with a parameter without dimensions and rows that ranks cannot share evenly."""
+
+    def model(self) -> nn.Module:
+        net = super().model()
+        net.scale = nn.Parameter(torch.tensor(0.5))
+        net.register_forward_hook(lambda module, inputs, outputs: outputs * net.scale)
+        return net
+
+
 def _fit(recipe_type: type[Recipe], run_dir: Path, options: dict[str, Any]) -> int:
     """Run, and return how often a step was run again."""
     repeated = 0
-    must_repeat = ExactGradients.must_repeat
+    strategy = STRATEGIES[options.get("strategy", "ddp" if "RANK" in os.environ else "single")]
+    must_repeat = strategy.must_repeat
 
-    def counted(self: ExactGradients) -> bool:
+    def counted(self: Strategy) -> bool:
         nonlocal repeated
         again = must_repeat(self)
         repeated += again
         return again
 
-    ExactGradients.must_repeat = counted  # type: ignore[method-assign]
+    strategy.must_repeat = counted  # type: ignore[method-assign]
     try:
         fit(recipe_type, output_dir=run_dir, **OPTIONS | options)
     finally:
-        ExactGradients.must_repeat = must_repeat  # type: ignore[method-assign]
+        strategy.must_repeat = must_repeat  # type: ignore[method-assign]
     return repeated
 
 
 def _on_ranks(num_ranks: int, recipe_type: type[Recipe], run_dir: Path, **options: Any) -> list[int]:
-    if num_ranks == 1:
+    if num_ranks == 1 and options.get("strategy", "single") == "single":
         return [_fit(recipe_type, run_dir, options)]
     repeated: list[int] = run_on_ranks(num_ranks, _fit, recipe_type, run_dir, options)
     return repeated
@@ -54,12 +70,24 @@ def _bits(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     return lines, {name: tensor.view(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"num_workers": 2}], ids=str)
-def test_bits_do_not_depend_on_the_ranks(options: dict[str, Any], tmp_path: Path) -> None:
-    assert _on_ranks(1, RankedNet, tmp_path / "1", **options) == [1]
-    for num_ranks in (2, 3):
-        assert _on_ranks(num_ranks, RankedNet, tmp_path / str(num_ranks), **options) == [1] * num_ranks
-        assert _bits(tmp_path / str(num_ranks)) == _bits(tmp_path / "1")
+@pytest.mark.parametrize(
+    ("options", "topologies"),
+    [
+        ({}, [("dp", 1), ("ddp", 3), ("fsdp2", 1), ("fsdp2", 3), ("hsdp", 4)]),
+        ({"precision": "bf16", "num_workers": 2}, [("ddp", 2), ("fsdp2", 2)]),
+        ({"optimizer": "sgd", "momentum": 0.9, "lr": 0.1, "max_grad_norm": 0.01}, [("fsdp2", 2)]),
+    ],
+    ids=str,
+)
+def test_bits_do_not_depend_on_ranks_and_strategy(
+    options: dict[str, Any], topologies: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    assert _on_ranks(1, ExactNet, tmp_path / "single", **options) == [1], "the first step has no units yet"
+    expected = _bits(tmp_path / "single")
+    for strategy, num_ranks in topologies:
+        run_dir = tmp_path / f"{strategy}-{num_ranks}"
+        assert _on_ranks(num_ranks, ExactNet, run_dir, strategy=strategy, **options) == [1] * num_ranks
+        assert _bits(run_dir) == expected, (strategy, num_ranks)
 
 
 def test_without_exact_sums_they_do(tmp_path: Path) -> None:
@@ -70,8 +98,9 @@ def test_without_exact_sums_they_do(tmp_path: Path) -> None:
 
 def test_a_transformer_goes_on_with_other_ranks(tmp_path: Path) -> None:
     _on_ranks(1, MaskedBert, tmp_path / "whole")
-    for stop, num_ranks in ((3, 4), (4, 1), (7, 2), (10, 3)):
-        _on_ranks(num_ranks, MaskedBert, tmp_path / "run", stop_at_step=stop if stop < 10 else 0)
+    for stop, strategy, num_ranks in ((3, "fsdp2", 4), (4, "single", 1), (7, "hsdp", 4), (10, "ddp", 3)):
+        at = stop if stop < 10 else 0
+        _on_ranks(num_ranks, MaskedBert, tmp_path / "run", strategy=strategy, stop_at_step=at)
     assert _bits(tmp_path / "run") == _bits(tmp_path / "whole")
 
 
@@ -100,7 +129,7 @@ def test_exact_sums_change_the_run_by_rounding_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--strategy", "fsdp2"), "--exact: not under fsdp2; use --strategy ddp"),
+        (("--strategy", "zero2"), "--exact: not under zero2, which sums by itself; use --strategy ddp, fsdp2 or hsdp"),
         (("--compile",), "--exact: not with --compile"),
         (("--micro-batch-size", "1", "--global-batch-size", "5000"), "5,000 micro-batches is too many"),
     ],
@@ -138,3 +167,45 @@ def test_summands_add_up_in_any_order() -> None:
     assert len(sums) == 1, "no partial sum rounds"
     assert len({values[order].cumsum(0)[-1].item() for order in orders}) > 1, "else this shows nothing"
     assert summands(torch.tensor([torch.inf, -torch.inf])).sum(0).tolist() == [torch.inf, -torch.inf]
+
+
+OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD", "ASGD")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_does_not_depend_on_how_a_tensor_is_divided(name: str) -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(1000), torch.randn(3, 1000)
+    options = {"lr": 0.01, **({"weight_decay": 0.1} if name != "Rprop" else {})}
+    found = []
+    for cuts in ((1000,), (331, 331, 338), (3, 990, 7)):
+        parts = [nn.Parameter(part.clone()) for part in start.split(cuts)]
+        optimizer = getattr(torch.optim, name)(parts, **options)
+        for gradient in gradients:
+            for part, its_gradient in zip(parts, gradient.split(cuts), strict=True):
+                part.grad = its_gradient.clone()
+            step_exactly(optimizer)
+        found.append(torch.cat([part.detach() for part in parts]))
+    usual = nn.Parameter(start.clone())
+    optimizer = getattr(torch.optim, name)([usual], **options)
+    for gradient in gradients:
+        usual.grad = gradient.clone()
+        optimizer.step()
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert torch.allclose(found[0], usual, rtol=1e-5, atol=1e-6)
+
+
+class OfPowers(torch.optim.SGD):
+    """An optimizer with an operation whose vectors and ends may differ."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.sub_(parameter.grad.exp())
+
+
+def test_an_optimizer_of_other_operations_is_refused() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    with pytest.raises(UserError, match=r"--exact: OfPowers uses exp\(\)"):
+        step_exactly(OfPowers([parameter], lr=0.1))
