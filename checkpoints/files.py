@@ -92,6 +92,14 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def is_gone(path: Path) -> bool:
+    """Return whether a path surely has no entry: an error does not say so."""
+    try:
+        return not is_there(path)
+    except OSError:
+        return False
+
+
 def fsync(path: Path) -> None:
     """Make a file's content, or a folder's entries, durable."""
     descriptor = os.open(path, os.O_RDONLY)

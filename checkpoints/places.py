@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shardlaunch.checkpoints.digests import CRC64, DigestingFile, FileRecord, digest_of_kind
+from shardlaunch.checkpoints.files import is_gone
 from shardlaunch.checkpoints.names import MANIFEST, step_of_dir_name
 from shardlaunch.checkpoints.records import MOST_BYTES, DamagedRecord, open_regular, read_bytes, regular_size
 from shardlaunch.errors import UserError
@@ -120,7 +121,7 @@ class LocalPlace:
 
     def size(self, name: str) -> int | None:
         path = self.path / name
-        return regular_size(path) if os.path.lexists(path) else None
+        return None if is_gone(path) else regular_size(path)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         buffer = memoryview(bytearray(CHUNK_BYTES))

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 
 from shardlaunch.checkpoints.digests import FileRecord, crc64nvme, digest_file, joined
+from shardlaunch.checkpoints.files import is_gone
 from shardlaunch.checkpoints.headers import header_bytes, read_stored
 from shardlaunch.checkpoints.listing import DamagedCheckpoint, file_records, read_listing, tensor_key
 from shardlaunch.checkpoints.names import (
@@ -98,24 +99,24 @@ def verify(step_dir: Path, *, num_threads: int = 2) -> Verdict:
     try:
         record = _manifest(step_dir)
     except UserError as error:
-        is_gone = not os.path.lexists(step_dir)
+        gone = is_gone(step_dir)
         damage = Damage(file=MANIFEST, what=_without_path(error, step_dir / MANIFEST, step_dir))
-        damages = () if is_gone else (damage,)
-        return Verdict(step_dir=step_dir, num_files=0, num_bytes=0, damages=damages, unlisted=(), is_gone=is_gone)
+        damages = () if gone else (damage,)
+        return Verdict(step_dir=step_dir, num_files=0, num_bytes=0, damages=damages, unlisted=(), is_gone=gone)
     files = file_records(record)
     with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
         found = pool.map(partial(_file_damage, step_dir, record), files.items())
         of_files = [Damage(file=name, what=what) for name, what in zip(files, found, strict=True) if what]
     damaged = {damage.file for damage in of_files}
     of_files += [damage for damage in _record_damages(step_dir, record) if damage.file not in damaged]
-    is_gone = not os.path.lexists(step_dir / MANIFEST)
+    gone = is_gone(step_dir / MANIFEST)
     return Verdict(
         step_dir=step_dir,
         num_files=len(files),
         num_bytes=sum(file.num_bytes for file in files.values()),
-        damages=() if is_gone else tuple(of_files),
-        unlisted=() if is_gone else _unlisted(step_dir, files),
-        is_gone=is_gone,
+        damages=() if gone else tuple(of_files),
+        unlisted=() if gone else _unlisted(step_dir, files),
+        is_gone=gone,
     )
 
 

@@ -65,7 +65,7 @@ def outcome(case: Case, reference: Reference, folder: Path) -> tuple[str, Trial]
     status = next((status for status in trial.statuses if status), 0)
     if not set(trial.statuses) <= {0, 1, 2}:
         reasons.append(f"exit status {trial.statuses}")
-    if status and len(re.findall(r"^error: ", trial.output, re.M)) != 1:
+    if status and len(scenario.said(trial.output)) != 1:
         reasons.append("not one message")
     if re.search(r"(error|warning): .*(\[Errno|: None|Error\()", trial.output):
         reasons.append("message without a place")

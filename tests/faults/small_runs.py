@@ -62,6 +62,10 @@ class Scenario:
             "copies": newest_step(run_dir / "second" / CHECKPOINTS),
         }
 
+    def said(self, output: str) -> list[str]:
+        """Return the messages of which a run that ends with an error has one."""
+        return re.findall(r"^error: .*", output, re.M)
+
     def leftovers(self, run_dir: Path) -> list[Path]:
         """Return what must not be left: files that are staged, or to be deleted, and copies of what a disk has."""
         hidden = [path for path in run_dir.rglob("*") if path.name.startswith((".staging", ".trash", ".shared"))]
@@ -95,6 +99,10 @@ class Command(Scenario):
         """Return the files that are left, with what is in them."""
         files = (path for path in sorted(run_dir.rglob("*")) if path.is_file() and path.name != ".lock")
         return {"files": {str(path.relative_to(run_dir)): path.read_bytes() for path in files}}
+
+    def said(self, output: str) -> list[str]:
+        """Return the error, or the first checkpoint that is damaged or not copied, which others need not stop."""
+        return super().said(output) or re.findall(r"^(?:warning:|  damaged, stays:) .*", output, re.M)[:1]
 
     def leftovers(self, run_dir: Path) -> list[Path]:
         """Return what must not be left where the command writes."""
