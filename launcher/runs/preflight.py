@@ -39,7 +39,7 @@ def check_shared(output_dir: Path, world: World, *, warn: Callable[[str], None])
         if world.is_main:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-    if any(free for (free,) in peers.gather([is_first and _can_be_locked(output_dir)])):
+    if peers.any(is_first and _can_be_locked(output_dir)):
         warn(
             f"--output-dir {output_dir}: its lock does not hold between hosts. Nothing notices if a run on another "
             f"host uses this folder at the same time: see to it that none does"
