@@ -18,6 +18,7 @@ from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.errors import UserError
 from shardlaunch.progress import progress
 from shardlaunch.sharding.environment import LaunchEnvironment
+from shardlaunch.sharding.interfaces import choose_interfaces
 from shardlaunch.sharding.meeting import meet
 from shardlaunch.sharding.neighbours import Neighbours, find_neighbours, this_place
 
@@ -46,6 +47,8 @@ class World:
     device: torch.device = CPU
     host_group: dist.ProcessGroup | None = None
     store: dist.Store | None = None
+    says: str = ""
+    """What was found while the ranks connected."""
     owns_group: bool = True
     """The default process group was made by `connect`, and ends with the run."""
 
@@ -154,6 +157,9 @@ def connect(env: LaunchEnvironment, *, needs_group: bool = False, is_watched: bo
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     timeout = WATCHED_TIMEOUT if is_watched else TIMEOUT
     owns_group = not dist.is_initialized()  # a script that calls `fit` may have a process group, which stays its own
+    says = ""
+    if len(neighbours.ranks) < world_size:
+        says = choose_interfaces(env, store, is_first=rank == neighbours.ranks[0])
     os.environ.setdefault(CONNECT_VARIABLE, "1")
     if owns_group:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -167,6 +173,7 @@ def connect(env: LaunchEnvironment, *, needs_group: bool = False, is_watched: bo
         device=device,
         host_group=new_group(timeout=timeout),
         store=store,
+        says=says,
         owns_group=owns_group,
     )
 

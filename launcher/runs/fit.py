@@ -99,6 +99,8 @@ def joined_ranks(
     _say_launch(env, options, display)
     with phase(f"connecting {env.world_size} ranks") if env.world_size > 1 else nullcontext():
         world = connect(env, needs_group=STRATEGIES[choice.strategy].is_sharded, is_watched=is_watched)
+    if world.says:
+        display.say(world.says)
     tell_libraries(env, local_rank=world.local_index, local_size=world.local_size)
     num_threads = threads_per_rank(options.threads_per_rank, env, world)
     torch.set_num_threads(num_threads)
