@@ -42,9 +42,8 @@ def choose_interfaces(env: LaunchEnvironment, store: dist.Store, *, is_first: bo
         name = store.get(_NOT_FOUND).decode()
         _leave(store, env)
         raise UserError(
-            f"the name of {name} has a loopback address there, or none, by which ranks of "
-            f"other machines cannot reach it: set GLOO_SOCKET_IFNAME to the interface that they reach, or give the name its "
-            f"address in /etc/hosts"
+            f"the name of {name} has a loopback address there, or none, by which ranks of other machines cannot reach "
+            f"it: set GLOO_SOCKET_IFNAME to the interface that they reach, or give the name its address in /etc/hosts"
         )
     if not store.check([_CHOSEN]):
         return ""
