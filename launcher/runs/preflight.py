@@ -13,9 +13,9 @@ from shardlaunch.checkpoints.files import is_there, retried
 from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps
 from shardlaunch.checkpoints.records import Position
+from shardlaunch.checkpoints.run_lock import LOCK, lock
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
-from shardlaunch.launcher.runs.folder import LOCK, lock
 from shardlaunch.sharding.world import World
 
 SEEN_WITHIN_S = 5.0  # a network file system may show a new file late
