@@ -17,7 +17,7 @@ from torch.distributed import distributed_c10d
 
 from shardlaunch.sharding.world import World, process_groups
 
-FEW_RANKS = 64
+FEW_RANKS = 16
 _HANG = "shardlaunch/hang"
 _RECORDERS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
 _DONE = "shardlaunch/hang-reported"

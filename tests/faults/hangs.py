@@ -152,6 +152,8 @@ CASES = [
     Case("step sleep", 1, "zero3", 2, IN_STEP),
     Case("step C", 0, "zero3", 2, IN_STEP),
     Case("data loop", 3, "ddp", 4, "loading sample 17 for step"),
+    Case("step stop", 3, "ddp", 18, "step 7, micro-batch 1 of 1, forward"),  # they read beats when they stand still
+    Case("step loop", 17, "ddp", 18, "step 7, micro-batch 1 of 1, forward"),
 ]
 LIVING = [
     Case("start slow", 0, "ddp", 2, ""),

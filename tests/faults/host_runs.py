@@ -171,8 +171,11 @@ class Runs:
 
 
 def own_lines(out: str) -> str:
-    """Return what we print: not what DeepSpeed does when it is loaded, and torch on networks without name servers."""
-    lines = (line for line in out.splitlines() if not re.search(r"get_accelerator|\[W.* socket\.cpp", line))
+    """Return what a rank of ours prints.
+
+    Not what a launcher does, DeepSpeed when it is loaded, and torch on networks without name servers.
+    """
+    lines = (line for line in out.splitlines() if not re.search(r"^\$ |get_accelerator|\[W.* socket\.cpp", line))
     return "".join(f"{line}\n" for line in lines)
 
 
