@@ -7,9 +7,10 @@ A page says between two comments what stands there, and this command fills it in
 
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
 `memory` (peaks of host memory), `start` (those while a run starts, before a change and now), `plan` (planning
-batches), `scale` (planning saves), `survival` (how many faults went well), `faults` (what became of each), `machine`
-(where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a
-notebook in docs/, counted from 0. `--check` writes nothing and fails when a page differs from its sources.
+batches), `scale` (planning saves), `startup` (starts, by number of ranks), `survival` (how many faults went well),
+`faults` (what became of each), `machine` (where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and
+`<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0. The plots of plots.py are written
+too. `--check` writes nothing and fails when a page or a plot differs from its sources.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from plots import all_plots
 from record import RESULTS
 from survival import judging
 
@@ -64,6 +66,12 @@ def main() -> None:
             stale.append(page)
             if not is_check:
                 page.write_text(filled)
+    for plot, drawn in all_plots().items():
+        if not plot.exists() or plot.read_text() != drawn:
+            stale.append(plot)
+            if not is_check:
+                plot.parent.mkdir(exist_ok=True)
+                plot.write_text(drawn)
     names = ", ".join(str(page.relative_to(DOCS.parent)) for page in stale)
     if stale and is_check:
         sys.exit(f"tables or cells differ from their sources in {names}: run python benchmarks/tables.py")
@@ -243,6 +251,25 @@ def _scale(results: Sequence[Result]) -> str:
     return _table(titles, rows)
 
 
+def _startup(results: Sequence[Result]) -> str:
+    rows = [
+        (
+            row["strategy"],
+            row["arm"],
+            str(row["ranks"]),
+            f"{row['descriptors']:.0f}",
+            f"{row['most_descriptors_of_others']:.0f}",
+            f"{row['descriptors_of_first']:.0f}",
+            f"{row['cpu_s']:.2f}",
+            f"{row['wall_s']:.1f}",
+        )
+        for result in results
+        for row in result["rows"]
+    ]
+    titles = ("descriptors, mean", "most, but rank 0", "rank 0", "CPU per rank, s", "all ranks, s")
+    return _table(("strategy", "connections", "ranks", *titles), rows)
+
+
 def _machine(results: Sequence[Result]) -> str:
     machines = {f"{result['machine']['cpu']}, Python {result['machine']['python']}" for result in results}
     packages = ("torch", "accelerate", "transformers", "lightning") if "torch" in results[0]["versions"] else ("numpy",)
@@ -277,6 +304,7 @@ _KINDS = {
     "start": _start,
     "plan": _plan,
     "scale": _scale,
+    "startup": _startup,
     "machine": _machine,
 }
 

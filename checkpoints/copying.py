@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardlaunch.checkpoints.digests import FileRecord
+from shardlaunch.checkpoints.files import fsync
 from shardlaunch.checkpoints.listing import DamagedCheckpoint, file_records, listing_of
 from shardlaunch.checkpoints.names import MANIFEST, STAGING_PREFIX, TRASH_PREFIX, step_dir_name, step_of_dir_name
 from shardlaunch.checkpoints.places import LocalPlace, Place, committed_steps, digest_at, place_at
@@ -300,23 +301,15 @@ class _Work:
 
 def _publish(staging: Path, target: Path) -> None:
     """Give a complete staging folder its name, in place of a damaged one or of an empty folder."""
-    _fsync(staging)
+    fsync(staging)
     trash = _trash(target)
     if os.path.lexists(target):
         shutil.rmtree(trash, ignore_errors=True)
         target.rename(trash)
     staging.rename(target)
-    _fsync(target.parent)
+    fsync(target.parent)
     shutil.rmtree(trash, ignore_errors=True)
 
 
 def _trash(path: Path) -> Path:
     return path.with_name(f"{TRASH_PREFIX}{path.name}")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -49,6 +49,14 @@ class Peers:
         """Return the exclusive or of all ranks' numbers (uint64). All ranks."""
         return self._reduced(values.view(np.int64), dist.ReduceOp.BXOR).view(np.uint64)
 
+    def most(self, values: Sequence[int]) -> list[int]:
+        """Return the largest of all ranks' values (64-bit), one by one. All ranks."""
+        return [int(value) for value in self._reduced(np.array(values, dtype=np.int64), dist.ReduceOp.MAX)]
+
+    def any(self, value: bool) -> bool:
+        """Return whether any rank says so. All ranks."""
+        return bool(self.most([value])[0])
+
     def _reduced(self, values: np.ndarray, operation: dist.ReduceOp.RedOpType) -> np.ndarray:
         self.mark()
         result = torch.from_numpy(values.copy())
@@ -58,7 +66,8 @@ class Peers:
 
     def of_first(self, values: Sequence[int]) -> list[int]:
         """Return rank 0's values (64-bit, any number of them) on every rank. All ranks."""
-        return self.lists(values)[0]
+        data = self.data_of(0, np.array(values, dtype=np.int64).tobytes())
+        return [int(value) for value in np.frombuffer(data, dtype=np.int64)]
 
     def lists(self, values: Sequence[int]) -> list[list[int]]:
         """Return every rank's values (64-bit, any number of them). All ranks."""
@@ -73,6 +82,8 @@ class Peers:
             return data
         size = torch.tensor(len(data))
         dist.broadcast(size, rank, group=self.group)
+        if size == 0:
+            return b""
         sent = torch.zeros(int(size), dtype=torch.uint8)
         if self.rank == rank:
             sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -109,5 +120,5 @@ class Peers:
             may_pass = is_transient(failure)
         error = self.share_error(error)
         if error is not None:
-            raise PassingError(error) if any(passes for (passes,) in self.gather([may_pass])) else UserError(error)
+            raise PassingError(error) if self.any(may_pass) else UserError(error)
         return result  # type: ignore[return-value]

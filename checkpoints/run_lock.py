@@ -1,5 +1,10 @@
-"""The lock of a run's output folder, for those who change its checkpoints from outside. Imports no torch."""
+"""The lock of a run's output folder: the run holds it, and so do those who change its checkpoints from outside.
 
+It is a POSIX record lock: it ends with the process, however that ends, and child processes do not inherit it. Imports
+no torch.
+"""
+
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -9,6 +14,12 @@ from pathlib import Path
 from shardlaunch.errors import UserError
 
 LOCK = ".lock"
+HELD_BY_ANOTHER = (errno.EAGAIN, errno.EACCES)
+
+
+def lock(descriptor: int) -> None:
+    """Lock an open file, or raise OSError."""
+    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager
@@ -20,10 +31,10 @@ def locked(run_dir: Path) -> Iterator[None]:
         raise UserError(f"{run_dir / LOCK}: cannot be locked: {error.strerror}") from error
     try:
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise UserError(f"{run_dir}: a run is using this folder. Wait for it, or stop it") from error
+            lock(descriptor)
         except OSError as error:
+            if error.errno in HELD_BY_ANOTHER:
+                raise UserError(f"{run_dir}: a run is using this folder. Wait for it, or stop it") from error
             raise UserError(f"{run_dir / LOCK}: cannot be locked: {error.strerror}") from error
         yield
     finally:

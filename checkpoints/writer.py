@@ -70,7 +70,7 @@ def save(
 def _is_committed(target: Path, position: Position, peers: Peers) -> bool:
     """Return whether `target` is a valid checkpoint of this position, with all digests checked. All ranks."""
     exists = peers.together(lambda: peers.rank == 0 and is_there(target))
-    if not peers.gather([exists])[0][0]:
+    if not peers.of_first([exists])[0]:
         return False
     try:
         saved = open_checkpoint(target, peers=peers).position

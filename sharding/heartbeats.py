@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from shardlaunch.sharding.world import World
+from shardlaunch.sharding.world import World, process_groups
 
-FEW_RANKS = 64
+FEW_RANKS = 16
 _HANG = "shardlaunch/hang"
 _RECORDERS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
 _DONE = "shardlaunch/hang-reported"
@@ -53,7 +53,8 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
 class Heartbeats:
     """Exchange beats in a thread of its own, since the store may stop to answer together with the process it is in.
 
-    `now` returns this rank's beat. The others' are read while `is_looking`, and of few ranks always.
+    `now` returns this rank's beat. The others' are read while `is_looking`, and of few ranks always. Of many, those of
+    this machine and of rank 0 are read once, to be known where the store does not answer.
     """
 
     def __init__(self, world: World, now: Callable[[], Beat], *, interval_s: float) -> None:
@@ -73,6 +74,11 @@ class Heartbeats:
         """A rank reports a hang."""
         self.silent: list[int] = []
         """The ranks that say nothing, by that report."""
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Return whether all beats are read always."""
+        return self._world.size <= FEW_RANKS
 
     @property
     def is_alone(self) -> bool:
@@ -153,9 +159,10 @@ class Heartbeats:
         if store.check([_HANG]):
             self.silent = [int(rank) for rank in store.get(_HANG).decode().split(",") if rank]
             self.is_hang_known = True
-        if self.is_looking or self._world.size <= FEW_RANKS or not self.others:
-            others = [rank for rank in range(self._world.size) if rank != self._world.rank]
-            if not store.check([_key(rank) for rank in others]):
+        if self.is_looking or self.is_up_to_date or not self.others:
+            known = range(self._world.size) if self.is_looking or self.is_up_to_date else {0, *self._world.local_ranks}
+            others = [rank for rank in known if rank != self._world.rank]
+            if others and not store.check([_key(rank) for rank in others]):
                 others = [rank for rank in others if store.check([_key(rank)])]
             values = store.multi_get([_key(rank) for rank in others]) if others else []
             beats = [msgspec.json.decode(value, type=Beat) for value in values]
@@ -190,7 +197,7 @@ def collectives_begun(world: World) -> dict[str, int]:
     numbers: dict[str, int] = {}
     if world.size > 1:
         with suppress(RuntimeError):  # also when a group is added meanwhile
-            groups: list[Any] = list(distributed_c10d._world.pg_map)
+            groups: list[Any] = [*process_groups()]  # torch's stubs do not have all that they have
             for group in groups:
                 if group is not world.host_group:
                     numbers[distributed_c10d._world.pg_names[group]] = group._get_sequence_number_for_group()

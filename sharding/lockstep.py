@@ -13,7 +13,7 @@ from torch import nn
 
 from shardlaunch.errors import UserError
 from shardlaunch.progress import progress
-from shardlaunch.sharding.world import World
+from shardlaunch.sharding.world import World, new_group
 
 PATIENCE = timedelta(minutes=2)
 """How long a rank waits for the others to announce the same new step."""
@@ -30,7 +30,7 @@ class Lockstep:
 
     def __init__(self, model: nn.Module, *, world: World) -> None:
         self._world = world
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = new_group() if world.size > 1 else None
         self._training: list[int] = []
         self._evaluating: list[int] = []
         self._steps = self._training

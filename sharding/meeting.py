@@ -1,5 +1,6 @@
 """Connect the ranks of a launch through a store, and report which ranks are missing."""
 
+import resource
 import socket
 import sys
 import time
@@ -16,6 +17,7 @@ from shardlaunch.sharding.environment import JOIN_TIMEOUT_VARIABLE, LaunchEnviro
 
 MESSAGE_AFTER_S = 10.0  # waiting time before a message is printed
 POLL_INTERVAL_S = 0.05
+CONNECTIONS_PER_RANK, OTHER_FILES = 2, 500  # at the store: of a rank's collectives, and of its heartbeats
 _MET = "shardlaunch/met"
 _RUN_NUMBERS = count()
 _FOR_ONE = f"For one process, set {LAUNCHER_VARIABLE}={NONE}."
@@ -37,6 +39,7 @@ def meet(env: LaunchEnvironment) -> dist.Store:
     limit = timedelta(seconds=env.join_timeout_s)
     is_host = env.rank == 0 and not env.uses_agent_store
     if is_host:  # both are checked here, because torch's own attempts print stack traces
+        _allow_connections(env.world_size)
         _wait(lambda: [] if _is_known(address) else [f"a host of the name {address}"], env, where)
     elif not env.uses_agent_store:
         _wait(lambda: [] if _listens(address, port) else ["rank 0"], env, where, prints=env.local_rank == 0)
@@ -48,8 +51,7 @@ def meet(env: LaunchEnvironment) -> dist.Store:
         store = dist.PrefixStore(f"attempt{attempt}/run{next(_RUN_NUMBERS)}", base)
         store.set(_joined(env.rank), "")
         if env.rank == 0:
-            ranks = range(env.world_size)
-            _wait(lambda: [f"rank {rank}" for rank in ranks if not store.check([_joined(rank)])], env, where)
+            _wait(lambda: _missing(store, env.world_size), env, where)
             store.set(_MET, "")
         else:
             store.wait([_MET], limit)
@@ -116,6 +118,27 @@ def _wait(missing: Callable[[], list[str]], env: LaunchEnvironment, where: str, 
             print(f"rank {env.rank} waits at {where} for {who}; {limit}", file=sys.stderr, flush=True)
             has_printed = True
         time.sleep(POLL_INTERVAL_S)
+
+
+def _missing(store: dist.Store, num_ranks: int) -> list[str]:
+    """Return the ranks that are not there, by names."""
+    ranks = range(num_ranks)
+    if store.check([_joined(rank) for rank in ranks]):  # of all in one question
+        return []
+    return [f"rank {rank}" for rank in ranks if not store.check([_joined(rank)])]
+
+
+def _allow_connections(num_ranks: int) -> None:
+    """Let this process have the connections of all ranks to its store. Raises UserError if the system does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = CONNECTIONS_PER_RANK * num_ranks + OTHER_FILES
+    if resource.RLIM_INFINITY not in (soft, hard) and hard < needed:
+        raise UserError(
+            f"rank 0 needs about {needed} open files for the connections of {num_ranks} ranks, and its limit is {hard} "
+            f"(ulimit -Hn). Raise it, or use fewer ranks."
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _joined(rank: int) -> str:

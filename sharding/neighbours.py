@@ -5,8 +5,10 @@ A launcher's local ranks say how many there are, not which: Slurm and mpirun may
 
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ import torch.distributed as dist
 from shardlaunch.errors import UserError
 from shardlaunch.sharding.environment import LaunchEnvironment
 
+_NUM_PLACED, _ALL_PLACED = "shardlaunch/placed", "shardlaunch/all-placed"
+_END = "\0"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # machines made from one image may share a name
 
 
@@ -56,19 +60,24 @@ def this_place(*, use_cuda: bool) -> Place:
 
 
 def find_neighbours(env: LaunchEnvironment, store: dist.Store, place: Place) -> Neighbours:
-    """Return the ranks of this machine, from what all ranks say about where they run. All ranks.
+    """Return the ranks of this machine, from what its ranks say about where they run. All ranks.
 
     Raises UserError if two ranks would use one GPU.
     """
-    store.set(_key(env.rank), place.text())
-    texts = store.multi_get([_key(rank) for rank in range(env.world_size)])
-    return neighbours_among([Place.of_text(text.decode()) for text in texts], env)
+    key = f"shardlaunch/machine/{place.machine}"
+    texts_of: Any = store  # torch's stubs do not have append()
+    texts_of.append(key, f"{env.rank}\n{place.text()}{_END}")  # a text per machine, so that no rank reads those of all
+    if store.add(_NUM_PLACED, 1) == env.world_size:
+        store.set(_ALL_PLACED, "")
+    store.wait([_ALL_PLACED])
+    texts = (text.split("\n", 1) for text in store.get(key).decode().split(_END)[:-1])
+    return neighbours_among({int(rank): Place.of_text(text) for rank, text in texts}, env)
 
 
-def neighbours_among(places: list[Place], env: LaunchEnvironment) -> Neighbours:
-    """Return the ranks of this machine, of the places of all ranks. Raises UserError if two ranks would use one GPU."""
+def neighbours_among(places: Mapping[int, Place], env: LaunchEnvironment) -> Neighbours:
+    """Return the ranks of this machine, of the places of ranks. Raises UserError if two ranks would use one GPU."""
     place = places[env.rank]
-    ranks = tuple(rank for rank, other in enumerate(places) if other.machine == place.machine)
+    ranks = tuple(sorted(rank for rank, other in places.items() if other.machine == place.machine))
     on_cores = [rank for rank in ranks if places[rank].cores & place.cores]
     gpu = env.local_rank if env.local_is_known else ranks.index(env.rank)
     if len(place.gpus) == 1:
@@ -85,7 +94,3 @@ def neighbours_among(places: list[Place], env: LaunchEnvironment) -> Neighbours:
             f"at most one rank per GPU, or set ACCELERATE_USE_CPU=true."
         )
     return Neighbours(ranks=ranks, num_on_cores=max(1, len(on_cores)), gpu=gpu)
-
-
-def _key(rank: int) -> str:
-    return f"shardlaunch/place/{rank}"

@@ -3,8 +3,8 @@
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -12,11 +12,13 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.errors import UserError
 from shardlaunch.progress import progress
 from shardlaunch.sharding.environment import LaunchEnvironment
+from shardlaunch.sharding.interfaces import choose_interfaces
 from shardlaunch.sharding.meeting import meet
 from shardlaunch.sharding.neighbours import Neighbours, find_neighbours, this_place
 
@@ -27,6 +29,9 @@ TIMEOUT = timedelta(hours=2)
 # The watchdog ends a run when nobody makes progress, and not while the one that the others wait for does.
 WATCHED_TIMEOUT = timedelta(days=14)
 CPU = torch.device("cpu")
+# Ranks connect to those that they exchange messages with, when they first do. Else each of R ranks has R sockets per
+# process group.
+CONNECT_VARIABLE = "TORCH_GLOO_LAZY_INIT"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,8 @@ class World:
     device: torch.device = CPU
     host_group: dist.ProcessGroup | None = None
     store: dist.Store | None = None
+    says: str = ""
+    """What was found while the ranks connected."""
     owns_group: bool = True
     """The default process group was made by `connect`, and ends with the run."""
     model_ranks: int = 1
@@ -86,7 +93,7 @@ class World:
     @cached_property
     def background_peers(self) -> Peers:
         """Return these ranks for one background thread of each. All ranks, the first time."""
-        group = dist.new_group(backend="gloo", timeout=WATCHED_TIMEOUT) if self.size > 1 else None
+        group = new_group(timeout=WATCHED_TIMEOUT) if self.size > 1 else None
         return Peers(rank=self.rank, num_ranks=self.size, group=group)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -178,19 +185,52 @@ def connect(
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     timeout = WATCHED_TIMEOUT if is_watched else TIMEOUT
     owns_group = not dist.is_initialized()  # a script that calls `fit` may have a process group, which stays its own
+    says = ""
+    if len(neighbours.ranks) < world_size:
+        says = choose_interfaces(env, store, is_first=rank == neighbours.ranks[0])
+    os.environ.setdefault(CONNECT_VARIABLE, "1")
     if owns_group:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        if not use_cuda:
+            dist.barrier()  # as in new_group()
     return World(
         rank=rank,
         size=world_size,
         local_ranks=neighbours.ranks,
         num_on_cores=neighbours.num_on_cores,
         device=device,
-        host_group=dist.new_group(backend="gloo", timeout=timeout),
+        host_group=new_group(timeout=timeout),
         store=store,
+        says=says,
         owns_group=owns_group,
         model_ranks=model_ranks,
     )
+
+
+def new_group(*, timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """Return a process group over gloo, in which ranks that share a step of a ring or a tree are connected. All ranks.
+
+    So that a rank that is gone is noticed by those that wait for it: one that is not connected would wait for ever.
+    """
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    dist.barrier(group=group)
+    return group
+
+
+@contextmanager
+def connecting() -> Iterator[None]:
+    """Connect the ranks of process groups that libraries make within, as `new_group` does. All ranks."""
+    before = process_groups()
+    yield
+    for group in process_groups():
+        if group not in before and dist.get_backend(group) == "gloo":
+            dist.barrier(group=group)
+
+
+def process_groups() -> list[dist.ProcessGroup]:
+    """Return the process groups that this rank is in, in the order in which all ranks have made them."""
+    return list(distributed_c10d._world.pg_map)
 
 
 def _device(gpu: int, *, use_cuda: bool) -> torch.device:

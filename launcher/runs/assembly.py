@@ -25,7 +25,7 @@ from shardlaunch.sharding.initial_weights import InitialWeights
 from shardlaunch.sharding.precision import convert_model
 from shardlaunch.sharding.resolve import STRATEGIES
 from shardlaunch.sharding.strategy import Settings, Strategy
-from shardlaunch.sharding.world import World
+from shardlaunch.sharding.world import World, connecting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,8 @@ def assemble(
     model_class = type(model).__name__
     aliases = _aliases(model)
     with phase("placing the model"):
-        strategy = STRATEGIES[strategy_name](model, build_optimizer, world=world, settings=settings)
+        with connecting():
+            strategy = STRATEGIES[strategy_name](model, build_optimizer, world=world, settings=settings)
         if initial is not None:
             strategy.restore(initial)
     if options.compile:
@@ -152,14 +153,17 @@ def _build(
 
 def _check_ranks_agree(world: World, run_digest: int, weights_here: int) -> None:
     """Check that all ranks have the same run, and the same digest of the weights, unless it is -1. All ranks."""
-    everyone = world.peers.gather([run_digest, weights_here])
-    for rank, (run, weights) in enumerate(everyone):
-        if run != everyone[0][0] or weights not in (-1, everyone[0][1]):
-            what = "other weights" if run == everyone[0][0] else "other options or data"
+    run, weights = world.peers.of_first([run_digest, weights_here])
+
+    def check() -> None:
+        if run_digest != run or weights_here not in (-1, weights):
+            what = "other weights" if run_digest == run else "other options or data"
             raise UserError(
-                f"rank {rank} has {what} than rank 0: what datasets(), model() and weights() of the recipe return "
-                f"must not depend on the rank, nor on randomness without a seed"
+                f"rank {world.rank} has {what} than rank 0: what datasets(), model() and weights() of the recipe "
+                f"return must not depend on the rank, nor on randomness without a seed"
             )
+
+    world.peers.together(check)
 
 
 def _weights_digest(model: nn.Module) -> int:

@@ -42,6 +42,10 @@ class RunData:
         extended_to = self.extended_to(step)
         return f"{self.num_steps}" + (f", extended to {extended_to}" if extended_to else "")
 
+    @property
+    def is_in_former_order(self) -> bool:
+        return isinstance(self.plan, FormerPlan)
+
     def in_former_order(self) -> "RunData":
         """Return the same data in the order of runs that began before the order had a version."""
         plan = self.plan

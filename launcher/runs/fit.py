@@ -104,6 +104,8 @@ def joined_ranks(
             is_watched=is_watched,
             model_ranks=options.tensor_parallel,
         )
+    if world.says:
+        display.say(world.says)
     tell_libraries(env, local_rank=world.local_index, local_size=world.local_size)
     # How many threads a kernel has changes its bits: with --exact it must not be the cores that happen to be there.
     num_threads = threads_per_rank(options.threads_per_rank or int(options.exact), env, world)

@@ -1,7 +1,6 @@
 """The output folder of a run: its lock, its records, and the checkpoint to resume from."""
 
 import errno
-import fcntl
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from shardlaunch.checkpoints.manifest import DamagedCheckpoint
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, newest_valid, open_path, shared_steps
 from shardlaunch.checkpoints.records import DamagedRecord, IdentityRecord, RunRecord, read_record, to_json
+from shardlaunch.checkpoints.run_lock import HELD_BY_ANOTHER, LOCK, lock
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.reporting.display import Display
@@ -23,7 +23,6 @@ from shardlaunch.launcher.reporting.trackers import TrackedRun
 from shardlaunch.launcher.runs.identity import Identity
 
 RUN = "run.json"
-LOCK = ".lock"
 
 
 def run_folder(options: Options, recipe_name: str) -> Path:
@@ -42,14 +41,10 @@ def new_folder_hint(options: Options, output_dir: Path) -> str:
     return f"--output-dir {new}" if options.output_dir else f"--run-name {new.name}"
 
 
-_HELD_BY_ANOTHER = (errno.EAGAIN, errno.EACCES, errno.ENOENT)
-
-
 @contextmanager
 def claim(output_dir: Path, *, warn: Callable[[str], None]) -> Iterator[None]:
     """Create the folder and lock it. Rank 0. Raises UserError if it cannot be created or another run has locked it.
 
-    The lock is a POSIX record lock: it ends with the process, however that ends, and child processes do not inherit it.
     `warn` gets a message where the file system has none. A folder that is new and was not used, because the run was
     refused, is removed at the end.
     """
@@ -70,7 +65,7 @@ def claim(output_dir: Path, *, warn: Callable[[str], None]) -> Iterator[None]:
             lock(descriptor)
             os.stat(output_dir / LOCK)  # the run that had it may have just removed it
         except OSError as error:
-            if error.errno in _HELD_BY_ANOTHER:
+            if error.errno in (*HELD_BY_ANOTHER, errno.ENOENT):
                 raise UserError(
                     f"--output-dir {output_dir}: another run is using it. Wait for it, or choose another folder."
                 ) from None
@@ -85,11 +80,6 @@ def claim(output_dir: Path, *, warn: Callable[[str], None]) -> Iterator[None]:
                 _remove_unused(output_dir)
     finally:
         os.close(descriptor)
-
-
-def lock(descriptor: int) -> None:
-    """Lock an open file, or raise OSError."""
-    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _remove_unused(output_dir: Path) -> None:

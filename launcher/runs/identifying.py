@@ -32,7 +32,7 @@ def identify(
             opened = init = world.peers.together(lambda: InitFrom.opened(Path(options.init_from), warn=warn))
             # Rank 0 only: weights may be large, and the built models are compared later.
             digest = world.peers.together(lambda: opened.weights.digest() if world.is_main else "0")
-            init_digest = world.peers.gather([int(digest, 16) >> 65])[0][0]
+            (init_digest,) = world.peers.of_first([int(digest, 16) >> 65])
     identity = run_identity(
         recipe_name,
         options,

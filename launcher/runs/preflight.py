@@ -13,9 +13,9 @@ from shardlaunch.checkpoints.files import is_there, retried
 from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps
 from shardlaunch.checkpoints.records import Position
+from shardlaunch.checkpoints.run_lock import LOCK, lock
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
-from shardlaunch.launcher.runs.folder import LOCK, lock
 from shardlaunch.sharding.world import World
 
 SEEN, WRITTEN = ".shared-", ".written-"
@@ -45,7 +45,7 @@ def check_shared(output_dir: Path, world: World, *, warn: Callable[[str], None])
         if world.is_main:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-    if any(free for (free,) in peers.gather([is_first and _can_be_locked(output_dir)])):
+    if peers.any(is_first and _can_be_locked(output_dir)):
         warn(
             f"--output-dir {output_dir}: its lock does not hold between hosts. Nothing notices if a run on another "
             f"host uses this folder at the same time: see to it that none does"

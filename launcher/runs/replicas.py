@@ -40,6 +40,7 @@ class Replicas:
         self._say = say
         self._warn = warn
         self._trouble = Trouble(warn)
+        self._machines: list[list[int]] | None = None
         self._folder = _memory_dir() / hashlib.sha256(os.fsencode(output_dir.absolute())).hexdigest()[:24]
 
     def keep(
@@ -75,7 +76,12 @@ class Replicas:
 
     def _send(self, step: int, head: bytes, values: torch.Tensor, peers: Peers) -> None:
         """Send this rank's part to the machine after its own, and write those that come. All ranks."""
-        machines = sorted({tuple(ranks) for ranks in peers.lists(list(self._world.local_ranks))})
+        if self._machines is None:
+            of_first: dict[int, list[int]] = {}
+            for one, (first,) in enumerate(peers.gather([self._world.local_ranks[0]])):
+                of_first.setdefault(first, []).append(one)
+            self._machines = list(of_first.values())
+        machines = self._machines
         if len(machines) == 1:
             return
         target = {

@@ -192,7 +192,7 @@ class Run:
         )
         if checkpoint is not None:
             self.identity = identity_of_resume(self.identity, checkpoint, hint=hint, warn=self.display.warn)
-        if self.identity.has_former_order:
+        if self.identity.has_former_order and not self.data.is_in_former_order:
             self.data = self.data.in_former_order()
             self.display.say("this run began in the order of batches of an earlier version, and keeps it")
         return checkpoint

@@ -193,8 +193,7 @@ class Saver:
         num_bytes = self._world.peers.gather([share.num_bytes])
         here = sum(num_bytes[rank][0] for rank in self._world.local_ranks)
         available = psutil.virtual_memory().available
-        fits = self._world.peers.gather([here <= PART_OF_MEMORY * available])
-        if not all(one for (one,) in fits):
+        if self._world.peers.any(here > PART_OF_MEMORY * available):
             self._warn(
                 f"the training stands still during a save: on some machine a copy of what its ranks save (here "
                 f"{here / 1e9:.1f} GB) takes more than half of the memory that is available (here "

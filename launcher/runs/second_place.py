@@ -180,7 +180,7 @@ class SecondPlace:
         step = found.step if found is not None else -1
         # Again, since what looks newer here may be damaged.
         is_newer = peers.together(lambda: self._is_used and self._bring_back(step, identity, hint))
-        if peers.gather([is_newer])[0][0]:
+        if peers.of_first([is_newer])[0]:
             found = find_here()
         elif self._is_used and found is not None and found.step_dir.parent == self._here.child(CHECKPOINTS).path:
             self._copy(found.step, found.position.best_step)  # does nothing if it is there

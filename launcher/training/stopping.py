@@ -226,12 +226,12 @@ class Polls:
         if self._left:
             return
         elapsed_ms = int(1000 * (time.monotonic() - self._met_at))
-        everyone = self._peers.gather([elapsed_ms, int(self._must_break_off())])
+        slowest_ms, must_break_off = self._peers.most([elapsed_ms, self._must_break_off()])
         self._met_at = time.monotonic()
-        slowest_s = max(elapsed for elapsed, _ in everyone) / 1000
+        slowest_s = slowest_ms / 1000
         self._interval = max(1, min(4 * self._interval, int(self._interval * POLL_INTERVAL_S / max(slowest_s, 1e-3))))
         self._left = self._interval
-        if any(must for _, must in everyone):
+        if must_break_off:
             raise BrokenOff
 
 

@@ -158,14 +158,14 @@ class Watchdog:
 
     def _note_others(self, ran_s: float) -> None:
         beats = self._heartbeats
-        beats.is_looking = self._is_stalled
+        was_looking, beats.is_looking = beats.is_looking, self._is_stalled
         if beats.num_answers == self._num_answers:
             self._unanswered_s += ran_s
             return  # what the others say is not known
         self._num_answers, self._unanswered_s = beats.num_answers, 0.0
         for rank, beat in beats.others.items():
             before = self._others.get(rank)
-            is_new = before is None or before.beat.number != beat.number
+            is_new = before is None or before.beat.number != beat.number or not (was_looking or beats.is_up_to_date)
             self._others[rank] = Seen(beat, 0.0 if is_new or before is None else before.silence_s + ran_s)
 
     def find_hang(self) -> Hang | None:

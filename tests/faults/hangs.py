@@ -164,6 +164,8 @@ CASES = [
     Case("disk sleep", 0, "ddp", 2, "step 8, saving"),
     Case("disk sleep", 0, "single", 1, "step 8, saving"),
     Case("disk sleep", 1, "fsdp2", 2, "step 4, saving", ("--async-save", "off")),
+    Case("step stop", 3, "ddp", 18, "step 7, micro-batch 1 of 1, forward"),  # they read beats when they stand still
+    Case("step loop", 17, "ddp", 18, "step 7, micro-batch 1 of 1, forward"),
 ]
 LIVING = [
     Case("start slow", 0, "ddp", 2, ""),

@@ -20,155 +20,18 @@ from pathlib import Path
 
 import accelerate.commands.launch
 
-from shardlaunch.errors import EXIT_USER_ERROR
-from tests.launch.checks import assert_one_message, logged_steps
-from tests.launch.command import ACCELERATE, PYTHON, SHARDLAUNCH, STUCK_S, TORCHRUN, Ended, environment, forked_end_of
-from tests.launch.hosts import Host, ends_on, forked_at, forked_on, hosts_of, why_not
-from tests.recipes import losses
+from tests.faults.host_runs import ROOT, Runs, all_of
+from tests.launch.checks import logged_steps
+from tests.launch.command import ACCELERATE, PYTHON, SHARDLAUNCH, STUCK_S, TORCHRUN
+from tests.launch.hosts import Host, forked_at, forked_on, hosts_of, why_not
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "accelerate_configs" / "multi_node").glob("*.yaml"))
 ADDRESSES = {"host-1": "10.0.0.1", "host-2": "10.0.0.2", "host-3": "10.0.0.3"}
-RECIPE = """
-import os
-import signal
-import time
-from dataclasses import dataclass
-from pathlib import Path
-import torch
-from shardlaunch import Options, Recipe, launch, option
-from shardlaunch.data import derived, load_splits
-
-@dataclass(kw_only=True)
-class RowsOptions(Options):
-    data: str = option(str(Path(__file__).with_name("rows.csv")), mark="free")
-    global_batch_size: int = 24
-    micro_batch_size: int = 1
-    max_steps: int = 4
-    lr: float = 0.1
-    threads_per_rank: int = 1
-    tracker: str = option("none", mark="free")
-
-class Rows(Recipe):
-    options: RowsOptions
-
-    def datasets(self):
-        columns = {name: "number" for name in "abcd"}
-        splits = load_splits(self.options.data, seed=0, columns=columns)
-        return {name: derived(split, self.summed, key=("summed",)) for name, split in splits.items()}
-
-    def summed(self, rows):
-        return {"label": [int(sum(row) > 2) for row in zip(*(rows[name] for name in "abcd"))]}
-
-    def collate(self, samples, seeds):
-        inputs = torch.tensor([[float(sample[name]) for name in "abcd"] for sample in samples])
-        return {"inputs": inputs, "labels": torch.tensor([sample["label"] for sample in samples])}
-
-    def model(self):
-        return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.1), torch.nn.Linear(8, 2))
-
-    def loss(self, outputs, batch):
-        time.sleep(float(os.environ.get("PACE_S", "0")))
-        if str(self.moment.step) == os.environ.get("KILLED_AT") and not self.moment.is_evaluation:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return torch.nn.functional.cross_entropy(outputs, batch["labels"], reduction="sum")
-
-launch(Rows)
-"""
-NUM_ROWS = 100
 HANG_AFTER_S = 3
 
 
-class Campaign:
-    """Runs cases on hosts, whose runs are to be as one process has them."""
-
-    def __init__(self, folder: Path, hosts: Sequence[Host], hf_home: Path) -> None:
-        """The hosts share all files but `hf_home` and `folder`/memory."""
-        self.folder = folder
-        self.hosts = hosts
-        self.recipe = folder / "rows.py"
-        self.recipe.write_text(RECIPE)
-        rows = "".join(f"{row % 7 / 7},{row % 5 / 5},{row % 3 / 3},{row % 2}\n" for row in range(NUM_ROWS))
-        (folder / "rows.csv").write_text(f"a,b,c,d\n{rows}")
-        (folder / "memory").mkdir()
-        hf_home.mkdir(exist_ok=True)
-        for host in hosts:
-            host.mount(self.own(host, "memory"), folder / "memory")
-            host.mount(self.own(host, "hf"), hf_home)
-        memory = {"SHARDLAUNCH_MEMORY_DIR": str(folder / "memory" / "runs")}
-        extensions = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
-        self.env = environment(hf_home, memory | extensions)
-        self._one: dict[int, dict[int, float]] = {}
-        self._count = 0
-
-    def own(self, host: Host, name: str) -> Path:
-        """Return a folder that only this host sees under another path."""
-        path = self.folder / "local" / host.name / name
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def new_dir(self) -> Path:
-        """Return the folder of the next run."""
-        self._count += 1
-        return self.folder / f"run-{self._count}" / "out"
-
-    def words(self, run_dir: Path, *options: str) -> list[str]:
-        """Return the command line of a run."""
-        return [*PYTHON, str(self.recipe), "--output-dir", str(run_dir), *options]
-
-    def layout(self, ranks: Sequence[int]) -> list[tuple[Host, int]]:
-        """Return hosts with so many ranks each."""
-        return [(host, num_ranks) for host, num_ranks in zip(self.hosts, ranks, strict=False) if num_ranks]
-
-    def forked(self, ranks: Sequence[int], run_dir: Path, *options: str, **env: str) -> list[Ended]:
-        """Run on so many ranks of each host, until all have ended."""
-        return ends_on(self.layout(ranks), self.words(run_dir, *options), self.env | env)
-
-    def launched(self, words_of: Callable[[int], Sequence[str]], num_hosts: int) -> list[Ended]:
-        """Run a command line on each host, with its number, until all have ended."""
-        with ExitStack() as stack:
-            running = []
-            for number, host in enumerate(self.hosts[:num_hosts]):
-                files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
-                process = subprocess.Popen(
-                    host.words(words_of(number)),
-                    env=self.env,
-                    cwd=ROOT,
-                    stdin=subprocess.DEVNULL,
-                    stdout=files[0],
-                    stderr=files[1],
-                )
-                stack.callback(process.wait)
-                stack.callback(process.kill)
-                running.append((process, files))
-            ends = []
-            for process, files in running:
-                status = process.wait(STUCK_S)
-                out, err = (file.seek(0) or file.read() for file in files)
-                ends.append(Ended(status=status, out=out, err=err))
-            return ends
-
-    def problem(self, ends: Sequence[Ended], run_dir: Path, *, num_ranks: int, says: str = "") -> str:
-        """Return what is wrong with a run that was to go well."""
-        if any(ended.status for ended in ends):
-            return _all_of(ends)
-        said = " ".join(ends[0].out.split())
-        if f"{num_ranks} x CPU" not in said or says not in said or "warning:" in said or "Traceback" in ends[0].err:
-            return _all_of(ends)
-        if any(_own(ended.out) for ended in ends[1:]):
-            return f"other hosts print too: {_all_of(ends)}"
-        return self.difference(run_dir)
-
-    def difference(self, run_dir: Path, *, steps: int = 4) -> str:
-        """Return what is other than in one process."""
-        if steps not in self._one:
-            one = self.new_dir()
-            ended = forked_end_of(self.words(one, "--max-steps", str(steps)), self.env)
-            assert ended.status == 0, ended.both
-            self._one[steps] = losses(one)
-        mine, others = losses(run_dir), self._one[steps]
-        same = mine.keys() == others.keys() and all(abs(mine[step] - others[step]) < 1e-5 for step in mine)
-        return "" if same else f"other losses: {mine}, {others}"
+class Campaign(Runs):
+    """Runs cases on hosts; each returns what is wrong."""
 
     def configured(self, config: Path, *, as_it_is: bool = False, forks: bool = False) -> str:
         """Start a file of accelerate to the letter of its comment, with fewer ranks unless `as_it_is`.
@@ -231,18 +94,6 @@ class Campaign:
         ends = self.launched(lambda number: [*words_of(number), str(self.recipe), *options], len(ranks))
         return self.problem(ends, run_dir, num_ranks=sum(ranks), says="fsdp2")
 
-    def refused(self, ranks: Sequence[int], run_dir: Path, says: Sequence[str], *options: str, **env: str) -> str:
-        """Run what is to be refused at the start, once and on all hosts."""
-        ends = self.forked(ranks, run_dir, *options, **env)
-        if {ended.status for ended in ends} != {EXIT_USER_ERROR}:
-            return _all_of(ends)
-        err = "".join(_own(ended.err) for ended in ends)
-        try:
-            assert_one_message(Ended(status=EXIT_USER_ERROR, out="", err=err), says)
-        except AssertionError as error:
-            return str(error)
-        return "it has trained" if (run_dir / "metrics.jsonl").exists() and logged_steps(run_dir) else ""
-
     def not_shared(self, ranks: Sequence[int], without: int, *, kind: str) -> str:
         """Run where one host, by its number, does not share the output folder: it is of its own, or read-only."""
         run_dir = self.new_dir()
@@ -281,16 +132,27 @@ class Campaign:
         hosts = self.hosts[:2]
         for host in hosts:
             file = self.folder / f"hosts-of-{host.name}"
-            file.write_text(f"127.0.0.1 localhost\n127.0.1.1 {host.name}\n")
+            others = "".join(f"{other.address} {other.name}\n" for other in hosts if other is not host)
+            file.write_text(f"127.0.0.1 localhost\n127.0.1.1 {host.name}\n{others}")
             host.mount(file, Path("/etc/hosts"))
         try:
-            problem = self.refused((1, 1), self.new_dir(), ["GLOO_SOCKET_IFNAME"])
-            run_dir = self.new_dir()
-            ends = self.forked((1, 1), run_dir, GLOO_SOCKET_IFNAME="eth0")
-            return problem or self.problem(ends, run_dir, num_ranks=2)
+            for env, says in (({}, "gloo uses eth0 on host-"), ({"GLOO_SOCKET_IFNAME": "eth0"}, "")):
+                run_dir = self.new_dir()
+                ends = self.forked((1, 1), run_dir, **env)
+                if problem := self.problem(ends, run_dir, num_ranks=2, says=says):
+                    return problem
+            hosts[0].must("ip", "link", "add", "eth1", "type", "veth", "peer", "name", "veth1")
+            hosts[0].must("ip", "address", "add", "10.1.0.1/24", "dev", "eth1")
+            for name in ("eth1", "veth1"):
+                hosts[0].must("ip", "link", "set", name, "up")
+            says = "the name of host-1 has a loopback address there"
+            return self.refused(
+                (1, 1), self.new_dir(), [says, "GLOO_SOCKET_IFNAME"], each=True, MASTER_ADDR=hosts[0].name
+            )
         finally:
             for host in hosts:
                 host.must("umount", "/etc/hosts")
+            hosts[0].run("ip", "link", "delete", "eth1")
 
     def lost_memory(self) -> str:
         """Lose the first host of three, with its memory, and go on on the others from what they have in theirs."""
@@ -298,10 +160,10 @@ class Campaign:
         options = ("--replicate-every", "2", "--max-steps", "10", "--save-every", "0", "--async-save", "off")
         killed = self.forked((1, 2, 1), run_dir, *options, KILLED_AT="7", PACE_S="0.01")
         if not all(ended.status for ended in killed):
-            return _all_of(killed)
+            return all_of(killed)
         ends = self.forked((0, 2, 1), run_dir, *options)
         if any(ended.status for ended in ends) or "brought back step 6 from memory" not in ends[0].out:
-            return _all_of(ends)
+            return all_of(ends)
         return self.difference(run_dir, steps=10)
 
     def lost_link(self) -> str:
@@ -320,21 +182,11 @@ class Campaign:
             finally:
                 self.hosts[1].set_link("up")
         if not all(ended.status for ended in ends) or any("Traceback" in ended.both for ended in ends):
-            return _all_of(ends)
+            return all_of(ends)
         again = self.forked((1,), run_dir, *options)
         if again[0].status:
-            return _all_of(again)
+            return all_of(again)
         return self.difference(run_dir, steps=30)
-
-
-def _own(out: str) -> str:
-    """Return what we print: not what DeepSpeed does when it is loaded, and torch on networks without name servers."""
-    lines = (line for line in out.splitlines() if not re.search(r"get_accelerator|\[W.* socket\.cpp", line))
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _all_of(ends: Sequence[Ended]) -> str:
-    return "\n".join(f"--- host {number}: {ended.both}" for number, ended in enumerate(ends, 1))
 
 
 def cases(campaign: Campaign) -> dict[str, Callable[[], str]]:
@@ -344,15 +196,15 @@ def cases(campaign: Campaign) -> dict[str, Callable[[], str]]:
     torchrun = TORCHRUN[: TORCHRUN.index("--standalone")]
     found: dict[str, Callable[[], str]] = {}
     for config in CONFIGS:
-        found[f"multi_node/{config.name}, 2 hosts"] = lambda config=config: campaign.configured(config)  # type: ignore[misc]
+        found[f"multi_node/{config.name}, 2 hosts"] = lambda config=config: campaign.configured(config)
     for config in CONFIGS:
         if config.stem in ("ddp", "hsdp"):
-            found[f"multi_node/{config.name} as it is, 2 hosts x 8"] = lambda config=config: campaign.configured(  # type: ignore[misc]
+            found[f"multi_node/{config.name} as it is, 2 hosts x 8"] = lambda config=config: campaign.configured(
                 config, as_it_is=True
             )
     for strategy in ("ddp", "fsdp2", "zero2", "zero3"):
-        found[f"{strategy}, 1 + 2 ranks"] = lambda strategy=strategy: campaign.uneven(strategy, 1, 2)  # type: ignore[misc]
-        found[f"{strategy}, 1 + 2 + 1 ranks"] = lambda strategy=strategy: campaign.uneven(strategy, 1, 2, 1)  # type: ignore[misc]
+        found[f"{strategy}, 1 + 2 ranks"] = lambda strategy=strategy: campaign.uneven(strategy, 1, 2)
+        found[f"{strategy}, 1 + 2 + 1 ranks"] = lambda strategy=strategy: campaign.uneven(strategy, 1, 2, 1)
     return found | {
         "hsdp, 2 + 4 ranks": lambda: campaign.uneven("hsdp", 2, 4),
         "hsdp, 1 + 2 + 1 ranks": lambda: campaign.refused(

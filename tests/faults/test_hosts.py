@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.hosts import ADDRESSES, CONFIGS, ROOT, Campaign
+from tests.faults.host_runs import ROOT
+from tests.faults.hosts import ADDRESSES, CONFIGS, Campaign
 from tests.launch.hosts import hosts_of, why_not
 
 REASON = why_not()
@@ -41,6 +42,11 @@ def test_replicas_of_the_model_on_unequal_hosts(campaign: Campaign) -> None:
 @pytest.mark.parametrize("kind", ["own", "read-only"])
 def test_a_host_that_does_not_share_the_output_folder(kind: str, campaign: Campaign) -> None:
     assert campaign.not_shared((1, 2), 1, kind=kind) == ""
+
+
+@ON_HOSTS
+def test_host_names_of_loopback(campaign: Campaign) -> None:
+    assert campaign.loopback_names() == ""
 
 
 @ON_HOSTS

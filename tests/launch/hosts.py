@@ -156,7 +156,7 @@ def forked_on(
                 {"RANK": str(first + local), "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(num_ranks)}
                 for local in range(num_ranks)
             ]
-            found.append(stack.enter_context(forked_at(host, words, [{**env, **shared, **place} for place in places])))
+            found.append(stack.enter_context(forked_at(host, words, [{**shared, **env, **place} for place in places])))
             first += num_ranks
         yield found
 

@@ -50,6 +50,12 @@ def check_default_file(path: Path, *, num_gpus: int) -> list[Finding]:
         refused("num_processes is 1, which accelerate refuses for several GPUs")
     elif num_gpus and kind in ("MULTI_GPU", "FSDP", "DEEPSPEED") and _per_machine(settings) > num_gpus:
         refused(f"starts {_per_machine(settings)} processes on this machine, which has {num_gpus} GPUs")
+    num_machines = max(1, int(settings.get("num_machines", 1)))
+    if kind in ("MULTI_GPU", "FSDP", "DEEPSPEED") and num_processes % num_machines:
+        refused(
+            f"starts {_per_machine(settings)} on each of {num_machines} machines, not {num_processes} processes; "
+            f"torchrun and `shardlaunch run --hosts` take a number per machine"
+        )
     fsdp = settings.get("fsdp_config") or {}
     if kind == "FSDP" and str(fsdp.get("fsdp_version", 1)) != "2":
         refused("FSDP version 1, which is the default of accelerate, is refused; write fsdp_version: 2")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from shardlaunch.launcher.commands.doctor.findings import Finding, note, ok, problem
 from shardlaunch.sharding.environment import LaunchEnvironment
+from shardlaunch.sharding.interfaces import BRIDGES
 
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
-_BRIDGES = ("docker", "br-", "veth", "virbr", "cni", "podman")
 _INTERFACES = {"GLOO_SOCKET_IFNAME": "gloo", "NCCL_SOCKET_IFNAME": "NCCL"}
 HUB = "https://huggingface.co"
 HUB_TIMEOUT_S = 5
@@ -38,7 +38,7 @@ def check_meeting_point(
         return []  # said by `check_named_interfaces`
     level = problem if num_machines > 1 else note
     names = [one.name for one in interfaces if one.is_up and any(not _is_loopback(a) for a in one.addresses)]
-    real = [name for name in names if not name.startswith(_BRIDGES)]
+    real = [name for name in names if not name.startswith(BRIDGES)]
     advice = "for several machines, set GLOO_SOCKET_IFNAME"
     advice += (
         f"={real[0]}" if len(real) == 1 else f" to one of {', '.join(real)}" if real else " to the right interface"
@@ -61,7 +61,7 @@ def check_meeting_point(
         ]
     if _is_loopback(chosen):
         return [level(f"the host name has the address {chosen}: gloo uses loopback, on one machine only", advice)]
-    if local[chosen].name.startswith(_BRIDGES):
+    if local[chosen].name.startswith(BRIDGES):
         return [level(f"gloo uses {local[chosen].name} ({chosen}), a bridge that other machines cannot reach", advice)]
     return [ok(f"gloo uses {local[chosen].name} ({chosen}), the address of the host name")]
 

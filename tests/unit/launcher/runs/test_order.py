@@ -11,6 +11,7 @@ from shardlaunch import TensorData
 from shardlaunch.checkpoints.reader import Checkpoint
 from shardlaunch.checkpoints.records import IdentityRecord
 from shardlaunch.launcher.runs.run import Run
+from tests.launch.checks import flip_byte
 from tests.recipes import NetRecipe, losses, run_quietly, run_well
 
 ARGV = ("--epochs", "3", "--log-every", "1", "--save-every", "0", "--eval-every", "1000", "--threads-per-rank", "1")
@@ -43,6 +44,10 @@ def test_a_run_that_began_in_the_former_order_keeps_it(tmp_path: Path, monkeypat
     assert losses(elsewhere) == {step: loss for step, loss in expected.items() if step > 9}
     assert KEEPS in _train(cut, "--extend-to-steps", "22"), "the resume is of the same run"
     assert _identity(cut) == _identity(straight)
+    flip_byte(cut, 22)
+    said = _train(cut, "--extend-to-steps", "22")  # reading finds it, and another checkpoint is looked for
+    assert said.count(KEEPS) == 1, said
+    assert "step-00000022" in said, said
     assert KEEPS not in _train(new)
     assert losses(new) != expected
     assert FORMER not in _identity(new)

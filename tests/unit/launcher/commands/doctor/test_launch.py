@@ -167,6 +167,7 @@ def test_signals_that_are_ignored() -> None:
         ("distributed_type: 'NO'\ngradient_accumulation_steps: 4", "problem", "gradient_accumulation_steps 4"),
         ("distributed_type: 'NO'\ndynamo_config: {dynamo_backend: INDUCTOR}", "problem", "dynamo_backend inductor"),
         ("distributed_type: MULTI_GPU\nmain_process_port: 29500\nnum_processes: 2", "note", "a second run"),
+        ("distributed_type: MULTI_GPU\nnum_machines: 2\nnum_processes: 3", "problem", "starts 1 on each of 2 machines"),
         ("num_processes: 2", "problem", "no distributed_type"),
         ("num_processes: many", "problem", "not a number"),
         ("- 1", "problem", "no mapping"),
