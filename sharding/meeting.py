@@ -1,17 +1,20 @@
 """Connect the ranks of a launch through a store, and report which ranks are missing."""
 
+import os
 import resource
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from itertools import count
 
 import torch.distributed as dist
 
-from shardlaunch.errors import UserError, some
+from shardlaunch.errors import EXIT_OTHER_ERROR, UserError, some
 from shardlaunch.sharding.clusters import LAUNCHER_VARIABLE, NONE
 from shardlaunch.sharding.environment import JOIN_TIMEOUT_VARIABLE, LaunchEnvironment
 
@@ -63,6 +66,27 @@ def meet(env: LaunchEnvironment) -> dist.Store:
             f"rank {env.rank} could not connect to the others at {where}: {reason}. {_advice(env)}"
         ) from error
     return store
+
+
+@contextmanager
+def ended_after(env: LaunchEnvironment) -> Iterator[None]:
+    """End this process with a message if what is done within takes longer than `env.join_timeout_s`."""
+
+    def end() -> None:
+        text = (
+            f"error: rank {env.rank} waited {env.join_timeout_s} s to be connected with the other ranks, of which one "
+            f"is gone or cannot be reached. The same command resumes from the last checkpoint, if there is one."
+        )
+        print(text, file=sys.stderr, flush=True)
+        os._exit(EXIT_OTHER_ERROR)
+
+    timer = threading.Timer(env.join_timeout_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @cache

@@ -4,7 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -19,7 +19,7 @@ from shardlaunch.errors import UserError
 from shardlaunch.progress import progress
 from shardlaunch.sharding.environment import LaunchEnvironment
 from shardlaunch.sharding.interfaces import choose_interfaces
-from shardlaunch.sharding.meeting import meet
+from shardlaunch.sharding.meeting import ended_after, meet
 from shardlaunch.sharding.neighbours import Neighbours, find_neighbours, this_place
 
 T = TypeVar("T")
@@ -189,17 +189,20 @@ def connect(
     if len(neighbours.ranks) < world_size:
         says = choose_interfaces(env, store, is_first=rank == neighbours.ranks[0])
     os.environ.setdefault(CONNECT_VARIABLE, "1")
-    if owns_group:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-        if not use_cuda:
-            dist.barrier()  # as in new_group()
+    # Without a watchdog yet: a rank that is lost now would be waited for as long as in a collective.
+    with ended_after(env) if is_watched else nullcontext():
+        if owns_group:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+            if not use_cuda:
+                dist.barrier()  # as in new_group()
+        host_group = new_group(timeout=timeout)
     return World(
         rank=rank,
         size=world_size,
         local_ranks=neighbours.ranks,
         num_on_cores=neighbours.num_on_cores,
         device=device,
-        host_group=new_group(timeout=timeout),
+        host_group=host_group,
         store=store,
         says=says,
         owns_group=owns_group,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from shardlaunch.sharding.neighbours import this_place
 from tests.launch.command import PLAIN, PYTHON, TRACEBACK, end_of, environment, forked, forked_end_of
 
 WORDS = (*PYTHON, PLAIN)
@@ -44,17 +45,23 @@ def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
     assert "SHARDLAUNCH_JOIN_TIMEOUT_S" in message
 
 
-def test_a_rank_that_is_lost_once_it_has_come(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_place", [False, True])
+def test_a_rank_that_is_lost_once_it_has_come(has_place: bool, tmp_path: Path) -> None:
     port = free_port()
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SHARDLAUNCH_JOIN_TIMEOUT_S": "3"}
     env = environment(tmp_path, {"RANK": "0", "WORLD_SIZE": "2", **where})
     with forked([*WORDS, "--output-dir", str(tmp_path / "out")], env) as run:
         store = dist.TCPStore("127.0.0.1", int(port), is_master=False, wait_for_workers=False)
-        dist.PrefixStore("attempt0/run0", store).set("shardlaunch/joined/1", "")
+        in_run = dist.PrefixStore("attempt0/run0", store)
+        in_run.set("shardlaunch/joined/1", "")
+        if has_place:
+            in_run.set("shardlaunch/place/1", this_place(use_cuda=False).text())
         ended = run.end()
     assert ended.status == 1, ended.both
     assert TRACEBACK not in ended.err
-    assert ended.err.splitlines()[-1].startswith("error: lost contact with another rank"), ended.both
+    # Which of the two is noticed first, where the other has said where it runs, is open.
+    says = ("error: lost contact with another rank", *(["error: rank 0 waited 3 s to be connected"] * has_place))
+    assert ended.err.splitlines()[-1].startswith(says), ended.both
 
 
 def test_rank_0_that_comes_late(tmp_path: Path) -> None:
