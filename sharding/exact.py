@@ -26,10 +26,11 @@ _CHUNK = 1 << 16  # elements that stay in the cache between the operations on th
 _SIGNIFICANT = 1.5 * 2.0**52  # in float64, adding this times a power of two rounds to multiples of it
 _UNITS = (2.0**-20, 2.0**-50, 2.0**-80)
 NUM_PARTS = len(_UNITS)
-_SQUARE_UNITS = (2.0**-24, 2.0**-48, 2.0**-72, 2.0**-96)  # for up to 2^29 numbers from 0 to 1
+_ZERO = torch.zeros((), dtype=torch.float64)
+_SQUARE_UNITS = (2.0**-24, 2.0**-50)  # for up to 2^29 numbers from 0 to 1
 
 
-def summands(values: torch.Tensor, units: Sequence[float] = _UNITS) -> torch.Tensor:
+def summands(values: torch.Tensor) -> torch.Tensor:
     """Return float64 tensors, stacked, whose sums over tensors are exact; added together they are the values.
 
     They have multiples of 2^-20, 2^-50 and 2^-80; what is smaller is rounded. For up to 2^24 tensors, with magnitudes
@@ -37,7 +38,7 @@ def summands(values: torch.Tensor, units: Sequence[float] = _UNITS) -> torch.Ten
     """
     rest = values.double()
     parts = []
-    for unit in units:
+    for unit in _UNITS:
         parts.append(rest + _SIGNIFICANT * unit - _SIGNIFICANT * unit)
         rest = (rest - parts[-1]).where(values.isfinite(), 0.0)
     return torch.stack(parts)
@@ -95,26 +96,6 @@ class Units:
         for part, total in zip(out.split(_CHUNK), sums.split(_CHUNK), strict=True):
             part.copy_(total.double().mul_(self.of(number)))
 
-    def squares(self, number: int, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the sum of the squares of a flat gradient, divided by `square_unit`, in parts that add up exactly."""
-        total = torch.zeros(len(_SQUARE_UNITS), dtype=torch.float64)
-        for part in gradient.split(_CHUNK):
-            scaled = part.double().mul_(math.ldexp(1.0, -self._square_exponent(number)))
-            total += summands(scaled.square_(), _SQUARE_UNITS).sum(1)
-        return total
-
-    def values(self, squares: torch.Tensor) -> list[float]:
-        """Return the sums of squares that rows of `squares` mean, a row per parameter."""
-        return [
-            math.ldexp(sum(row), 2 * self._square_exponent(number)) if math.isfinite(sum(row)) else math.nan
-            for number, row in enumerate(squares.tolist())
-        ]
-
-    def _square_exponent(self, number: int) -> int:
-        """Return the exponent of a bound of the sum of a parameter's gradients."""
-        largest = float(self._largest[number])
-        return math.frexp(largest * MOST_SUMMANDS)[1] if math.isfinite(largest) else 0
-
     def begin_next(self) -> None:
         """Choose the units of the next step by the largest gradients of this one."""
         for number, largest in enumerate(self._largest.tolist()):
@@ -125,6 +106,35 @@ class Units:
     def forget(self) -> None:
         """Forget the gradients of this step."""
         self._largest.zero_()
+
+
+def sums_of_squares(gradients: Sequence[torch.Tensor], world: World | None = None) -> list[float]:
+    """Return the sum of the squares of each flat gradient; with a `world`, of the shards of its ranks. All ranks.
+
+    A sum differs from the real one by at most the number of elements times 2^-49 of the largest square.
+    """
+    if not gradients:
+        return []
+    largest = torch.stack([torch.linalg.vector_norm(g, math.inf).double() if len(g) else _ZERO for g in gradients])
+    largest = largest.nan_to_num(math.inf)  # which a maximum does not lose
+    if world is not None and world.size > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    exponents = [math.frexp(each)[1] if math.isfinite(each) else 0 for each in largest.tolist()]
+    sums = torch.zeros(len(gradients), len(_SQUARE_UNITS), dtype=torch.float64)
+    for total, gradient, exponent in zip(sums, gradients, exponents, strict=True):
+        for part in gradient.split(_CHUNK):
+            rest = part.double().mul_(math.ldexp(1.0, -exponent)).square_()
+            for number, unit in enumerate(_SQUARE_UNITS):
+                multiples = rest + _SIGNIFICANT * unit
+                multiples -= _SIGNIFICANT * unit
+                total[number] += multiples.sum()
+                rest -= multiples
+    if world is not None:
+        world.sum(sums)
+    return [
+        math.ldexp(sum(row), 2 * exponent) if math.isfinite(sum(row)) else math.nan
+        for row, exponent in zip(sums.tolist(), exponents, strict=True)
+    ]
 
 
 def norm_of(squares: Sequence[float]) -> float:
@@ -203,8 +213,7 @@ class ExactGradients:
 
     def squares(self) -> list[float]:
         """Return the sum of the squares of each parameter's gradient."""
-        rows = [self.units.squares(number, gradient) for number, (_, gradient) in enumerate(self._views)]
-        return self.units.values(torch.stack(rows)) if rows else []
+        return sums_of_squares([gradient for _, gradient in self._views])
 
     def norm(self) -> float:
         """Return the 2-norm of all gradients."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
-from shardlaunch.sharding.exact import Units
+from shardlaunch.sharding.exact import Units, sums_of_squares
 from shardlaunch.sharding.shards import local_shard
 from shardlaunch.sharding.world import World
 
@@ -95,9 +95,8 @@ class ExactShards:
 
     def squares(self, num_replicas: int) -> list[float]:
         """Return the sum of the squares of each parameter's gradient, over all shards. All ranks."""
-        gradients = [(shard.number, shard.parameter.grad) for shard in self._shards]
-        rows = [self.units.squares(number, local_shard(g).view(-1)) for number, g in gradients if g is not None]
-        return self.units.values(self._world.sum(torch.stack(rows)) / num_replicas) if rows else []
+        gradients = [local_shard(s.parameter.grad).view(-1) for s in self._shards if s.parameter.grad is not None]
+        return [square / num_replicas for square in sums_of_squares(gradients, self._world)]
 
     def _reduce(
         self,
