@@ -127,6 +127,8 @@ def summary(arms: Sequence[Arm], world: World) -> dict[str, Any]:
         "ranks": world.size,
         "rounds": len(arms[0].step_s),
         "arms": rows,
+        "benchmark": "exact_cost",
+        "note": "",
         "machine": machine(),
         "versions": versions("torch", "transformers"),
     }

@@ -7,10 +7,10 @@ A page says between two comments what stands there, and this command fills it in
 
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
 `memory` (peaks of host memory), `start` (those while a run starts, before a change and now), `plan` (planning
-batches), `scale` (planning saves), `startup` (starts, by number of ranks), `survival` (how many faults went well),
-`faults` (what became of each), `machine` (where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and
-`<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0. The plots of plots.py are written
-too. `--check` writes nothing and fails when a page or a plot differs from its sources.
+batches), `scale` (planning saves), `startup` (starts, by number of ranks), `exact` (steps with exact sums), `survival`
+(how many faults went well), `faults` (what became of each), `machine` (where the figures were measured).
+`<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0.
+The plots of plots.py are written too. `--check` writes nothing and fails when a page or plot differs from its sources.
 """
 
 import argparse
@@ -270,6 +270,23 @@ def _startup(results: Sequence[Result]) -> str:
     return _table(("strategy", "connections", "ranks", *titles), rows)
 
 
+def _exact(results: Sequence[Result]) -> str:
+    rows = [
+        (
+            str(result["ranks"]),
+            row["arm"],
+            "{:.0f} ({:.0f} to {:.0f})".format(*row["step_ms"]),
+            "{:.2f} ({:.2f} to {:.2f})".format(*row["over_plain"]),
+            str(row["bytes_per_parameter_sent"]) if result["ranks"] > 1 else "",
+            str(row["bytes_per_parameter_of_gradients"]),
+        )
+        for result in results
+        for row in result["arms"]
+    ]
+    bytes_ = ("bytes per parameter between ranks", "bytes per parameter of gradients")
+    return _table(("ranks", "strategy", "step, ms", "x plain", *bytes_), rows)
+
+
 def _machine(results: Sequence[Result]) -> str:
     machines = {f"{result['machine']['cpu']}, Python {result['machine']['python']}" for result in results}
     packages = ("torch", "accelerate", "transformers", "lightning") if "torch" in results[0]["versions"] else ("numpy",)
@@ -305,6 +322,7 @@ _KINDS = {
     "plan": _plan,
     "scale": _scale,
     "startup": _startup,
+    "exact": _exact,
     "machine": _machine,
 }
 
