@@ -20,7 +20,7 @@ from shardlaunch.sharding.environment import JOIN_TIMEOUT_VARIABLE, LaunchEnviro
 
 MESSAGE_AFTER_S = 10.0  # waiting time before a message is printed
 POLL_INTERVAL_S = 0.05
-CONNECTIONS_PER_RANK, OTHER_FILES = 2, 500  # at the store: of a rank's collectives, and of its heartbeats
+CONNECTIONS_PER_RANK, OTHER_FILES = 3, 500  # at the store: of a rank, of its heartbeats and of a DeviceMesh
 _MET = "shardlaunch/met"
 _RUN_NUMBERS = count()
 _FOR_ONE = f"For one process, set {LAUNCHER_VARIABLE}={NONE}."

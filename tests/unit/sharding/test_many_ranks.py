@@ -59,9 +59,9 @@ def test_the_connections_of_all_ranks_are_allowed(monkeypatch: pytest.MonkeyPatc
     limits = [1024, 4096]
     monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
     monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.__setitem__(slice(2), list(both)))
-    meeting._allow_connections(200)
+    meeting._allow_connections(100)
     assert limits == [1024, 4096]
     meeting._allow_connections(1000)
-    assert limits == [2500, 4096]
-    with pytest.raises(UserError, match="about 8500 open files for the connections of 4000 ranks, and its limit is"):
+    assert limits == [3500, 4096]
+    with pytest.raises(UserError, match="about 12500 open files for the connections of 4000 ranks, and its limit is"):
         meeting._allow_connections(4000)
