@@ -113,7 +113,7 @@ class ExactShards:
         ):
             self._add(shards, its_multiples, its_gradients)
         own = torch.empty_like(sums)
-        dist.reduce_scatter_tensor(own, multiples, group=group)
+        dist.reduce_scatter_single(own, multiples, group=group)
         sums.add_(own)
         output.zero_()
 
