@@ -174,7 +174,8 @@ def run(count: int, seed: int, *, strategy: str, say: Callable[[str], object] = 
         recipe.write_text(RECIPE)
         # A rank that was killed before it has met the others is not waited for as long as without this.
         env = environment(Path(folder, "hf"), {JOIN_TIMEOUT_VARIABLE: "10"})
-        options = ["--strategy", strategy, "--max-steps", str(count * STEPS_PER_FAULT)]
+        # Where no launcher ends the others of a killed rank, and they are not connected yet, the watchdog does.
+        options = ["--strategy", strategy, "--max-steps", str(count * STEPS_PER_FAULT), "--hang-after-s", "60"]
         words = [sys.executable, str(recipe), *options, "--output-dir", str(run_dir)]
         plain = [sys.executable, str(recipe), *options, "--output-dir", str(whole)]
         ended = forked_end_of(plain, env, num_ranks=NUM_RANKS)
