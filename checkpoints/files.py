@@ -34,6 +34,8 @@ def error_text(error: BaseException) -> str:
         return f"{path}: {error.strerror}" if path else error.strerror
     if not isinstance(error, OSError):
         return str(error) or type(error).__name__
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of copytree: a triple per file
+        error = error.args[0][0][-1]
     last = str(error).strip().split("\n")[-1]
     passed_on = _PASSED_ON.search(last)
     return f"{passed_on[2]}: {passed_on[1]}" if passed_on else last or type(error).__name__

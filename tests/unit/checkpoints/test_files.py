@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,11 @@ def test_a_folder_is_made_with_those_above_it(tmp_path: Path, monkeypatch: pytes
     make_folder(tmp_path / "a" / "b")
     assert set(synced) >= {str(tmp_path), str(tmp_path / "a")}
     fsync(tmp_path)
+
+
+def test_the_first_file_that_a_folder_cannot_be_copied_for_is_named(tmp_path: Path) -> None:
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "nothing").symlink_to(tmp_path / "none")
+    with pytest.raises(shutil.Error) as caught:
+        shutil.copytree(tmp_path / "from", tmp_path / "to")
+    assert error_text(caught.value) == f"{tmp_path / 'from' / 'nothing'}: No such file or directory"
