@@ -40,6 +40,8 @@ class World:
     """How many of them share the cores of this one."""
     device: torch.device = CPU
     host_group: dist.ProcessGroup | None = None
+    host_backend: str = "gloo"
+    """Backend of process groups for CPU tensors."""
     store: dist.Store | None = None
     owns_group: bool = True
     """The default process group was made by `connect`, and ends with the run."""
