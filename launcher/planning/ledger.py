@@ -4,6 +4,7 @@ Floating-point tensors are fake (shapes and dtypes, no memory). Integers and boo
 with, are computed for real.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +78,7 @@ class Ledger(TorchDispatchMode):
 
         torch.UntypedStorage.resize_ = noted_resize  # type: ignore[assignment,method-assign]
         # DTensor looks at the shapes of whole tensors, which no rank has.
-        ShardingPropagator._propagate_tensor_meta_non_cached = unnoted_look  # type: ignore[method-assign]
+        ShardingPropagator._propagate_tensor_meta_non_cached = unnoted_look  # type: ignore[assignment,method-assign]
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as self.fake_mode, self:
                 yield
@@ -143,15 +144,18 @@ class Ledger(TorchDispatchMode):
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
         for output in tree_flatten(result)[0]:
-            if isinstance(output, torch.Tensor):
+            if isinstance(output, torch.Tensor) and output.device.type != "meta":
                 self.number_of(output)
         return result
 
-    def _value(self, tensor: torch.Tensor) -> float | bool | int:
-        """Return a number in place of one that is not known: a norm of 1, a check that finds nothing."""
+    def _value(self, tensor: torch.Tensor) -> float | bool:
+        """Return a number in place of one that is not known: 1, or for DeepSpeed's checks that nothing is wrong."""
         if tensor.dtype.is_floating_point:
             return 1.0
-        raise CannotPlan(f"the model asks for a value ({str(tensor.dtype).removeprefix('torch.')}) of what it computes")
+        caller = next((name for name in _callers() if not name.startswith("torch.")), "")
+        if tensor.dtype == torch.bool and caller.startswith("deepspeed."):
+            return False
+        raise CannotPlan(f"it decides by a value ({str(tensor.dtype).removeprefix('torch.')}) that it computes")
 
     def _note_collective(self, func: Any, args: tuple[Any, ...]) -> None:
         kind = _COLLECTIVES[func]
@@ -160,6 +164,16 @@ class Ledger(TorchDispatchMode):
         ranks = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
         num_bytes = whole.numel() * whole.element_size()
         self.collectives[Collective(kind, _as_range(ranks), num_bytes)] += 1
+
+
+def _callers() -> Iterator[str]:
+    """Yield the modules of the functions that are running, innermost first, from the ledger's caller on."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name != __name__:
+            yield name
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

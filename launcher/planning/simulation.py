@@ -29,9 +29,10 @@ from shardlaunch.launcher.training.batches import GlobalBatch, MicroBatch
 from shardlaunch.launcher.training.trainer import CountedBatch, Hooks, Trainer
 from shardlaunch.sharding.fsdp2 import Fsdp2, Hsdp
 from shardlaunch.sharding.precision import apply_precision
-from shardlaunch.sharding.replicated import Replicated, Single
+from shardlaunch.sharding.resolve import STRATEGIES
 from shardlaunch.sharding.strategy import Settings, Strategy
 from shardlaunch.sharding.world import World
+from shardlaunch.sharding.zero import Zero
 
 PARAMETERS, GRADIENTS, OPTIMIZER, INPUTS = "parameters", "gradients", "optimizer", "inputs"
 
@@ -56,7 +57,7 @@ class _Hsdp(_Unplanned, Hsdp):
     pass
 
 
-SIMULATED: dict[str, type[Strategy]] = {"single": Single, "ddp": Replicated, "fsdp2": _Fsdp2, "hsdp": _Hsdp}
+SIMULATED: dict[str, type[Strategy]] = {**STRATEGIES, "fsdp2": _Fsdp2, "hsdp": _Hsdp}
 
 
 class Mark(NamedTuple):
@@ -64,6 +65,14 @@ class Mark(NamedTuple):
 
     position: int
     name: str
+
+
+class StepCounts(NamedTuple):
+    """What a step computes and sends."""
+
+    num_slots: int
+    flops: int
+    collectives: dict[Collective, int]
 
 
 @dataclass(kw_only=True)
@@ -74,15 +83,25 @@ class Trace:
     kinds: dict[int, str] = field(default_factory=dict)
     """What a storage holds, of those that stay from step to step."""
     marks: list[Mark] = field(default_factory=list)
-    flops: int = 0
-    """Of the second step."""
-    collectives: dict[Collective, int] = field(default_factory=dict)
-    """Calls of the second step."""
-    num_slots: int = 1
-    """Micro-batches of the second step."""
+    steps: list["StepCounts"] = field(default_factory=list)
     state_bytes: int = 0
     """What a checkpoint holds."""
     details: str = ""
+
+    def flops_per_step(self, slots: int) -> int:
+        """Return the floating-point operations of a step of so many micro-batches."""
+        return self._per_step([step.flops for step in self.steps], slots)
+
+    def per_step(self, slots: int) -> dict[Collective, int]:
+        """Return how often a step of so many micro-batches calls each collective."""
+        known = {one for step in self.steps for one in step.collectives}
+        return {one: self._per_step([step.collectives.get(one, 0) for step in self.steps], slots) for one in known}
+
+    def _per_step(self, counts: list[int], slots: int) -> int:
+        """Return the count of a step by those of steps with fewer micro-batches: each more adds the same."""
+        if self.steps[-1].num_slots == 1:
+            return counts[-1]
+        return counts[0] + (slots - 1) * (counts[-1] - counts[0])
 
 
 def simulate(
@@ -97,9 +116,9 @@ def simulate(
     ranks_per_node: int,
     on_gpu: bool = True,
 ) -> Trace:
-    """Run two steps of `num_slots` micro-batches and return their trace. Raises UserError for what the run refuses.
+    """Run a step of one micro-batch and a step of two, where a rank has two, and return their trace.
 
-    `on_gpu`: count what the kernels of a GPU keep, not those of the CPU.
+    `on_gpu`: count what the kernels of a GPU keep, not those of the CPU. Raises UserError for what the run refuses.
     """
     options = recipe.options
     num_slots = min(2, -(-options.micro_batches // ranks))
@@ -116,9 +135,9 @@ def simulate(
     with _ranks(ranks, ranks_per_node) as world:
         kernels = gpu_kernels(ledger.count_flops) if on_gpu else nullcontext()
         with kernels, ledger.noting():
-            _take_values(model, ledger, keeps_parameters=SIMULATED[strategy_name].starts_empty)
+            _take_values(model, ledger, keeps_parameters=issubclass(SIMULATED[strategy_name], Fsdp2))
             strategy = SIMULATED[strategy_name](model, build_optimizer, world=world, settings=settings)
-            trace = Trace(events=ledger.events, num_slots=num_slots, details=strategy.describe())
+            trace = Trace(events=ledger.events, details=strategy.describe())
             _note_kinds(trace, ledger, strategy)
             trainer = Trainer(
                 recipe,
@@ -133,7 +152,7 @@ def simulate(
                     on_step=_ignore, on_left_out=_ignore, on_evaluating=_ignore, on_evaluation=_ignore, save=_ignore
                 ),
             )
-            _run_steps(trainer, trace, ledger, micro_batch)
+            _run_steps(trainer, trace, ledger, micro_batch, most_slots=num_slots)
             trace.state_bytes = sum(fragment.spec.num_bytes for fragment in strategy.state())
             trace.events = list(ledger.events)
     return trace
@@ -143,7 +162,7 @@ def _ignore(*_: object) -> None:
     pass
 
 
-def _run_steps(trainer: Trainer, trace: Trace, ledger: Ledger, micro_batch: MicroBatch) -> None:
+def _run_steps(trainer: Trainer, trace: Trace, ledger: Ledger, micro_batch: MicroBatch, *, most_slots: int) -> None:
     strategy = trainer.strategy
     backward, finish, update = strategy.backward, strategy.finish_gradients, strategy.optimizer_step
 
@@ -157,7 +176,7 @@ def _run_steps(trainer: Trainer, trace: Trace, ledger: Ledger, micro_batch: Micr
 
     def marked_finish(*, unscale: float, max_norm: float) -> float:
         norm = finish(unscale=unscale, max_norm=max_norm)
-        _note_kinds(trace, ledger, strategy)
+        _note_kinds(trace, ledger, strategy, has_gradients=True)
         mark("gradients")
         return norm
 
@@ -170,35 +189,35 @@ def _run_steps(trainer: Trainer, trace: Trace, ledger: Ledger, micro_batch: Micr
     for model in strategy.replicas:
         train_mode(model)
     mark("begin")
-    global_batch = _global_batch(micro_batch, ledger, trace)
-    counted = CountedBatch(global_batch, micro_batch.num_targets, micro_batch.num_tokens)
-    trainer.train_step(counted, iter(()), time.perf_counter())
-    ledger.flops, calls = 0, ledger.collectives
-    calls.clear()
-    trainer.train_step(counted, iter(()), time.perf_counter())
-    trace.flops, trace.collectives = ledger.flops, dict(calls)
+    inputs = _without_values(micro_batch.inputs, ledger, trace)
+    for num_slots in (1, most_slots):
+        batch = GlobalBatch(
+            step=0,
+            num_samples=1,
+            num_micro_batches=num_slots,
+            micro_batches=[replace(micro_batch, inputs=inputs, index=number) for number in range(num_slots)],
+        )
+        ledger.flops = 0
+        ledger.collectives.clear()
+        counted = CountedBatch(batch, micro_batch.num_targets, micro_batch.num_tokens)
+        trainer.train_step(counted, iter(()), time.perf_counter())
+        trace.steps.append(StepCounts(num_slots, ledger.flops, dict(ledger.collectives)))
     for name in ("backward", "finish_gradients", "optimizer_step"):
         del vars(strategy)[name]
 
 
-def _global_batch(micro_batch: MicroBatch, ledger: Ledger, trace: Trace) -> GlobalBatch:
-    """Return a global batch of copies of a micro-batch, without values of floats."""
+def _without_values(inputs: Any, ledger: Ledger, trace: Trace) -> Any:
+    """Return a batch whose floats have no values."""
 
     def noted(tensor: torch.Tensor) -> torch.Tensor:
         taken = ledger.fake(tensor) if tensor.dtype.is_floating_point else tensor
         trace.kinds[ledger.number_of(taken)] = INPUTS
         return taken
 
-    inputs = tree_map_only(torch.Tensor, noted, micro_batch.inputs)
-    return GlobalBatch(
-        step=0,
-        num_samples=1,
-        num_micro_batches=trace.num_slots,
-        micro_batches=[replace(micro_batch, inputs=inputs, index=number) for number in range(trace.num_slots)],
-    )
+    return tree_map_only(torch.Tensor, noted, inputs)
 
 
-def _note_kinds(trace: Trace, ledger: Ledger, strategy: Strategy) -> None:
+def _note_kinds(trace: Trace, ledger: Ledger, strategy: Strategy, *, has_gradients: bool = False) -> None:
     """Note which storages hold what stays from step to step."""
     with torch.no_grad():
         for model in strategy.replicas:
@@ -208,6 +227,11 @@ def _note_kinds(trace: Trace, ledger: Ledger, strategy: Strategy) -> None:
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     trace.kinds[ledger.number_of(parameter.grad)] = GRADIENTS
+        if isinstance(strategy, Zero):
+            for master in strategy.partitions.masters:
+                trace.kinds[ledger.number_of(master)] = PARAMETERS
+            for gradient in strategy.partitions.gradients() if has_gradients else ():
+                trace.kinds[ledger.number_of(gradient)] = GRADIENTS
         for state in strategy.optimizer.state.values():
             for value in state.values():
                 if isinstance(value, torch.Tensor):
