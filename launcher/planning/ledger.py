@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
+from shardlaunch.launcher.planning.gpu_kernels import workspace_bytes
+
 MOST_REAL_ELEMENTS = 1 << 28
 _aten = torch.ops.aten
 _COLLECTIVES = {
@@ -48,15 +50,14 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.events: list[tuple[int, int]] = []
         """The number of a storage, and the bytes that it grows by."""
+        self.streams: dict[int, int] = {}
+        """The stream that a storage is allocated in, of those that are not in the default one."""
         self.flops = 0
         self.collectives: Counter[Collective] = Counter()
         self._numbers: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
         self._count = 0
-
-    def count_flops(self, flops: int) -> None:
-        """Add floating-point operations."""
-        self.flops += flops
+        self._stream = 0
 
     @contextmanager
     def noting(self) -> Iterator[None]:
@@ -70,12 +71,22 @@ class Ledger(TorchDispatchMode):
                 self.events.append((number, size - self._sizes[number]))
                 self._sizes[number] = size
 
+        @contextmanager
+        def noted_stream(stream: Any) -> Iterator[None]:
+            before, self._stream = self._stream, 0 if stream is default else id(stream)
+            try:
+                yield
+            finally:
+                self._stream = before
+
+        on_stream, default = torch.cpu.stream, torch.cpu.current_stream()
         look = ShardingPropagator._propagate_tensor_meta_non_cached
 
         def unnoted_look(*args: Any) -> Any:
             with _disable_current_modes():
                 return look(*args)
 
+        torch.cpu.stream = noted_stream  # FSDP2 calls the one of its device
         torch.UntypedStorage.resize_ = noted_resize  # type: ignore[assignment,method-assign]
         # DTensor looks at the shapes of whole tensors, which no rank has.
         ShardingPropagator._propagate_tensor_meta_non_cached = unnoted_look  # type: ignore[assignment,method-assign]
@@ -83,6 +94,7 @@ class Ledger(TorchDispatchMode):
             with FakeTensorMode(allow_non_fake_inputs=True) as self.fake_mode, self:
                 yield
         finally:
+            torch.cpu.stream = on_stream
             torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
             ShardingPropagator._propagate_tensor_meta_non_cached = look  # type: ignore[method-assign]
 
@@ -95,6 +107,8 @@ class Ledger(TorchDispatchMode):
             number = self._numbers[key] = self._count
             self._sizes[number] = storage.nbytes()
             self.events.append((number, self._sizes[number]))
+            if self._stream:
+                self.streams[number] = self._stream
             finalize(storage, self._released, key, number)
         return self._numbers[key]
 
@@ -143,6 +157,9 @@ class Ledger(TorchDispatchMode):
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
+        if workspace := workspace_bytes(func, args):
+            self._count += 1
+            self.events += [(self._count, workspace), (self._count, -workspace)]
         for output in tree_flatten(result)[0]:
             if isinstance(output, torch.Tensor) and output.device.type != "meta":
                 self.number_of(output)

@@ -1,5 +1,6 @@
 """What a trace of allocations says: what stays, what is kept for the backward pass, the peak."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ class Memory:
 
 def memory_of(trace: Trace, *, is_offloaded: bool = False) -> Memory:
     """Return the memory that a trace shows."""
-    numbers, changes = _rounded(trace)
+    numbers, changes = _rounded(trace.events)
     kinds = np.array([trace.kinds.get(int(number), "") for number in numbers], dtype=object)
     on_host = np.isin(kinds, ON_HOST) if is_offloaded else np.zeros(len(kinds), dtype=bool)
     begin = next(mark.position for mark in trace.marks if mark.name == "begin")
@@ -51,15 +52,22 @@ def memory_of(trace: Trace, *, is_offloaded: bool = False) -> Memory:
     )
 
 
-def _rounded(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+def peak_of_pools(events: Sequence[tuple[int, int]], streams: Mapping[int, int]) -> int:
+    """Return the sum of the peaks of all streams: the allocator gives no stream what another one has freed."""
+    numbers, changes = _rounded(events)
+    pools = np.array([streams.get(int(number), 0) for number in numbers], dtype=np.int64)
+    return sum(int(np.cumsum(changes[pools == pool]).max(initial=0)) for pool in np.unique(pools))
+
+
+def _rounded(events: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     """Return the storages' numbers and changes of size, each size rounded up as the allocator does."""
     sizes: dict[int, int] = {}
     changes = []
-    for number, change in trace.events:
+    for number, change in events:
         before = sizes.get(number, 0)
         sizes[number] = before + change
         changes.append(_blocks(before + change) - _blocks(before))
-    return np.array([number for number, _ in trace.events], dtype=np.int64), np.array(changes, dtype=np.int64)
+    return np.array([number for number, _ in events], dtype=np.int64), np.array(changes, dtype=np.int64)
 
 
 def _blocks(num_bytes: int) -> int:

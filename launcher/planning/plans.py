@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.planning.cluster import Cluster, step_time_s, wire_bytes
-from shardlaunch.launcher.planning.ledger import CannotPlan, Collective
+from shardlaunch.launcher.planning.ledger import CannotPlan
 from shardlaunch.launcher.planning.memory import Memory, memory_of
 from shardlaunch.launcher.planning.simulation import simulate
 from shardlaunch.launcher.recipe import Recipe
@@ -101,13 +101,6 @@ class Plan:
     """Of one machine: shards that are offloaded, and the copy of a save that is written beside the training."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Options that differ from those given."""
-
-
-def plan_strategies(subject: Subject, cluster: Cluster, names: Sequence[str]) -> Iterator[Plan]:
-    """Yield the plan of each strategy. Raises UserError where the model cannot be run without values."""
-    micro_batch, _ = subject.largest_batch()
-    for name in names:
-        yield plan_strategy(subject, cluster, name, micro_batch)
 
 
 def plan_strategy(subject: Subject, cluster: Cluster, name: str, micro_batch: MicroBatch, **changes: Any) -> Plan:
@@ -225,6 +218,3 @@ def _untraceable(error: Exception) -> str:
         f"plan: the model cannot be run on tensors without values: {reason}. Nothing is planned. Models whose shapes "
         f"or branches depend on what they compute (a mixture of experts, for one) cannot be planned"
     )
-
-
-__all__ = ["Collective", "Plan", "Subject", "fastest", "option_words", "plan_strategies", "plan_strategy", "suggest"]

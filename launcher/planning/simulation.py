@@ -45,7 +45,7 @@ class _Unplanned:
             return super()._mesh(world, settings)  # type: ignore[misc]
 
     def _wrap(self, model: nn.Module, mesh: Any, settings: Settings) -> None:
-        with _disable_current_modes(), _cheap_chunks():
+        with _disable_current_modes(), cheap_chunks():
             super()._wrap(model, mesh, settings)  # type: ignore[misc]
 
 
@@ -133,7 +133,7 @@ def simulate(
         return recipe_optimizer(recipe, list(parameters))
 
     with _ranks(ranks, ranks_per_node) as world:
-        kernels = gpu_kernels(ledger.count_flops) if on_gpu else nullcontext()
+        kernels = gpu_kernels() if on_gpu else nullcontext()
         with kernels, ledger.noting():
             _take_values(model, ledger, keeps_parameters=issubclass(SIMULATED[strategy_name], Fsdp2))
             strategy = SIMULATED[strategy_name](model, build_optimizer, world=world, settings=settings)
@@ -273,7 +273,7 @@ def _ranks(ranks: int, ranks_per_node: int) -> Iterator[World]:
 
 
 @contextmanager
-def _cheap_chunks() -> Iterator[None]:
+def cheap_chunks() -> Iterator[None]:
     """Let ranks without a piece of a parameter share one empty tensor: torch makes one for each of thousands."""
     usual = _fsdp_param._chunk_with_empty
 
