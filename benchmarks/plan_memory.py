@@ -1,6 +1,6 @@
 """Published peaks of GPU memory beside what the ledger of `shardlaunch plan` computes for the same options.
 
-    python benchmarks/plan_memory.py --out benchmarks/results/plan_memory.json
+    python benchmarks/plan_memory.py --result plan_memory
 
 torchtitan and torchtune train their own way (weights in bf16, selective checkpointing, the optimizer in the backward
 pass), which no recipe here does: the steps below follow their options, and only the ledger and the GPU kernels are
@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from record import write_record
+from record import versions, write_result
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -65,6 +64,8 @@ class Row:
     updates_in_backward: bool = False
     optimizer: str = "adamw"
     """adamw, or paged: what bitsandbytes keeps outside of PyTorch's memory."""
+    is_compiled: bool = False
+    """Compiled: taken as recomputing in the backward pass, of layers and loss, all but products and attention."""
     not_counted: str = ""
     """What the published run did besides, and the plan does not know."""
 
@@ -79,7 +80,7 @@ ROWS = (
         tokens=8192,
         ranks=8,
         checkpointing="selective",
-        not_counted="compile",
+        is_compiled=True,
     ),
     Row(
         name="torchtitan 8B, 8 GPUs, compiled, float8",
@@ -88,7 +89,8 @@ ROWS = (
         tokens=8192,
         ranks=8,
         checkpointing="selective",
-        not_counted="compile, float8",
+        not_counted="float8",
+        is_compiled=True,
     ),
     Row(
         name="torchtitan 8B, 128 GPUs", published_gib=67.0, size="8B", tokens=8192, ranks=128, checkpointing="selective"
@@ -100,7 +102,7 @@ ROWS = (
         tokens=8192,
         ranks=128,
         checkpointing="selective",
-        not_counted="compile",
+        is_compiled=True,
     ),
     Row(
         name="torchtitan 8B, 128 GPUs, compiled, float8",
@@ -109,7 +111,8 @@ ROWS = (
         tokens=8192,
         ranks=128,
         checkpointing="selective",
-        not_counted="compile, float8",
+        not_counted="float8",
+        is_compiled=True,
     ),
     Row(
         name="torchtune Llama 3.1 8B, memory-saving",
@@ -120,11 +123,11 @@ ROWS = (
         chunks=8,
         updates_in_backward=True,
         optimizer="paged",
-        not_counted="compile",
+        is_compiled=True,
     ),
     Row(name=f"{_TUNE}, packed", published_gib=60.0, size="3B", tokens=4096),
-    Row(name=f"{_TUNE}, compiled", published_gib=51.0, size="3B", tokens=4096, not_counted="compile"),
-    Row(name=f"{_TUNE}, chunked loss", published_gib=42.9, size="3B", tokens=4096, chunks=8, not_counted="compile"),
+    Row(name=f"{_TUNE}, compiled", published_gib=51.0, size="3B", tokens=4096, is_compiled=True),
+    Row(name=f"{_TUNE}, chunked loss", published_gib=42.9, size="3B", tokens=4096, chunks=8, is_compiled=True),
     Row(
         name=f"{_TUNE}, checkpointing",
         published_gib=24.9,
@@ -132,7 +135,7 @@ ROWS = (
         tokens=4096,
         chunks=8,
         checkpointing="full",
-        not_counted="compile",
+        is_compiled=True,
     ),
     Row(
         name=f"{_TUNE}, update in backward",
@@ -142,7 +145,7 @@ ROWS = (
         chunks=8,
         checkpointing="full",
         updates_in_backward=True,
-        not_counted="compile",
+        is_compiled=True,
     ),
 )
 OMITTED = {
@@ -155,7 +158,9 @@ OMITTED = {
 def model_of(row: Row) -> nn.Module:
     """Return a Llama on the meta device."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.integrations import sdpa_attention
 
+    sdpa_attention.use_gqa_in_sdpa = lambda *_, **__: False  # both repeat keys and values for the heads that share them
     config = LlamaConfig(
         **SIZES[row.size],
         num_key_value_heads=8,
@@ -167,28 +172,29 @@ def model_of(row: Row) -> nn.Module:
     )
     with torch.device("meta"):
         model: nn.Module = LlamaForCausalLM(config)
-    if row.checkpointing:
+    saves_every = {"selective": 2, "full": 0, "": 1 if row.is_compiled else None}[row.checkpointing]
+    if saves_every is not None:
         for layer in model.model.layers:
-            layer.forward = partial(_checkpointed, layer.forward, row.checkpointing == "selective")
+            layer.forward = partial(_checkpointed, layer.forward, saves_every)
     return model
 
 
-def _checkpointed(forward: Callable[..., Any], is_selective: bool, *args: Any, **kwargs: Any) -> Any:
-    chosen = {"context_fn": _selective} if is_selective else {}
+def _checkpointed(forward: Callable[..., Any], saves_every: int, *args: Any, **kwargs: Any) -> Any:
+    chosen = {"context_fn": partial(_selective, saves_every)} if saves_every else {}
     return torch.utils.checkpoint.checkpoint(
         forward, *args, use_reentrant=False, preserve_rng_state=False, **chosen, **kwargs
     )
 
 
-def _selective() -> Any:
-    """Save what takes long to compute, but every second product, as torchtitan does."""
+def _selective(saves_every: int) -> Any:
+    """Save what takes long to compute; of products all, or but every second one, as torchtitan does."""
     counts: dict[bool, int] = defaultdict(int)
 
     def policy(ctx: Any, func: Any, *_: Any, **__: Any) -> CheckpointPolicy:
         if func is _aten.mm.default:
             counts[ctx.is_recompute] += 1
-        is_second = func is _aten.mm.default and counts[ctx.is_recompute] % 2 == 0
-        is_saved = func in _SAVED and not is_second
+        is_left_out = func is _aten.mm.default and saves_every == 2 and counts[ctx.is_recompute] % 2 == 0
+        is_saved = func in _SAVED and not is_left_out
         return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
@@ -208,28 +214,30 @@ def peak_gib(row: Row) -> float:
         update = _updater(model, row)
         samples = torch.ones(2, row.tokens, dtype=torch.int64)
         for _ in range(2):
-            _loss_and_backward(model, samples, row.chunks)
+            _loss_and_backward(model, samples, row)
             update()
     pools = peak_of_pools(ledger.events, ledger.streams if row.ranks > 1 else {})
     return pools / GIB
 
 
-def _loss_and_backward(model: nn.Module, samples: torch.Tensor, chunks: int) -> None:
-    if chunks == 1:
+def _loss_and_backward(model: nn.Module, samples: torch.Tensor, row: Row) -> None:
+    loss = partial(_checkpointed, _loss, 0) if row.is_compiled and row.ranks == 1 else _loss
+    if row.chunks == 1:
         logits = model(input_ids=samples).logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), samples.flatten())
+        total = loss(logits, samples)
         del logits
-        loss.backward()
+        total.backward()
         return
     hidden = model.model(input_ids=samples).last_hidden_state
     # torchtune's chunks: the products are kept as they are, in bf16, and each part is widened for its loss.
-    parts = [model.lm_head(part) for part in hidden.chunk(chunks, dim=1)]
-    losses = [
-        F.cross_entropy(part.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-        for part, labels in zip(parts, samples.chunk(chunks, dim=1), strict=True)
-    ]
+    parts = [model.lm_head(part) for part in hidden.chunk(row.chunks, dim=1)]
+    losses = [loss(part, labels) for part, labels in zip(parts, samples.chunk(row.chunks, dim=1), strict=True)]
     del parts
     torch.stack(losses).sum().backward()
+
+
+def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
 
 
 def _updater(model: nn.Module, row: Row) -> Callable[[], None]:
@@ -303,8 +311,8 @@ def _ranks(ranks: int) -> Iterator[None]:
 def main() -> None:
     """Compute all rows and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--result", default="", help="write benchmarks/results/NAME.json")
+    parser.add_argument("--only", default="", help="rows with this text in their name")
     arguments = parser.parse_args()
     found = []
     for row in ROWS:
@@ -326,8 +334,9 @@ def main() -> None:
         print(found[-1], flush=True)
     errors = [abs(each["error"]) for each in found]
     print(f"median {statistics.median(errors):.1%}, worst {max(errors):.1%}")
-    if arguments.out:
-        write_record(arguments.out, {"rows": found, "omitted": OMITTED})
+    if arguments.result:
+        result = {"rows": found, "omitted": OMITTED, "versions": versions("torch", "transformers")}
+        print(f"written: {write_result(arguments.result, result)}")
 
 
 if __name__ == "__main__":

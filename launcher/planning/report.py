@@ -78,7 +78,8 @@ def assumptions(subject: Subject, cluster: Cluster, batch: str) -> Iterator[str]
     tflops = cluster.tflops or TFLOPS[subject.precision_name]
     yield (
         f"speed: {tflops:g} TFLOP/s reached per GPU (--tflops), {cluster.node_gbps:g} GB/s per GPU within a machine "
-        f"(--node-bandwidth), {cluster.network_gbps:g} between machines (--network-bandwidth); what small kernels take to start is not counted"
+        f"(--node-bandwidth), {cluster.network_gbps:g} between machines (--network-bandwidth); what small kernels "
+        f"take to start is not counted"
     )
     yield "host: of one machine, what is offloaded and the copy of a save that is written beside the training"
     if options.compile:
