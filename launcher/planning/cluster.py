@@ -69,14 +69,17 @@ class Cluster:
         return peak_bytes <= (self.gpu_gib - self.reserve_gib) * GIB
 
     def collective_s(self, collective: Collective) -> float:
-        """Return how long a collective takes: on a ring; a sum over several machines, on trees."""
+        """Return how long a collective takes: on a ring, or on trees, which have fewer hops and half the speed."""
         size = len(collective.ranks)
+        if size == 1:
+            return 0.0
         num_nodes = len({rank // self.gpus_per_node for rank in collective.ranks})
         gbps = self.node_gbps if num_nodes == 1 else self.network_gbps
-        hops_s = (num_nodes - 1) * NETWORK_HOP_S + (size - num_nodes) * HOP_S
-        if collective.kind == "all-reduce":
-            hops_s = 2 * log2(size) * (HOP_S if num_nodes == 1 else NETWORK_HOP_S)
-        return wire_bytes(collective) / (gbps * 1e9) + hops_s
+        rounds = 2 if collective.kind == "all-reduce" else 1
+        on_ring_s = rounds * ((num_nodes - 1) * NETWORK_HOP_S + (size - num_nodes) * HOP_S)
+        on_trees_s = rounds * log2(size) * (HOP_S if num_nodes == 1 else NETWORK_HOP_S)
+        sending_s = wire_bytes(collective) / (gbps * 1e9)
+        return min(sending_s + on_ring_s, 2 * sending_s + on_trees_s)
 
 
 def wire_bytes(collective: Collective) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
@@ -115,16 +116,18 @@ def plan_strategy(subject: Subject, cluster: Cluster, name: str, micro_batch: Mi
     try:
         STRATEGIES[name].check_available()
         check_settings(name, settings)
-        trace = simulate(
-            copy(subject.recipe),
-            subject.data,
-            micro_batch,
-            strategy_name=name,
-            settings=settings,
-            precision_name=subject.precision_name,
-            ranks=cluster.ranks,
-            ranks_per_node=cluster.ranks_per_node,
-        )
+        with catch_warnings():
+            simplefilter("ignore")  # the run has them too
+            trace = simulate(
+                copy(subject.recipe),
+                subject.data,
+                micro_batch,
+                strategy_name=name,
+                settings=settings,
+                precision_name=subject.precision_name,
+                ranks=cluster.ranks,
+                ranks_per_node=cluster.ranks_per_node,
+            )
     except UserError as error:
         return Plan(strategy=name, problem=str(error).removeprefix(f"{name}: "))
     except Exception as error:
@@ -170,30 +173,35 @@ def suggest(subject: Subject, cluster: Cluster, plans: Sequence[Plan], *, say: C
     if not candidates:
         return None
     name = min(candidates, key=lambda plan: plan.memory.peak if plan.memory else 0).strategy
-    for changes in _choices(subject.options, name):
+    always: dict[str, Any] = {}
+
+    def tried(changes: dict[str, Any]) -> Plan:
         say(f"trying {name} with {option_words(changes)}")
         changed = subject.with_options(**changes)
-        plan = plan_strategy(changed, cluster, name, changed.largest_batch()[0], **changes)
+        return plan_strategy(changed, cluster, name, changed.largest_batch()[0], **changes)
+
+    if not subject.options.gradient_checkpointing:
+        plan = tried({"gradient_checkpointing": True})
+        if plan.fits:
+            return plan
+        if plan.memory is not None:  # the model has it
+            always["gradient_checkpointing"] = True
+    for changes in _smaller(subject.options, name):
+        plan = tried(always | changes)
         if plan.fits:
             return plan
     return None
 
 
-def _choices(options: Options, name: str) -> Iterator[dict[str, Any]]:
+def _smaller(options: Options, name: str) -> Iterator[dict[str, Any]]:
     """Yield options that need less memory, the least costly first."""
-    checkpointing = {} if options.gradient_checkpointing else {"gradient_checkpointing": True}
-    if checkpointing:
-        yield checkpointing
     smaller: dict[str, Any] = {}
-    for size in {max(1, options.micro_batch_size // 4), 1}:
+    for size in sorted({max(1, options.micro_batch_size // 4), 1}, reverse=True):
         if size < options.micro_batch_size and options.global_batch_size % size == 0:
             smaller = {"micro_batch_size": size}
-            if checkpointing:
-                yield checkpointing | smaller
-            else:
-                yield smaller
+            yield smaller
     if STRATEGIES[name].is_sharded and not options.cpu_offload:
-        yield checkpointing | smaller | {"cpu_offload": True}
+        yield smaller | {"cpu_offload": True}
 
 
 def option_words(changes: dict[str, Any]) -> str:
