@@ -7,9 +7,10 @@ A page says between two comments what stands there, and this command fills it in
 
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
 `memory` (peaks of host memory), `start` (those while a run starts, before a change and now), `plan` (planning
-batches), `plan_memory` (planned memory beside published), `scale` (planning saves), `survival` (how many faults went well), `faults` (what became of each), `machine`
-(where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a
-notebook in docs/, counted from 0. `--check` writes nothing and fails when a page differs from its sources.
+batches), `plan_memory` (planned memory beside published), `scale` (planning saves), `survival` (how many faults went
+well), `faults` (what became of each), `machine` (where the figures were measured).
+`<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0.
+`--check` writes nothing and fails when a page differs from its sources.
 """
 
 import argparse

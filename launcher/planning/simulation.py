@@ -132,7 +132,7 @@ def simulate(
     def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         return recipe_optimizer(recipe, list(parameters))
 
-    with _ranks(ranks, ranks_per_node) as world:
+    with _ranks(ranks, ranks_per_node) as world, _usual_linear():
         kernels = gpu_kernels() if on_gpu else nullcontext()
         with kernels, ledger.noting():
             _take_values(model, ledger, keeps_parameters=issubclass(SIMULATED[strategy_name], Fsdp2))
@@ -270,6 +270,16 @@ def _ranks(ranks: int, ranks_per_node: int) -> Iterator[World]:
         yield world
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _usual_linear() -> Iterator[None]:
+    """Put torch's linear function back, which DeepSpeed replaces for good: the next plan may be of another strategy."""
+    usual = nn.functional.linear
+    try:
+        yield
+    finally:
+        nn.functional.linear = usual
 
 
 @contextmanager
