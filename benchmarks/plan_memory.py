@@ -65,7 +65,8 @@ class Row:
     optimizer: str = "adamw"
     """adamw, or paged: what bitsandbytes keeps outside of PyTorch's memory."""
     is_compiled: bool = False
-    """Compiled: taken as recomputing in the backward pass, of layers and loss, all but products and attention."""
+    """Compiled: norms, the gate's activation and the loss are taken as recomputed from what products and attention
+    keep anyway, their inputs."""
     not_counted: str = ""
     """What the published run did besides, and the plan does not know."""
 
@@ -172,28 +173,37 @@ def model_of(row: Row) -> nn.Module:
     )
     with torch.device("meta"):
         model: nn.Module = LlamaForCausalLM(config)
-    saves_every = {"selective": 2, "full": 0, "": 1 if row.is_compiled else None}[row.checkpointing]
-    if saves_every is not None:
-        for layer in model.model.layers:
-            layer.forward = partial(_checkpointed, layer.forward, saves_every)
+    for layer in model.model.layers:
+        if row.checkpointing:
+            layer.forward = partial(_checkpointed, layer.forward, row.checkpointing == "selective")
+        elif row.is_compiled:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.forward = partial(_checkpointed, norm.forward, False)
+            layer.mlp.forward = partial(_fused_mlp, layer.mlp)
     return model
 
 
-def _checkpointed(forward: Callable[..., Any], saves_every: int, *args: Any, **kwargs: Any) -> Any:
-    chosen = {"context_fn": partial(_selective, saves_every)} if saves_every else {}
+def _fused_mlp(mlp: Any, inputs: torch.Tensor) -> torch.Tensor:
+    activated = _checkpointed(lambda gate, up: mlp.act_fn(gate) * up, False, mlp.gate_proj(inputs), mlp.up_proj(inputs))
+    result: torch.Tensor = mlp.down_proj(activated)
+    return result
+
+
+def _checkpointed(forward: Callable[..., Any], is_selective: bool, *args: Any, **kwargs: Any) -> Any:
+    chosen = {"context_fn": _selective} if is_selective else {}
     return torch.utils.checkpoint.checkpoint(
         forward, *args, use_reentrant=False, preserve_rng_state=False, **chosen, **kwargs
     )
 
 
-def _selective(saves_every: int) -> Any:
-    """Save what takes long to compute; of products all, or but every second one, as torchtitan does."""
+def _selective() -> Any:
+    """Save what takes long to compute, but every second product, as torchtitan does."""
     counts: dict[bool, int] = defaultdict(int)
 
     def policy(ctx: Any, func: Any, *_: Any, **__: Any) -> CheckpointPolicy:
         if func is _aten.mm.default:
             counts[ctx.is_recompute] += 1
-        is_left_out = func is _aten.mm.default and saves_every == 2 and counts[ctx.is_recompute] % 2 == 0
+        is_left_out = func is _aten.mm.default and counts[ctx.is_recompute] % 2 == 0
         is_saved = func in _SAVED and not is_left_out
         return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -222,7 +232,7 @@ def peak_gib(row: Row) -> float:
 
 
 def _loss_and_backward(model: nn.Module, samples: torch.Tensor, row: Row) -> None:
-    loss = partial(_checkpointed, _loss, 0) if row.is_compiled and row.ranks == 1 else _loss
+    loss = partial(_checkpointed, _loss, False) if row.is_compiled and row.ranks == 1 else _loss
     if row.chunks == 1:
         logits = model(input_ids=samples).logits
         total = loss(logits, samples)
