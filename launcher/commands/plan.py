@@ -28,6 +28,7 @@ from shardlaunch.sharding.resolve import STRATEGIES, check_strategy_name
 from shardlaunch.sharding.world import World
 
 EXIT_NOTHING_FITS = 1
+LEAST_COLUMNS = 100  # of the table: a narrow terminal breaks its lines, which loses no number
 
 
 def plan_run(path: Path, recipe_argv: Sequence[str], cluster: Cluster, *, strategy: str, as_json: bool) -> int:
@@ -65,7 +66,7 @@ def plan_run(path: Path, recipe_argv: Sequence[str], cluster: Cluster, *, strate
         found = document(subject, cluster, plans, best, suggestion, recipe=command.name, batch=batch)
         print(json.dumps(found, indent=2))
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(highlight=False, soft_wrap=True, width=max(LEAST_COLUMNS, Console().width))
         console.print(table_of(plans, cluster))
         for line in (*lines_of(subject, cluster, plans, best, suggestion), "", *assumptions(subject, cluster, batch)):
             console.print(escape(line))

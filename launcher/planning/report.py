@@ -17,7 +17,7 @@ VERSION = 1
 def table_of(plans: Sequence[Plan], cluster: Cluster) -> Table:
     """Return a row per strategy that a run could have."""
     planned = [(plan, plan.memory) for plan in plans if plan.memory is not None]
-    size, unit = _unit_of(max(memory.peak for _, memory in planned))
+    size, unit = _unit_of(max(memory.peak for _, memory in planned) / 10)
     title = f"{unit} per rank, {_ranks_text(cluster)}, GPUs of {cluster.gpu_gib:g} GiB"
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     columns = ("params", "grads", "optimizer", "activations", "peak", "fits", "sent/step", "time/step", "host")

@@ -37,7 +37,7 @@ from shardlaunch.sharding.zero import Zero
 PARAMETERS, GRADIENTS, OPTIMIZER, INPUTS = "parameters", "gradients", "optimizer", "inputs"
 
 
-class _Unplanned:
+class _CutOnMeta:
     """FSDP2 whose parameters are cut on the meta device, outside of the ledger: for thousands of ranks, in seconds."""
 
     def _mesh(self, world: World, settings: Settings) -> Any:
@@ -49,11 +49,11 @@ class _Unplanned:
             super()._wrap(model, mesh, settings)  # type: ignore[misc]
 
 
-class _Fsdp2(_Unplanned, Fsdp2):
+class _Fsdp2(_CutOnMeta, Fsdp2):
     pass
 
 
-class _Hsdp(_Unplanned, Hsdp):
+class _Hsdp(_CutOnMeta, Hsdp):
     pass
 
 
