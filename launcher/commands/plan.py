@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from shardlaunch.checkpoints.files import error_text
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.commands.doctor.recipe import load_command
 from shardlaunch.launcher.planning.cluster import Cluster
@@ -47,9 +48,13 @@ def plan_run(path: Path, recipe_argv: Sequence[str], cluster: Cluster, *, strate
         say = _quiet if as_json else _say
         say("reading data")
         fold = 0 if command.options.folds else None
+        try:
+            data = load_data(recipe, World(), fold)
+        except OSError as error:
+            raise UserError(f"plan: the data cannot be read: {error_text(error)}") from error
         subject = Subject(
             recipe=recipe,
-            data=load_data(recipe, World(), fold),
+            data=data,
             precision_name=resolve_precision(command.options.precision, None),
             layer_classes=command.options.layer_classes or command.recipe_type.layer_classes,
         )
