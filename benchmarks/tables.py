@@ -7,10 +7,11 @@ A page says between two comments what stands there, and this command fills it in
 
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
 `memory` (peaks of host memory), `start` (those while a run starts, before a change and now), `plan` (planning
-batches), `scale` (planning saves), `startup` (starts, by number of ranks), `exact` (steps with exact sums), `survival`
-(how many faults went well), `faults` (what became of each), `machine` (where the figures were measured).
-`<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0.
-The plots of plots.py are written too. `--check` writes nothing and fails when a page or plot differs from its sources.
+batches), `plan_memory` (planned memory beside published), `scale` (planning saves), `startup` (starts, by number of
+ranks), `exact` (steps with exact sums), `survival` (how many faults went well), `faults` (what became of each),
+`machine` (where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a
+cell of a notebook in docs/, counted from 0. The plots of plots.py are written too. `--check` writes nothing and fails
+when a page or a plot differs from its sources.
 """
 
 import argparse
@@ -221,6 +222,26 @@ def _plan(results: Sequence[Result]) -> str:
     return _table(titles, rows)
 
 
+def _plan_memory(results: Sequence[Result]) -> str:
+    titles = ("run", "published, GiB", "computed, GiB", "error", "not counted")
+    rows = [row for result in results for row in result["rows"]]
+    errors = sorted(abs(row["error"]) for row in rows)
+    middle = (errors[len(errors) // 2] + errors[(len(errors) - 1) // 2]) / 2
+    shown = [
+        (
+            row["name"],
+            f"{row['published_gib']:.1f}",
+            f"{row['computed_gib']:.1f}",
+            f"{100 * row['error']:+.1f} %",
+            row["not_counted"],
+        )
+        for row in rows
+    ]
+    left_out = [f"- {name}: {why}" for result in results for name, why in result["omitted"].items()]
+    summary = f"Error: median {100 * middle:.1f} %, worst {100 * errors[-1]:.1f} %. Not computed:"
+    return "\n\n".join((_table(titles, shown), summary, "\n".join(left_out)))
+
+
 def _scale(results: Sequence[Result]) -> str:
     titles = (
         "state",
@@ -320,6 +341,7 @@ _KINDS = {
     "faults": _faults,
     "start": _start,
     "plan": _plan,
+    "plan_memory": _plan_memory,
     "scale": _scale,
     "startup": _startup,
     "exact": _exact,

@@ -172,6 +172,8 @@ class ReportingOptions:
     """Project of the run in its trackers: W&B or trackio project, MLflow experiment (default: the recipe's name)."""
     track_every: int = option(10, mark="free", minimum=1)
     """Send training metrics to the trackers every N steps; evaluations always."""
+    plan: str = option("", mark="free", is_path=True)
+    """Output of `shardlaunch plan --json`: a run on GPUs prints at its end how far the planned memory was off."""
 
 
 @dataclass(kw_only=True)

@@ -30,7 +30,7 @@ class Lockstep:
 
     def __init__(self, model: nn.Module, *, world: World) -> None:
         self._world = world
-        self._group = new_group() if world.size > 1 else None
+        self._group = new_group(backend=world.host_backend) if world.size > 1 else None
         self._training: list[int] = []
         self._evaluating: list[int] = []
         self._steps = self._training

@@ -46,6 +46,8 @@ class World:
     """How many of them share the cores of this one."""
     device: torch.device = CPU
     host_group: dist.ProcessGroup | None = None
+    host_backend: str = "gloo"
+    """Backend of process groups for CPU tensors."""
     store: dist.Store | None = None
     says: str = ""
     """What was found while the ranks connected."""
@@ -210,12 +212,12 @@ def connect(
     )
 
 
-def new_group(*, timeout: timedelta | None = None) -> dist.ProcessGroup:
-    """Return a process group over gloo, in which ranks that share a step of a ring or a tree are connected. All ranks.
+def new_group(*, timeout: timedelta | None = None, backend: str = "gloo") -> dist.ProcessGroup:
+    """Return a group for tensors of the CPU, in which ranks that share a step of a ring or a tree are connected.
 
-    So that a rank that is gone is noticed by those that wait for it: one that is not connected would wait for ever.
+    All ranks. A rank that is gone is noticed by those that wait for it: one that is not connected would wait for ever.
     """
-    group = dist.new_group(backend="gloo", timeout=timeout)
+    group = dist.new_group(backend=backend, timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     dist.barrier(group=group)
     return group

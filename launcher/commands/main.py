@@ -22,6 +22,7 @@ _DESCRIPTION = f"""shardlaunch {version("shardlaunch")}: one run, any shards.
   shardlaunch generate outputs/gpt_lm-demo --prompt "The film" --temperature 0.8
   shardlaunch ckpt list outputs/bert_imdb-demo
   shardlaunch doctor bert_imdb --ranks 2 -- --preset demo
+  shardlaunch plan gpt_lm --ranks 64 --gpu-memory 80 -- --preset demo
 """
 _Recipe = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
 
@@ -193,6 +194,55 @@ def main() -> None:
             path, recipe_argv, ranks=ranks, strategy=strategy, measured=measure, network=network, as_json=as_json
         )
 
+    def plan(
+        recipe: _Recipe,
+        ranks: int,
+        gpus_per_node: int = 8,
+        gpu_memory: float = 80.0,
+        strategy: str = "auto",
+        reserve: float = 2.0,
+        tflops: float = 0.0,
+        node_bandwidth: float = 300.0,
+        network_bandwidth: float = 40.0,
+        disk_bandwidth: float = 2.0,
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    ) -> int:
+        """Say what a run would need on GPUs that need not be there: memory, traffic, times, and which strategy fits.
+
+        Runs two steps of the recipe on tensors without values, as rank 0 of any number of ranks. Reads its data, but
+        no weights, and trains nothing. Words after ` -- ` are options of the recipe.
+
+        The exit status is 0 when a strategy fits, 1 when none does, 2 when the run would be refused.
+
+        Args:
+            recipe: A recipe file, or the name of an installed recipe (see `shardlaunch recipes`).
+            ranks: Number of processes, one per GPU, on all machines.
+            gpus_per_node: GPUs per machine.
+            gpu_memory: GiB per GPU.
+            strategy: single, ddp, fsdp2, hsdp, zero1, zero2, zero3, or auto (all that there are for the ranks).
+            reserve: GiB per GPU that are not tensors: CUDA, NCCL, workspaces, gaps between tensors.
+            tflops: TFLOP/s that a GPU reaches in training (0: 40 in fp32, 400 in bf16 and fp16, 600 in fp8).
+            node_bandwidth: GB/s per GPU between the GPUs of a machine.
+            network_bandwidth: GB/s per GPU between machines.
+            disk_bandwidth: GB/s that all ranks together write to the file system.
+            as_json: Print one JSON document.
+        """
+        path = find_recipe(recipe)
+        from shardlaunch.launcher.commands.plan import plan_run
+        from shardlaunch.launcher.planning.cluster import Cluster
+
+        cluster = Cluster(
+            ranks=ranks,
+            gpus_per_node=gpus_per_node,
+            gpu_gib=gpu_memory,
+            reserve_gib=reserve,
+            tflops=tflops,
+            node_gbps=node_bandwidth,
+            network_gbps=network_bandwidth,
+            disk_gbps=disk_bandwidth,
+        )
+        return plan_run(path, recipe_argv, cluster, strategy=strategy, as_json=as_json)
+
     def refuse_recipe_words(command: str) -> None:
         if recipe_argv:
             raise UserError(f"{command}: takes no words after ` -- `; remove them")
@@ -205,6 +255,7 @@ def main() -> None:
         "generate": generate,
         "ckpt": ckpt,
         "doctor": doctor,
+        "plan": plan,
     }
     try:
         if argv[:1] == ["ckpt"]:  # it has commands of its own

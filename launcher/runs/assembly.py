@@ -1,6 +1,6 @@
 """A run's model, its strategy, and its initial weights. Built again when parameters are unfrozen."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +75,7 @@ def assemble(
     buffers_digest = non_persistent_buffers_digest(model)
     convert_model(model, precision_name)
     if options.gradient_checkpointing:
-        _enable_gradient_checkpointing(model)
+        enable_gradient_checkpointing(model)
     numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
     freeze(model, options, step=step)
     is_frozen = options.is_frozen if not options.unfreeze_at_step else lambda name: False
@@ -84,15 +84,7 @@ def assemble(
 
     def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         trained = list(parameters)
-        optimizer = recipe.optimizer(trained)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            several = isinstance(optimizer, list | tuple) and f"a {type(optimizer).__name__} of {len(optimizer)}"
-            raise UserError(
-                f"the recipe's optimizer() must return one torch.optim.Optimizer; it returned "
-                f"{several or type(optimizer).__name__}. For other settings of some parameters give it groups: "
-                f"AdamW([{{'params': some, 'lr': 1e-4}}, {{'params': others}}]); a learning-rate schedule is schedule()"
-            )
-        separate(optimizer, (parameter for name, parameter in trained if options.is_frozen(name)))
+        optimizer = recipe_optimizer(recipe, trained)
         rows.extend(parameter_rows(numels, trained, optimizer))
         return optimizer
 
@@ -118,6 +110,20 @@ def assemble(
         num_tensors=len(numels),
         num_elements=sum(numels.values()),
     )
+
+
+def recipe_optimizer(recipe: Recipe, trained: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer of some parameters. Raises UserError if it returns something else."""
+    optimizer = recipe.optimizer(trained)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        several = isinstance(optimizer, list | tuple) and f"a {type(optimizer).__name__} of {len(optimizer)}"
+        raise UserError(
+            f"the recipe's optimizer() must return one torch.optim.Optimizer; it returned "
+            f"{several or type(optimizer).__name__}. For other settings of some parameters give it groups: "
+            f"AdamW([{{'params': some, 'lr': 1e-4}}, {{'params': others}}]); a learning-rate schedule is schedule()"
+        )
+    separate(optimizer, (parameter for name, parameter in trained if recipe.options.is_frozen(name)))
+    return optimizer
 
 
 def _build(
@@ -182,7 +188,8 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def _enable_gradient_checkpointing(model: nn.Module) -> None:
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Let a model recompute its activations in the backward pass. Raises UserError if it cannot."""
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is None:
         raise UserError(f"--gradient-checkpointing: not supported by {type(model).__name__}; remove it")

@@ -140,6 +140,7 @@ def run_recipe_on(
     display: Display,
 ) -> Result:
     """Run a recipe, or each of its folds, on connected ranks, and return the outcome. All ranks. Raises UserError."""
+    from shardlaunch.launcher.reporting.planned import comparison, planned_peak
     from shardlaunch.launcher.runs.cross_validation import cross_validate
     from shardlaunch.launcher.runs.resume_check import check_resume
     from shardlaunch.launcher.runs.run import Run
@@ -177,9 +178,13 @@ def run_recipe_on(
     def run_of(fold: int | None = None) -> "Run":
         return new_run(options, display, fold)
 
+    planned = world.peers.together(lambda: planned_peak(options.plan, choice.strategy, world) if options.plan else 0)
     if options.check:
         check_resume(new_run, options, display)
-    return cross_validate(run_of, options.folds) if options.folds else run_of().run()
+    result = cross_validate(run_of, options.folds) if options.folds else run_of().run()
+    if planned:
+        display.say(comparison(planned, world))
+    return result
 
 
 def _warn(text: str) -> None:

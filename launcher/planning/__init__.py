@@ -1,0 +1,1 @@
+"""What a run will need, before any GPU is taken: its own steps on tensors without values."""
