@@ -26,7 +26,6 @@ _CHUNK = 1 << 16  # elements that stay in the cache between the operations on th
 _SIGNIFICANT = 1.5 * 2.0**52  # in float64, adding this times a power of two rounds to multiples of it
 _UNITS = (2.0**-20, 2.0**-50, 2.0**-80)
 NUM_PARTS = len(_UNITS)
-_ZERO = torch.zeros((), dtype=torch.float64)
 _SQUARE_UNITS = (2.0**-24, 2.0**-50)  # for up to 2^29 numbers from 0 to 1
 
 
@@ -72,8 +71,7 @@ class Units:
         for total, part in zip(sums.split(_CHUNK), gradient.split(_CHUNK), strict=True):
             # The multiples are the last bits of the sum with the offset.
             total.add_((part + offset).view(torch.int64).sub_(bits))
-        largest = float(torch.linalg.vector_norm(gradient, math.inf)) if len(gradient) else 0.0
-        self._largest[number] = max(float(self._largest[number]), largest if math.isfinite(largest) else math.inf)
+        self._largest[number] = max(float(self._largest[number]), _largest(gradient))
 
     def must_change(self, world: World) -> bool:
         """Return whether a unit was too small for a gradient of any rank; it is larger then. All ranks."""
@@ -108,6 +106,15 @@ class Units:
         self._largest.zero_()
 
 
+def _largest(values: torch.Tensor) -> float:
+    """Return the largest magnitude; infinity, which a maximum does not lose, where there is a NaN."""
+    if not len(values):
+        return 0.0
+    least, most = torch.aminmax(values)  # many times as fast as the norm
+    largest = max(-float(least), float(most))
+    return largest if math.isfinite(largest) else math.inf
+
+
 def sums_of_squares(gradients: Sequence[torch.Tensor], world: World | None = None) -> list[float]:
     """Return the sum of the squares of each flat gradient; with a `world`, of the shards of its ranks. All ranks.
 
@@ -115,8 +122,7 @@ def sums_of_squares(gradients: Sequence[torch.Tensor], world: World | None = Non
     """
     if not gradients:
         return []
-    largest = torch.stack([torch.linalg.vector_norm(g, math.inf).double() if len(g) else _ZERO for g in gradients])
-    largest = largest.nan_to_num(math.inf)  # which a maximum does not lose
+    largest = torch.tensor([_largest(gradient) for gradient in gradients], dtype=torch.float64)
     if world is not None and world.size > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     exponents = [math.frexp(each)[1] if math.isfinite(each) else 0 for each in largest.tolist()]
