@@ -304,7 +304,7 @@ def _exact(results: Sequence[Result]) -> str:
         for result in results
         for row in result["arms"]
     ]
-    bytes_ = ("bytes per parameter between ranks", "bytes per parameter of gradients")
+    bytes_ = ("bytes of a gradient between ranks", "bytes of a gradient in memory")
     return _table(("ranks", "strategy", "step, ms", "x plain", *bytes_), rows)
 
 
