@@ -43,6 +43,12 @@ def plan_run(path: Path, recipe_argv: Sequence[str], cluster: Cluster, *, strate
         if command is None:
             raise UserError("; ".join(finding.text for finding in findings))
         names = _names(strategy, command.options.strategy, cluster.ranks)
+        for flag, is_given in (
+            ("--tensor-parallel", command.options.tensor_parallel > 1),
+            ("--exact", command.options.exact),
+        ):
+            if is_given:
+                raise UserError(f"{flag}: is not planned; remove it to plan the run without")
         recipe = command.recipe_type(command.options)
         check_in_effect(recipe)
         say = _quiet if as_json else _say

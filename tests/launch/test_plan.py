@@ -117,6 +117,8 @@ def test_plan_command(tmp_path: Path) -> None:
         (four, "single", []),
         (four, "fsdp3", []),
         (four, "ddp", ["--strategy", "fsdp2"]),
+        (four, "fsdp2", ["--tensor-parallel", "2"]),
+        (one, "single", ["--exact"]),
     ]
     ((found, files),) = run_on_ranks(1, _plans, str(tmp_path), cases)
     (status, document), (small_status, suggested), (least_status, none), (_, offloaded), *refused = found
@@ -156,6 +158,8 @@ def test_plan_command(tmp_path: Path) -> None:
             "--strategy single is for one process, not --ranks 4",
             "unknown strategy 'fsdp3'",
             "two strategies were requested",
+            "--tensor-parallel: is not planned",
+            "--exact: is not planned",
         ),
         strict=True,
     ):
