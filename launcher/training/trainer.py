@@ -315,7 +315,7 @@ class Trainer:
 
     def _note_state(self, position: Position) -> None:
         position.recent_losses = self.judge.recent
-        position.exact_exponents = self.strategy.exact_exponents
+        position.exact_exponents = dict(sorted(self.strategy.exact_exponents.items()))
         if self.precision.loss_scale is not None:
             position.loss_scale = self.precision.loss_scale.state()
 

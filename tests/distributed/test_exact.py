@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from shardlaunch import Recipe, UserError, fit
+from shardlaunch.checkpoints.layout import CHECKPOINTS, TRAINER_STATE
 from shardlaunch.sharding.exact import ExactGradients, summands
 from shardlaunch.sharding.exact_step import step_exactly
 from shardlaunch.sharding.resolve import STRATEGIES
@@ -64,10 +65,12 @@ def _on_ranks(num_ranks: int, recipe_type: type[Recipe], run_dir: Path, **option
     return repeated
 
 
-def _bits(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    lines = [{key: value for key, value in line.items() if key != "skipped"} for line in training_lines(run_dir)]
+def _bits(run_dir: Path) -> tuple[list[dict[str, Any]], str, dict[str, bytes]]:
+    """Return the lines of metrics, and the position and the tensors of the last checkpoint."""
+    position = (max((run_dir / CHECKPOINTS).iterdir()) / TRAINER_STATE).read_text()
     tensors = final_tensors(run_dir)
-    return lines, {name: tensor.view(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+    as_bytes = {name: tensor.view(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+    return training_lines(run_dir), position, as_bytes
 
 
 @pytest.mark.parametrize(
