@@ -25,6 +25,7 @@ class DataParallel(Strategy):
 
     for_one_process = True
     is_sharded = False
+    can_be_exact = True
 
     def __init__(
         self,

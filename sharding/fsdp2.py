@@ -42,6 +42,8 @@ class Fsdp2(Strategy):
     memory as the model.
     """
 
+    gathers_weights = True
+    can_be_exact = True
     starts_empty = True
 
     def __init__(

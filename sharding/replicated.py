@@ -18,6 +18,7 @@ class Replicated(Strategy):
     """Keep one full replica per rank; the ranks sum their gradients (see `Strategy`)."""
 
     is_sharded = False
+    can_be_exact = True
 
     def __init__(
         self, model: nn.Module, build_optimizer: BuildOptimizer, *, world: World, settings: Settings = DEFAULT_SETTINGS

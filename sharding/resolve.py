@@ -22,8 +22,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 
-EXACT = ("single", "dp", "ddp", "fsdp2", "hsdp")
-"""Those that can sum exactly."""
+PLANNED_ON_ONE_RANK = ("single", "fsdp2")
+"""What differs there: FSDP2 may keep shards in host memory."""
 
 
 def resolve_strategy(option: str, env: LaunchEnvironment) -> str:
@@ -66,7 +66,7 @@ def check_settings(name: str, settings: Settings) -> None:
 
 def check_exact(name: str, world: World, *, num_micro_batches: int, compiles: bool) -> None:
     """Raise UserError where sums cannot be exact."""
-    if name not in EXACT:
+    if not STRATEGIES[name].can_be_exact:
         raise UserError(f"--exact: not under {name}, which sums by itself; use --strategy ddp, fsdp2 or hsdp")
     if world.model_ranks > 1:
         raise UserError("--exact: not with --tensor-parallel; remove one of the two")

@@ -48,6 +48,10 @@ class Strategy(ABC):
     """Ranks that the strategy needs if there are several; one rank alone runs under any strategy."""
     is_sharded: ClassVar[bool] = True
     """Each rank keeps only its shards of the state."""
+    gathers_weights: ClassVar[bool] = False
+    """Weights are gathered as modules run, so that this is hidden behind all of the computing."""
+    can_be_exact: ClassVar[bool] = False
+    """It can sum so that no bit depends on the ranks (`Settings.exact`)."""
     starts_empty: ClassVar[bool] = False
     """The model is built with its parameters on the meta device; `restore` fills them, also at the start of a run.
 

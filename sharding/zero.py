@@ -174,6 +174,7 @@ class Zero3(Zero):
     """Shard optimizer state, gradients and parameters; a module is gathered while it runs."""
 
     stage = 3
+    gathers_weights = True
     starts_empty = True
 
 

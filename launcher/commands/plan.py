@@ -13,8 +13,6 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.commands.doctor.recipe import load_command
 from shardlaunch.launcher.planning.cluster import Cluster
 from shardlaunch.launcher.planning.plans import (
-    ON_ONE_RANK,
-    ON_SEVERAL_RANKS,
     Subject,
     fastest,
     plan_strategy,
@@ -25,7 +23,7 @@ from shardlaunch.launcher.recipe import check_in_effect
 from shardlaunch.launcher.runs.data import load_data
 from shardlaunch.launcher.runs.session import preserved_process, silent_libraries
 from shardlaunch.sharding.precision import resolve_precision
-from shardlaunch.sharding.resolve import STRATEGIES, check_strategy_name
+from shardlaunch.sharding.resolve import PLANNED_ON_ONE_RANK, STRATEGIES, check_strategy_name
 from shardlaunch.sharding.world import World
 
 EXIT_NOTHING_FITS = 1
@@ -90,7 +88,8 @@ def _names(strategy: str, option: str, ranks: int) -> Sequence[str]:
         raise UserError(f"two strategies were requested: --strategy {strategy} and {option} of the recipe; remove one")
     asked = strategy if strategy != "auto" else option
     if asked == "auto":
-        return ON_SEVERAL_RANKS if ranks > 1 else ON_ONE_RANK
+        several = [name for name, kind in STRATEGIES.items() if not kind.for_one_process]
+        return several if ranks > 1 else PLANNED_ON_ONE_RANK
     check_strategy_name(asked, f"--strategy {asked}")
     if asked == "dp":
         raise UserError("--strategy dp: keeps on each GPU what single keeps on one; plan --strategy single --ranks 1")

@@ -25,11 +25,8 @@ from shardlaunch.sharding.resolve import STRATEGIES, check_settings
 from shardlaunch.sharding.strategy import Settings
 from shardlaunch.sharding.world import World
 
-ON_SEVERAL_RANKS = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
-ON_ONE_RANK = ("single", "fsdp2")
 MOST_COMPARED = 8
 MOST_QUOTED = 300
-_GATHERING = ("fsdp2", "hsdp", "zero3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +147,7 @@ def plan_strategy(subject: Subject, cluster: Cluster, name: str, micro_batch: Mi
             flops=trace.flops_per_step(slots),
             slots=slots,
             precision_name=subject.precision_name,
-            is_gathered=name in _GATHERING,
+            is_gathered=STRATEGIES[name].gathers_weights,
             device_bytes=stays - on_host,
             host_bytes=on_host,
         ),

@@ -57,7 +57,8 @@ class _Hsdp(_CutOnMeta, Hsdp):
     pass
 
 
-SIMULATED: dict[str, type[Strategy]] = {**STRATEGIES, "fsdp2": _Fsdp2, "hsdp": _Hsdp}
+_CUT: dict[type[Strategy], type[Strategy]] = {Fsdp2: _Fsdp2, Hsdp: _Hsdp}
+SIMULATED = {name: _CUT.get(strategy, strategy) for name, strategy in STRATEGIES.items()}
 
 
 class Mark(NamedTuple):
