@@ -5,13 +5,10 @@ says so and ends with status 0. Each file of accelerate_configs/multi_node/ is s
 Runs are compared with one process. Prints a table; the exit status is 1 if a case is bad.
 """
 
-import argparse
 import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +17,7 @@ from pathlib import Path
 
 import accelerate.commands.launch
 
+from tests.faults.cases import main_of_cases, run_cases
 from tests.faults.host_runs import ROOT, Runs, all_of
 from tests.launch.checks import logged_steps
 from tests.launch.command import ACCELERATE, PYTHON, SHARDLAUNCH, STUCK_S, TORCHRUN
@@ -240,28 +238,10 @@ def cases(campaign: Campaign) -> dict[str, Callable[[], str]]:
 
 def run(only: str = "", say: Callable[[str], None] = print) -> int:
     """Run the cases, print a table, and return the number of those that are bad."""
-    num_bad = 0
     with tempfile.TemporaryDirectory(prefix="shardlaunch-hosts-") as name, hosts_of(ADDRESSES) as hosts:
         os.environ["HF_HOME"] = str(Path(name) / "hf")  # the libraries read it before they are forked
-        campaign = Campaign(Path(name), hosts, Path(name) / "hf")
-        for case, problem_of in cases(campaign).items():
-            if only not in case:
-                continue
-            began = time.monotonic()
-            try:
-                problem = problem_of()
-            except (AssertionError, subprocess.TimeoutExpired) as error:
-                problem = repr(error)
-            num_bad += bool(problem)
-            say(f"{'bad' if problem else 'ok ':4} {time.monotonic() - began:5.0f} s  {case}  {problem}")
-    return num_bad
+        return run_cases(cases(Campaign(Path(name), hosts, Path(name) / "hf")), only, say)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="cases whose name has this in it")
-    only = parser.parse_args().only
-    if reason := why_not():
-        print(f"skipped: {reason}")
-        sys.exit(0)
-    sys.exit(1 if run(only) else 0)
+    main_of_cases(__doc__, run, why_not)

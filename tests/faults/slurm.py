@@ -5,7 +5,6 @@ launch_configs/ are submitted to the letter. Each case is compared with a run th
 the exit status is 1 if a case is bad.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from shardlaunch.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from tests.faults.cases import main_of_cases, run_cases
 from tests.faults.slurm_cluster import Cluster, slurm_cluster, why_not
 from tests.launch.command import environment
 from tests.recipes import final_tensors, training_lines
@@ -265,37 +265,21 @@ def cases(campaign: Campaign) -> dict[str, Callable[[], str]]:
 
 def run(only: str = "", say: Callable[[str], None] = print) -> int:
     """Run the cases, print a table, and return the number of those that are bad."""
-    num_bad = 0
     with tempfile.TemporaryDirectory(prefix="shardlaunch-slurm-") as name:
         folder = Path(name)
         (folder / "slow.py").write_text(RECIPE)
         paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         env = environment(folder / "hf", paths)
         with slurm_cluster(folder, env) as cluster:
-            campaign = Campaign(cluster)
             version = cluster.run("sinfo", "--version").stdout.strip()
             say(f"{version}: 2 machines, Python {sys.version.split()[0]}")
-            for case, problem_of in cases(campaign).items():
-                if only not in case:
-                    continue
-                if case.startswith("mpirun") and shutil.which("mpirun") is None:
+            found = cases(Campaign(cluster))
+            if shutil.which("mpirun") is None:
+                for case in [case for case in found if case.startswith("mpirun") and only in case]:
                     say(f"skipped: {case}: mpirun is not installed (in Debian: openmpi-bin)")
-                    continue
-                began = time.monotonic()
-                try:
-                    problem = problem_of()
-                except (AssertionError, subprocess.TimeoutExpired) as error:
-                    problem = str(error)
-                num_bad += bool(problem)
-                say(f"{'bad' if problem else 'ok ':4} {time.monotonic() - began:5.0f} s  {case}  {problem}")
-    return num_bad
+                    del found[case]
+            return run_cases(found, only, say)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="cases whose name has this in it")
-    only = parser.parse_args().only
-    if reason := why_not():
-        print(f"skipped: {reason}")
-        sys.exit(0)
-    sys.exit(1 if run(only) else 0)
+    main_of_cases(__doc__, run, why_not)
