@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from shardlaunch.checkpoints.files import COME_AGAIN, error_text
-from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from shardlaunch.errors import EXIT_OTHER_ERROR, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from shardlaunch.launcher.command_line.parsing import naming_origins, parse_options
 from shardlaunch.launcher.launched import mark_launched
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe, options_type_of, recipe_name
 from shardlaunch.launcher.reporting.streams import survive_closed_output
-from shardlaunch.launcher.training.stopping import Stopped, signals_kept
+from shardlaunch.launcher.training.stopping import INTERRUPTED, Stopped, interrupted_status, signals_kept
 from shardlaunch.sharding.environment import has_agent, is_main_process, read_environment
 
 if TYPE_CHECKING:
@@ -112,12 +112,8 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
         world.await_others_at("stop", most_s=LINGER_S)
         return EXIT_STOPPED
     except KeyboardInterrupt as interrupt:
-        _report(
-            world,
-            "interrupted; the same command resumes from the last checkpoint, if there is one",
-            with_traceback=False,
-        )
-        return EXIT_INTERRUPTED if interrupt.args in ((), ("SIGINT",)) else EXIT_STOPPED
+        _report(world, INTERRUPTED, with_traceback=False)
+        return interrupted_status(*interrupt.args)
     except RuntimeError as error:
         is_alone = world is not None and world.size == 1
         if is_alone or not _has_lost_contact(error):

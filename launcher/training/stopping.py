@@ -20,13 +20,20 @@ from shardlaunch.launcher.training.time_left import TimeLeft
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 STOP_FILE, SAVE_FILE = "stop", "save-now"
+INTERRUPTED = "interrupted; the same command resumes from the last checkpoint, if there is one"
 POLL_INTERVAL_S = 1.0  # an output folder may be on a network
 SAME_S = 1.0  # a launcher and a cluster may both pass on one signal
+INTERRUPTION_S = 5.0  # the main thread may be in a library that waits for a rank that is gone, or drops exceptions
 
 
 def handled_signals() -> list[signal.Signals]:
     """Return the signals that stop a run: not SIGHUP where it is ignored, as nohup has it."""
     return [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+
+
+def interrupted_status(name: str = "SIGINT") -> int:
+    """Return the exit status of a run that the signal `name` has ended at once."""
+    return EXIT_INTERRUPTED if name == "SIGINT" else EXIT_STOPPED
 
 
 class Stopped(Exception):
@@ -44,8 +51,8 @@ class BrokenOff(Exception):
 class Signals:
     """Signals to this process. During training the first one is kept for the end of the step.
 
-    Before training the first one interrupts, and when the run has ended it does nothing. A second one ends the process
-    at once, at any time, also while it waits for another rank.
+    Before training the first one interrupts, and ends a process that has not ended soon. When the run has ended it does
+    nothing. A second one ends the process at once, at any time, also while it waits for another rank.
     """
 
     def __init__(self, *, is_main: bool) -> None:
@@ -56,6 +63,7 @@ class Signals:
         self.first_at: float | None = None
         self._is_main = is_main
         self._is_said = False
+        self._interrupts = False
 
     def on_signal(self, number: int, _: FrameType | None) -> None:
         """Interrupt, unless the run is training. In the main thread, when it next runs Python code."""
@@ -70,6 +78,7 @@ class Signals:
                 numbers = received.recv(64)
             except TimeoutError:
                 self._say_first()
+                self._end_if_not_interrupted()
                 continue
             if not numbers:
                 return
@@ -80,7 +89,7 @@ class Signals:
     def _keep(self, number: signal.Signals) -> None:
         now = time.monotonic()
         if self.first_at is None:
-            self.first, self.first_at = number, now
+            self.first, self.first_at, self._interrupts = number, now, not self.is_training
         elif now - self.first_at > SAME_S:
             if not self.is_ending:
                 self._say(f"{number.name}: ended at once; the same command resumes from the last checkpoint")
@@ -91,6 +100,14 @@ class Signals:
         if self.first is not None and self.is_training and not self.is_ending and not self._is_said:
             self._is_said = True
             self._say(f"{self.first.name}: the run stops after this step and saves; a second signal ends it at once")
+
+    def _end_if_not_interrupted(self) -> None:
+        """End a process that was interrupted before training some time ago, and is still there."""
+        if self.first is None or self.first_at is None or not self._interrupts or self.is_training or self.is_ending:
+            return
+        if time.monotonic() - self.first_at > INTERRUPTION_S:
+            self._say(f"{self.first.name}: {INTERRUPTED}")
+            os._exit(interrupted_status(self.first.name))
 
     def _say(self, text: str) -> None:
         if self._is_main:

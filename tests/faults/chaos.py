@@ -220,8 +220,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=500, help="faults, over all strategies")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    each = -(-arguments.count // len(STRATEGIES))
-    results = [run(each, arguments.seed, strategy=strategy) for strategy in STRATEGIES]
+    each = -(-arguments.count // len(arguments.strategies))
+    results = [run(each, arguments.seed, strategy=strategy) for strategy in arguments.strategies]
     sys.exit(not all(results))

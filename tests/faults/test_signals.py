@@ -54,6 +54,8 @@ class Slow(Recipe):
         return {"train": TensorData(inputs=inputs, labels=(inputs.sum(1) > 2).long())}
 
     def model(self):
+        if os.environ.get("STUCK_AT") == "start" and os.environ.get("RANK") == "1":
+            time.sleep(3600)
         return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.1), torch.nn.Linear(8, 2))
 
     def loss(self, outputs, batch):
@@ -167,6 +169,19 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(recipe: str, hf_home
         run.ranks[0].join(STUCK_S)
         assert run.ranks[0].exitcode == EXIT_INTERRUPTED
         assert "SIGTERM: ended at once" in run.err.read_text()
+
+
+def test_a_signal_ends_a_rank_that_waits_for_another_before_the_first_step(
+    recipe: str, hf_home: Path, tmp_path: Path
+) -> None:
+    words = [*PYTHON, recipe, "--strategy", "ddp", "--output-dir", str(tmp_path / "run")]
+    with forked(words, environment(hf_home, {"STUCK_AT": "start"}), num_ranks=2) as run:
+        wait_until(lambda: "building the model" in run.out.read_text())
+        time.sleep(0.5)
+        os.kill(_pid(run, 0), signal.SIGTERM)
+        run.ranks[0].join(STUCK_S)
+        assert run.ranks[0].exitcode == EXIT_STOPPED
+        assert "SIGTERM: interrupted; the same command resumes from" in run.err.read_text()
 
 
 def test_a_signal_before_the_first_step(recipe: str, hf_home: Path, tmp_path: Path) -> None:
