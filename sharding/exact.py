@@ -7,6 +7,7 @@ step is run again. (Fixed-point accumulators: U. Kulisch; reproducible sums: J. 
 """
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -22,11 +23,12 @@ MOST_SUMMANDS = 4096
 _BITS = 51
 _HEADROOM = 6  # bits by which a gradient may grow from one step to the next
 _UNKNOWN = -1000  # an exponent that fits no gradient
-_CHUNK = 1 << 16  # elements that stay in the cache between the operations on them
+_CHUNK = 1 << 17  # elements that stay in the cache between the operations on them
 _SIGNIFICANT = 1.5 * 2.0**52  # in float64, adding this times a power of two rounds to multiples of it
 _UNITS = (2.0**-20, 2.0**-50, 2.0**-80)
 NUM_PARTS = len(_UNITS)
-_SQUARE_UNITS = (2.0**-24, 2.0**-50)  # for up to 2^29 numbers from 0 to 1
+_SQUARE_BITS = 45  # of a square from 0 to 1: the sum of those of a chunk has at most 63
+_LOW_BITS = 40  # of a sum of squares, in the lower of the two numbers that ranks exchange
 
 
 def summands(values: torch.Tensor) -> torch.Tensor:
@@ -64,13 +66,17 @@ class Units:
         """Return the unit of a parameter."""
         return math.ldexp(1.0, self._exponents[number])
 
-    def add_multiples(self, number: int, gradient: torch.Tensor, sums: torch.Tensor) -> None:
-        """Add a flat gradient of a parameter to integer sums, in multiples of its unit."""
-        offset = torch.tensor([_SIGNIFICANT * self.of(number)], dtype=torch.float64)
-        bits = int(offset.view(torch.int64))
+    def add_multiples(self, number: int, gradient: torch.Tensor, sums: torch.Tensor, *, is_first: bool) -> None:
+        """Add a flat gradient of a parameter to integer sums, in multiples of its unit; `is_first`: set the sums."""
+        offset = _SIGNIFICANT * self.of(number)
+        bits = _bits_of(offset)
+        scratch = torch.empty(0 if is_first else min(len(gradient), _CHUNK), dtype=torch.float64)
         for total, part in zip(sums.split(_CHUNK), gradient.split(_CHUNK), strict=True):
             # The multiples are the last bits of the sum with the offset.
-            total.add_((part + offset).view(torch.int64).sub_(bits))
+            near = total.view(torch.float64) if is_first else scratch[: len(part)]
+            multiples = near.copy_(part).add_(offset).view(torch.int64).sub_(bits)
+            if not is_first:
+                total.add_(multiples)
         self._largest[number] = max(float(self._largest[number]), _largest(gradient))
 
     def must_change(self, world: World) -> bool:
@@ -91,8 +97,9 @@ class Units:
         if math.isinf(float(self._largest[number])):
             out.fill_(math.nan)
             return
+        scratch = torch.empty(min(len(out), _CHUNK), dtype=torch.float64)
         for part, total in zip(out.split(_CHUNK), sums.split(_CHUNK), strict=True):
-            part.copy_(total.double().mul_(self.of(number)))
+            part.copy_(scratch[: len(part)].copy_(total).mul_(self.of(number)))
 
     def begin_next(self) -> None:
         """Choose the units of the next step by the largest gradients of this one."""
@@ -106,6 +113,12 @@ class Units:
         self._largest.zero_()
 
 
+def _bits_of(number: float) -> int:
+    """Return the bits of a float64 as an integer."""
+    bits: int = struct.unpack("q", struct.pack("d", number))[0]
+    return bits
+
+
 def _largest(values: torch.Tensor) -> float:
     """Return the largest magnitude; infinity, which a maximum does not lose, where there is a NaN."""
     if not len(values):
@@ -115,10 +128,14 @@ def _largest(values: torch.Tensor) -> float:
     return largest if math.isfinite(largest) else math.inf
 
 
-def sums_of_squares(gradients: Sequence[torch.Tensor], world: World | None = None) -> list[float]:
+def sums_of_squares(
+    gradients: Sequence[torch.Tensor], world: World | None = None, *, num_replicas: int = 1
+) -> list[float]:
     """Return the sum of the squares of each flat gradient; with a `world`, of the shards of its ranks. All ranks.
 
-    A sum differs from the real one by at most the number of elements times 2^-49 of the largest square.
+    Each shard is on `num_replicas` of them, and counts once.
+
+    A sum differs from the real one by at most the number of elements times 2^-44 of the largest square.
     """
     if not gradients:
         return []
@@ -126,21 +143,31 @@ def sums_of_squares(gradients: Sequence[torch.Tensor], world: World | None = Non
     if world is not None and world.size > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     exponents = [math.frexp(each)[1] if math.isfinite(each) else 0 for each in largest.tolist()]
-    sums = torch.zeros(len(gradients), len(_SQUARE_UNITS), dtype=torch.float64)
-    for total, gradient, exponent in zip(sums, gradients, exponents, strict=True):
-        for part in gradient.split(_CHUNK):
-            rest = part.double().mul_(math.ldexp(1.0, -exponent)).square_()
-            for number, unit in enumerate(_SQUARE_UNITS):
-                multiples = rest + _SIGNIFICANT * unit
-                multiples -= _SIGNIFICANT * unit
-                total[number] += multiples.sum()
-                rest -= multiples
-    if world is not None:
-        world.sum(sums)
-    return [
-        math.ldexp(sum(row), 2 * exponent) if math.isfinite(sum(row)) else math.nan
-        for row, exponent in zip(sums.tolist(), exponents, strict=True)
+    scratch = torch.empty(min(max(map(len, gradients)), _CHUNK), dtype=torch.float64)
+    sums = [
+        _sum_of_squares(gradient, math.ldexp(1.0, -exponent), scratch)
+        for gradient, exponent in zip(gradients, exponents, strict=True)
     ]
+    if world is not None and world.size > 1:
+        halves = torch.tensor([(each >> _LOW_BITS, each & (1 << _LOW_BITS) - 1) for each in sums])
+        dist.all_reduce(halves)
+        sums = [((high << _LOW_BITS) + low) // num_replicas for high, low in halves.tolist()]
+    return [
+        math.ldexp(total, 2 * exponent - _SQUARE_BITS) if math.isfinite(most) else math.nan
+        for total, exponent, most in zip(sums, exponents, largest.tolist(), strict=True)
+    ]
+
+
+def _sum_of_squares(values: torch.Tensor, scale: float, scratch: torch.Tensor) -> int:
+    """Return the sum of the squares of flat values that `scale` makes at most 1, in multiples of 2^-45."""
+    offset = math.ldexp(_SIGNIFICANT, -_SQUARE_BITS)
+    bits = _bits_of(offset)
+    total = 0
+    for part in values.split(_CHUNK):
+        near = scratch[: len(part)].copy_(part).mul_(scale)
+        multiples = near.mul_(near).add_(offset).view(torch.int64).sub_(bits)
+        total += int(multiples.sum())
+    return total
 
 
 def norm_of(squares: Sequence[float]) -> float:
@@ -172,8 +199,9 @@ class ExactGradients:
         self._sizes: list[int] = []
         self._missing: list[int] = []
         self._views: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each parameter: its sums, its gradient
+        self._unset: set[int] = set()  # parameters without a gradient in this step yet, whose sums have no values
         for group in grouped(self._parameters, BUCKET_BYTES):
-            sums = torch.zeros(sum(p.numel() for p in group), dtype=torch.int64)
+            sums = torch.empty(sum(p.numel() for p in group), dtype=torch.int64)
             gradients = torch.zeros(len(sums), dtype=group[0].dtype)
             offset = 0
             for parameter in group:
@@ -184,12 +212,12 @@ class ExactGradients:
             self._sums.append(sums)
             self._gradients.append(gradients)
             self._sizes.append(len(group))
+        self.zero()
 
     def zero(self) -> None:
         """Drop all gradients and sums."""
         self.units.forget()
-        for sums in self._sums:
-            sums.zero_()
+        self._unset = set(range(len(self._parameters)))
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -199,6 +227,8 @@ class ExactGradients:
 
     def must_repeat(self) -> bool:
         """Wait for the sums; return whether the step must be run again, with other units. All ranks."""
+        for number in self._unset:
+            self._views[number][0].zero_()
         while len(self._works) < len(self._sums) and self._world.size > 1:
             self._sum_next()
         for work in self._works:
@@ -236,7 +266,9 @@ class ExactGradients:
         gradient = parameter.grad
         assert gradient is not None
         parameter.grad = None
-        self.units.add_multiples(number, gradient.reshape(-1), self._views[number][0])
+        is_first = number in self._unset
+        self._unset.discard(number)
+        self.units.add_multiples(number, gradient.reshape(-1), self._views[number][0], is_first=is_first)
         if self._armed and self._world.size > 1:
             assert bucket >= len(self._works), "a gradient changed after it was summed over the ranks"
             self._missing[bucket] -= 1

@@ -62,7 +62,7 @@ class ExactShards:
             if size > 1:
                 block.set_custom_reduce_scatter(_Reduction(partial(self._reduce, shards, sums)))
             else:  # then FSDP2 does not reduce
-                block.set_all_reduce_hook(partial(self._add, shards, sums))
+                block.set_all_reduce_hook(partial(self._add, shards, sums, is_first=False))
             for shard in shards:
                 self._views.append(sums[shard.begin : shard.begin + local_shard(shard.parameter).numel()])
             self._shards += shards
@@ -96,7 +96,7 @@ class ExactShards:
     def squares(self, num_replicas: int) -> list[float]:
         """Return the sum of the squares of each parameter's gradient, over all shards. All ranks."""
         gradients = [local_shard(s.parameter.grad).view(-1) for s in self._shards if s.parameter.grad is not None]
-        return [square / num_replicas for square in sums_of_squares(gradients, self._world)]
+        return sums_of_squares(gradients, self._world, num_replicas=num_replicas)
 
     def _reduce(
         self,
@@ -107,20 +107,20 @@ class ExactShards:
         group: dist.ProcessGroup,
     ) -> None:
         """Sum a micro-batch's gradients of a block over the ranks, and add this rank's shards to the sums."""
-        multiples = torch.zeros(len(gradients), dtype=torch.int64)
+        multiples = torch.empty(len(gradients), dtype=torch.int64)
         for its_gradients, its_multiples in zip(
             gradients.view(-1, len(sums)), multiples.view(-1, len(sums)), strict=True
         ):
-            self._add(shards, its_multiples, its_gradients)
+            self._add(shards, its_multiples, its_gradients, is_first=True)
         own = torch.empty_like(sums)
         dist.reduce_scatter_single(own, multiples, group=group)
         sums.add_(own)
         output.zero_()
 
-    def _add(self, shards: Sequence[_Shard], sums: torch.Tensor, gradients: torch.Tensor) -> None:
+    def _add(self, shards: Sequence[_Shard], sums: torch.Tensor, gradients: torch.Tensor, *, is_first: bool) -> None:
         for shard in shards:
             place = slice(shard.begin, shard.end)
-            self.units.add_multiples(shard.number, gradients[place], sums[place])
+            self.units.add_multiples(shard.number, gradients[place], sums[place], is_first=is_first)
 
 
 class _Reduction(ReduceScatter):

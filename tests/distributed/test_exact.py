@@ -175,13 +175,19 @@ def test_summands_add_up_in_any_order() -> None:
 OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD", "ASGD")
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_does_not_depend_on_how_a_tensor_is_divided(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [(name, {}) for name in OPTIMIZERS]
+    + [(name, {"fused": True}) for name in ("Adagrad", "Adam", "AdamW", "SGD")]
+    + [("SGD", {"momentum": 0.9, "fused": True}), ("AdamW", {"amsgrad": True, "fused": True})],
+    ids=str,
+)
+def test_a_step_does_not_depend_on_how_a_tensor_is_divided(name: str, more: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    start, gradients = torch.randn(1000), torch.randn(3, 1000)
-    options = {"lr": 0.01, **({"weight_decay": 0.1} if name != "Rprop" else {})}
+    start, gradients = torch.randn(1000), torch.randn(6, 1000)
+    options = {"lr": 0.01, **({"weight_decay": 0.1} if name != "Rprop" else {}), **more}
     found = []
-    for cuts in ((1000,), (331, 331, 338), (3, 990, 7)):
+    for cuts in ((1000,), (331, 331, 338), (3,) * 60 + (820,)):
         parts = [nn.Parameter(part.clone()) for part in start.split(cuts)]
         optimizer = getattr(torch.optim, name)(parts, **options)
         for gradient in gradients:
