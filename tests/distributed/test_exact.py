@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch import nn
 
 from shardlaunch import Recipe, UserError, fit
+from shardlaunch.launcher.training.exact_metrics import ExactMetrics
 from shardlaunch.sharding.exact import ExactGradients, Units, summands
 from shardlaunch.sharding.exact_step import step_exactly
 from shardlaunch.sharding.resolve import STRATEGIES
 from shardlaunch.sharding.strategy import Strategy
 from shardlaunch.sharding.world import World
 from tests.distributed.ranks import run_on_ranks
-from tests.recipes import MaskedBert, NetRecipe, RankedNet, bits, losses, run_quietly
+from tests.recipes import LabelSum, MaskedBert, NetRecipe, RankedNet, bits, losses, run_quietly
 
 OPTIONS: dict[str, Any] = {
     "exact": True,
@@ -168,6 +169,22 @@ def test_what_cannot_be_exact_is_refused(words: tuple[str, ...], message: str, t
     ((status, output),) = run_on_ranks(1, run_quietly, NetRecipe, argv)
     assert status == 2
     assert message in output
+
+
+class OwnWay(LabelSum):
+    """A metric with a state that ranks join in a way of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("last", default=torch.zeros(()), dist_reduce_fx=lambda stacked: stacked[-1])
+
+
+def test_a_metric_that_ranks_cannot_join_exactly_is_refused() -> None:
+    metrics = {"labels": LabelSum(), "mine": 1 + OwnWay()}
+    with pytest.raises(
+        UserError, match=r"--exact: the state 'last' of metric 'mine' \(OwnWay\) is joined over ranks in"
+    ):
+        ExactMetrics(metrics, world=World())
 
 
 def test_the_sum_is_near_the_real_one() -> None:
