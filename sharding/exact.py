@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ _BITS = 51
 _HEADROOM = 6  # bits by which a gradient may grow from one step to the next
 _UNKNOWN = -1000  # an exponent that fits no gradient
 _CHUNK = 1 << 17  # elements that stay in the cache between the operations on them
+_GPU_CHUNK = 1 << 24  # enough to keep a GPU busy, with little memory for what is between the operations
 _SIGNIFICANT = 1.5 * 2.0**52  # in float64, adding this times a power of two rounds to multiples of it
 _UNITS = (2.0**-20, 2.0**-50, 2.0**-80)
 NUM_PARTS = len(_UNITS)
@@ -48,10 +50,11 @@ def summands(values: torch.Tensor) -> torch.Tensor:
 class Units:
     """The units of which the gradients of parameters are multiples: a power of two each, the same on all ranks."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self._names = names
         self._exponents = [_UNKNOWN] * len(names)
-        self._largest = torch.zeros(len(names), dtype=torch.float64)
+        self._largest = torch.zeros(len(names), dtype=torch.float64, device=device)
+        self._bad: set[int] = set()
 
     @property
     def exponents(self) -> dict[str, int]:
@@ -70,22 +73,25 @@ class Units:
         """Add a flat gradient of a parameter to integer sums, in multiples of its unit; `is_first`: set the sums."""
         offset = _SIGNIFICANT * self.of(number)
         bits = _bits_of(offset)
-        scratch = torch.empty(0 if is_first else min(len(gradient), _CHUNK), dtype=torch.float64)
-        for total, part in zip(sums.split(_CHUNK), gradient.split(_CHUNK), strict=True):
+        scratch = _scratch(gradient, 0 if is_first else len(gradient))
+        size = _chunk_size(gradient)
+        for total, part in zip(sums.split(size), gradient.split(size), strict=True):
             # The multiples are the last bits of the sum with the offset.
             near = total.view(torch.float64) if is_first else scratch[: len(part)]
             multiples = near.copy_(part).add_(offset).view(torch.int64).sub_(bits)
             if not is_first:
                 total.add_(multiples)
-        self._largest[number] = max(float(self._largest[number]), _largest(gradient))
+        torch.maximum(self._largest[number], _largest(gradient), out=self._largest[number])
 
     def must_change(self, world: World) -> bool:
         """Return whether a unit was too small for a gradient of any rank; it is larger then. All ranks."""
         if world.size > 1:
             dist.all_reduce(self._largest, op=dist.ReduceOp.MAX)
-        if bool(self._largest.isinf().any()):
+        all_largest = self._largest.tolist()
+        self._bad = {number for number, largest in enumerate(all_largest) if math.isinf(largest)}
+        if self._bad:
             return False  # the step is bad, and has no sums
-        needed = [_needed_exponent(largest) for largest in self._largest.tolist()]
+        needed = [_needed_exponent(largest) for largest in all_largest]
         is_too_small = [need > exponent for need, exponent in zip(needed, self._exponents, strict=True)]
         for number, need in enumerate(needed):
             if is_too_small[number]:
@@ -94,11 +100,12 @@ class Units:
 
     def gradient(self, number: int, sums: torch.Tensor, out: torch.Tensor) -> None:
         """Set a flat gradient to what integer sums mean; to NaN if no number does."""
-        if math.isinf(float(self._largest[number])):
+        if number in self._bad:
             out.fill_(math.nan)
             return
-        scratch = torch.empty(min(len(out), _CHUNK), dtype=torch.float64)
-        for part, total in zip(out.split(_CHUNK), sums.split(_CHUNK), strict=True):
+        scratch = _scratch(out, len(out))
+        size = _chunk_size(out)
+        for part, total in zip(out.split(size), sums.split(size), strict=True):
             part.copy_(scratch[: len(part)].copy_(total).mul_(self.of(number)))
 
     def begin_next(self) -> None:
@@ -119,13 +126,21 @@ def _bits_of(number: float) -> int:
     return bits
 
 
-def _largest(values: torch.Tensor) -> float:
+def _largest(values: torch.Tensor) -> torch.Tensor:
     """Return the largest magnitude; infinity, which a maximum does not lose, where there is a NaN."""
     if not len(values):
-        return 0.0
+        return torch.zeros((), dtype=torch.float64, device=values.device)
     least, most = torch.aminmax(values)  # many times as fast as the norm
-    largest = max(-float(least), float(most))
-    return largest if math.isfinite(largest) else math.inf
+    return torch.maximum(-least, most).double().nan_to_num_(nan=math.inf, posinf=math.inf)
+
+
+def _chunk_size(values: torch.Tensor) -> int:
+    return _CHUNK if values.device.type == "cpu" else _GPU_CHUNK
+
+
+def _scratch(values: torch.Tensor, length: int) -> torch.Tensor:
+    """Return memory for numbers between the operations on a chunk of `length` values."""
+    return torch.empty(min(length, _chunk_size(values)), dtype=torch.float64, device=values.device)
 
 
 def sums_of_squares(
@@ -139,35 +154,40 @@ def sums_of_squares(
     """
     if not gradients:
         return []
-    largest = torch.tensor([_largest(gradient) for gradient in gradients], dtype=torch.float64)
+    largest = torch.stack([_largest(gradient) for gradient in gradients])
     if world is not None and world.size > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    exponents = [math.frexp(each)[1] if math.isfinite(each) else 0 for each in largest.tolist()]
-    scratch = torch.empty(min(max(map(len, gradients)), _CHUNK), dtype=torch.float64)
-    sums = [
-        _sum_of_squares(gradient, math.ldexp(1.0, -exponent), scratch)
+    all_largest = largest.tolist()
+    exponents = [math.frexp(each)[1] if math.isfinite(each) else 0 for each in all_largest]
+    scratch = _scratch(gradients[0], max(map(len, gradients)))
+    of_chunks = [
+        _sums_of_squares_in_chunks(gradient, math.ldexp(1.0, -exponent), scratch)
         for gradient, exponent in zip(gradients, exponents, strict=True)
     ]
+    counts = [len(each) for each in of_chunks]
+    numbers = iter(torch.cat(of_chunks).tolist())
+    sums = [sum(islice(numbers, count)) for count in counts]
     if world is not None and world.size > 1:
-        halves = torch.tensor([(each >> _LOW_BITS, each & (1 << _LOW_BITS) - 1) for each in sums])
+        halves = torch.tensor([(each >> _LOW_BITS, each & (1 << _LOW_BITS) - 1) for each in sums]).to(largest.device)
         dist.all_reduce(halves)
         sums = [((high << _LOW_BITS) + low) // num_replicas for high, low in halves.tolist()]
     return [
         math.ldexp(total, 2 * exponent - _SQUARE_BITS) if math.isfinite(most) else math.nan
-        for total, exponent, most in zip(sums, exponents, largest.tolist(), strict=True)
+        for total, exponent, most in zip(sums, exponents, all_largest, strict=True)
     ]
 
 
-def _sum_of_squares(values: torch.Tensor, scale: float, scratch: torch.Tensor) -> int:
-    """Return the sum of the squares of flat values that `scale` makes at most 1, in multiples of 2^-45."""
+def _sums_of_squares_in_chunks(values: torch.Tensor, scale: float, scratch: torch.Tensor) -> torch.Tensor:
+    """Return sums of the squares of flat values that `scale` makes at most 1, in multiples of 2^-45, as int64."""
     offset = math.ldexp(_SIGNIFICANT, -_SQUARE_BITS)
     bits = _bits_of(offset)
-    total = 0
-    for part in values.split(_CHUNK):
+    sums = []
+    for part in values.split(_chunk_size(values)):
         near = scratch[: len(part)].copy_(part).mul_(scale)
         multiples = near.mul_(near).add_(offset).view(torch.int64).sub_(bits)
-        total += int(multiples.sum())
-    return total
+        full = len(part) - len(part) % _CHUNK
+        sums += [multiples[:full].view(-1, _CHUNK).sum(1), multiples[full:].sum().view(1)]
+    return torch.cat(sums)
 
 
 def norm_of(squares: Sequence[float]) -> float:
@@ -193,7 +213,7 @@ class ExactGradients:
         self._works: list[dist.Work] = []
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
         self._parameters = list(reversed(trained.values()))
-        self.units = Units(list(reversed(trained)))
+        self.units = Units(list(reversed(trained)), world.device)
         self._sums: list[torch.Tensor] = []  # bucket by bucket
         self._gradients: list[torch.Tensor] = []
         self._sizes: list[int] = []
@@ -201,8 +221,8 @@ class ExactGradients:
         self._views: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each parameter: its sums, its gradient
         self._unset: set[int] = set()  # parameters without a gradient in this step yet, whose sums have no values
         for group in grouped(self._parameters, BUCKET_BYTES):
-            sums = torch.empty(sum(p.numel() for p in group), dtype=torch.int64)
-            gradients = torch.zeros(len(sums), dtype=group[0].dtype)
+            sums = torch.empty(sum(p.numel() for p in group), dtype=torch.int64, device=world.device)
+            gradients = torch.zeros(len(sums), dtype=group[0].dtype, device=world.device)
             offset = 0
             for parameter in group:
                 place = slice(offset, offset := offset + parameter.numel())

@@ -62,7 +62,7 @@ class ExactShards:
                     begin, end = end, end + -(-rows // size) * prod(row)
                     shards.append(_Shard(number=len(found), parameter=parameter, begin=begin, end=end))
                     found.append(names[id(parameter)])
-            sums = torch.zeros(end, dtype=torch.int64)
+            sums = torch.zeros(end, dtype=torch.int64, device=world.device)
             if size > 1:
                 block.set_custom_reduce_scatter(_Reduction(partial(self._reduce, shards, sums)))
             else:  # then FSDP2 does not reduce
@@ -72,7 +72,7 @@ class ExactShards:
             self._shards += shards
             self._sums.append(sums)
             self._replicas.append(group._all_reduce_process_group if group._is_hsdp else None)
-        self._units = Units(found)
+        self._units = Units(found, world.device)
 
     @property
     def exponents(self) -> dict[str, int]:
@@ -137,7 +137,7 @@ class ExactShards:
         group: dist.ProcessGroup,
     ) -> None:
         """Sum a micro-batch's gradients of a block over the ranks, and add this rank's shards to the sums."""
-        multiples = torch.empty(len(gradients), dtype=torch.int64)
+        multiples = torch.empty_like(gradients, dtype=torch.int64)
         for its_gradients, its_multiples in zip(
             gradients.view(-1, len(sums)), multiples.view(-1, len(sums)), strict=True
         ):

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardlaunch.errors import UserError
 
-_CHUNK = 1 << 15  # elements
+_CHUNK = 1 << 15  # elements, on the CPU
 _FULL = 64  # a multiple of the elements of a vector, and of what a thread of a fused kernel gets
 _aten = torch.ops.aten
 
@@ -76,7 +76,8 @@ def _in_pieces(target: torch.Tensor, others: tuple[torch.Tensor, ...], change: C
     if not all(tensor.is_contiguous() and tensor.shape == mine.shape for tensor in locals_):
         change(mine, *rest)
         return target
-    for pieces in zip(*(tensor.view(-1).split(_CHUNK) for tensor in locals_), strict=True):
+    size = _CHUNK if mine.device.type == "cpu" else max(1, mine.numel())
+    for pieces in zip(*(tensor.view(-1).split(size) for tensor in locals_), strict=True):
         change(*pieces)
     return target
 

@@ -82,10 +82,11 @@ class ExactMetrics:
             return
         named = {" ".join(map(str, (*key, *place))): rows for (key, place), rows in self._rows.items()}
         named |= {" ".join(map(str, place)): total for place, total in self._totals.items()}
-        mine = save({name: tensor.clone() for name, tensor in named.items()})
+        mine = save({name: tensor.cpu().clone() for name, tensor in named.items()})
         for rank in range(self._world.size):
             found = load(self._world.peers.data_of(rank, mine))
-            for name, tensor in found.items() if rank != self._world.rank else ():
+            for name, on_cpu in found.items() if rank != self._world.rank else ():
+                tensor = on_cpu.to(self._world.device)
                 *key, number, state = name.split()
                 if key:
                     self._rows[(int(key[0]), int(key[1])), (int(number), state)] = tensor

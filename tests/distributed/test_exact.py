@@ -112,6 +112,38 @@ def test_bits_do_not_depend_on_ranks_and_strategy(
         assert bits(run_dir) == expected, (strategy, num_ranks)
 
 
+def _fit_on_gpu(run_dir: Path, strategy: str) -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "false"
+    fit(ExactNet, output_dir=run_dir, strategy=strategy, **OPTIONS)
+
+
+@pytest.mark.gpu
+def test_bits_on_a_gpu_do_not_depend_on_the_strategy(tmp_path: Path) -> None:
+    for strategy in ("single", "dp", "ddp", "fsdp2"):
+        run_on_ranks(1, _fit_on_gpu, tmp_path / strategy, strategy)
+        assert bits(tmp_path / strategy) == bits(tmp_path / "single"), strategy
+
+
+class Unpooled(NetRecipe):
+    """A net with an operation whose kernels add in any order."""
+
+    def model(self) -> nn.Module:
+        net = super().model()
+        net.register_forward_hook(lambda module, inputs, outputs: outputs + _added_anyhow(outputs))
+        return net
+
+
+def _added_anyhow(outputs: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(outputs).put_(torch.zeros(2, dtype=torch.int64), outputs.detach()[0, :2], accumulate=False)
+
+
+def test_an_operation_without_a_deterministic_kernel_is_refused(tmp_path: Path) -> None:
+    argv = ["--exact", "--output-dir", str(tmp_path / "run")]
+    ((status, output),) = run_on_ranks(1, run_quietly, Unpooled, argv)
+    assert status == 2
+    assert "error: --exact: put_ has no kernel that computes the same bits each time on this device" in output
+
+
 @pytest.mark.parametrize("change", [_units_per_rank, _float_sums])
 def test_a_fault_in_the_sums_is_seen(change: Callable[[], None], tmp_path: Path) -> None:
     _on_ranks(1, ExactNet, tmp_path / "single")
