@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardlaunch.sharding.gradients import BUCKET_BYTES, grouped
+from shardlaunch.sharding.gradients import BUCKET_BYTES, grouped, reached_again
 from shardlaunch.sharding.world import World
 
 MOST_SUMMANDS = 4096
@@ -290,7 +290,8 @@ class ExactGradients:
         self._unset.discard(number)
         self.units.add_multiples(number, gradient.reshape(-1), self._views[number][0], is_first=is_first)
         if self._armed and self._world.size > 1:
-            assert bucket >= len(self._works), "a gradient changed after it was summed over the ranks"
+            if bucket < len(self._works):
+                raise reached_again()
             self._missing[bucket] -= 1
             while len(self._works) < len(self._sums) and self._missing[len(self._works)] == 0:
                 self._sum_next()

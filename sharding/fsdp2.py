@@ -4,9 +4,10 @@ The same code runs on gloo (CPU) and NCCL (GPUs). HSDP keeps several replicas of
 ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from math import gcd
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,13 @@ from shardlaunch.errors import UserError, some
 from shardlaunch.sharding.exact_shards import ExactShards
 from shardlaunch.sharding.exact_step import step_exactly
 from shardlaunch.sharding.gradients import clip_factor
-from shardlaunch.sharding.layers import exact_modules, layers_to_wrap, refuse_layer_dropping, refuse_sparse_gradients
+from shardlaunch.sharding.layers import (
+    check_gradient_hooks,
+    exact_modules,
+    layers_to_wrap,
+    refuse_layer_dropping,
+    refuse_sparse_gradients,
+)
 from shardlaunch.sharding.lockstep import Lockstep
 from shardlaunch.sharding.named_state import check_optimizer, named_state, optimized, restore_named_state, stand_in
 from shardlaunch.sharding.parts import Part, mark, part_of
@@ -50,6 +57,8 @@ class Fsdp2(Strategy):
     ) -> None:
         _check_shapes(model)
         refuse_sparse_gradients(model, "FSDP2")
+        check_gradient_hooks(model, "FSDP2")
+        attributes = {name: dict(parameter.__dict__) for name, parameter in model.named_parameters()}
         if world.size > 1:
             refuse_layer_dropping(model, "FSDP2")
         for parameter in model.parameters():
@@ -64,6 +73,9 @@ class Fsdp2(Strategy):
         for name, parameter in model.named_parameters() if parts else ():
             mark(parameter, parts[name])
         self._scalars = _whole_scalars(model, mesh, world.device)
+        for name, parameter in model.named_parameters():
+            _copy_attributes(attributes[name], parameter)
+            _copy_attributes(attributes[name], optimized(parameter))
         self.model = model
         self.replicas = [model]
         self.devices = [world.device]
@@ -315,6 +327,11 @@ def _whole_scalars(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> 
         view = DTensor.from_local(parameter.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
         stand_in(parameter, nn.Parameter(view))
     return trained
+
+
+def _copy_attributes(attributes: Mapping[str, Any], parameter: nn.Parameter) -> None:
+    """Give a parameter the attributes of the one that it replaces, by which recipes choose how it is optimized."""
+    parameter.__dict__.update({name: value for name, value in attributes.items() if name not in parameter.__dict__})
 
 
 def _materialise(model: nn.Module, device: torch.device, *, offload: bool) -> None:

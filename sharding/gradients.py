@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from shardlaunch.errors import UserError
 from shardlaunch.sharding.world import World
 
 BUCKET_BYTES = 25 << 20
@@ -81,7 +82,8 @@ class GradientBuckets:
     def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
         def reached(_: torch.Tensor) -> None:
             if self._armed:
-                assert index >= len(self._sums), "a gradient changed after it was summed over the ranks"
+                if index < len(self._sums):
+                    raise reached_again()
                 self._missing[index] -= 1
                 # In bucket order: collectives must start in the same order on all ranks.
                 while len(self._sums) < len(self._buckets) and self._missing[len(self._sums)] == 0:
@@ -93,6 +95,14 @@ class GradientBuckets:
         work = dist.all_reduce(self._buckets[len(self._sums)], async_op=True)
         assert work is not None
         self._sums.append(work)
+
+
+def reached_again() -> UserError:
+    """Return the error for a gradient that has changed after it was summed."""
+    return UserError(
+        "a backward pass reached a parameter again after its gradient was summed over the ranks; with activation "
+        "checkpointing, set use_reentrant=False"
+    )
 
 
 def clip_factor(norm: float, *, max_norm: float) -> float:

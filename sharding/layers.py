@@ -72,6 +72,27 @@ def refuse_sparse_gradients(model: nn.Module, who: str) -> None:
         )
 
 
+def check_gradient_hooks(model: nn.Module, replaced_by: str = "") -> None:
+    """Raise UserError for hooks on the gradients of parameters that would be lost, or see what depends on the ranks.
+
+    `replaced_by` is what replaces the parameters by its own, without their hooks.
+    """
+    after = [name for name, parameter in model.named_parameters() if parameter._post_accumulate_grad_hooks]
+    if after:
+        raise UserError(
+            f"a hook sees the gradient of {some(after)} after it was added to those of a rank's earlier micro-batches "
+            f"(register_post_accumulate_grad_hook), of which it depends on the ranks how many there are; "
+            f"register_hook() sees the one of each micro-batch"
+        )
+    lost = [name for name, parameter in model.named_parameters() if parameter._backward_hooks]
+    if lost and replaced_by:
+        raise UserError(
+            f"{replaced_by} replaces parameters by shards, which have no gradient of a whole one for the hook of "
+            f"{some(lost)} (register_hook). Change the gradient in the model's own backward pass, with a hook on what "
+            f"forward() computes from the parameter, or use --strategy ddp"
+        )
+
+
 def refuse_layer_dropping(model: nn.Module, who: str) -> None:
     """Raise UserError for a model that skips layers at random, by the names that Hugging Face's give to the rates."""
     rates = {

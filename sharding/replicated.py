@@ -9,6 +9,7 @@ from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.sharding.exact import ExactGradients
 from shardlaunch.sharding.exact_step import step_exactly
 from shardlaunch.sharding.gradients import GradientBuckets, clip_factor
+from shardlaunch.sharding.layers import check_gradient_hooks
 from shardlaunch.sharding.named_state import check_optimizer, named_state, restore_named_state
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
@@ -23,6 +24,7 @@ class Replicated(Strategy):
     def __init__(
         self, model: nn.Module, build_optimizer: BuildOptimizer, *, world: World, settings: Settings = DEFAULT_SETTINGS
     ) -> None:
+        check_gradient_hooks(model)
         make_contiguous(model)
         self.model = model.to(world.device)
         self.replicas = [self.model]

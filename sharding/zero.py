@@ -20,7 +20,7 @@ from torch import nn
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.errors import UserError, some
 from shardlaunch.sharding.gradients import clip_factor
-from shardlaunch.sharding.layers import refuse_layer_dropping, refuse_sparse_gradients
+from shardlaunch.sharding.layers import check_gradient_hooks, refuse_layer_dropping, refuse_sparse_gradients
 from shardlaunch.sharding.lockstep import Lockstep
 from shardlaunch.sharding.named_state import check_optimizer
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, ONE_RANK, BuildOptimizer, Settings, Strategy
@@ -62,6 +62,7 @@ class Zero(Strategy):
         check_optimizer(model, self.optimizer)
         _check_elementwise(self.optimizer)
         refuse_sparse_gradients(model, "ZeRO")
+        check_gradient_hooks(model, "ZeRO 3" if self.stage == 3 else "")
         if self.stage == 3 and world.size > 1:
             refuse_layer_dropping(model, "ZeRO 3")
         _check_dtypes(model)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
-from shardlaunch.errors import UserError
+from shardlaunch.sharding.gradients import reached_again
 from shardlaunch.sharding.lockstep import Lockstep
 
 REDUCE = -2
@@ -66,10 +66,7 @@ class GradientOrder:
     def _on_gradient(self, parameter: nn.Parameter, *_: int) -> None:
         index = self._index[id(parameter)]
         if index < self._next:
-            raise UserError(
-                "a backward pass reached a parameter again after its gradient was summed over the ranks; "
-                "with activation checkpointing, set use_reentrant=False"
-            )
+            raise reached_again()
         if not self._ready:
             self._ready = {index for index, other in enumerate(self._parameters) if not _will_be_reached(other)}
         self._ready.add(index)

@@ -7,7 +7,7 @@ import torch
 import xxhash
 from torch import nn
 
-from shardlaunch.errors import UserError
+from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.optimization.freezing import freeze
 from shardlaunch.launcher.optimization.optimizers import check_lr_factors, separate
 from shardlaunch.launcher.recipe import Recipe
@@ -48,6 +48,17 @@ class Assembly:
     """Learning rate and weight decay of the parameters, by part of the model."""
     num_tensors: int
     num_elements: int
+    trained: frozenset[str]
+    """Names of the parameters that require gradients, which the strategy and the optimizer were made for."""
+
+    def check_trained(self) -> None:
+        """Raise UserError if other parameters require gradients now: they would be trained in part, or not at all."""
+        if changed := trained_names(self.model) ^ self.trained:
+            raise UserError(
+                f"requires_grad of {some(sorted(changed))} was changed during training, which the optimizer, the other "
+                f"strategies and a resume do not follow. Use --freeze and --unfreeze-at-step, or leave the parameters "
+                f"out of the loss (detach())"
+            )
 
 
 def assemble(
@@ -109,7 +120,13 @@ def assemble(
         rows=rows,
         num_tensors=len(numels),
         num_elements=sum(numels.values()),
+        trained=trained_names(model),
     )
+
+
+def trained_names(model: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that require gradients."""
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def recipe_optimizer(recipe: Recipe, trained: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:

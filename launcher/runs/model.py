@@ -191,6 +191,8 @@ def _parameters_on_meta(programs: Programs | None) -> Iterator[None]:
             if param not in seen:
                 seen[param] = type(param)(param.detach().to("meta"), requires_grad=param.requires_grad)
                 seen[param].__dict__.update(param.__dict__)
+                seen[param]._backward_hooks = param._backward_hooks
+                seen[param]._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks
                 if programs is not None:
                     programs.register(seen[param], param)
             param = seen[param]

@@ -101,6 +101,7 @@ class Saver:
 
     def _begin(self, position: Position, assembly: Assembly) -> None:
         self.wait()
+        assembly.check_trained()
         self._time_left.save_begins()
         self._begun = time.monotonic()
         job = self._job(position, assembly)

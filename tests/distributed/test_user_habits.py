@@ -148,6 +148,89 @@ class Forgetful(Habits):
         return super().loss(outputs, batch) * (1 + self.seen)
 
 
+class Thawing(Habits):
+    """A layer is frozen by hand in the middle of a run."""
+
+    def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        if self.moment.step == 3:
+            self.net.bias.requires_grad_(False)
+        return super().loss(outputs, batch)
+
+    def model(self) -> nn.Module:
+        self.net = super().model()
+        return self.net
+
+
+def test_parameters_that_are_frozen_by_hand_are_named(tmp_path: Path) -> None:
+    status, output = run_quietly(Thawing, [*ARGV, "--save-every", "2", "--output-dir", str(tmp_path / "run")])
+    assert status == 2, output
+    assert "error: requires_grad of bias was changed during training" in output
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+class Hooked(Habits):
+    """The gradient of a parameter goes through a hook, and its attribute says how it is optimized."""
+
+    after: bool = False
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        parameter = nn.Parameter(model.bias.detach().clone())
+        parameter.slow = True  # type: ignore[attr-defined]
+        parameter.register_hook(lambda gradient: gradient.clamp(-1, 1))
+        if self.after:
+            parameter.register_post_accumulate_grad_hook(lambda parameter: None)
+        model.bias = parameter
+        return model
+
+
+class HookedAfter(Hooked):
+    """The hook sees sums of gradients."""
+
+    after = True
+
+
+@pytest.mark.parametrize(
+    ("recipe_type", "strategy", "message"),
+    [
+        (Hooked, "fsdp2", "FSDP2 replaces parameters by shards, which have no gradient of a whole one for the hook of"),
+        (Hooked, "zero3", "ZeRO 3 replaces parameters by shards"),
+        (HookedAfter, "single", "a hook sees the gradient of bias after it was added to those of a rank's earlier"),
+        (HookedAfter, "fsdp2", "a hook sees the gradient of bias after it was added"),
+    ],
+)
+def test_hooks_on_gradients_that_ranks_would_change_are_refused(
+    recipe_type: type[Recipe], strategy: str, message: str, tmp_path: Path
+) -> None:
+    argv = [*ARGV, "--strategy", strategy, "--output-dir", str(tmp_path / "run")]
+    ((status, output),) = run_on_ranks(1, run_quietly, recipe_type, argv)
+    assert status == 2, output
+    assert message in output
+
+
+class Slowed(Habits):
+    """An attribute of a parameter chooses its learning rate, as µP and others do."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model.bias.slow = True
+        model.scale = nn.Parameter(torch.tensor(1.0))
+        model.scale.slow = True
+        model.register_forward_hook(lambda module, inputs, outputs: outputs * module.scale)
+        return model
+
+    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        groups = [{"params": [p], "lr": 0.0 if getattr(p, "slow", False) else 0.1} for _, p in parameters]
+        return torch.optim.SGD(groups, lr=0.1)
+
+
+def test_attributes_of_parameters_are_there_under_every_strategy(tmp_path: Path) -> None:
+    run_well(Slowed, [*ARGV, "--output-dir", str(tmp_path / "single")])
+    for strategy in ("fsdp2", "zero3"):
+        run_on_ranks(2, run_well, Slowed, [*ARGV, "--strategy", strategy, "--output-dir", str(tmp_path / strategy)])
+        assert losses(tmp_path / strategy) == pytest.approx(losses(tmp_path / "single"), rel=1e-6), strategy
+
+
 class CountingNet(Habits):
     """The count is kept in a module."""
 
