@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from shardlaunch.checkpoints.records import Position
+from shardlaunch.checkpoints.state_digests import digests_of_state
 from shardlaunch.launcher.optimization.freezing import train_mode
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe
@@ -215,6 +216,9 @@ class Trainer:
             self.strategy.optimizer_step()
         if not is_bad:  # buffers too would be
             self.buffers.end_step(num_micro_batches=batch.num_micro_batches)
+        every = self.options.digest_every
+        is_due = every > 0 and (batch.step + 1) % every == 0
+        digests = digests_of_state(self.strategy.state(), self.world.peers) if is_due else {}
         report = StepReport(
             loss=loss_value,
             lr=lr,
@@ -225,6 +229,7 @@ class Trainer:
             is_skipped=is_skipped,
             ranks=spread(upcoming.times),
             slowest=slowest(upcoming.times, is_sharded=self.strategy.is_sharded),
+            digests=digests,
         )
         progress.begin(BETWEEN_STEPS)
         return report, upcoming
