@@ -74,6 +74,7 @@ class Trainer:
         self.evaluator = evaluator
         self.world = world
         self.precision = precision
+        self.forward = forward
         self.num_steps = num_steps
         self.last_step = last_step or num_steps
         self.hooks = hooks
@@ -188,7 +189,7 @@ class Trainer:
                 progress.begin_slot(FORWARD, batch.step + 1, slot, last + 1)
                 seed_model_stream(self.options.seed, batch.step, micro_batch.index, device)
                 self.recipe.moment = moment
-                _, _, loss = forward(self.recipe, model, micro_batch, self.precision, device)
+                _, _, loss = self.forward(self.recipe, model, micro_batch, self.precision, device)
                 if micro_batch.weight:
                     summand = self._summands(loss.detach())
                     total = summand if total is None else total + summand.to(total.device)
