@@ -94,6 +94,7 @@ class Recording:
         self._add_state(UPDATE, self._strategy.state())
         with open(self._path, "ab") as file:
             file.writelines(msgspec.json.encode(event) + b"\n" for event in self._events)
+        self._micro_batch = None  # an evaluation may follow
         return report, upcoming
 
     def _forward(
