@@ -88,11 +88,9 @@ def find_difference(
     (count,) = ranks
     name = strategies[0] if strategies else "single" if count == 1 else "ddp"
     console = new_console()
-    (topology,) = (
-        [Topology(strategy=name, ranks=1)]
-        if count == 1 and name in ("single", "dp")
-        else topologies([name], [count], console)
-    )
+    topology = Topology(strategy=name, ranks=count)
+    if count > 1 or name not in ("single", "dp"):
+        (topology,) = topologies([name], ranks, console)
     with tempfile.TemporaryDirectory(prefix="shardlaunch-parity-") as parent:
         folders = [Path(parent) / "first", Path(parent) / "second"]
         for folder in folders:

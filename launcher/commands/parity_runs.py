@@ -123,7 +123,7 @@ def run_for(
     problem = ""
     if ended.returncode:
         lines = (ended.stderr.strip() or ended.stdout.strip()).splitlines()
-        problem = "\n".join(lines[-3:]) or f"exit status {ended.returncode}"
+        problem = "\n".join(lines[-3:]).removeprefix("error: ") or f"exit status {ended.returncode}"
     warnings = tuple(line for line in ended.stdout.splitlines() if line.startswith("warning:"))
     return Ended(topology=topology, wall_s=time.monotonic() - started, problem=problem, warnings=warnings)
 
