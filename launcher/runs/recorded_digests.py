@@ -26,10 +26,10 @@ def check_recorded(checkpoint: Checkpoint, strategy: Strategy, *, peers: Peers) 
         for what, name in (("weights", weights), ("optimizer's state", optimizer)):
             if name in recorded and name in found and found[name] != recorded[name]:
                 raise UserError(
-                    f"{checkpoint.step_dir}: the {what} loaded have the digest {found[name]}, but those that the run "
-                    f"had after step {checkpoint.step} have {recorded[name]} ({run_dir / METRICS_FILE}). Resume from "
-                    f"another checkpoint (`shardlaunch ckpt verify {run_dir}` compares all), or go on without a "
-                    f"comparison: --digest-every 0"
+                    f"{checkpoint.step_dir}: the digest of the {what} loaded is {found[name]}, but "
+                    f"{run_dir / METRICS_FILE} has {recorded[name]} of step {checkpoint.step}: the run would go on "
+                    f"from something else than it had computed. Delete it to go on from an older one (`shardlaunch "
+                    f"ckpt verify {run_dir}` compares all), or go on without comparing: --digest-every 0"
                 )
 
     peers.together(lambda: check() if peers.rank == 0 else None)

@@ -18,7 +18,7 @@ def leaves_of(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """
     if isinstance(value, torch.Tensor | np.ndarray | np.generic | bool | int | float | str | bytes):
         yield path, value
-    elif isinstance(value, Mapping) or hasattr(value, "items"):
+    elif isinstance(value, Mapping) or (hasattr(value, "items") and not isinstance(value, type)):
         for key, item in value.items():
             yield from leaves_of(item, f"{path}[{key!r}]")
     elif isinstance(value, list | tuple):

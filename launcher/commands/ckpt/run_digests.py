@@ -79,7 +79,7 @@ def difference_from_recorded(step_dir: Path) -> str:
         if recorded.get(name, digest) != digest:
             what = "optimizer's state" if name == DIGEST_NAMES[OPTIMIZER] else "weights"
             path = run.run_dir / METRICS_FILE
-            return f"its {what} have the digest {digest}, but {recorded[name]} in {path} after this step"
+            return f"the digest of its {what} is {digest}, but {path} has {recorded[name]} of this step"
     return ""
 
 
