@@ -45,9 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if world.is_main:
         for arm in result["arms"]:
-            print(
-                f"{arm['arm']:8} step {arm['step_cpu_ms'][0]:8.1f} ms of the CPU, digests {arm['digest_cpu_ms'][0]:6.1f} ms"
-            )
+            step, digest = arm["step_cpu_ms"][0], arm["digest_cpu_ms"][0]
+            print(f"{arm['arm']:8} step {step:8.1f} ms of the CPU, digests {digest:6.1f} ms")
         if arguments.result:
             write_result(arguments.result, result)
     disconnect(world)
