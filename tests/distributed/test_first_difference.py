@@ -1,6 +1,6 @@
 """A fault that is planted in a step is found: the right step, micro-batch, stage, tensor and module are named.
 
-Each fault is in one run of two that are compared, at step 2, in the third micro-batch where it is of one.
+Each fault is in one run of two that are compared, at step 2, and in the third micro-batch if it is of one.
 """
 
 import os
@@ -120,10 +120,9 @@ class Faulty(Recipe):
         return Drifting([parameter for _, parameter in parameters], lr=0.01)
 
 
-def _run(fault: str, run_dir: Path, options: dict[str, Any]) -> None:
-    """Run with a fault, in a process of its own."""
+def _run_all(faults: list[str], folder: Path, options: dict[str, Any]) -> None:
+    """Run once with each fault, in a folder of its name. All ranks."""
     global _fault
-    _fault = fault
     seed, load, gradient = trainer.seed_model_stream, Batches.load, Units.gradient
 
     def seed_here(run_seed: int, step: int, index: int, device: torch.device) -> None:
@@ -145,20 +144,13 @@ def _run(fault: str, run_dir: Path, options: dict[str, Any]) -> None:
     trainer.seed_model_stream, Batches.load, Units.gradient = seed_here, load_here, gradient_here  # type: ignore
     os.environ[recording.RECORD_VARIABLE] = "1"
     os.environ["DRIFTS"] = str(int(os.environ["WORLD_SIZE"]) - 1)
-    common = {"max_steps": 3, "global_batch_size": 16, "micro_batch_size": 4, "tracker": "none", "threads_per_rank": 1}
-    fit(Faulty, output_dir=run_dir, **common | options)
+    common = {"max_steps": 3, "global_batch_size": 16, "micro_batch_size": 4, "tracker": "none", "exact": True}
+    for _fault in faults:
+        fit(Faulty, output_dir=folder / (_fault or SOUND), **common | options)
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on one rank without a fault, with exact sums."""
-    run_dir = tmp_path_factory.mktemp("sound") / "run"
-    run_on_ranks(1, _run, "", run_dir, {"exact": True})
-    return run_dir
-
-
-FAULTS = {
-    "": ("", None, "", ""),
+SOUND = "sound"
+FAULTS: dict[str, tuple[str, int | None, str, str]] = {
     "start": ("before the first step", None, "head.bias", ""),
     "batch": ("batch", 3, "the batch['inputs']", "collate() or the data"),
     "forward": ("forward", 3, "the output of block.unsteady", "block.unsteady (Unsteady)"),
@@ -170,22 +162,47 @@ FAULTS = {
 }
 
 
+RUNS = {
+    ("single", 1): ["", *(fault for fault in FAULTS if fault not in ("sum", "update"))],
+    ("ddp", 2): ["sum", "update"],
+    ("fsdp2", 3): ["", "backward"],
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the folder of the runs of each strategy."""
+    parent = tmp_path_factory.mktemp("runs")
+    for (strategy, num_ranks), faults in RUNS.items():
+        run_on_ranks(num_ranks, _run_all, faults, parent / strategy, {"strategy": strategy})
+    return {strategy: parent / strategy for strategy, _ in RUNS}
+
+
 @pytest.mark.parametrize(
-    ("fault", "num_ranks", "strategy"),
-    [
-        *((fault, 1, "single") for fault in FAULTS),
-        *((fault, 2, "ddp") for fault in ("batch", "sum", "update")),
-        *((fault, 3, "fsdp2") for fault in ("", "backward", "sum")),
-    ],
+    ("strategy", "fault"), [(strategy, fault) for (strategy, _), faults in RUNS.items() for fault in faults if fault]
 )
-def test_what_differs_first_is_named(fault: str, num_ranks: int, strategy: str, sound: Path, tmp_path: Path) -> None:
-    run_on_ranks(num_ranks, _run, fault, tmp_path / "run", {"exact": True, "strategy": strategy})
-    assert num_recorded(tmp_path / "run")[0] == 3
-    found = first_difference(sound, tmp_path / "run")
-    if not fault:
-        assert found is None
-        return
+def test_what_differs_first_is_named(strategy: str, fault: str, folders: dict[str, Path]) -> None:
+    found = first_difference(folders["single"] / SOUND, folders[strategy] / fault)
     assert found is not None
     assert (found.stage, found.micro_batch, found.what, found.where) == FAULTS[fault]
     assert found.step == (1 if fault == "start" else STEP)
-    assert found.how == (" (rank 1 has other values than rank 0)" if (fault, num_ranks) == ("update", 2) else "")
+    assert found.how == (" (rank 1 has other values than rank 0)" if fault == "update" else "")
+
+
+def test_the_same_bits_have_no_difference(folders: dict[str, Path]) -> None:
+    assert first_difference(folders["single"] / SOUND, folders["fsdp2"] / SOUND) is None
+    assert num_recorded(folders["single"] / SOUND) == num_recorded(folders["fsdp2"] / SOUND)
+    assert num_recorded(folders["single"] / SOUND)[0] == 3
+
+
+def test_what_only_one_run_has_is_a_difference(folders: dict[str, Path], tmp_path: Path) -> None:
+    (record,) = (folders["single"] / SOUND / recording.RECORDS).iterdir()
+    lines = record.read_text().splitlines(keepends=True)
+    for name, kept in (("shorter", [line for line in lines if not line.startswith("[3,")]), ("other", lines[:-1])):
+        (tmp_path / name / recording.RECORDS).mkdir(parents=True)
+        (tmp_path / name / recording.RECORDS / record.name).write_text("".join(kept))
+        for both in ((folders["single"] / SOUND, tmp_path / name), (tmp_path / name, folders["single"] / SOUND)):
+            found = first_difference(*both)
+            assert found is not None
+            assert found.step == 3
+            assert found.how == f" (only the {'first' if both[1].name == name else 'second'} run has it)"
