@@ -94,12 +94,12 @@ def read_metrics(output_dir: Path, *, warn: Callable[[str], None] | None = None)
     return lines
 
 
-def recorded_digests(output_dir: Path) -> dict[int, dict[str, Any]]:
+def recorded_digests(output_dir: Path, *, warn: Callable[[str], None] = lambda text: None) -> dict[int, dict[str, Any]]:
     """Return what a run with --digest-every has recorded, by step: the loss, and the digests after the step.
 
-    Damaged lines are left out without a word; a resume names them.
+    `warn` (default: nothing, as a resume names them) gets a message on each damaged line, which is left out.
     """
-    lines = retried(lambda: read_metrics(output_dir, warn=lambda text: None))
+    lines = retried(lambda: read_metrics(output_dir, warn=warn))
     of_steps = (line for line in lines if any(name in line for name in DIGESTS))
     return {line["step"]: {name: line[name] for name in ("loss", *DIGESTS) if name in line} for line in of_steps}
 

@@ -162,8 +162,9 @@ def verify_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
     if not step_dirs:
         raise UserError(f"{path}: no checkpoint in this folder")
     verdicts = []
+    known: dict[Path, Any] = {}
     for step_dir in step_dirs:
-        verdict = _with_recorded(verify(step_dir))
+        verdict = _with_recorded(verify(step_dir), known)
         verdicts.append(verdict)
         if as_json:
             continue
@@ -197,9 +198,9 @@ def verify_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
     return DAMAGED if any(verdict.damages for verdict in verdicts) else 0
 
 
-def _with_recorded(verdict: Verdict) -> Verdict:
+def _with_recorded(verdict: Verdict, known: dict[Path, Any]) -> Verdict:
     """Add a damage where a valid checkpoint is not of the state that its run has recorded."""
-    what = difference_from_recorded(verdict.step_dir) if verdict.is_valid else ""
+    what = difference_from_recorded(verdict.step_dir, known) if verdict.is_valid else ""
     return replace(verdict, damages=(Damage(file=MANIFEST, what=what),)) if what else verdict
 
 

@@ -68,13 +68,18 @@ def are_exact(*checkpoints: ListedCheckpoint) -> bool:
     return all(it.recipe is not None and bool(it.recipe.options.get("exact")) for it in checkpoints)
 
 
-def difference_from_recorded(step_dir: Path) -> str:
-    """Return how a checkpoint's digests differ from those that its run has recorded of its step; empty: they do not."""
+def difference_from_recorded(step_dir: Path, known: dict[Path, Mapping[int, Mapping[str, Any]]]) -> str:
+    """Return how a checkpoint's digests differ from those that its run has recorded of its step; empty: they do not.
+
+    `known` is what has been read of runs, by their folders, so that each is read once.
+    """
     (run,) = runs_at(step_dir)
     if run.run_dir is None:
         return ""
+    if run.run_dir not in known:
+        known[run.run_dir] = _recorded(step_dir)
     record = read_listing(step_dir)
-    recorded = _recorded(step_dir).get(record.step, {})
+    recorded = known[run.run_dir].get(record.step, {})
     for name, digest in listed_digests(record).items():
         if recorded.get(name, digest) != digest:
             what = "optimizer's state" if name == DIGEST_NAMES[OPTIMIZER] else "weights"
@@ -84,11 +89,12 @@ def difference_from_recorded(step_dir: Path) -> str:
 
 
 def _recorded(path: Path) -> Mapping[int, Mapping[str, Any]]:
+    """Return what a checkpoint's run has recorded, nothing if that cannot be read, with a warning."""
     runs = runs_at(path)
     if len(runs) != 1 or runs[0].run_dir is None or not os.path.lexists(runs[0].run_dir / METRICS_FILE):
         return {}
     try:
-        return recorded_digests(runs[0].run_dir)
+        return recorded_digests(runs[0].run_dir, warn=warn)
     except (UserError, OSError) as error:
         warn(str(error))
         return {}
