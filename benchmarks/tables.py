@@ -8,10 +8,10 @@ A page says between two comments what stands there, and this command fills it in
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
 `memory` (peaks of host memory), `start` (those while a run starts, before a change and now), `plan` (planning
 batches), `plan_memory` (planned memory beside published), `scale` (planning saves), `startup` (starts, by number of
-ranks), `exact` (steps with exact sums), `survival` (how many faults went well), `faults` (what became of each),
-`machine` (where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a
-cell of a notebook in docs/, counted from 0. The plots of plots.py are written too. `--check` writes nothing and fails
-when a page or a plot differs from its sources.
+ranks), `exact` (steps with exact sums), `digest` (digests of states), `survival` (how many faults went well), `faults`
+(what became of each), `machine` (where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and
+`<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0. The plots of plots.py are written
+too. `--check` writes nothing and fails when a page or a plot differs from its sources.
 """
 
 import argparse
@@ -308,6 +308,22 @@ def _exact(results: Sequence[Result]) -> str:
     return _table(("ranks", "strategy", "step, ms", "x plain", *bytes_), rows)
 
 
+def _digest(results: Sequence[Result]) -> str:
+    rows = [
+        (
+            str(result["ranks"]),
+            row["arm"],
+            "{:.0f} ({:.0f} to {:.0f})".format(*row["step_cpu_ms"]),
+            "{:.0f} ({:.0f} to {:.0f})".format(*row["digest_cpu_ms"]),
+        )
+        for result in results
+        for row in result["arms"]
+    ]
+    return _table(
+        ("ranks", "strategy", "step, ms of CPU time", "digests of weights and optimizer, ms of CPU time"), rows
+    )
+
+
 def _machine(results: Sequence[Result]) -> str:
     machines = {f"{result['machine']['cpu']}, Python {result['machine']['python']}" for result in results}
     packages = ("torch", "accelerate", "transformers", "lightning") if "torch" in results[0]["versions"] else ("numpy",)
@@ -345,6 +361,7 @@ _KINDS = {
     "scale": _scale,
     "startup": _startup,
     "exact": _exact,
+    "digest": _digest,
     "machine": _machine,
 }
 

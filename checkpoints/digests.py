@@ -15,9 +15,12 @@ import xxhash
 from awscrt import checksums
 
 from shardlaunch.checkpoints.files import naming
-from shardlaunch.checkpoints.records import open_regular
+from shardlaunch.checkpoints.names import MODEL, OPTIMIZER
+from shardlaunch.checkpoints.records import DIGESTS, open_regular
 
 CRC64, XXH3 = "crc64nvme", "xxh3_128"
+DIGEST_NAMES = dict(zip((MODEL, OPTIMIZER), DIGESTS, strict=True))
+"""The name in metrics.jsonl of each section's digest."""
 WRITE_BACK_BYTES = 16 << 20  # bytes written before the system is told to start write-back to disk
 DIGEST_BYTES = 1 << 20  # read size for digests: small enough to stay in the CPU cache
 
@@ -75,6 +78,18 @@ def joined(parts: Iterable[tuple[int, int]]) -> int:
     for crc, num_bytes in parts:
         whole = int(checksums.combine_crc64nvme(whole, crc, num_bytes))
     return whole
+
+
+def digests_of_crcs(tensors: Iterable[tuple[str, str, int, int]]) -> dict[str, str]:
+    """Return the digests of weights and optimizer, of tensors given by section, key, CRC and bytes.
+
+    By their names in metrics.jsonl; none of a section without tensors. A digest is the CRC-64/NVME, as 16 hexadecimal
+    digits, of the bytes of the section's tensors in a row, by their keys.
+    """
+    sections: dict[str, list[tuple[int, int]]] = {}
+    for section, _, crc, num_bytes in sorted(tensors):
+        sections.setdefault(section, []).append((crc, num_bytes))
+    return {DIGEST_NAMES[section]: f"{joined(parts):016x}" for section, parts in sections.items()}
 
 
 class DigestingFile:

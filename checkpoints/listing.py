@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import msgspec
 import xxhash
 from msgspec import UNSET
 
-from shardlaunch.checkpoints.digests import CRC64, XXH3, FileRecord
+from shardlaunch.checkpoints.digests import CRC64, XXH3, FileRecord, digests_of_crcs
 from shardlaunch.checkpoints.files import is_there
 from shardlaunch.checkpoints.names import MANIFEST, MODEL, NUM_BYTES, OPTIMIZER, TRAINER_STATE, is_plain_file_name
 from shardlaunch.checkpoints.records import FileEntry, ManifestHead, ManifestRecord, TensorListing, decode, read_bytes
@@ -74,6 +75,22 @@ def _file_record(entry: FileEntry) -> FileRecord:
 def body_digest(body: Mapping[str, Any]) -> str:
     """Return the digest that a manifest has of all that it says."""
     return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+
+
+def listed_digests(record: ManifestRecord) -> dict[str, str]:
+    """Return the digests of a checkpoint's weights and optimizer, by their names in metrics.jsonl.
+
+    Those that its run has recorded of its step, if it has. None before version 4 of the manifest.
+    """
+    return digests_of_crcs(
+        (str(one.section), tensor_key(one.name, str(one.section), str(one.entry)), int(one.crc64nvme, 16), _bytes(one))
+        for one in record.tensors
+        if isinstance(one.crc64nvme, str)
+    )
+
+
+def _bytes(tensor: TensorListing) -> int:
+    return prod(tensor.shape) * NUM_BYTES[tensor.dtype]
 
 
 def tensor_key(name: str, section: str, entry: str) -> str:

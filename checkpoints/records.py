@@ -8,6 +8,7 @@ schema.
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping
 from io import FileIO
@@ -264,13 +265,19 @@ _RENAMED = {"group_numbers": "group_hyperparameters", "constants": "non_persiste
 def read_metrics_line(path: Path, data: bytes) -> dict[str, Any]:
     """Return a line of metrics.jsonl, with its NaN and infinities as numbers. Raises DamagedRecord."""
     line: dict[str, Any] = as_meant(decode(path, data, dict[str, Any]))
-    wrong = [name for name, value in line.items() if not _is_metric(value, is_scalar=name in _SCALARS)]
+    wrong = [
+        name
+        for name, value in line.items()
+        if not (_is_digest(value) if name in DIGESTS else _is_metric(value, is_scalar=name in _SCALARS))
+    ]
     step = line.get("step")
     if wrong or not isinstance(step, int) or step < 0:
         raise _unreadable(path, dict, f"no metric at {', '.join(wrong) or 'step'}")
     return line
 
 
+DIGESTS = ("weights_digest", "optimizer_digest")
+"""Entries of a line of metrics.jsonl that are 16 hexadecimal digits."""
 _SCALARS = ("step", "epoch", "loss", "lr", "grad_norm", "samples", "tokens", "step_s", "eval/loss")
 
 
@@ -278,6 +285,10 @@ def _is_metric(value: Any, *, is_scalar: bool = False) -> bool:
     if isinstance(value, list) and not is_scalar:
         return all(map(_is_metric, value))
     return isinstance(value, int | float) and not (is_scalar and isinstance(value, bool))
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
 
 
 def to_json(value: Any, *, indent: int | None = None) -> bytes:

@@ -159,7 +159,7 @@ def write_share(
                 item_bytes = BYTES_PER_ELEMENT[spec.dtype]
                 at = places[spec.key][1] + piece.start * item_bytes
                 crc = 0
-                for chunk in _chunks(piece.values):
+                for chunk in chunks(piece.values):
                     crc = crc64nvme(chunk, crc)
                     out.write(at, chunk)
                     at += len(chunk)
@@ -174,7 +174,7 @@ def write_share(
     return Written(crcs, num_elements)
 
 
-def _chunks(values: torch.Tensor) -> Iterator[memoryview]:
+def chunks(values: torch.Tensor) -> Iterator[memoryview]:
     """Yield the bytes of a flat tensor, copied only where they are not in host memory."""
     for part in values.split(CHUNK_BYTES // values.element_size()):
         yield part.to("cpu").contiguous().view(torch.uint8).numpy().data

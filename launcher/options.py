@@ -166,6 +166,8 @@ class ReportingOptions:
     """Evaluate every N steps and at the end (0: after each epoch)."""
     log_every: int = option(1, mark="free", minimum=1)
     """Write training metrics to metrics.jsonl every N steps."""
+    digest_every: int = option(0, mark="free", minimum=0)
+    """Every N steps, write digests of weights and optimizer to metrics.jsonl, which a resume compares (0: off)."""
     tracker: str = option("tensorboard", mark="free")
     """Trackers, separated by commas (tensorboard, wandb, mlflow, trackio, ...), or none."""
     project: str = option("", mark="free")

@@ -18,6 +18,8 @@ _DESCRIPTION = f"""shardlaunch {version("shardlaunch")}: one run, any shards.
   shardlaunch run bert_imdb --ranks 2 -- --preset demo
   shardlaunch run my_recipe.py --ranks 4 --strategy fsdp2
   shardlaunch parity bert_imdb --ranks 2 --steps 20 -- --preset demo
+  shardlaunch parity my_recipe.py --exact --ranks 2,3,4
+  shardlaunch parity --find my_recipe.py
   shardlaunch predict outputs/bert_imdb-demo --text "a wonderful film"
   shardlaunch generate outputs/gpt_lm-demo --prompt "The film" --temperature 0.8
   shardlaunch ckpt list outputs/bert_imdb-demo
@@ -25,6 +27,9 @@ _DESCRIPTION = f"""shardlaunch {version("shardlaunch")}: one run, any shards.
   shardlaunch plan gpt_lm --ranks 64 --gpu-memory 80 -- --preset demo
 """
 _Recipe = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
+
+_Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+_TOLERANCE = 1e-4
 
 
 def main() -> None:
@@ -83,27 +88,46 @@ def main() -> None:
 
     def parity(
         recipe: _Recipe,
-        ranks: int = 2,
+        ranks: str = "",
         steps: int = 20,
         strategies: tuple[str, ...] = (),
-        tolerance: float = 1e-4,
+        tolerance: float = _TOLERANCE,
+        exact: _Flag = False,
+        find: _Flag = False,
     ) -> int:
         """Run a few steps of a recipe under each strategy and compare losses and weights with one rank's.
 
-        Words after ` -- ` are options of the recipe. The exit status is 1 when a strategy failed or differs.
+        With --exact, compare every bit, and say what differs first; with --find, run twice in the same way, and say in
+        which module the two differ first. Words after ` -- ` are options of the recipe. The exit status is 1 when a
+        strategy failed or differs.
 
         Args:
             recipe: A recipe file, or the name of an installed recipe (see `shardlaunch recipes`).
-            ranks: Number of processes per strategy; the reference runs on one.
+            ranks: Number of processes per strategy, or several, such as 2,3,4 (empty: 2; with --find 1); the reference
+                runs on one.
             steps: Number of steps.
             strategies: Strategies to compare (default: all that run on several ranks).
             tolerance: Largest difference of a step's loss that counts as the same run.
+            exact: Run with --exact; print a digest per strategy and number of ranks, and where it differs the step,
+                micro-batch, stage (forward, backward, sum, update), tensor and module that differ first.
+            find: Run twice in the same way, and name the first module whose output or gradient differs.
         """
+        if (exact or find) and (tolerance != _TOLERANCE or (exact and find)):
+            other = "--find" if exact and find else "--tolerance"
+            raise UserError(f"--{'exact' if exact else 'find'}: not with {other}; remove one of the two")
         path = find_recipe(recipe)
+        from shardlaunch.launcher.commands.parity_runs import numbers_of_ranks
+
+        counts = numbers_of_ranks(ranks or ("1" if find else "2"))
+        if exact or find:
+            from shardlaunch.launcher.commands.parity_bits import compare_bits, find_difference
+
+            look = compare_bits if exact else find_difference
+            return look(path, recipe_argv, ranks=counts, steps=steps, strategies=strategies)
         from shardlaunch.launcher.commands.parity import compare_strategies
 
         return compare_strategies(
-            path, recipe_argv, ranks=ranks, steps=steps, strategies=strategies, tolerance=tolerance
+            path, recipe_argv, ranks=counts, steps=steps, strategies=strategies, tolerance=tolerance
         )
 
     def predict(

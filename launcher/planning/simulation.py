@@ -6,6 +6,7 @@ One process stands for rank 0 of any number of ranks, whose collectives a fake p
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -121,7 +122,8 @@ def simulate(
 
     `on_gpu`: count what the kernels of a GPU keep, not those of the CPU. Raises UserError for what the run refuses.
     """
-    options = recipe.options
+    options = copy(recipe.options)
+    options.digest_every = 0  # digests are of values
     num_slots = min(2, -(-options.micro_batches // ranks))
     precision = apply_precision("bf16" if precision_name == "fp8" else precision_name, torch.device("cpu"))
     model = build_empty_model(recipe, options.seed)

@@ -29,6 +29,8 @@ class StepReport:
     """Minimum, median and maximum over the ranks of the seconds per part of a step, where a report is due."""
     slowest: str = ""
     """Which rank is clearly slower than the others."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the state after the step, by their names in metrics.jsonl, where they are due."""
 
 
 class Recorder:
@@ -99,10 +101,10 @@ class Recorder:
         if report.ranks and report.slowest.partition(":")[0] != self._slowest:  # said once, and again if it is another
             self._slowest = report.slowest.partition(":")[0]
             self._display.say(report.slowest or "no rank is slower than the others any more")
-        if step % self._log_every == 0 or step == self._last_step:
+        if step % self._log_every == 0 or step == self._last_step or report.digests:
             counts = {"samples": report.samples, "tokens": report.tokens, "step_s": report.step_s}
             skipped = {"skipped": True} if report.is_skipped else {}
-            self._log.write({**self._where(step), **values, **counts, **skipped, **self._ranks})
+            self._log.write({**self._where(step), **values, **counts, **skipped, **report.digests, **self._ranks})
             self._ranks = {}
         self._since_tracked.append(report)
         if step % self._track_every == 0 or step == self._last_step:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shardlaunch.checkpoints.files import is_there, naming, replace_file, retried
-from shardlaunch.checkpoints.records import MOST_BYTES, DamagedRecord, open_regular, read_metrics_line, to_json
+from shardlaunch.checkpoints.records import DIGESTS, MOST_BYTES, DamagedRecord, open_regular, read_metrics_line, to_json
 from shardlaunch.launcher.reporting.lasting import LastingFile
 
 METRICS_FILE = "metrics.jsonl"
@@ -92,6 +92,16 @@ def read_metrics(output_dir: Path, *, warn: Callable[[str], None] | None = None)
             except DamagedRecord as error:
                 (warn or warnings.warn)(f"line {number} is left out: {error}")
     return lines
+
+
+def recorded_digests(output_dir: Path, *, warn: Callable[[str], None] = lambda text: None) -> dict[int, dict[str, Any]]:
+    """Return what a run with --digest-every has recorded, by step: the loss, and the digests after the step.
+
+    `warn` (default: nothing, as a resume names them) gets a message on each damaged line, which is left out.
+    """
+    lines = retried(lambda: read_metrics(output_dir, warn=warn))
+    of_steps = (line for line in lines if any(name in line for name in DIGESTS))
+    return {line["step"]: {name: line[name] for name in ("loss", *DIGESTS) if name in line} for line in of_steps}
 
 
 def last_evaluation(output_dir: Path) -> dict[str, Any]:

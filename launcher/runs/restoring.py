@@ -13,6 +13,7 @@ from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.reporting.phases import phase
 from shardlaunch.launcher.runs.assembly import Assembly
 from shardlaunch.launcher.runs.data import RunData
+from shardlaunch.launcher.runs.recorded_digests import check_recorded
 from shardlaunch.sharding.named_state import group_hyperparameters, restore_group_hyperparameters
 
 
@@ -49,6 +50,8 @@ def restore(
             checkpoint.verify_read(peers)  # damage may look like another model; all ranks come here, or none
             raise
         checkpoint.verify_read(peers)
+    if options.digest_every:
+        check_recorded(checkpoint, strategy, peers=peers)
     if position.step and not any(spec.section == OPTIMIZER for spec in checkpoint.specs()):
         kind = type(strategy.optimizer)
         if kind is not torch.optim.SGD or any(group["momentum"] for group in strategy.optimizer.param_groups):

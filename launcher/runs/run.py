@@ -21,14 +21,7 @@ from shardlaunch.launcher.runs.background import Messages
 from shardlaunch.launcher.runs.beginning import show_start
 from shardlaunch.launcher.runs.data import load_data
 from shardlaunch.launcher.runs.ending import result_of, show_result
-from shardlaunch.launcher.runs.folder import (
-    claim,
-    find_checkpoint,
-    new_folder_hint,
-    run_folder,
-    tracked_run,
-    write_run,
-)
+from shardlaunch.launcher.runs.folder import claim, find_checkpoint, new_folder_hint, run_folder, tracked_run, write_run
 from shardlaunch.launcher.runs.identifying import identify
 from shardlaunch.launcher.runs.identity import option_values, run_record
 from shardlaunch.launcher.runs.preflight import Room, check_shared
@@ -43,6 +36,7 @@ from shardlaunch.launcher.runs.upkeep import Upkeep
 from shardlaunch.launcher.training.bad_numbers import RollBack
 from shardlaunch.launcher.training.evaluation import Evaluator
 from shardlaunch.launcher.training.loss_check import check_loss
+from shardlaunch.launcher.training.recording import record_if_asked
 from shardlaunch.launcher.training.stopping import (
     Requests,
     nothing_left_to_stop,
@@ -262,6 +256,7 @@ class Run:
                 ),
             ),
         )
+        record_if_asked(self.trainer, self.output_dir)
         if not self.position.step:
             with phase("checking the loss on one micro-batch"):
                 model, batches, warn = self.strategy.replicas[0], self.trainer.batches, self.display.warn

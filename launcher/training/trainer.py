@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from shardlaunch.checkpoints.records import Position
+from shardlaunch.checkpoints.state_digests import digests_of_state
 from shardlaunch.launcher.optimization.freezing import train_mode
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe
@@ -73,6 +74,7 @@ class Trainer:
         self.evaluator = evaluator
         self.world = world
         self.precision = precision
+        self.forward = forward
         self.num_steps = num_steps
         self.last_step = last_step or num_steps
         self.hooks = hooks
@@ -187,7 +189,7 @@ class Trainer:
                 progress.begin_slot(FORWARD, batch.step + 1, slot, last + 1)
                 seed_model_stream(self.options.seed, batch.step, micro_batch.index, device)
                 self.recipe.moment = moment
-                _, _, loss = forward(self.recipe, model, micro_batch, self.precision, device)
+                _, _, loss = self.forward(self.recipe, model, micro_batch, self.precision, device)
                 if micro_batch.weight:
                     summand = self._summands(loss.detach())
                     total = summand if total is None else total + summand.to(total.device)
@@ -215,6 +217,9 @@ class Trainer:
             self.strategy.optimizer_step()
         if not is_bad:  # buffers too would be
             self.buffers.end_step(num_micro_batches=batch.num_micro_batches)
+        every = self.options.digest_every
+        is_due = every > 0 and (batch.step + 1) % every == 0
+        digests = digests_of_state(self.strategy.state(), self.world.peers) if is_due else {}
         report = StepReport(
             loss=loss_value,
             lr=lr,
@@ -225,6 +230,7 @@ class Trainer:
             is_skipped=is_skipped,
             ranks=spread(upcoming.times),
             slowest=slowest(upcoming.times, is_sharded=self.strategy.is_sharded),
+            digests=digests,
         )
         progress.begin(BETWEEN_STEPS)
         return report, upcoming

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from shardlaunch.checkpoints.listing import listed_digests, read_listing
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
 from shardlaunch.checkpoints.records import Position
 from shardlaunch.launcher.command_line.parsing import parse_options
 from shardlaunch.launcher.reporting.display import Display
+from shardlaunch.launcher.reporting.tracking import recorded_digests
 from shardlaunch.launcher.runs.run import Run
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, Settings
@@ -24,6 +26,7 @@ from tests.recipes import MaskedBert, MaskedOptions, final_tensors, losses, trai
 NUM_STEPS, SAVED = 24, 12
 LOSS_BOUND = 1e-6
 ARGV = ["--max-steps", str(NUM_STEPS), "--save-every", str(SAVED), "--keep", "0", "--threads-per-rank", "1"]
+ARGV += ["--digest-every", str(SAVED)]  # compared at each resume
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,12 @@ def test_sources_are_of_other_strategies() -> None:
 
 @pytest.mark.parametrize("topology", TOPOLOGIES[1:] + FOR_PARITY_ONLY, ids=str)
 def test_every_strategy_runs_the_same_run(topology: Topology, whole_runs: Any) -> None:
-    assert _largest_difference(whole_runs(SINGLE), whole_runs(topology)) <= LOSS_BOUND
+    run = whole_runs(topology)
+    assert _largest_difference(whole_runs(SINGLE), run) <= LOSS_BOUND
+    for step, recorded in recorded_digests(run).items():
+        digests = listed_digests(read_listing(run / "checkpoints" / f"step-{step:08d}"))
+        assert recorded == {"loss": losses(run)[step], **digests}
+    assert list(recorded_digests(run)) == [SAVED, NUM_STEPS]
 
 
 @pytest.mark.parametrize("target", TOPOLOGIES, ids=str)

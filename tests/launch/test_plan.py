@@ -109,7 +109,7 @@ def test_plan_command(tmp_path: Path) -> None:
         (four, "auto", []),
         (small, "fsdp2", ["--micro-batch-size", "32"]),
         ({**small, "gpu_gib": 0.0001}, "ddp", []),
-        (four, "fsdp2", ["--cpu-offload"]),
+        (four, "fsdp2", ["--cpu-offload", "--digest-every", "1"]),
         (one, "single", ["--kind", "branches"]),
         (one, "single", ["--kind", "routes"]),
         (one, "single", ["--kind", "counts"]),

@@ -12,6 +12,7 @@ from shardlaunch.checkpoints.names import MODEL, OPTIMIZER
 from shardlaunch.checkpoints.verifying import look_at
 from shardlaunch.errors import some
 from shardlaunch.launcher.commands.ckpt.output import number, print_json, print_table, warn
+from shardlaunch.launcher.commands.ckpt.run_digests import are_exact, compare_runs
 
 MOST_TENSORS = 20  # rows of a table; --json has all
 DIFFERENT = 1
@@ -20,11 +21,16 @@ DIFFERENT = 1
 def diff_checkpoints(one: Path, other: Path, *, step: int | None, weights_only: bool, as_json: bool) -> int:
     """Print how two checkpoints differ. Return 1 if they do."""
     step_dirs = [checkpoint_at(path, warn=warn, step=_step_for(path, step)) for path in (one, other)]
-    comparison = compare(*map(look_at, step_dirs), weights_only=weights_only)
+    checkpoints = [look_at(step_dir) for step_dir in step_dirs]
+    comparison = compare(*checkpoints, weights_only=weights_only)
+    runs = compare_runs(*step_dirs)
     if as_json:
-        print_json({"one": str(step_dirs[0]), "other": str(step_dirs[1]), **_document(comparison)})
+        document = {"one": str(step_dirs[0]), "other": str(step_dirs[1]), **_document(comparison)}
+        print_json({**document, "runs": runs.document() if runs is not None else None})
     else:
         print(f"A {step_dirs[0]}\nB {step_dirs[1]}")
+        if runs is not None:
+            print(f"\nruns: {runs.describe(is_exact=are_exact(*checkpoints))}")
         _print(comparison)
     return 0 if comparison.is_same else DIFFERENT
 

@@ -1,7 +1,7 @@
 """`ckpt list`, `ckpt verify` and `ckpt show`: look at checkpoints without changing anything."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ import msgspec
 from shardlaunch.checkpoints.finding import Run, best_step, checkpoint_at, runs_at
 from shardlaunch.checkpoints.names import MANIFEST, MODEL, NUM_BYTES, OPTIMIZER, step_of_dir_name
 from shardlaunch.checkpoints.records import RunRecord, read_record
-from shardlaunch.checkpoints.verifying import ListedCheckpoint, look_at, verify
+from shardlaunch.checkpoints.verifying import Damage, ListedCheckpoint, Verdict, look_at, verify
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.commands.ckpt.output import age, number, print_json, print_table, size, warn
+from shardlaunch.launcher.commands.ckpt.run_digests import difference_from_recorded
 from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, read_metrics
 
 MOST_METRICS = 5  # columns of metrics in a table; --json has all
@@ -161,8 +162,9 @@ def verify_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
     if not step_dirs:
         raise UserError(f"{path}: no checkpoint in this folder")
     verdicts = []
+    known: dict[Path, Any] = {}
     for step_dir in step_dirs:
-        verdict = verify(step_dir)
+        verdict = _with_recorded(verify(step_dir), known)
         verdicts.append(verdict)
         if as_json:
             continue
@@ -194,6 +196,12 @@ def verify_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
             }
         )
     return DAMAGED if any(verdict.damages for verdict in verdicts) else 0
+
+
+def _with_recorded(verdict: Verdict, known: dict[Path, Any]) -> Verdict:
+    """Add a damage where a valid checkpoint is not of the state that its run has recorded."""
+    what = difference_from_recorded(verdict.step_dir, known) if verdict.is_valid else ""
+    return replace(verdict, damages=(Damage(file=MANIFEST, what=what),)) if what else verdict
 
 
 def show_checkpoint(path: Path, *, step: int | None, as_json: bool) -> int:

@@ -83,6 +83,7 @@ def _list(run: _RunPath, verify: bool = False, as_json: _Json = False) -> int:
 def _verify(path: _OnePath, step: int | None = None, as_json: _Json = False) -> int:
     """Check every file of a checkpoint, or of all checkpoints of a run, and say which is damaged and how.
 
+    A checkpoint whose digests are not those that its run has recorded of its step (--digest-every) counts as damaged.
     The exit status is 1 when one of them is damaged.
 
     Args:
@@ -118,7 +119,8 @@ def _diff(
     """Compare two checkpoints: position, options, and all tensors, those with the largest differences first.
 
     The exit status is 1 when they differ in a tensor, in the position or in the identity of the run. Other options,
-    such as the output folder or the number of steps between saves, are shown and do not count.
+    such as the output folder or the number of steps between saves, are shown and do not count. Where both runs have
+    recorded digests of their steps (--digest-every), the first step at which they differ is shown, and does not count.
 
     Args:
         one: A checkpoint, or a run (its newest valid checkpoint).
