@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shardlaunch.launcher.planning.ledger import BLOCK_BYTES
 from shardlaunch.launcher.planning.simulation import GRADIENTS, INPUTS, OPTIMIZER, PARAMETERS, Trace
 
-BLOCK_BYTES = 512  # what CUDA's allocator rounds up to
 ON_HOST = (PARAMETERS, GRADIENTS, OPTIMIZER)
 """What --cpu-offload keeps in host memory."""
 
