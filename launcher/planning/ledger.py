@@ -22,7 +22,6 @@ from torch.utils.flop_counter import flop_registry
 
 from shardlaunch.launcher.planning.gpu_kernels import workspace_bytes
 
-BLOCK_BYTES = 512  # what CUDA's allocator rounds sizes up to
 MOST_REAL_ELEMENTS = 1 << 28
 _aten = torch.ops.aten
 _COLLECTIVES = {

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_map_only
 
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.launcher.optimization.freezing import freeze, train_mode
+from shardlaunch.launcher.planning.allocator import BLOCK_BYTES
 from shardlaunch.launcher.planning.gpu_kernels import gpu_kernels
-from shardlaunch.launcher.planning.ledger import BLOCK_BYTES, Collective, Ledger
+from shardlaunch.launcher.planning.ledger import Collective, Ledger
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.runs.assembly import enable_gradient_checkpointing, recipe_optimizer
 from shardlaunch.launcher.runs.data import RunData
@@ -84,6 +85,8 @@ class Trace:
     events: list[tuple[int, int]]
     kinds: dict[int, str] = field(default_factory=dict)
     """What a storage holds, of those that stay from step to step."""
+    streams: dict[int, int] = field(default_factory=dict)
+    """The stream of a storage that is not allocated in the default one."""
     marks: list[Mark] = field(default_factory=list)
     steps: list["StepCounts"] = field(default_factory=list)
     state_bytes: int = 0
@@ -142,7 +145,7 @@ def simulate(
         with views, kernels, ledger.noting():
             _take_values(model, ledger, keeps_parameters=issubclass(strategy_type, Fsdp2))
             strategy = strategy_type(model, build_optimizer, world=world, settings=settings)
-            trace = Trace(events=ledger.events, details=strategy.describe())
+            trace = Trace(events=ledger.events, streams=ledger.streams, details=strategy.describe())
             _note_kinds(trace, ledger, strategy)
             trainer = Trainer(
                 recipe,

@@ -135,6 +135,7 @@ def test_plan_command(tmp_path: Path) -> None:
     assert ddp["save_bytes"] == pytest.approx(12 * num_parameters, rel=0.01)
     assert ddp["wire_bytes"] == pytest.approx(2 * 3 / 4 * 4 * num_parameters, rel=0.01)
     assert "longest" in document["assumed"][0]
+    assert all(plan["memory"]["reserved"] >= plan["memory"]["peak"] for plan in plans.values())
     # The batch of the longest sample, whose attention a GPU does without keeping probabilities.
     activations = ddp["memory"]["activations"]
     assert 8 * 512 * (64 + 192 + 64 + 50) * 2 < activations < SCORES_BYTES
