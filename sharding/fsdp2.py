@@ -21,7 +21,13 @@ from shardlaunch.sharding.exact import ExactGradients, norm_of
 from shardlaunch.sharding.exact_shards import ExactShards
 from shardlaunch.sharding.exact_step import step_exactly
 from shardlaunch.sharding.gradients import clip_factor
-from shardlaunch.sharding.layers import exact_modules, layers_to_wrap, refuse_layer_dropping, refuse_sparse_gradients
+from shardlaunch.sharding.layers import (
+    exact_modules,
+    large_ends,
+    layers_to_wrap,
+    refuse_layer_dropping,
+    refuse_sparse_gradients,
+)
 from shardlaunch.sharding.lockstep import Lockstep
 from shardlaunch.sharding.named_state import check_optimizer, named_state, optimized, restore_named_state, stand_in
 from shardlaunch.sharding.parts import Part, mark, part_of
@@ -106,6 +112,7 @@ class Fsdp2(Strategy):
         policy = fp32
         exact: list[nn.Module] = []
         layers = layers_to_wrap(model, settings.layer_classes)
+        layers += large_ends(model, layers)
         # Exact sums are of gradients as `ddp` has them, in fp32.
         if settings.compute_dtype != torch.float32 and not settings.exact:
             # Autocast decides the dtype of each operation, as under every strategy. Weights that it casts at each use
