@@ -50,6 +50,7 @@ class Fsdp2(Strategy):
 
     gathers_weights = True
     can_be_exact = True
+    is_choice_of_one_rank = True  # which may keep shards in host memory
     starts_empty = True
 
     def __init__(
@@ -292,6 +293,7 @@ class Hsdp(Fsdp2):
     On one rank it is FSDP2.
     """
 
+    is_choice_of_one_rank = False
     least_ranks = 4
 
     def _mesh(self, world: World, settings: Settings) -> DeviceMesh:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shardlaunch import UserError
-from shardlaunch.launcher.commands.plan import plan_run
+from shardlaunch.launcher.commands.plan import _names, plan_run
 from shardlaunch.launcher.planning.cluster import Cluster, wire_bytes
 from shardlaunch.launcher.planning.ledger import Collective
 from shardlaunch.launcher.planning.simulation import StepCounts, Trace
@@ -166,6 +166,14 @@ def test_plan_command(tmp_path: Path) -> None:
     ):
         assert isinstance(message, str), message
         assert words in message
+
+
+def test_strategies_that_are_planned() -> None:
+    assert [*_names("auto", "auto", 1)] == ["single", "fsdp2"]
+    assert [*_names("auto", "auto", 2)] == ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
+    assert [*_names("auto", "zero3", 1)] == ["zero3"]
+    with pytest.raises(UserError, match="--strategy dp: keeps on each GPU what single keeps on one; plan --strategy"):
+        _names("dp", "auto", 8)
 
 
 @pytest.mark.parametrize(
