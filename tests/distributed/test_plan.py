@@ -14,6 +14,7 @@ from torch import nn
 
 from shardlaunch import Options, Recipe, TensorData
 from shardlaunch.launcher.planning import simulation
+from shardlaunch.launcher.planning.allocator import in_blocks
 from shardlaunch.launcher.planning.memory import Memory, memory_of
 from shardlaunch.launcher.planning.simulation import Trace, simulate
 from shardlaunch.launcher.runs.assembly import assemble
@@ -109,7 +110,8 @@ def _planned_with_all_views(cases: list[tuple[str, int, bool]]) -> list[tuple[An
 
     def planned(strategy: str, ranks: int, is_offloaded: bool) -> Any:
         trace = _trace(strategy, "bf16", ranks, cpu_offload=is_offloaded)
-        return memory_of(trace, is_offloaded=is_offloaded), trace.steps, trace.state_bytes
+        allocated = sum(in_blocks(change) for _, change in trace.events if change > 0)
+        return memory_of(trace, is_offloaded=is_offloaded), allocated, trace.steps, trace.state_bytes
 
     found = []
     for case in cases:
