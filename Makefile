@@ -28,6 +28,7 @@ faults: $(VENV)/.dev  ## Long campaigns of faults: hours
 	$(BIN)/python -m tests.faults.signals
 	$(BIN)/python -m tests.faults.hangs
 	$(BIN)/python -m tests.faults.chaos
+	$(BIN)/python -m tests.faults.same_bits
 	$(BIN)/python -m tests.faults.slurm
 	$(BIN)/python -m tests.faults.hosts
 	$(BIN)/python -m tests.faults.topologies

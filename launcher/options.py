@@ -122,8 +122,8 @@ class StrategyOptions:
     shard_ranks: int = option(0, mark="free", minimum=0)
     """Ranks that share one copy of the model under hsdp (0: all ranks of a machine; on one machine, half of them)."""
     exact: bool = False
-    """Compute so that no bit of a loss, metric or weight depends on ranks and strategy (not under zero1 to zero3; on
-    the CPU, with one thread per rank unless --threads-per-rank says otherwise)."""
+    """Compute so that no bit of a loss, metric or weight depends on ranks and strategy (not under zero1 to zero3;
+    with one thread per rank unless --threads-per-rank says otherwise)."""
     tensor_parallel: int = option(1, mark="free", minimum=1)
     """Consecutive ranks that divide each layer among them and run the same micro-batches (fsdp2), as the tp_plan of the
     model says; the other dimension of the ranks shards as usual."""

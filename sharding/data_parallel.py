@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
+from shardlaunch.errors import UserError
 from shardlaunch.sharding.gradients import GradientBuckets
-from shardlaunch.sharding.replicated import Replicated
+from shardlaunch.sharding.replicated import Replicated, make_contiguous
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
 
@@ -41,6 +42,9 @@ class DataParallel(Strategy):
         if devices is None:
             cuda = world.device.type == "cuda"
             devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if cuda else [world.device]
+        if settings.exact and len(devices) > 1:
+            raise UserError("--exact: not under dp on several GPUs; use --strategy ddp")
+        make_contiguous(model)
         self._copies = [deepcopy(model).to(device) for device in devices[1:]]
         self._main = Replicated(model, build_optimizer, world=world, settings=settings)
         self._copied_gradients = [GradientBuckets(copy.parameters(), world=world) for copy in self._copies]

@@ -7,8 +7,10 @@ step is run again. (Fixed-point accumulators: U. Kulisch; reproducible sums: J. 
 """
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -22,11 +24,13 @@ MOST_SUMMANDS = 4096
 _BITS = 51
 _HEADROOM = 6  # bits by which a gradient may grow from one step to the next
 _UNKNOWN = -1000  # an exponent that fits no gradient
-_CHUNK = 1 << 16  # elements that stay in the cache between the operations on them
+_CHUNK = 1 << 17  # elements that stay in the cache between the operations on them
+_GPU_CHUNK = 1 << 24  # enough to keep a GPU busy, with little memory for what is between the operations
 _SIGNIFICANT = 1.5 * 2.0**52  # in float64, adding this times a power of two rounds to multiples of it
 _UNITS = (2.0**-20, 2.0**-50, 2.0**-80)
 NUM_PARTS = len(_UNITS)
-_SQUARE_UNITS = (2.0**-24, 2.0**-50)  # for up to 2^29 numbers from 0 to 1
+_SQUARE_BITS = 45  # of a square from 0 to 1: the sum of those of a chunk has at most 63
+_LOW_BITS = 40  # of a sum of squares, in the lower of the two numbers that ranks exchange
 
 
 def summands(values: torch.Tensor) -> torch.Tensor:
@@ -46,10 +50,11 @@ def summands(values: torch.Tensor) -> torch.Tensor:
 class Units:
     """The units of which the gradients of parameters are multiples: a power of two each, the same on all ranks."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self._names = names
         self._exponents = [_UNKNOWN] * len(names)
-        self._largest = torch.zeros(len(names), dtype=torch.float64)
+        self._largest = torch.zeros(len(names), dtype=torch.float64, device=device)
+        self._bad: set[int] = set()
 
     @property
     def exponents(self) -> dict[str, int]:
@@ -64,22 +69,29 @@ class Units:
         """Return the unit of a parameter."""
         return math.ldexp(1.0, self._exponents[number])
 
-    def add_multiples(self, number: int, gradient: torch.Tensor, sums: torch.Tensor) -> None:
-        """Add a flat gradient of a parameter to integer sums, in multiples of its unit."""
-        offset = torch.tensor([_SIGNIFICANT * self.of(number)], dtype=torch.float64)
-        bits = int(offset.view(torch.int64))
-        for total, part in zip(sums.split(_CHUNK), gradient.split(_CHUNK), strict=True):
+    def add_multiples(self, number: int, gradient: torch.Tensor, sums: torch.Tensor, *, is_first: bool) -> None:
+        """Add a flat gradient of a parameter to integer sums, in multiples of its unit; `is_first`: set the sums."""
+        offset = _SIGNIFICANT * self.of(number)
+        bits = _bits_of(offset)
+        scratch = _scratch(gradient, 0 if is_first else len(gradient))
+        size = _chunk_size(gradient)
+        for total, part in zip(sums.split(size), gradient.split(size), strict=True):
             # The multiples are the last bits of the sum with the offset.
-            total.add_((part + offset).view(torch.int64).sub_(bits))
-        self._largest[number] = max(float(self._largest[number]), _largest(gradient))
+            near = total.view(torch.float64) if is_first else scratch[: len(part)]
+            multiples = near.copy_(part).add_(offset).view(torch.int64).sub_(bits)
+            if not is_first:
+                total.add_(multiples)
+        torch.maximum(self._largest[number], _largest(gradient), out=self._largest[number])
 
     def must_change(self, world: World) -> bool:
         """Return whether a unit was too small for a gradient of any rank; it is larger then. All ranks."""
         if world.size > 1:
             dist.all_reduce(self._largest, op=dist.ReduceOp.MAX)
-        if bool(self._largest.isinf().any()):
+        all_largest = self._largest.tolist()
+        self._bad = {number for number, largest in enumerate(all_largest) if math.isinf(largest)}
+        if self._bad:
             return False  # the step is bad, and has no sums
-        needed = [_needed_exponent(largest) for largest in self._largest.tolist()]
+        needed = [_needed_exponent(largest) for largest in all_largest]
         is_too_small = [need > exponent for need, exponent in zip(needed, self._exponents, strict=True)]
         for number, need in enumerate(needed):
             if is_too_small[number]:
@@ -88,11 +100,13 @@ class Units:
 
     def gradient(self, number: int, sums: torch.Tensor, out: torch.Tensor) -> None:
         """Set a flat gradient to what integer sums mean; to NaN if no number does."""
-        if math.isinf(float(self._largest[number])):
+        if number in self._bad:
             out.fill_(math.nan)
             return
-        for part, total in zip(out.split(_CHUNK), sums.split(_CHUNK), strict=True):
-            part.copy_(total.double().mul_(self.of(number)))
+        scratch = _scratch(out, len(out))
+        size = _chunk_size(out)
+        for part, total in zip(out.split(size), sums.split(size), strict=True):
+            part.copy_(scratch[: len(part)].copy_(total).mul_(self.of(number)))
 
     def begin_next(self) -> None:
         """Choose the units of the next step by the largest gradients of this one."""
@@ -106,41 +120,74 @@ class Units:
         self._largest.zero_()
 
 
-def _largest(values: torch.Tensor) -> float:
+def _bits_of(number: float) -> int:
+    """Return the bits of a float64 as an integer."""
+    bits: int = struct.unpack("q", struct.pack("d", number))[0]
+    return bits
+
+
+def _largest(values: torch.Tensor) -> torch.Tensor:
     """Return the largest magnitude; infinity, which a maximum does not lose, where there is a NaN."""
     if not len(values):
-        return 0.0
+        return torch.zeros((), dtype=torch.float64, device=values.device)
     least, most = torch.aminmax(values)  # many times as fast as the norm
-    largest = max(-float(least), float(most))
-    return largest if math.isfinite(largest) else math.inf
+    return torch.maximum(-least, most).double().nan_to_num_(nan=math.inf, posinf=math.inf)
 
 
-def sums_of_squares(gradients: Sequence[torch.Tensor], world: World | None = None) -> list[float]:
+def _chunk_size(values: torch.Tensor) -> int:
+    return _CHUNK if values.device.type == "cpu" else _GPU_CHUNK
+
+
+def _scratch(values: torch.Tensor, length: int) -> torch.Tensor:
+    """Return memory for numbers between the operations on a chunk of `length` values."""
+    return torch.empty(min(length, _chunk_size(values)), dtype=torch.float64, device=values.device)
+
+
+def sums_of_squares(
+    gradients: Sequence[torch.Tensor], world: World | None = None, *, num_replicas: int = 1
+) -> list[float]:
     """Return the sum of the squares of each flat gradient; with a `world`, of the shards of its ranks. All ranks.
 
-    A sum differs from the real one by at most the number of elements times 2^-49 of the largest square.
+    Each shard is on `num_replicas` of them, and counts once.
+
+    A sum differs from the real one by at most the number of elements times 2^-44 of the largest square.
     """
     if not gradients:
         return []
-    largest = torch.tensor([_largest(gradient) for gradient in gradients], dtype=torch.float64)
+    largest = torch.stack([_largest(gradient) for gradient in gradients])
     if world is not None and world.size > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    exponents = [math.frexp(each)[1] if math.isfinite(each) else 0 for each in largest.tolist()]
-    sums = torch.zeros(len(gradients), len(_SQUARE_UNITS), dtype=torch.float64)
-    for total, gradient, exponent in zip(sums, gradients, exponents, strict=True):
-        for part in gradient.split(_CHUNK):
-            rest = part.double().mul_(math.ldexp(1.0, -exponent)).square_()
-            for number, unit in enumerate(_SQUARE_UNITS):
-                multiples = rest + _SIGNIFICANT * unit
-                multiples -= _SIGNIFICANT * unit
-                total[number] += multiples.sum()
-                rest -= multiples
-    if world is not None:
-        world.sum(sums)
-    return [
-        math.ldexp(sum(row), 2 * exponent) if math.isfinite(sum(row)) else math.nan
-        for row, exponent in zip(sums.tolist(), exponents, strict=True)
+    all_largest = largest.tolist()
+    exponents = [math.frexp(each)[1] if math.isfinite(each) else 0 for each in all_largest]
+    scratch = _scratch(gradients[0], max(map(len, gradients)))
+    of_chunks = [
+        _sums_of_squares_in_chunks(gradient, math.ldexp(1.0, -exponent), scratch)
+        for gradient, exponent in zip(gradients, exponents, strict=True)
     ]
+    counts = [len(each) for each in of_chunks]
+    numbers = iter(torch.cat(of_chunks).tolist())
+    sums = [sum(islice(numbers, count)) for count in counts]
+    if world is not None and world.size > 1:
+        halves = torch.tensor([(each >> _LOW_BITS, each & (1 << _LOW_BITS) - 1) for each in sums]).to(largest.device)
+        dist.all_reduce(halves)
+        sums = [((high << _LOW_BITS) + low) // num_replicas for high, low in halves.tolist()]
+    return [
+        math.ldexp(total, 2 * exponent - _SQUARE_BITS) if math.isfinite(most) else math.nan
+        for total, exponent, most in zip(sums, exponents, all_largest, strict=True)
+    ]
+
+
+def _sums_of_squares_in_chunks(values: torch.Tensor, scale: float, scratch: torch.Tensor) -> torch.Tensor:
+    """Return sums of the squares of flat values that `scale` makes at most 1, in multiples of 2^-45, as int64."""
+    offset = math.ldexp(_SIGNIFICANT, -_SQUARE_BITS)
+    bits = _bits_of(offset)
+    sums = []
+    for part in values.split(_chunk_size(values)):
+        near = scratch[: len(part)].copy_(part).mul_(scale)
+        multiples = near.mul_(near).add_(offset).view(torch.int64).sub_(bits)
+        full = len(part) - len(part) % _CHUNK
+        sums += [multiples[:full].view(-1, _CHUNK).sum(1), multiples[full:].sum().view(1)]
+    return torch.cat(sums)
 
 
 def norm_of(squares: Sequence[float]) -> float:
@@ -166,15 +213,16 @@ class ExactGradients:
         self._works: list[dist.Work] = []
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
         self._parameters = list(reversed(trained.values()))
-        self.units = Units(list(reversed(trained)))
+        self.units = Units(list(reversed(trained)), world.device)
         self._sums: list[torch.Tensor] = []  # bucket by bucket
         self._gradients: list[torch.Tensor] = []
         self._sizes: list[int] = []
         self._missing: list[int] = []
         self._views: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each parameter: its sums, its gradient
+        self._unset: set[int] = set()  # parameters without a gradient in this step yet, whose sums have no values
         for group in grouped(self._parameters, BUCKET_BYTES):
-            sums = torch.zeros(sum(p.numel() for p in group), dtype=torch.int64)
-            gradients = torch.zeros(len(sums), dtype=group[0].dtype)
+            sums = torch.empty(sum(p.numel() for p in group), dtype=torch.int64, device=world.device)
+            gradients = torch.zeros(len(sums), dtype=group[0].dtype, device=world.device)
             offset = 0
             for parameter in group:
                 place = slice(offset, offset := offset + parameter.numel())
@@ -184,12 +232,12 @@ class ExactGradients:
             self._sums.append(sums)
             self._gradients.append(gradients)
             self._sizes.append(len(group))
+        self.zero()
 
     def zero(self) -> None:
         """Drop all gradients and sums."""
         self.units.forget()
-        for sums in self._sums:
-            sums.zero_()
+        self._unset = set(range(len(self._parameters)))
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -199,6 +247,8 @@ class ExactGradients:
 
     def must_repeat(self) -> bool:
         """Wait for the sums; return whether the step must be run again, with other units. All ranks."""
+        for number in self._unset:
+            self._views[number][0].zero_()
         while len(self._works) < len(self._sums) and self._world.size > 1:
             self._sum_next()
         for work in self._works:
@@ -236,7 +286,9 @@ class ExactGradients:
         gradient = parameter.grad
         assert gradient is not None
         parameter.grad = None
-        self.units.add_multiples(number, gradient.reshape(-1), self._views[number][0])
+        is_first = number in self._unset
+        self._unset.discard(number)
+        self.units.add_multiples(number, gradient.reshape(-1), self._views[number][0], is_first=is_first)
         if self._armed and self._world.size > 1:
             assert bucket >= len(self._works), "a gradient changed after it was summed over the ranks"
             self._missing[bucket] -= 1

@@ -2,10 +2,11 @@
 
 Kernels that do several operations at once (a multiplication and an addition, say) round otherwise at the ends of a
 tensor, where they do not fill a vector, and at the ends of each thread's part. Single operations are correctly rounded
-everywhere. So those are what a step is made of here, in pieces that stay in the cache.
+everywhere. So those are what a step is made of here, in pieces that stay in the cache. A fused kernel, which is faster,
+fills its vectors: what is left of each tensor gets a vector of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardlaunch.errors import UserError
 
-_CHUNK = 1 << 15  # elements
+_CHUNK = 1 << 15  # elements, on the CPU
+_FULL = 64  # a multiple of the elements of a vector, and of what a thread of a fused kernel gets
 _aten = torch.ops.aten
 
 
 def step_exactly(optimizer: torch.optim.Optimizer) -> None:
     """Do a step of an elementwise optimizer. Raises UserError for operations that are not known to be exact."""
     for group in optimizer.param_groups:
-        group.update({name: False for name in ("fused", "foreach") if name in group})
+        if "foreach" in group:
+            group["foreach"] = False
     with _Exactly(type(optimizer).__name__):
         optimizer.step()
 
@@ -37,12 +40,14 @@ class _Exactly(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in _COMPOUND:
             return _COMPOUND[func](*args, **kwargs)
+        if func in _FUSED:
+            return _fused(func, *args, **kwargs)
         if func.namespace == "profiler":
             return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         if name in _ADDING and kwargs.get("alpha", 1) != 1:
             return _added(func, *args, **kwargs)
-        if name not in _EXACT:
+        if name not in _EXACT and func is not _aten._foreach_add_.Scalar:
             raise UserError(
                 f"--exact: {self._who} uses {name}(), whose bits may depend on how a tensor is divided among ranks; "
                 f"use another optimizer, such as AdamW or SGD"
@@ -54,6 +59,7 @@ _ADDING = ("add", "add_", "sub", "sub_")
 _EXACT = {
     *_ADDING,
     *("mul", "mul_", "div", "div_", "sqrt", "sqrt_", "neg", "neg_", "abs", "abs_", "sign", "sign_", "square"),
+    *("reciprocal", "reciprocal_"),
     *("maximum", "minimum", "max", "min", "clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_"),
     *("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_not"),
     *("where", "masked_fill", "masked_fill_", "index_put_"),
@@ -70,7 +76,8 @@ def _in_pieces(target: torch.Tensor, others: tuple[torch.Tensor, ...], change: C
     if not all(tensor.is_contiguous() and tensor.shape == mine.shape for tensor in locals_):
         change(mine, *rest)
         return target
-    for pieces in zip(*(tensor.view(-1).split(_CHUNK) for tensor in locals_), strict=True):
+    size = _CHUNK if mine.device.type == "cpu" else max(1, mine.numel())
+    for pieces in zip(*(tensor.view(-1).split(size) for tensor in locals_), strict=True):
         change(*pieces)
     return target
 
@@ -96,6 +103,43 @@ def _added(func: Any, target: torch.Tensor, other: Any, *, alpha: float) -> torc
     return result
 
 
+def _fused(func: Any, *lists: Sequence[torch.Tensor], **settings: Any) -> None:
+    """Call a kernel for lists of tensors, parameters and what belongs to them, with full vectors only."""
+    names = [argument.name for argument in func._schema.arguments]
+    steps = lists[names.index("state_steps")] if "state_steps" in names else None
+    full: list[list[torch.Tensor]] = [[] for _ in lists]
+    padded: list[list[torch.Tensor]] = [[] for _ in lists]
+    rests: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for place, tensors in enumerate(lists):
+        if tensors is steps:
+            full[place], padded[place] = list(tensors), list(tensors)
+            continue
+        for tensor in tensors:
+            flat = _flat(tensor)
+            cut = len(flat) - len(flat) % _FULL
+            rest = flat.new_zeros(_FULL)
+            rest[: len(flat) - cut] = flat[cut:]
+            full[place].append(flat[:cut])
+            padded[place].append(rest)
+            rests.append((flat[cut:], rest))
+    func(*full, **settings)
+    func(*padded, **settings)
+    for flat, rest in rests:
+        flat.copy_(rest[: len(flat)])
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements of a tensor that this rank has, in their order in memory."""
+    mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return mine.detach().as_strided((mine.numel(),), (1,))
+
+
+_FUSED = (
+    _aten._fused_adam_.default,
+    _aten._fused_adamw_.default,
+    _aten._fused_sgd_.default,
+    _aten._fused_adagrad_.default,
+)
 _COMPOUND: dict[Any, Callable[..., torch.Tensor]] = {
     _aten.lerp_.Scalar: _lerp_,
     _aten.addcmul_.default: _addcmul_,

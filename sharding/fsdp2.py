@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.errors import UserError, some
-from shardlaunch.sharding.exact import ExactGradients, norm_of
 from shardlaunch.sharding.exact_shards import ExactShards
 from shardlaunch.sharding.exact_step import step_exactly
 from shardlaunch.sharding.gradients import clip_factor
@@ -84,9 +83,8 @@ class Fsdp2(Strategy):
                 f"{type(self.optimizer).__name__} needs full weight matrices, but FSDP2 shards them; use an "
                 f"elementwise optimizer such as AdamW, or --strategy ddp"
             )
-        self._exact = ExactShards(model, self._blocks, world=world) if settings.exact else None
         scalars = {name: p for name, p in trainable.items() if not p.ndim}
-        self._exact_scalars = ExactGradients(scalars, world=world) if settings.exact else None
+        self._exact = ExactShards(model, self._blocks, scalars, world=world) if settings.exact else None
         self._lockstep = Lockstep(model, world=world)
         for number, block in enumerate(self._blocks):
             block.register_forward_pre_hook(partial(self._step_together, number), prepend=True)
@@ -161,46 +159,30 @@ class Fsdp2(Strategy):
         if self._num_replicas > 1:
             for block in self._blocks:
                 block.set_requires_all_reduce(last, recurse=False)
-        if self._exact_scalars is not None and last:
-            self._exact_scalars.arm()
+        if self._exact is not None and last:
+            self._exact.arm()
         self._lockstep.begin_backward()
         loss.backward(torch.full_like(loss, factor))
         self._lockstep.end_backward()
 
     def must_repeat(self) -> bool:
         """Ask the exact sums. All ranks."""
-        if self._exact is None or self._exact_scalars is None:
-            return False
-        must_repeat = any([self._exact.must_repeat(), self._exact_scalars.must_repeat()])
-        if must_repeat:
-            self._exact.zero()
-            self._exact_scalars.zero()
-        return must_repeat
+        return self._exact is not None and self._exact.must_repeat()
 
     @property
     def exact_exponents(self) -> dict[str, int]:
         """The units of exact sums by parameter."""
-        both = (self._exact, self._exact_scalars)
-        return {name: each for sums in both if sums is not None for name, each in sums.units.exponents.items()}
+        return self._exact.exponents if self._exact is not None else {}
 
     @exact_exponents.setter
     def exact_exponents(self, saved: dict[str, int]) -> None:
-        for sums in (self._exact, self._exact_scalars):
-            if sums is not None:
-                sums.units.exponents = saved
+        if self._exact is not None:
+            self._exact.exponents = saved
 
-    def _finish_exactly(self, *, unscale: float, max_norm: float) -> float:
-        assert self._exact is not None
-        assert self._exact_scalars is not None
-        self._exact.finish()
-        self._exact_scalars.finish()
-        norm = norm_of([*self._exact.squares(self._num_replicas), *self._exact_scalars.squares()]) * unscale
-        factor = unscale * clip_factor(norm, max_norm=max_norm)
-        self._exact_scalars.scale(factor)
-        if factor != 1.0:
-            for parameter in self._trainable:
-                local_shard(parameter.grad).mul_(factor)  # type: ignore[arg-type]
-        self._exact.units.begin_next()
+    def _finish_exactly(self, exact: ExactShards, *, unscale: float, max_norm: float) -> float:
+        exact.finish()
+        norm = exact.norm(num_replicas=self._num_replicas) * unscale
+        exact.scale(unscale * clip_factor(norm, max_norm=max_norm))
         for parameter in self._scalars:
             assert parameter.grad is not None
             self._give_to_optimizer(parameter, parameter.grad)
@@ -209,7 +191,7 @@ class Fsdp2(Strategy):
     def finish_gradients(self, *, unscale: float, max_norm: float) -> float:
         """Compute the norm over all ranks, then unscale and clip in one multiplication."""
         if self._exact is not None:
-            return self._finish_exactly(unscale=unscale, max_norm=max_norm)
+            return self._finish_exactly(self._exact, unscale=unscale, max_norm=max_norm)
         for parameter in self._trainable:
             if parameter.grad is None:  # in a block that no rank has run
                 parameter.grad = torch.zeros_like(parameter)
@@ -267,9 +249,8 @@ class Fsdp2(Strategy):
     def discard(self) -> None:
         """Drop the gradients."""
         self.optimizer.zero_grad()
-        for sums in (self._exact, self._exact_scalars):
-            if sums is not None:
-                sums.zero()
+        if self._exact is not None:
+            self._exact.zero()
 
     def state(self) -> Iterator[Fragment]:
         """Yield this rank's shards."""

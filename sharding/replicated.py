@@ -23,6 +23,7 @@ class Replicated(Strategy):
     def __init__(
         self, model: nn.Module, build_optimizer: BuildOptimizer, *, world: World, settings: Settings = DEFAULT_SETTINGS
     ) -> None:
+        make_contiguous(model)
         self.model = model.to(world.device)
         self.replicas = [self.model]
         self.devices = [world.device]
@@ -87,6 +88,17 @@ class Replicated(Strategy):
     def restore(self, reader: StateReader) -> None:
         """Read the full state."""
         restore_named_state(self.model, self.optimizer, reader)
+
+
+@torch.no_grad()
+def make_contiguous(model: nn.Module) -> None:
+    """Lay the parameters out in the order of their elements, as gradients and a checkpoint's values are.
+
+    Fused optimizers go by the order in memory: with parameters in another one, such as channels_last, they would be
+    wrong.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
 
 
 class Single(Replicated):

@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAUROC
 from torchmetrics.utilities import dim_zero_cat
 
 from shardlaunch import Options, Recipe, TensorData, UserError, option
+from shardlaunch.checkpoints.layout import CHECKPOINTS, TRAINER_STATE
 from shardlaunch.demo import toy_translations
 from shardlaunch.launcher.launch import main
 from shardlaunch.launcher.toolkit.demo_data import bert_dir
@@ -242,6 +243,14 @@ def training_lines(output_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics.jsonl without the times."""
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines]
+
+
+def bits(output_dir: Path) -> tuple[list[dict[str, Any]], str, dict[str, bytes]]:
+    """Return a run's lines of metrics without times, and position and tensors of its newest checkpoint."""
+    position = (max((output_dir / CHECKPOINTS).iterdir()) / TRAINER_STATE).read_text()
+    tensors = final_tensors(output_dir)
+    as_bytes = {name: tensor.view(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+    return training_lines(output_dir), position, as_bytes
 
 
 def losses(output_dir: Path) -> dict[int, float]:

@@ -144,6 +144,7 @@ def run_recipe_on(
     from shardlaunch.launcher.runs.cross_validation import cross_validate
     from shardlaunch.launcher.runs.resume_check import check_resume
     from shardlaunch.launcher.runs.run import Run
+    from shardlaunch.sharding.exact_kernels import deterministic_kernels
     from shardlaunch.sharding.resolve import check_exact, check_ranks, check_settings, check_tensor_parallel
 
     recipe_type = recipe if isinstance(recipe, type) else type(recipe)
@@ -172,9 +173,10 @@ def run_recipe_on(
         return new_run(options, display, fold)
 
     planned = world.peers.together(lambda: planned_peak(options.plan, choice.strategy, world) if options.plan else 0)
-    if options.check:
-        check_resume(new_run, options, display)
-    result = cross_validate(run_of, options.folds) if options.folds else run_of().run()
+    with deterministic_kernels() if options.exact else nullcontext():
+        if options.check:
+            check_resume(new_run, options, display)
+        result = cross_validate(run_of, options.folds) if options.folds else run_of().run()
     if planned:
         display.say(comparison(planned, world))
     return result

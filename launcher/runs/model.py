@@ -227,7 +227,46 @@ def checked_model(model: Any) -> nn.Module:
             f"ones (torch.view_as_real; torch.view_as_complex in forward()), others in one of "
             f"{', '.join(map(_dtype_name, DTYPE_NAMES))}, or register a buffer with persistent=False"
         )
+    _refuse_shared_memory(model)
     return model
+
+
+def _refuse_shared_memory(model: nn.Module) -> None:
+    """Raise UserError if a parameter has memory in common with another one or a buffer.
+
+    Updates of one would change the other, but only where parameters are whole, and as long as they stay in this memory.
+    """
+    by_storage: dict[int, list[tuple[str, torch.Tensor]]] = {}
+    with torch._C.DisableTorchFunction():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.layout != torch.strided or not tensor.numel():
+                continue
+            others = by_storage.setdefault(tensor.untyped_storage()._cdata, [])
+            for other_name, other in others:
+                if (
+                    isinstance(other, nn.Parameter)
+                    and other.dtype == tensor.dtype
+                    and _have_common_elements(tensor, other)
+                ):
+                    raise UserError(
+                        f"{other_name} and {name} have the same memory, but are not one parameter: under some "
+                        f"strategies they would be trained apart. To tie them, assign the parameter itself "
+                        f"(head.weight = embedding.weight); else give one of them a copy (.clone())"
+                    )
+            others.append((name, tensor))
+
+
+def _have_common_elements(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors of one storage have elements in common."""
+    begins = [tensor.storage_offset() for tensor in (one, other)]
+    lengths = [
+        1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) for t in (one, other)
+    ]
+    if begins[0] >= begins[1] + lengths[1] or begins[1] >= begins[0] + lengths[0]:
+        return False
+    is_used = torch.zeros(max(begin + length for begin, length in zip(begins, lengths, strict=True)), dtype=torch.bool)
+    is_used.as_strided(one.shape, one.stride(), begins[0]).fill_(True)
+    return bool(is_used.as_strided(other.shape, other.stride(), begins[1]).any())
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

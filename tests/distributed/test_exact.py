@@ -1,22 +1,24 @@
 """The same bits on any number of ranks: losses, metrics, weights, optimizer, through changes of ranks and faults."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from shardlaunch import Recipe, UserError, fit
-from shardlaunch.checkpoints.layout import CHECKPOINTS, TRAINER_STATE
-from shardlaunch.sharding.exact import ExactGradients, summands
+from shardlaunch.launcher.training.exact_metrics import ExactMetrics
+from shardlaunch.sharding.exact import ExactGradients, Units, summands
 from shardlaunch.sharding.exact_step import step_exactly
 from shardlaunch.sharding.resolve import STRATEGIES
 from shardlaunch.sharding.strategy import Strategy
 from shardlaunch.sharding.world import World
 from tests.distributed.ranks import run_on_ranks
-from tests.recipes import MaskedBert, NetRecipe, RankedNet, final_tensors, losses, run_quietly, training_lines
+from tests.recipes import LabelSum, MaskedBert, NetRecipe, RankedNet, bits, losses, run_quietly
 
 OPTIONS: dict[str, Any] = {
     "exact": True,
@@ -36,6 +38,31 @@ class ExactNet(RankedNet):
         net.scale = nn.Parameter(torch.tensor(0.5))
         net.register_forward_hook(lambda module, inputs, outputs: outputs * net.scale)
         return net
+
+
+def _units_per_rank() -> None:
+    """Let each rank choose units by its own gradients."""
+    must_change = Units.must_change
+    Units.must_change = lambda self, world: must_change(self, World())  # type: ignore[method-assign]
+
+
+def _float_sums() -> None:
+    """Sum over the ranks in float32."""
+
+    def sum_next(self: ExactGradients) -> None:
+        sums = self._sums[len(self._works)]
+        floats = sums.float()
+        dist.all_reduce(floats)
+        sums.copy_(floats)
+        self._works.append(dist.all_reduce(torch.zeros(1), async_op=True))
+
+    ExactGradients._sum_next = sum_next  # type: ignore[method-assign]
+
+
+def _fit_wrongly(change: Callable[[], None], run_dir: Path) -> None:
+    """Run in a process of its own, with a fault."""
+    change()
+    fit(ExactNet, output_dir=run_dir, strategy="ddp", **OPTIONS)
 
 
 def _fit(recipe_type: type[Recipe], run_dir: Path, options: dict[str, Any]) -> int:
@@ -65,14 +92,6 @@ def _on_ranks(num_ranks: int, recipe_type: type[Recipe], run_dir: Path, **option
     return repeated
 
 
-def _bits(run_dir: Path) -> tuple[list[dict[str, Any]], str, dict[str, bytes]]:
-    """Return the lines of metrics, and the position and the tensors of the last checkpoint."""
-    position = (max((run_dir / CHECKPOINTS).iterdir()) / TRAINER_STATE).read_text()
-    tensors = final_tensors(run_dir)
-    as_bytes = {name: tensor.view(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
-    return training_lines(run_dir), position, as_bytes
-
-
 @pytest.mark.parametrize(
     ("options", "topologies"),
     [
@@ -86,17 +105,57 @@ def test_bits_do_not_depend_on_ranks_and_strategy(
     options: dict[str, Any], topologies: list[tuple[str, int]], tmp_path: Path
 ) -> None:
     assert _on_ranks(1, ExactNet, tmp_path / "single", **options) == [1], "the first step has no units yet"
-    expected = _bits(tmp_path / "single")
+    expected = bits(tmp_path / "single")
     for strategy, num_ranks in topologies:
         run_dir = tmp_path / f"{strategy}-{num_ranks}"
         assert _on_ranks(num_ranks, ExactNet, run_dir, strategy=strategy, **options) == [1] * num_ranks
-        assert _bits(run_dir) == expected, (strategy, num_ranks)
+        assert bits(run_dir) == expected, (strategy, num_ranks)
+
+
+def _fit_on_gpu(run_dir: Path, strategy: str) -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "false"
+    fit(ExactNet, output_dir=run_dir, strategy=strategy, **OPTIONS)
+
+
+@pytest.mark.gpu
+def test_bits_on_a_gpu_do_not_depend_on_the_strategy(tmp_path: Path) -> None:
+    for strategy in ("single", "dp", "ddp", "fsdp2"):
+        run_on_ranks(1, _fit_on_gpu, tmp_path / strategy, strategy)
+        assert bits(tmp_path / strategy) == bits(tmp_path / "single"), strategy
+
+
+class Unpooled(NetRecipe):
+    """A net with an operation whose kernels add in any order."""
+
+    def model(self) -> nn.Module:
+        net = super().model()
+        net.register_forward_hook(lambda module, inputs, outputs: outputs + _added_anyhow(outputs))
+        return net
+
+
+def _added_anyhow(outputs: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(outputs).put_(torch.zeros(2, dtype=torch.int64), outputs.detach()[0, :2], accumulate=False)
+
+
+def test_an_operation_without_a_deterministic_kernel_is_refused(tmp_path: Path) -> None:
+    argv = ["--exact", "--output-dir", str(tmp_path / "run")]
+    ((status, output),) = run_on_ranks(1, run_quietly, Unpooled, argv)
+    assert status == 2
+    assert "error: --exact: put_ has no kernel that computes the same bits each time on this device" in output
+
+
+@pytest.mark.parametrize("change", [_units_per_rank, _float_sums])
+def test_a_fault_in_the_sums_is_seen(change: Callable[[], None], tmp_path: Path) -> None:
+    _on_ranks(1, ExactNet, tmp_path / "single")
+    run_on_ranks(3, _fit_wrongly, change, tmp_path / "wrong")
+    assert losses(tmp_path / "wrong") == pytest.approx(losses(tmp_path / "single"), rel=1e-3), "the fault is small"
+    assert bits(tmp_path / "wrong") != bits(tmp_path / "single")
 
 
 def test_without_exact_sums_they_do(tmp_path: Path) -> None:
     for num_ranks in (1, 3):
         _on_ranks(num_ranks, RankedNet, tmp_path / str(num_ranks), exact=False, threads_per_rank=1)
-    assert _bits(tmp_path / "1") != _bits(tmp_path / "3")
+    assert bits(tmp_path / "1") != bits(tmp_path / "3")
 
 
 def test_a_transformer_goes_on_with_other_ranks(tmp_path: Path) -> None:
@@ -104,7 +163,7 @@ def test_a_transformer_goes_on_with_other_ranks(tmp_path: Path) -> None:
     for stop, strategy, num_ranks in ((3, "fsdp2", 4), (4, "single", 1), (7, "hsdp", 4), (10, "ddp", 3)):
         at = stop if stop < 10 else 0
         _on_ranks(num_ranks, MaskedBert, tmp_path / "run", strategy=strategy, stop_at_step=at)
-    assert _bits(tmp_path / "run") == _bits(tmp_path / "whole")
+    assert bits(tmp_path / "run") == bits(tmp_path / "whole")
 
 
 class Jumping(NetRecipe):
@@ -120,7 +179,7 @@ def test_a_step_whose_gradients_grow_is_run_again(precision: str, tmp_path: Path
     (repeated,) = _on_ranks(1, Jumping, tmp_path / "1", precision=precision)
     assert repeated >= 2 - (precision == "fp16")
     assert _on_ranks(2, Jumping, tmp_path / "2", precision=precision) == [repeated] * 2
-    assert _bits(tmp_path / "1") == _bits(tmp_path / "2")
+    assert bits(tmp_path / "1") == bits(tmp_path / "2")
 
 
 def test_exact_sums_change_the_run_by_rounding_only(tmp_path: Path) -> None:
@@ -142,6 +201,22 @@ def test_what_cannot_be_exact_is_refused(words: tuple[str, ...], message: str, t
     ((status, output),) = run_on_ranks(1, run_quietly, NetRecipe, argv)
     assert status == 2
     assert message in output
+
+
+class OwnWay(LabelSum):
+    """A metric with a state that ranks join in a way of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("last", default=torch.zeros(()), dist_reduce_fx=lambda stacked: stacked[-1])
+
+
+def test_a_metric_that_ranks_cannot_join_exactly_is_refused() -> None:
+    metrics = {"labels": LabelSum(), "mine": 1 + OwnWay()}
+    with pytest.raises(
+        UserError, match=r"--exact: the state 'last' of metric 'mine' \(OwnWay\) is joined over ranks in"
+    ):
+        ExactMetrics(metrics, world=World())
 
 
 def test_the_sum_is_near_the_real_one() -> None:
@@ -175,13 +250,19 @@ def test_summands_add_up_in_any_order() -> None:
 OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD", "ASGD")
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_does_not_depend_on_how_a_tensor_is_divided(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [(name, {}) for name in OPTIMIZERS]
+    + [(name, {"fused": True}) for name in ("Adagrad", "Adam", "AdamW", "SGD")]
+    + [("SGD", {"momentum": 0.9, "fused": True}), ("AdamW", {"amsgrad": True, "fused": True})],
+    ids=str,
+)
+def test_a_step_does_not_depend_on_how_a_tensor_is_divided(name: str, more: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    start, gradients = torch.randn(1000), torch.randn(3, 1000)
-    options = {"lr": 0.01, **({"weight_decay": 0.1} if name != "Rprop" else {})}
+    start, gradients = torch.randn(1000), torch.randn(6, 1000)
+    options = {"lr": 0.01, **({"weight_decay": 0.1} if name != "Rprop" else {}), **more}
     found = []
-    for cuts in ((1000,), (331, 331, 338), (3, 990, 7)):
+    for cuts in ((1000,), (331, 331, 338), (3,) * 60 + (820,)):
         parts = [nn.Parameter(part.clone()) for part in start.split(cuts)]
         optimizer = getattr(torch.optim, name)(parts, **options)
         for gradient in gradients:

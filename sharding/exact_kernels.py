@@ -1,0 +1,44 @@
+"""Kernels that compute the same twice, for runs whose bits may not depend on anything else."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils import deterministic
+
+from shardlaunch.errors import UserError
+
+_settings: Any = deterministic
+_NO_KERNEL = "does not have a deterministic implementation"
+# cuBLAS has a workspace per stream then, and does not choose an algorithm by what is free of it.
+_WORKSPACE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+@contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """Use deterministic kernels only. Raises UserError for an operation that has none."""
+    is_set = torch.are_deterministic_algorithms_enabled()
+    is_warning = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = _settings.fill_uninitialized_memory
+    benchmark = torch.backends.cudnn.benchmark
+    for name, value in _WORKSPACE.items():
+        os.environ.setdefault(name, value)
+    torch.use_deterministic_algorithms(True)
+    _settings.fill_uninitialized_memory = False  # else each new tensor is written once more
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        if _NO_KERNEL not in str(error):
+            raise
+        operation = str(error).partition(_NO_KERNEL)[0].strip()
+        raise UserError(
+            f"--exact: {operation} has no kernel that computes the same bits each time on this device; use another "
+            f"operation in the model or the loss, or train without --exact"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(is_set, warn_only=is_warning)
+        _settings.fill_uninitialized_memory = fills
+        torch.backends.cudnn.benchmark = benchmark
