@@ -36,6 +36,7 @@ def large_ends(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]
 
     Gathered with the rest of the model, they would take memory while all layers run. One that is tied must be gathered
     with what it is tied to; one of a class of its own is left out, since other modules may use its weights directly.
+    A head with a bias returns a view, of which an operation in place would take FSDP2's hook away.
     """
     inside = {module for layer in layers for module in layer.modules()}
     most = max(map(_num_elements, layers), default=0)
@@ -43,7 +44,12 @@ def large_ends(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]
     return [
         end
         for name, end in model.named_modules()
-        if layers and end in ends and end not in inside and _num_elements(end) > most and _shares_nothing(model, name)
+        if layers
+        and end in ends
+        and end not in inside
+        and getattr(end, "bias", None) is None
+        and _num_elements(end) > most
+        and _shares_nothing(model, name)
     ]
 
 

@@ -51,11 +51,23 @@ class Deep(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.blocks = nn.Sequential(*(Block() for _ in range(5)))
-        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.head(self.blocks(self.embedding(inputs)))
         return logits.clone()  # FSDP2 warns of views
+
+
+class Language(Deep):
+    """With the names that Hugging Face's models have."""
+
+    _no_split_modules = ("Block",)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
 
 
 class DeepRecipe(Recipe):
@@ -103,6 +115,17 @@ def _trace(strategy: str, precision: str, ranks: int, **settings: Any) -> Trace:
         ranks_per_node=8,
         on_gpu=False,
     )
+
+
+def _planned_with_ends_on_their_own() -> list[tuple[Memory, int]]:
+    """Return memory, and the bytes of all collectives, of a model with large ends and of one whose ends are unknown."""
+    found = []
+    for model in (Language, Deep):
+        with patch.object(DeepRecipe, "model", lambda _, model=model: model()):
+            trace = _trace("fsdp2", "bf16", 8)
+        num_bytes = sum(one.num_bytes * count for one, count in trace.per_step(1).items())
+        found.append((memory_of(trace), num_bytes))
+    return found
 
 
 def _planned_with_all_views(cases: list[tuple[str, int, bool]]) -> list[tuple[Any, Any]]:
@@ -207,7 +230,7 @@ def test_plan_is_what_a_real_run_allocates(strategy: str, precision: str, ranks:
 def test_plan_for_thousands_of_ranks() -> None:
     ((few, _),) = run_on_ranks(1, _planned, "fsdp2", "fp32", 2)
     ((many, _),) = run_on_ranks(1, _planned, "fsdp2", "fp32", 16_384)
-    num_tensors = 3 + 6 * 5
+    num_tensors = 2 + 6 * 5
     assert few.parameters > 2_000_000
     assert many.parameters < 1024 * num_tensors  # at most a row of each, in blocks
     assert many.activations == pytest.approx(few.activations, rel=0.01)
@@ -227,3 +250,12 @@ def test_padding_is_that_of_each_rank(num_elements: int, num_ranks: int) -> None
     padding = [size - len(tensor[rank * size : (rank + 1) * size]) for rank in range(num_ranks)]
     num_bytes = _padding(tensor, size, num_ranks, 512).nbytes
     assert num_bytes == sum(-(-4 * length // 512) * 512 for length in padding)
+
+
+def test_large_ends_that_are_gathered_on_their_own_take_less() -> None:
+    (((memory, num_bytes), (with_the_rest, more_bytes)),) = run_on_ranks(1, _planned_with_ends_on_their_own)
+    head_bytes = WIDTH * VOCABULARY * 4
+    assert memory.activations < with_the_rest.activations - head_bytes / 3  # no copy of the head for autocast
+    assert memory.peak < with_the_rest.peak
+    assert num_bytes < more_bytes - head_bytes / 2  # gathered in bf16
+    assert memory.parameters == with_the_rest.parameters

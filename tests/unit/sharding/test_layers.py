@@ -66,7 +66,7 @@ class Language(nn.Module):
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
-        self.table, self.block, self.head = nn.Embedding(vocabulary, 3), Block(), nn.Linear(3, vocabulary)
+        self.table, self.block, self.head = nn.Embedding(vocabulary, 3), Block(), nn.Linear(3, vocabulary, bias=False)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.table
@@ -98,6 +98,9 @@ def test_ends_that_stay_with_the_rest() -> None:
     model = Language(50)
     model.table = Scaled(50, 3)
     assert _ends(model) == [model.head]
+    model.head.bias = nn.Parameter(torch.ones(50))
+    assert _ends(model) == []
+    model.head.bias = None
     model.block.table = model.head  # no module outside of the layer
     assert _ends(model) == []
     model.get_output_embeddings = lambda: None  # type: ignore[method-assign,assignment,return-value]
