@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("llama", 4, 2),
         ("own", 4, 4),
         ("wide", 4, 4),
-        ("gpt2", 2, 2),
+        ("gpt2", 4, 4),
         ("tied", 2, 2),
         ("qwen3", 2, 2),
         ("neox", 2, 2),
