@@ -31,6 +31,7 @@ faults: $(VENV)/.dev  ## Long campaigns of faults: hours
 	$(BIN)/python -m tests.faults.same_bits
 	$(BIN)/python -m tests.faults.slurm
 	$(BIN)/python -m tests.faults.hosts
+	$(BIN)/python -m tests.faults.topologies
 	SHARDLAUNCH_LONG_TESTS=1 $(BIN)/python -m pytest tests/launch/test_restarts.py
 
 check: $(VENV)/.dev  ## Lint, types, layers

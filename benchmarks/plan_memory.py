@@ -5,7 +5,8 @@
 torchtitan and torchtune train their own way (weights in bf16, selective checkpointing, the optimizer in the backward
 pass), which no recipe here does: the steps below follow their options, and only the ledger and the GPU kernels are
 those of `shardlaunch plan`. Nothing runs on a GPU. Sources: benchmarks/llama3_h100_202412_torchtitan.md of
-pytorch/torchtitan, whose logs show reserved memory, and README.md of pytorch/torchtune, which shows active memory.
+pytorch/torchtitan and its code at 9dec370, whose logs show reserved memory, and README.md of pytorch/torchtune, which
+shows active memory.
 """
 
 import argparse
@@ -29,9 +30,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from shardlaunch.launcher.planning.allocator import reserved_bytes
 from shardlaunch.launcher.planning.gpu_kernels import gpu_kernels
 from shardlaunch.launcher.planning.ledger import Ledger
-from shardlaunch.launcher.planning.memory import peak_of_pools
+from shardlaunch.launcher.planning.memory import peak_of
 from shardlaunch.launcher.planning.simulation import cheap_chunks
 
 GIB = 1 << 30
@@ -39,6 +41,8 @@ SIZES = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
 }
+PRODUCTS_PER_LAYER = 7
+STEPS = 3  # the second's blocks still find gaps that the first step's optimizer has cut
 _aten = torch.ops.aten
 _SAVED = {
     _aten.mm.default,
@@ -65,15 +69,26 @@ class Row:
     optimizer: str = "adamw"
     """adamw, or paged: what bitsandbytes keeps outside of PyTorch's memory."""
     is_compiled: bool = False
-    """Compiled: norms, the gate's activation and the loss are taken as recomputed from what products and attention
-    keep anyway, their inputs."""
+    """Compiled. torchtune: norms, the gate's activation and the loss are taken as recomputed from what products and
+    attention keep anyway, their inputs. torchtitan, whose policy says what is kept: what no backward pass uses is not.
+    """
+    has_expandable_segments: bool = False
+    """As run_llama_train.sh of torchtitan sets for one machine; its script for several (Slurm) does not."""
     not_counted: str = ""
     """What the published run did besides, and the plan does not know."""
 
 
 _TUNE = "torchtune Llama 3.2 3B"
 ROWS = (
-    Row(name="torchtitan 8B, 8 GPUs", published_gib=82.4, size="8B", tokens=8192, ranks=8, checkpointing="selective"),
+    Row(
+        name="torchtitan 8B, 8 GPUs",
+        published_gib=82.4,
+        size="8B",
+        tokens=8192,
+        ranks=8,
+        checkpointing="selective",
+        has_expandable_segments=True,
+    ),
     Row(
         name="torchtitan 8B, 8 GPUs, compiled",
         published_gib=77.0,
@@ -81,7 +96,9 @@ ROWS = (
         tokens=8192,
         ranks=8,
         checkpointing="selective",
-        not_counted="compile",
+        has_expandable_segments=True,
+        is_compiled=True,
+        not_counted="fused operations",
     ),
     Row(
         name="torchtitan 8B, 8 GPUs, compiled, float8",
@@ -90,7 +107,9 @@ ROWS = (
         tokens=8192,
         ranks=8,
         checkpointing="selective",
-        not_counted="compile, float8",
+        has_expandable_segments=True,
+        is_compiled=True,
+        not_counted="fused operations, float8",
     ),
     Row(
         name="torchtitan 8B, 128 GPUs", published_gib=67.0, size="8B", tokens=8192, ranks=128, checkpointing="selective"
@@ -102,7 +121,8 @@ ROWS = (
         tokens=8192,
         ranks=128,
         checkpointing="selective",
-        not_counted="compile",
+        is_compiled=True,
+        not_counted="fused operations",
     ),
     Row(
         name="torchtitan 8B, 128 GPUs, compiled, float8",
@@ -111,7 +131,8 @@ ROWS = (
         tokens=8192,
         ranks=128,
         checkpointing="selective",
-        not_counted="compile, float8",
+        is_compiled=True,
+        not_counted="fused operations, float8",
     ),
     Row(
         name="torchtune Llama 3.1 8B, memory-saving",
@@ -173,35 +194,43 @@ def model_of(row: Row) -> nn.Module:
         model: nn.Module = LlamaForCausalLM(config)
     for layer in model.model.layers:
         if row.checkpointing:
-            layer.forward = partial(_checkpointed, layer.forward, row.checkpointing == "selective")
+            layer.forward = partial(_checkpointed, layer.forward, _context_of(row))
         elif row.is_compiled:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                norm.forward = partial(_checkpointed, norm.forward, False)
+                norm.forward = partial(_checkpointed, norm.forward, {})
             layer.mlp.forward = partial(_fused_mlp, layer.mlp)
     return model
 
 
 def _fused_mlp(mlp: Any, inputs: torch.Tensor) -> torch.Tensor:
-    activated = _checkpointed(lambda gate, up: mlp.act_fn(gate) * up, False, mlp.gate_proj(inputs), mlp.up_proj(inputs))
+    activated = _checkpointed(lambda gate, up: mlp.act_fn(gate) * up, {}, mlp.gate_proj(inputs), mlp.up_proj(inputs))
     result: torch.Tensor = mlp.down_proj(activated)
     return result
 
 
-def _checkpointed(forward: Callable[..., Any], is_selective: bool, *args: Any, **kwargs: Any) -> Any:
-    chosen = {"context_fn": _selective} if is_selective else {}
+def _checkpointed(forward: Callable[..., Any], context: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     return torch.utils.checkpoint.checkpoint(
-        forward, *args, use_reentrant=False, preserve_rng_state=False, **chosen, **kwargs
+        forward, *args, use_reentrant=False, preserve_rng_state=False, **context, **kwargs
     )
 
 
-def _selective() -> Any:
-    """Save what takes long to compute, but every second product, as torchtitan does."""
+def _context_of(row: Row) -> dict[str, Any]:
+    return {"context_fn": partial(_selective, row.is_compiled)} if row.checkpointing == "selective" else {}
+
+
+def _selective(is_compiled: bool) -> Any:
+    """Save what takes long to compute, but every second product, as torchtitan does.
+
+    No backward pass uses the result of a layer's last product: what runs operation by operation keeps it nevertheless.
+    """
     counts: dict[bool, int] = defaultdict(int)
 
     def policy(ctx: Any, func: Any, *_: Any, **__: Any) -> CheckpointPolicy:
         if func is _aten.mm.default:
             counts[ctx.is_recompute] += 1
-        is_left_out = func is _aten.mm.default and counts[ctx.is_recompute] % 2 == 0
+        number = counts[ctx.is_recompute]
+        is_unused = is_compiled and number == PRODUCTS_PER_LAYER
+        is_left_out = func is _aten.mm.default and (number % 2 == 0 or is_unused)
         is_saved = func in _SAVED and not is_left_out
         return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -222,15 +251,16 @@ def peak_gib(row: Row) -> float:
         _fill_rotary(model, ledger)
         update = _updater(model, row)
         samples = torch.ones(2, row.tokens, dtype=torch.int64)
-        for _ in range(2):
+        for _ in range(STEPS):
             _loss_and_backward(model, samples, row)
             update()
-    pools = peak_of_pools(ledger.events, ledger.streams if row.ranks > 1 else {})
-    return pools / GIB
+    if row.ranks > 1:
+        return reserved_bytes(ledger.events, ledger.streams, is_expandable=row.has_expandable_segments) / GIB
+    return peak_of(ledger.events) / GIB
 
 
 def _loss_and_backward(model: nn.Module, samples: torch.Tensor, row: Row) -> None:
-    loss = partial(_checkpointed, _loss, False) if row.is_compiled else _loss
+    loss = partial(_checkpointed, _loss, {}) if row.is_compiled and row.checkpointing != "selective" else _loss
     if row.chunks == 1:
         logits = model(input_ids=samples).logits
         total = loss(logits, samples)
@@ -261,7 +291,8 @@ def _updater(model: nn.Module, row: Row) -> Callable[[], None]:
             optimizer = torch.optim.AdamW([parameter], fused=True)
             parameter.register_post_accumulate_grad_hook(partial(_update_one, optimizer))
         return lambda: None
-    whole = torch.optim.AdamW(parameters, fused=True)
+    # torchtitan leaves it to PyTorch, which takes lists of tensors then.
+    whole = torch.optim.AdamW(parameters, foreach=row.ranks > 1, fused=row.ranks == 1)
 
     def update() -> None:
         if row.ranks > 1:

@@ -27,6 +27,7 @@ class DataParallel(Strategy):
     for_one_process = True
     is_sharded = False
     can_be_exact = True
+    planned_as = "single"
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ from shardlaunch.sharding.gradients import clip_factor
 from shardlaunch.sharding.layers import (
     check_gradient_hooks,
     exact_modules,
+    large_ends,
     layers_to_wrap,
     refuse_layer_dropping,
     refuse_sparse_gradients,
@@ -50,6 +51,7 @@ class Fsdp2(Strategy):
 
     gathers_weights = True
     can_be_exact = True
+    is_choice_of_one_rank = True  # which may keep shards in host memory
     starts_empty = True
 
     def __init__(
@@ -116,6 +118,7 @@ class Fsdp2(Strategy):
         policy = fp32
         exact: list[nn.Module] = []
         layers = layers_to_wrap(model, settings.layer_classes)
+        layers += large_ends(model, layers)
         # Exact sums are of gradients as `ddp` has them, in fp32.
         if settings.compute_dtype != torch.float32 and not settings.exact:
             # Autocast decides the dtype of each operation, as under every strategy. Weights that it casts at each use
@@ -278,6 +281,7 @@ class Hsdp(Fsdp2):
     On one rank it is FSDP2.
     """
 
+    is_choice_of_one_rank = False
     least_ranks = 4
 
     def _mesh(self, world: World, settings: Settings) -> DeviceMesh:

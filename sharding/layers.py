@@ -1,6 +1,7 @@
 """Which modules of a model are gathered as a unit: its transformer blocks, found by class name."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from torch import nn
 
@@ -8,6 +9,7 @@ from shardlaunch.errors import UserError, some
 
 _CAST = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 _CAST_NAMES = ("Conv1D",)  # the linear layer of GPT-2 in transformers
+_PLAIN_ENDS = (nn.Embedding, nn.Linear)
 
 
 def layers_to_wrap(model: nn.Module, layer_classes: Sequence[str]) -> list[nn.Module]:
@@ -27,6 +29,40 @@ def layers_to_wrap(model: nn.Module, layer_classes: Sequence[str]) -> list[nn.Mo
         if name and not inside and type(module).__name__ in wanted and next(module.parameters(), None) is not None:
             layers[name] = module
     return [module for name, module in layers.items() if _shares_nothing(model, name)]
+
+
+def large_ends(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the token embedding and the head of Hugging Face models, if they are larger than each of the layers.
+
+    Gathered with the rest of the model, they would take memory while all layers run. One that is tied must be gathered
+    with what it is tied to; one of a class of its own is left out, since other modules may use its weights directly.
+    A head with a bias returns a view, of which an operation in place would take FSDP2's hook away.
+    """
+    inside = {module for layer in layers for module in layer.modules()}
+    most = max(map(_num_elements, layers), default=0)
+    ends = dict.fromkeys(end for module in model.modules() for end in _ends(module) if type(end) in _PLAIN_ENDS)
+    return [
+        end
+        for name, end in model.named_modules()
+        if layers
+        and end in ends
+        and end not in inside
+        and getattr(end, "bias", None) is None
+        and _num_elements(end) > most
+        and _shares_nothing(model, name)
+    ]
+
+
+def _ends(module: nn.Module) -> Iterator[nn.Module | None]:
+    """Yield what a Hugging Face model, which says which modules not to split, says is its embedding and its head."""
+    if hasattr(module, "_no_split_modules"):
+        for get in ("get_input_embeddings", "get_output_embeddings"):
+            with suppress(AttributeError, NotImplementedError):
+                yield getattr(module, get)()
+
+
+def _num_elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def exact_modules(layer: nn.Module) -> list[nn.Module]:

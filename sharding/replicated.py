@@ -107,6 +107,7 @@ class Single(Replicated):
     """Train one replica on one device."""
 
     for_one_process = True
+    is_choice_of_one_rank = True
 
     def describe(self) -> str:
         """Return a hint when there are unused GPUs."""

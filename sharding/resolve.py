@@ -22,10 +22,6 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 
-PLANNED_ON_ONE_RANK = ("single", "fsdp2")
-"""What differs there: FSDP2 may keep shards in host memory."""
-
-
 def resolve_strategy(option: str, env: LaunchEnvironment) -> str:
     """Return the strategy's name: the option, else our variable, else accelerate's configuration, else by world size.
 

@@ -52,6 +52,10 @@ class Strategy(ABC):
     """Weights are gathered as modules run, so that this is hidden behind all of the computing."""
     can_be_exact: ClassVar[bool] = False
     """It can sum so that no bit depends on the ranks (`Settings.exact`)."""
+    is_choice_of_one_rank: ClassVar[bool] = False
+    """One rank alone may run under it for its own sake, so that a plan for one rank compares it with others."""
+    planned_as: ClassVar[str] = ""
+    """The strategy that keeps on one device, in one process, what this one keeps on each."""
     starts_empty: ClassVar[bool] = False
     """The model is built with its parameters on the meta device; `restore` fills them, also at the start of a run.
 

@@ -19,6 +19,7 @@ from torch import nn
 from shardlaunch.errors import UserError, some
 from shardlaunch.sharding.parts import Part
 
+_Function = Callable[[torch.Tensor, Part], torch.Tensor]
 _FLAG = "--tensor-parallel"
 _COLWISE, _GATHERED, _ROWWISE, _SPLIT, _EMBEDDING, _PARTIAL, _WHOLE = STYLES = (
     "colwise",
@@ -193,15 +194,15 @@ def _conv1d() -> type[nn.Module]:
 
 
 def _colwise(module: nn.Module, part: Part, inputs: torch.Tensor, *, gather: bool = False) -> torch.Tensor:
-    outputs = _product(module, _Copy.apply(inputs, part.group))
+    outputs = _product(module, _paired(inputs, _same, _summed, part))  # equal on all ranks, each of which uses it
     bias = getattr(module, "bias", None)
     outputs = outputs if bias is None else outputs + bias
-    result: torch.Tensor = _Gather.apply(outputs, part) if gather else outputs
-    return result
+    return _paired(outputs, _gathered, _own, part) if gather else outputs
 
 
 def _rowwise(module: nn.Module, part: Part, inputs: torch.Tensor, *, split: bool = False) -> torch.Tensor:
-    outputs: torch.Tensor = _Sum.apply(_product(module, _Split.apply(inputs, part) if split else inputs), part.group)
+    own = _paired(inputs, _own, _gathered, part) if split else inputs
+    outputs = _paired(_product(module, own), _summed, _same, part)  # each has the gradient of the sum already
     bias = getattr(module, "bias", None)
     return outputs if bias is None else outputs + bias
 
@@ -214,8 +215,7 @@ def _embedding(module: nn.Embedding, part: Part, tokens: torch.Tensor) -> torch.
     has_padding = padding is not None and 0 <= padding - part.number * size < size
     padding_idx = padding - part.number * size if padding is not None and has_padding else None
     vectors = F.embedding(own.where(is_here, 0), module.weight, padding_idx)
-    total: torch.Tensor = _Sum.apply(vectors * is_here.unsqueeze(-1), part.group)
-    return total
+    return _paired(vectors * is_here.unsqueeze(-1), _summed, _same, part)
 
 
 def _product(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
@@ -232,60 +232,31 @@ _FORWARDS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-class _Copy(torch.autograd.Function):
-    """The same values for all ranks of a group; the gradient is the sum of theirs."""
+class _Paired(torch.autograd.Function):
+    """A function of what this rank has, and another one of the gradient of its result."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return inputs.view_as(inputs)
+    def forward(ctx: Any, inputs: torch.Tensor, there: _Function, back: _Function, part: Part) -> torch.Tensor:
+        ctx.back, ctx.part = back, part
+        return there(inputs, part)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _summed(gradients[0], ctx.group), None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.back(gradients[0], ctx.part), None, None, None
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over the ranks of a group, which all use in the same way; each has the gradient of it already."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        return _summed(inputs, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0], None
+def _paired(inputs: torch.Tensor, there: _Function, back: _Function, part: Part) -> torch.Tensor:
+    result: torch.Tensor = _Paired.apply(inputs, there, back, part)
+    return result
 
 
-class _Gather(torch.autograd.Function):
-    """The features of all ranks of a group, which all use in the same way."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, part: Part) -> torch.Tensor:
-        ctx.part = part
-        return _gathered(inputs, part)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _own(gradients[0], ctx.part), None
+def _same(tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    return tensor.view_as(tensor)
 
 
-class _Split(torch.autograd.Function):
-    """This rank's features of what all ranks of a group have."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, part: Part) -> torch.Tensor:
-        ctx.part = part
-        return _own(inputs, part)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _gathered(gradients[0], ctx.part), None
-
-
-def _summed(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def _summed(tensor: torch.Tensor, part: Part) -> torch.Tensor:
     total = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(total, group=part.group)
     return total
 
 

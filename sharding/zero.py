@@ -69,7 +69,7 @@ class Zero(Strategy):
         if any(parameter.numel() == 0 for parameter in model.parameters()):
             raise UserError("ZeRO cannot shard parameters without elements; use --strategy ddp")
         config = _config(self.stage, world, settings)
-        with _deepspeed(world) as deepspeed:
+        with imported_deepspeed(world) as deepspeed:
             if self.stage == 3:
                 _materialise(model, config)
             self._engine, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
@@ -238,7 +238,7 @@ def _config(stage: int, world: World, settings: Settings) -> dict[str, Any]:
 
 
 @contextmanager
-def _deepspeed(world: World) -> Iterator[Any]:
+def imported_deepspeed(world: World) -> Iterator[Any]:
     """Import DeepSpeed for the ranks' device, without its log output during set-up."""
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"

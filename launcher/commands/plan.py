@@ -23,7 +23,7 @@ from shardlaunch.launcher.recipe import check_in_effect
 from shardlaunch.launcher.runs.data import load_data
 from shardlaunch.launcher.runs.session import preserved_process, silent_libraries
 from shardlaunch.sharding.precision import resolve_precision
-from shardlaunch.sharding.resolve import PLANNED_ON_ONE_RANK, STRATEGIES, check_strategy_name
+from shardlaunch.sharding.resolve import STRATEGIES, check_strategy_name
 from shardlaunch.sharding.world import World
 
 EXIT_NOTHING_FITS = 1
@@ -60,7 +60,6 @@ def plan_run(path: Path, recipe_argv: Sequence[str], cluster: Cluster, *, strate
             recipe=recipe,
             data=data,
             precision_name=resolve_precision(command.options.precision, None),
-            layer_classes=command.options.layer_classes or command.recipe_type.layer_classes,
         )
         micro_batch, batch = subject.largest_batch()
         plans = []
@@ -88,11 +87,16 @@ def _names(strategy: str, option: str, ranks: int) -> Sequence[str]:
         raise UserError(f"two strategies were requested: --strategy {strategy} and {option} of the recipe; remove one")
     asked = strategy if strategy != "auto" else option
     if asked == "auto":
-        several = [name for name, kind in STRATEGIES.items() if not kind.for_one_process]
-        return several if ranks > 1 else PLANNED_ON_ONE_RANK
+        return [
+            name
+            for name, kind in STRATEGIES.items()
+            if (kind.is_choice_of_one_rank if ranks == 1 else not kind.for_one_process)
+        ]
     check_strategy_name(asked, f"--strategy {asked}")
-    if asked == "dp":
-        raise UserError("--strategy dp: keeps on each GPU what single keeps on one; plan --strategy single --ranks 1")
+    if other := STRATEGIES[asked].planned_as:
+        raise UserError(
+            f"--strategy {asked}: keeps on each GPU what {other} keeps on one; plan --strategy {other} --ranks 1"
+        )
     if STRATEGIES[asked].for_one_process and ranks > 1:
         raise UserError(f"--strategy {asked} is for one process, not --ranks {ranks}")
     return (asked,)

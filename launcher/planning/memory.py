@@ -1,13 +1,13 @@
 """What a trace of allocations says: what stays, what is kept for the backward pass, the peak."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from shardlaunch.launcher.planning.allocator import in_blocks, reserved_bytes
 from shardlaunch.launcher.planning.simulation import GRADIENTS, INPUTS, OPTIMIZER, PARAMETERS, Trace
 
-BLOCK_BYTES = 512  # what CUDA's allocator rounds up to
 ON_HOST = (PARAMETERS, GRADIENTS, OPTIMIZER)
 """What --cpu-offload keeps in host memory."""
 
@@ -25,6 +25,8 @@ class Memory:
     """The most of the device's memory at once; what is in host memory is not in it."""
     peak_in: str
     """The part of a step that it is reached in."""
+    reserved: int
+    """What PyTorch's allocator takes from the device for it: with gaps, which it gives back when memory is short."""
     host: int = 0
     """Of the above, what is in host memory."""
 
@@ -34,6 +36,7 @@ def memory_of(trace: Trace, *, is_offloaded: bool = False) -> Memory:
     numbers, changes = _rounded(trace.events)
     kinds = np.array([trace.kinds.get(int(number), "") for number in numbers], dtype=object)
     on_host = np.isin(kinds, ON_HOST) if is_offloaded else np.zeros(len(kinds), dtype=bool)
+    on_device = [event for event, is_on_host in zip(trace.events, on_host, strict=True) if not is_on_host]
     begin = next(mark.position for mark in trace.marks if mark.name == "begin")
     live = np.cumsum(np.where(on_host, 0, changes))
     peak_at = begin + int(np.argmax(live[begin:])) if len(live) > begin else len(live) - 1
@@ -48,15 +51,14 @@ def memory_of(trace: Trace, *, is_offloaded: bool = False) -> Memory:
         activations=int(max(passing[ends], default=0)),
         peak=int(live[peak_at]),
         peak_in=peak_in,
+        reserved=reserved_bytes(on_device, trace.streams),
         host=int(np.cumsum(np.where(on_host, changes, 0)).max(initial=0)),
     )
 
 
-def peak_of_pools(events: Sequence[tuple[int, int]], streams: Mapping[int, int]) -> int:
-    """Return the sum of the peaks of all streams: the allocator gives no stream what another one has freed."""
-    numbers, changes = _rounded(events)
-    pools = np.array([streams.get(int(number), 0) for number in numbers], dtype=np.int64)
-    return sum(int(np.cumsum(changes[pools == pool]).max(initial=0)) for pool in np.unique(pools))
+def peak_of(events: Sequence[tuple[int, int]]) -> int:
+    """Return the most bytes that are in use at once."""
+    return int(np.cumsum(_rounded(events)[1]).max(initial=0))
 
 
 def _rounded(events: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -66,9 +68,5 @@ def _rounded(events: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]
     for number, change in events:
         before = sizes.get(number, 0)
         sizes[number] = before + change
-        changes.append(_blocks(before + change) - _blocks(before))
+        changes.append(in_blocks(before + change) - in_blocks(before))
     return np.array([number for number, _ in events], dtype=np.int64), np.array(changes, dtype=np.int64)
-
-
-def _blocks(num_bytes: int) -> int:
-    return -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES

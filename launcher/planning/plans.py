@@ -19,8 +19,8 @@ from shardlaunch.launcher.planning.memory import Memory, memory_of
 from shardlaunch.launcher.planning.simulation import simulate
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.runs.data import RunData
+from shardlaunch.launcher.runs.settings import settings_of
 from shardlaunch.launcher.training.batches import MicroBatch, Slot
-from shardlaunch.sharding.precision import PRECISIONS
 from shardlaunch.sharding.resolve import STRATEGIES, check_settings
 from shardlaunch.sharding.strategy import Settings
 from shardlaunch.sharding.world import World
@@ -36,7 +36,6 @@ class Subject:
     recipe: Recipe
     data: RunData
     precision_name: str
-    layer_classes: tuple[str, ...]
 
     @property
     def options(self) -> Options:
@@ -44,14 +43,7 @@ class Subject:
 
     def settings(self) -> Settings:
         """Return the strategy's settings."""
-        options = self.options
-        return Settings(
-            compute_dtype=PRECISIONS[self.precision_name],
-            layer_classes=self.layer_classes,
-            reshard_after_forward=options.reshard_after_forward,
-            cpu_offload=options.cpu_offload,
-            shard_ranks=options.shard_ranks,
-        )
+        return settings_of(type(self.recipe), self.options, self.precision_name)
 
     def with_options(self, **changed: Any) -> "Subject":
         """Return the same with other options."""

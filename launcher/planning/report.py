@@ -52,6 +52,11 @@ def lines_of(
         )
     if best is not None:
         yield f"fastest that fits: {best.strategy}, {rate_text(subject.options, best)}"
+        if best.memory is not None:
+            yield (
+                f"PyTorch's allocator takes {bytes_text(best.memory.reserved)} for {bytes_text(best.memory.peak)} at "
+                f"the peak: gaps between blocks, which it gives back when memory is short"
+            )
     else:
         yield "nothing fits"
     if suggestion is not None and suggestion.memory is not None:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.launcher.optimization.freezing import freeze, train_mode
+from shardlaunch.launcher.planning.allocator import BLOCK_BYTES
 from shardlaunch.launcher.planning.gpu_kernels import gpu_kernels
 from shardlaunch.launcher.planning.ledger import Collective, Ledger
 from shardlaunch.launcher.recipe import Recipe
@@ -34,6 +35,7 @@ from shardlaunch.sharding.resolve import STRATEGIES
 from shardlaunch.sharding.strategy import Settings, Strategy
 from shardlaunch.sharding.world import World
 from shardlaunch.sharding.zero import Zero
+from shardlaunch.sharding.zero_planned import views_of_rank_0
 
 PARAMETERS, GRADIENTS, OPTIMIZER, INPUTS = "parameters", "gradients", "optimizer", "inputs"
 
@@ -84,6 +86,8 @@ class Trace:
     events: list[tuple[int, int]]
     kinds: dict[int, str] = field(default_factory=dict)
     """What a storage holds, of those that stay from step to step."""
+    streams: dict[int, int] = field(default_factory=dict)
+    """The stream of a storage that is not allocated in the default one."""
     marks: list[Mark] = field(default_factory=list)
     steps: list["StepCounts"] = field(default_factory=list)
     state_bytes: int = 0
@@ -135,12 +139,15 @@ def simulate(
     def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         return recipe_optimizer(recipe, list(parameters))
 
+    strategy_type = SIMULATED[strategy_name]
     with _ranks(ranks, ranks_per_node) as world, _usual_linear():
         kernels = gpu_kernels() if on_gpu else nullcontext()
-        with kernels, ledger.noting():
-            _take_values(model, ledger, keeps_parameters=issubclass(SIMULATED[strategy_name], Fsdp2))
-            strategy = SIMULATED[strategy_name](model, build_optimizer, world=world, settings=settings)
-            trace = Trace(events=ledger.events, details=strategy.describe())
+        is_zero = issubclass(strategy_type, Zero)
+        views = views_of_rank_0(world, block_bytes=BLOCK_BYTES) if is_zero else nullcontext()
+        with views, kernels, ledger.noting():
+            _take_values(model, ledger, keeps_parameters=issubclass(strategy_type, Fsdp2))
+            strategy = strategy_type(model, build_optimizer, world=world, settings=settings)
+            trace = Trace(events=ledger.events, streams=ledger.streams, details=strategy.describe())
             _note_kinds(trace, ledger, strategy)
             trainer = Trainer(
                 recipe,

@@ -20,6 +20,7 @@ from shardlaunch.launcher.reporting.phases import phase, shown_by
 from shardlaunch.launcher.runs.folder import run_folder
 from shardlaunch.launcher.runs.result import Result
 from shardlaunch.launcher.runs.session import preserved_process, silent_libraries
+from shardlaunch.launcher.runs.settings import settings_of
 from shardlaunch.launcher.training.stopping import Stopped
 from shardlaunch.sharding.environment import (
     JOB_END_VARIABLE,
@@ -28,8 +29,7 @@ from shardlaunch.sharding.environment import (
     read_environment,
     tell_libraries,
 )
-from shardlaunch.sharding.precision import PRECISIONS, resolve_precision
-from shardlaunch.sharding.strategy import Settings
+from shardlaunch.sharding.precision import resolve_precision
 from shardlaunch.sharding.world import World, abandon, connect, disconnect, threads_per_rank
 
 
@@ -149,14 +149,7 @@ def run_recipe_on(
 
     recipe_type = recipe if isinstance(recipe, type) else type(recipe)
     check_ranks(env, world, _accelerate_ranks(world))
-    settings = Settings(
-        compute_dtype=PRECISIONS[choice.precision],
-        layer_classes=options.layer_classes or env.layer_classes or recipe_type.layer_classes,
-        reshard_after_forward=options.reshard_after_forward and env.reshard_after_forward,
-        cpu_offload=options.cpu_offload or env.cpu_offload,
-        shard_ranks=options.shard_ranks or env.shard_ranks,
-        exact=options.exact,
-    )
+    settings = settings_of(recipe_type, options, choice.precision, env)
     check_settings(choice.strategy, settings)
     if options.exact:
         check_exact(choice.strategy, world, num_micro_batches=options.micro_batches, compiles=options.compile)

@@ -1,7 +1,9 @@
 """Peaks of planned memory beside what the CPU's allocator counts in real runs."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardlaunch import Options, Recipe, TensorData
+from shardlaunch.launcher.planning import simulation
+from shardlaunch.launcher.planning.allocator import in_blocks
 from shardlaunch.launcher.planning.memory import Memory, memory_of
-from shardlaunch.launcher.planning.simulation import simulate
+from shardlaunch.launcher.planning.simulation import Trace, simulate
 from shardlaunch.launcher.runs.assembly import assemble
 from shardlaunch.launcher.runs.data import RunData, load_data
 from shardlaunch.launcher.training.batches import GlobalBatch, MicroBatch, Slot
@@ -21,6 +25,7 @@ from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.precision import PRECISIONS, apply_precision
 from shardlaunch.sharding.strategy import Settings
 from shardlaunch.sharding.world import World, connect, disconnect
+from shardlaunch.sharding.zero_planned import _padding
 from tests.distributed.ranks import run_on_ranks
 
 WIDTH, VOCABULARY, LENGTH = 192, 1000, 40
@@ -46,11 +51,23 @@ class Deep(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.blocks = nn.Sequential(*(Block() for _ in range(5)))
-        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.head(self.blocks(self.embedding(inputs)))
         return logits.clone()  # FSDP2 warns of views
+
+
+class Language(Deep):
+    """With the names that Hugging Face's models have."""
+
+    _no_split_modules = ("Block",)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
 
 
 class DeepRecipe(Recipe):
@@ -83,17 +100,48 @@ def _settings(precision: str) -> Settings:
 
 def _planned(strategy: str, precision: str, ranks: int) -> tuple[Memory, int]:
     """Return planned memory, and the bytes that are there before the first step."""
+    trace = _trace(strategy, precision, ranks)
+    return memory_of(trace), sum(change for _, change in trace.events[: trace.marks[0].position])
+
+
+def _trace(strategy: str, precision: str, ranks: int, **settings: Any) -> Trace:
     torch.set_num_threads(1)
-    trace = simulate(
+    return simulate(
         *_subject(),
         strategy_name=strategy,
-        settings=_settings(precision),
+        settings=replace(_settings(precision), **settings),
         precision_name=precision,
         ranks=ranks,
         ranks_per_node=8,
         on_gpu=False,
     )
-    return memory_of(trace), sum(change for _, change in trace.events[: trace.marks[0].position])
+
+
+def _planned_with_ends_on_their_own() -> list[tuple[Memory, int]]:
+    """Return memory, and the bytes of all collectives, of a model with large ends and of one whose ends are unknown."""
+    found = []
+    for model in (Language, Deep):
+        with patch.object(DeepRecipe, "model", lambda _, model=model: model()):
+            trace = _trace("fsdp2", "bf16", 8)
+        num_bytes = sum(one.num_bytes * count for one, count in trace.per_step(1).items())
+        found.append((memory_of(trace), num_bytes))
+    return found
+
+
+def _planned_with_all_views(cases: list[tuple[str, int, bool]]) -> list[tuple[Any, Any]]:
+    """Return what plans by DeepSpeed's own loops over ranks say, and plans without them."""
+
+    def planned(strategy: str, ranks: int, is_offloaded: bool) -> Any:
+        trace = _trace(strategy, "bf16", ranks, cpu_offload=is_offloaded)
+        allocated = sum(in_blocks(change) for _, change in trace.events if change > 0)
+        return memory_of(trace, is_offloaded=is_offloaded), allocated, trace.steps, trace.state_bytes
+
+    found = []
+    for case in cases:
+        with patch.object(simulation, "views_of_rank_0", lambda *_, **__: nullcontext()):
+            slow = planned(*case)
+        found.append((slow, planned(*case)))
+    return found
 
 
 class _Done:
@@ -182,7 +230,32 @@ def test_plan_is_what_a_real_run_allocates(strategy: str, precision: str, ranks:
 def test_plan_for_thousands_of_ranks() -> None:
     ((few, _),) = run_on_ranks(1, _planned, "fsdp2", "fp32", 2)
     ((many, _),) = run_on_ranks(1, _planned, "fsdp2", "fp32", 16_384)
-    num_tensors = 3 + 6 * 5
+    num_tensors = 2 + 6 * 5
     assert few.parameters > 2_000_000
     assert many.parameters < 1024 * num_tensors  # at most a row of each, in blocks
     assert many.activations == pytest.approx(few.activations, rel=0.01)
+
+
+def test_plans_of_zero_are_those_of_deepspeeds_own_loops() -> None:
+    cases = [("zero1", 20, False), ("zero2", 7, True), ("zero3", 7, False)]  # which divide nothing evenly
+    (found,) = run_on_ranks(1, _planned_with_all_views, cases)
+    for case, (slow, fast) in zip(cases, found, strict=True):
+        assert slow == fast, case
+
+
+@pytest.mark.parametrize(("num_elements", "num_ranks"), [(192, 7), (192, 300), (8, 4), (3, 4), (1, 600), (5000, 3)])
+def test_padding_is_that_of_each_rank(num_elements: int, num_ranks: int) -> None:
+    tensor = torch.empty(num_elements)
+    size = -(-num_elements // num_ranks)
+    padding = [size - len(tensor[rank * size : (rank + 1) * size]) for rank in range(num_ranks)]
+    num_bytes = _padding(tensor, size, num_ranks, 512).nbytes
+    assert num_bytes == sum(-(-4 * length // 512) * 512 for length in padding)
+
+
+def test_large_ends_that_are_gathered_on_their_own_take_less() -> None:
+    (((memory, num_bytes), (with_the_rest, more_bytes)),) = run_on_ranks(1, _planned_with_ends_on_their_own)
+    head_bytes = WIDTH * VOCABULARY * 4
+    assert memory.activations < with_the_rest.activations - head_bytes / 3  # no copy of the head for autocast
+    assert memory.peak < with_the_rest.peak
+    assert num_bytes < more_bytes - head_bytes / 2  # gathered in bf16
+    assert memory.parameters == with_the_rest.parameters

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shardlaunch import UserError
-from shardlaunch.launcher.commands.plan import plan_run
+from shardlaunch.launcher.commands.plan import _names, plan_run
 from shardlaunch.launcher.planning.cluster import Cluster, wire_bytes
 from shardlaunch.launcher.planning.ledger import Collective
 from shardlaunch.launcher.planning.simulation import StepCounts, Trace
@@ -135,6 +135,7 @@ def test_plan_command(tmp_path: Path) -> None:
     assert ddp["save_bytes"] == pytest.approx(12 * num_parameters, rel=0.01)
     assert ddp["wire_bytes"] == pytest.approx(2 * 3 / 4 * 4 * num_parameters, rel=0.01)
     assert "longest" in document["assumed"][0]
+    assert all(plan["memory"]["reserved"] >= plan["memory"]["peak"] for plan in plans.values())
     # The batch of the longest sample, whose attention a GPU does without keeping probabilities.
     activations = ddp["memory"]["activations"]
     assert 8 * 512 * (64 + 192 + 64 + 50) * 2 < activations < SCORES_BYTES
@@ -165,6 +166,14 @@ def test_plan_command(tmp_path: Path) -> None:
     ):
         assert isinstance(message, str), message
         assert words in message
+
+
+def test_strategies_that_are_planned() -> None:
+    assert [*_names("auto", "auto", 1)] == ["single", "fsdp2"]
+    assert [*_names("auto", "auto", 2)] == ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
+    assert [*_names("auto", "zero3", 1)] == ["zero3"]
+    with pytest.raises(UserError, match="--strategy dp: keeps on each GPU what single keeps on one; plan --strategy"):
+        _names("dp", "auto", 8)
 
 
 @pytest.mark.parametrize(

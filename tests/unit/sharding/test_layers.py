@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from shardlaunch import UserError
-from shardlaunch.sharding.layers import exact_modules, layers_to_wrap
+from shardlaunch.sharding.layers import exact_modules, large_ends, layers_to_wrap
 
 
 class Block(nn.Module):
@@ -57,3 +57,51 @@ def test_what_autocast_does_not_cast_is_gathered_as_it_is() -> None:
     assert exact_modules(block)[-1] is block, "a layer with such a weight of its own comes after what is in it"
     block.first.weight = block.table.weight
     assert block.table not in exact_modules(block)
+
+
+class Language(nn.Module):
+    """A language model with the names of Hugging Face's."""
+
+    _no_split_modules = ("Block",)
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.table, self.block, self.head = nn.Embedding(vocabulary, 3), Block(), nn.Linear(3, vocabulary, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def _ends(model: nn.Module) -> list[nn.Module]:
+    return large_ends(model, layers_to_wrap(model, ()))
+
+
+def test_an_embedding_and_a_head_that_are_larger_than_each_layer() -> None:
+    model = Language(50)
+    assert _ends(model) == [model.table, model.head]
+    outer = nn.ModuleDict({"inner": model, "other": nn.Embedding(900, 3)})
+    assert _ends(outer) == [model.table, model.head]
+    assert _ends(Language(5)) == []
+    assert large_ends(model, []) == []
+
+
+def test_ends_that_stay_with_the_rest() -> None:
+    class Scaled(nn.Embedding):
+        pass
+
+    model = Language(50)
+    model.head.weight = model.table.weight
+    assert _ends(model) == []
+    model = Language(50)
+    model.table = Scaled(50, 3)
+    assert _ends(model) == [model.head]
+    model.head.bias = nn.Parameter(torch.ones(50))
+    assert _ends(model) == []
+    model.head.bias = None
+    model.block.table = model.head  # no module outside of the layer
+    assert _ends(model) == []
+    model.get_output_embeddings = lambda: None  # type: ignore[method-assign,assignment,return-value]
+    assert _ends(model) == []
