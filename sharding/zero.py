@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -289,6 +290,9 @@ def _materialise(model: nn.Module, config: dict[str, Any]) -> None:
     # All in the same memory: pieces of it freed between the shards would not be given back.
     most = max(parameter.numel() for parameter in model.parameters())
     memory = torch.empty(most, dtype=torch.float32, device=init.local_device)
+    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    for rnn in recurrent:
+        rnn._flat_weight_refs = []  # else the parameters could not be swapped
     for parameter in model.parameters():
         if parameter.is_meta:
             empty = memory[: parameter.numel()].view(parameter.shape)
@@ -296,6 +300,8 @@ def _materialise(model: nn.Module, config: dict[str, Any]) -> None:
             real.__dict__.update(parameter.__dict__)
             torch.utils.swap_tensors(parameter, real)
         init._convert_to_zero_parameters([parameter])
+    for rnn in recurrent:
+        rnn._flat_weight_refs = [weight if weight is None else weakref.ref(weight) for weight in rnn._flat_weights]
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

@@ -217,6 +217,12 @@ def checked_model(model: Any) -> nn.Module:
             f"optimizer needs the sizes before. Give them (Linear(in_features, ...)), or call the model once on an "
             f"example batch in model()"
         )
+    synced = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
+    if synced:
+        raise UserError(
+            f"the model has SyncBatchNorm layers, whose statistics depend on how many ranks there are: {some(synced)}. "
+            f"Use BatchNorm: its running statistics are averaged over the micro-batches of all ranks"
+        )
     saved = dict(model.named_parameters()) | persistent_buffers(model)
     odd = [
         f"{name} ({str(tensor.dtype).removeprefix('torch.')})"

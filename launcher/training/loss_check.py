@@ -16,6 +16,7 @@ from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.seeding import derive_seed, seed_model_stream, seeded
 from shardlaunch.launcher.training.batches import Batches, MicroBatch, Slot
 from shardlaunch.launcher.training.forward import forward
+from shardlaunch.launcher.training.in_place import parameters_stay
 from shardlaunch.sharding.precision import Precision
 
 MOST_SAMPLES = 4  # each forward pass costs, where an evaluation generates texts
@@ -51,7 +52,8 @@ def check_loss(
         tolerance = TOLERANCE.get(precision.name, LOW_TOLERANCE)
         try:
             once, twice = load(half), load(np.concatenate((half, half)))
-            base = losses.of(once)
+            with parameters_stay(model):  # here, since what is changed in place may not change a second time
+                base = losses.of(once)
             if not once.num_targets or not math.isfinite(base) or not base:
                 return
             noise = abs(losses.of(once, seed=1) / base - 1)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from shardlaunch.launcher.training.batches import Batches, GlobalBatch
 from shardlaunch.launcher.training.clock import Clock
 from shardlaunch.launcher.training.evaluation import Evaluation, Evaluator
 from shardlaunch.launcher.training.forward import forward
+from shardlaunch.launcher.training.in_place import parameters_stay
 from shardlaunch.launcher.training.slow_ranks import PartTimes, RankTimes, slowest, spread
 from shardlaunch.launcher.training.stopping import Asked, BrokenOff, Polls, Requests
 from shardlaunch.progress import BACKWARD, BETWEEN_STEPS, DATA, FORWARD, WAITING, progress
@@ -75,6 +77,7 @@ class Trainer:
         self.world = world
         self.precision = precision
         self.forward = forward
+        self._has_run = options.compile  # a compiled pass cannot be looked into
         self.num_steps = num_steps
         self.last_step = last_step or num_steps
         self.hooks = hooks
@@ -189,7 +192,9 @@ class Trainer:
                 progress.begin_slot(FORWARD, batch.step + 1, slot, last + 1)
                 seed_model_stream(self.options.seed, batch.step, micro_batch.index, device)
                 self.recipe.moment = moment
-                _, _, loss = self.forward(self.recipe, model, micro_batch, self.precision, device)
+                with nullcontext() if self._has_run else parameters_stay(model):
+                    _, _, loss = self.forward(self.recipe, model, micro_batch, self.precision, device)
+                self._has_run = True
                 if micro_batch.weight:
                     summand = self._summands(loss.detach())
                     total = summand if total is None else total + summand.to(total.device)

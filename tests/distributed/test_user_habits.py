@@ -208,15 +208,26 @@ def test_hooks_on_gradients_that_ranks_would_change_are_refused(
     assert message in output
 
 
+class Recurrent(nn.Module):
+    """A net with a recurrent layer, which keeps weak references to its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(NUM_FEATURES, NUM_CLASSES, batch_first=True)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.layer(inputs[:, None])[0][:, 0] * self.scale
+        return outputs
+
+
 class Slowed(Habits):
     """An attribute of a parameter chooses its learning rate, as µP and others do."""
 
     def model(self) -> nn.Module:
-        model = super().model()
-        model.bias.slow = True
-        model.scale = nn.Parameter(torch.tensor(1.0))
-        model.scale.slow = True
-        model.register_forward_hook(lambda module, inputs, outputs: outputs * module.scale)
+        model = Recurrent()
+        for parameter in (model.scale, model.layer.bias_hh_l0):
+            parameter.slow = True
         return model
 
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:

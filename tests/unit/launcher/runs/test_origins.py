@@ -270,6 +270,7 @@ def test_low_precision_is_widened_and_all_else_keeps_its_dtype() -> None:
         (lambda: nn.LazyLinear(3), "weight, bias; the optimizer needs the sizes"),
         (lambda: nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d()), r"learn their sizes.*1\.weight"),
         (lambda: nn.ParameterList([nn.Parameter(torch.ones(2, dtype=torch.complex64))]), r"0 \(complex64\)"),
+        (lambda: nn.Sequential(nn.SyncBatchNorm(3)), r"SyncBatchNorm layers, whose statistics depend on.*: 0\."),
         (lambda: None, "must return a torch module; it returned NoneType"),
     ],
 )
