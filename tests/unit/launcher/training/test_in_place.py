@@ -49,6 +49,14 @@ def test_an_embedding_with_a_largest_norm_is_found() -> None:
         model(torch.tensor([1, 2]))
 
 
+@pytest.mark.parametrize("place", range(9))
+def test_each_element_of_a_parameter_counts(place: int) -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.arange(10.0)[1:])  # begins, and ends, between two integers of 64 bits
+    with pytest.raises(UserError, match="changes weight in place"), parameters_stay(model), torch.no_grad():
+        model.weight[place] += 1
+
+
 def test_buffers_may_change() -> None:
     model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.BatchNorm1d(4))
     with parameters_stay(model):
