@@ -161,6 +161,7 @@ def simulate(
                 hooks=Hooks(
                     on_step=_ignore, on_left_out=_ignore, on_evaluating=_ignore, on_evaluation=_ignore, save=_ignore
                 ),
+                has_values=False,
             )
             _run_steps(trainer, trace, ledger, micro_batch, most_slots=num_slots)
             trace.state_bytes = sum(fragment.spec.num_bytes for fragment in strategy.state())

@@ -68,7 +68,9 @@ class Trainer:
         hooks: Hooks,
         last_step: int = 0,
         requests: Requests | None = None,
+        has_values: bool = True,
     ) -> None:
+        """`has_values`: tensors have, which can be looked at; not in a plan."""
         self.recipe = recipe
         self.options = options
         self.strategy = strategy
@@ -77,7 +79,8 @@ class Trainer:
         self.world = world
         self.precision = precision
         self.forward = forward
-        self._has_run = options.compile  # a compiled pass cannot be looked into
+        # The first forward pass is looked into; a compiled one cannot be.
+        self._is_forward_checked = options.compile or not has_values
         self.num_steps = num_steps
         self.last_step = last_step or num_steps
         self.hooks = hooks
@@ -192,9 +195,9 @@ class Trainer:
                 progress.begin_slot(FORWARD, batch.step + 1, slot, last + 1)
                 seed_model_stream(self.options.seed, batch.step, micro_batch.index, device)
                 self.recipe.moment = moment
-                with nullcontext() if self._has_run else parameters_stay(model):
+                with nullcontext() if self._is_forward_checked else parameters_stay(model):
                     _, _, loss = self.forward(self.recipe, model, micro_batch, self.precision, device)
-                self._has_run = True
+                self._is_forward_checked = True
                 if micro_batch.weight:
                     summand = self._summands(loss.detach())
                     total = summand if total is None else total + summand.to(total.device)
