@@ -324,6 +324,24 @@ def _digest(results: Sequence[Result]) -> str:
     )
 
 
+def _curves(results: Sequence[Result]) -> str:
+    names = {"training_loss": "training loss", "evaluation_loss": "evaluation loss"}
+    rows = [
+        (
+            row["task"],
+            names.get(what, what),
+            *(f"{row[what][mode]:.4f}" for mode in ("plain", "exact")),
+            f"{row[what]['noise']:.4f}",
+            f"{row[what]['difference']:.5f}",
+        )
+        for result in results
+        for row in result["rows"]
+        for what in row
+        if isinstance(row[what], dict)
+    ]
+    return _table(("data", "", "without", "with `--exact`", "noise of seeds", "largest difference of a seed"), rows)
+
+
 def _machine(results: Sequence[Result]) -> str:
     machines = {f"{result['machine']['cpu']}, Python {result['machine']['python']}" for result in results}
     packages = ("torch", "accelerate", "transformers", "lightning") if "torch" in results[0]["versions"] else ("numpy",)
@@ -361,6 +379,7 @@ _KINDS = {
     "scale": _scale,
     "startup": _startup,
     "exact": _exact,
+    "curves": _curves,
     "digest": _digest,
     "machine": _machine,
 }
