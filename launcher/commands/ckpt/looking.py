@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from shardlaunch.checkpoints.files import is_gone
 from shardlaunch.checkpoints.finding import Run, best_step, checkpoint_at, runs_at
 from shardlaunch.checkpoints.names import MANIFEST, MODEL, NUM_BYTES, OPTIMIZER, step_of_dir_name
 from shardlaunch.checkpoints.records import RunRecord, read_record
@@ -200,7 +201,12 @@ def verify_checkpoints(path: Path, *, step: int | None, as_json: bool) -> int:
 
 def _with_recorded(verdict: Verdict, known: dict[Path, Any]) -> Verdict:
     """Add a damage where a valid checkpoint is not of the state that its run has recorded."""
-    what = difference_from_recorded(verdict.step_dir, known) if verdict.is_valid else ""
+    try:
+        what = difference_from_recorded(verdict.step_dir, known) if verdict.is_valid else ""
+    except UserError:
+        if not is_gone(verdict.step_dir):
+            raise
+        return replace(verdict, unlisted=(), is_gone=True)
     return replace(verdict, damages=(Damage(file=MANIFEST, what=what),)) if what else verdict
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from shardlaunch.checkpoints.retention import prune
+from shardlaunch.checkpoints.verifying import Verdict, verify
+from shardlaunch.launcher.commands.ckpt import looking
 from tests.unit.checkpoints.saved import flip, save_step, weights_file
 from tests.unit.launcher.commands.ckpt.conftest import Ckpt, make_run
 from tests.unit.launcher.test_imports import imported
@@ -245,6 +248,22 @@ def test_a_run_that_goes_on_is_not_disturbed_and_not_damaged(tmp_path: Path, ckp
         saving.join()
     assert not failures
     assert ckpt("verify", run).status == 0
+
+
+def test_a_checkpoint_that_is_deleted_after_it_was_verified_is_not_damaged(
+    tmp_path: Path, ckpt: Ckpt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run")
+
+    def verified(step_dir: Path) -> Verdict:
+        verdict = verify(step_dir)
+        shutil.rmtree(step_dir)
+        return verdict
+
+    monkeypatch.setattr(looking, "verify", verified)
+    ended = ckpt("verify", run)
+    assert ended.status == 0, ended.err
+    assert "deleted meanwhile" in ended.out
 
 
 @pytest.mark.parametrize("words", ["--help", "list {0}", "verify {0}", "show {0}", "copy {0} {0}-copy"])
