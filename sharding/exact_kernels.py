@@ -12,8 +12,6 @@ from shardlaunch.errors import UserError
 
 _settings: Any = deterministic
 _NO_KERNEL = "does not have a deterministic implementation"
-# cuBLAS has a workspace per stream then, and does not choose an algorithm by what is free of it.
-_WORKSPACE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 @contextmanager
@@ -23,8 +21,8 @@ def deterministic_kernels() -> Iterator[None]:
     is_warning = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = _settings.fill_uninitialized_memory
     benchmark = torch.backends.cudnn.benchmark
-    for name, value in _WORKSPACE.items():
-        os.environ.setdefault(name, value)
+    # cuBLAS has a workspace per stream then, and does not choose an algorithm by what is free of it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     _settings.fill_uninitialized_memory = False  # else each new tensor is written once more
     torch.backends.cudnn.benchmark = False
