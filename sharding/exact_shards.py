@@ -12,9 +12,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
+from shardlaunch.sharding import direct
+from shardlaunch.sharding.direct import OwnMemory
 from shardlaunch.sharding.exact import ExactGradients, Units, norm_of, sums_of_squares
 from shardlaunch.sharding.shards import local_shard
 from shardlaunch.sharding.world import World
+
+_SENT, _RECEIVED = "sent", "received"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,7 @@ class ExactShards:
         self._views: list[torch.Tensor] = []  # of the sums, without padding
         self._sums: list[torch.Tensor] = []
         self._replicas: list[dist.ProcessGroup | None] = []
+        self._kept: dict[str, torch.Tensor] = {}
         found: list[str] = []
         for block in blocks:
             group: Any = block._get_fsdp_state()._fsdp_param_group
@@ -137,15 +142,26 @@ class ExactShards:
         group: dist.ProcessGroup,
     ) -> None:
         """Sum a micro-batch's gradients of a block over the ranks, and add this rank's shards to the sums."""
-        multiples = torch.empty_like(gradients, dtype=torch.int64)
+        multiples = self._memory(_SENT, len(gradients))
         for its_gradients, its_multiples in zip(
             gradients.view(-1, len(sums)), multiples.view(-1, len(sums)), strict=True
         ):
             self._add(shards, its_multiples, its_gradients, is_first=True)
-        own = torch.empty_like(sums)
-        dist.reduce_scatter_single(own, multiples, group=group)
-        sums.add_(own)
+        if direct.fits(group):
+            for part in direct.parts_of_all(multiples, group, self._memory(_RECEIVED, len(multiples))):
+                sums.add_(part)
+        else:
+            own = self._memory(_RECEIVED, len(sums))
+            dist.reduce_scatter_single(own, multiples, group=group)
+            sums.add_(own)
         output.zero_()
+
+    def _memory(self, purpose: str, size: int) -> torch.Tensor:
+        """Return integers for the time of a reduction, in memory that all blocks share."""
+        kept = self._kept.get(purpose)
+        if kept is None or len(kept) < size:
+            kept = self._kept[purpose] = torch.empty(size, dtype=torch.int64, device=self._world.device)
+        return kept[:size]
 
     def _add(self, shards: Sequence[_Shard], sums: torch.Tensor, gradients: torch.Tensor, *, is_first: bool) -> None:
         for shard in shards:
@@ -153,15 +169,11 @@ class ExactShards:
             self._units.add_multiples(shard.number, gradients[place], sums[place], is_first=is_first)
 
 
-class _Reduction(ReduceScatter):
+class _Reduction(OwnMemory, ReduceScatter):
     """A block's reduction by a function of output, input and group."""
 
     def __init__(self, reduce: Any) -> None:
         self._reduce_by = reduce
-
-    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return memory for FSDP2."""
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self,

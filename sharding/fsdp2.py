@@ -18,12 +18,14 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.errors import UserError, some
+from shardlaunch.sharding import direct
+from shardlaunch.sharding.direct import DirectGather, DirectReduction
 from shardlaunch.sharding.exact_shards import ExactShards
 from shardlaunch.sharding.exact_step import step_exactly
 from shardlaunch.sharding.gradients import clip_factor
 from shardlaunch.sharding.layers import (
     check_gradient_hooks,
-    exact_modules,
+    fp32_modules,
     large_ends,
     layers_to_wrap,
     refuse_layer_dropping,
@@ -116,7 +118,7 @@ class Fsdp2(Strategy):
         )
         fp32 = MixedPrecisionPolicy()
         policy = fp32
-        exact: list[nn.Module] = []
+        whole: list[nn.Module] = []
         layers = layers_to_wrap(model, settings.layer_classes)
         layers += large_ends(model, layers)
         # Exact sums are of gradients as `ddp` has them, in fp32.
@@ -126,9 +128,9 @@ class Fsdp2(Strategy):
             policy = MixedPrecisionPolicy(
                 param_dtype=settings.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-            exact = [module for layer in layers for module in exact_modules(layer)]
-        low = [layer for layer in layers if layer not in exact]
-        policies = dict.fromkeys(exact, fp32) | dict.fromkeys(low, policy) | {model: fp32}
+            whole = [module for layer in layers for module in fp32_modules(layer)]
+        low = [layer for layer in layers if layer not in whole]
+        policies = dict.fromkeys(whole, fp32) | dict.fromkeys(low, policy) | {model: fp32}
         for module, its_policy in policies.items():
             fully_shard(
                 module,
@@ -142,6 +144,9 @@ class Fsdp2(Strategy):
         for block in self._blocks:
             block.set_gradient_divide_factor(1.0)  # sum over the ranks, not mean
             block.set_force_sum_reduction_for_comms(True)  # gloo has no premultiplied sum
+            if direct.fits(mesh.get_group(mesh.ndim - 1)):
+                block.set_custom_all_gather(DirectGather())
+                block.set_custom_reduce_scatter(DirectReduction())
         # All ranks must reduce the same tensors, even if the data decides which parameters the loss reaches.
         model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
 

@@ -65,7 +65,7 @@ def _num_elements(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def exact_modules(layer: nn.Module) -> list[nn.Module]:
+def fp32_modules(layer: nn.Module) -> list[nn.Module]:
     """Return the modules of a layer, innermost first, whose own weights autocast may use in fp32.
 
     Other modules only multiply or convolve with their weights, so autocast casts those at each use. The layer itself

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from shardlaunch import UserError
-from shardlaunch.sharding.layers import exact_modules, large_ends, layers_to_wrap
+from shardlaunch.sharding.layers import fp32_modules, large_ends, layers_to_wrap
 
 
 class Block(nn.Module):
@@ -50,13 +50,13 @@ def test_a_class_that_is_not_there_is_refused() -> None:
 
 def test_what_autocast_does_not_cast_is_gathered_as_it_is() -> None:
     block = Block()
-    assert exact_modules(block) == [block.table, block.norm]
+    assert fp32_modules(block) == [block.table, block.norm]
     block.inner = nn.Sequential(nn.LayerNorm((2, 2)), nn.EmbeddingBag(3, 2), nn.Conv1d(1, 1, 1))
-    assert exact_modules(block) == [block.inner[1], block.inner[0], block.table, block.norm]
+    assert fp32_modules(block) == [block.inner[1], block.inner[0], block.table, block.norm]
     block.scale = nn.Parameter(torch.ones(3))
-    assert exact_modules(block)[-1] is block, "a layer with such a weight of its own comes after what is in it"
+    assert fp32_modules(block)[-1] is block, "a layer with such a weight of its own comes after what is in it"
     block.first.weight = block.table.weight
-    assert block.table not in exact_modules(block)
+    assert block.table not in fp32_modules(block)
 
 
 class Language(nn.Module):
