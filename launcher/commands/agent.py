@@ -17,11 +17,13 @@ import psutil
 from torch.distributed import run
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import api as elastic
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher import api
 
 from shardlaunch.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_STOPPED, EXIT_USER_ERROR
+from shardlaunch.launcher.commands.fork_server import ForkServer, start_rank
 from shardlaunch.launcher.training.stopping import handled_signals
 from shardlaunch.sharding.environment import PROGRESS_VARIABLE, RANKS_VARIABLE, STRATEGY_VARIABLE
 from shardlaunch.sharding.resolve import fitting
@@ -116,24 +118,30 @@ class Agent(LocalElasticAgent):
 
 
 def run_agent(
-    argv: list[str], *, ranks: int, max_restarts: int = 0, min_ranks: int = 0, uses_gpus: bool = False
+    argv: list[str],
+    *,
+    ranks: int,
+    max_restarts: int = 0,
+    min_ranks: int = 0,
+    uses_gpus: bool = False,
+    fork_server: ForkServer | None = None,
 ) -> int:
     """Do what the torchrun command does, without its own error report: the ranks print theirs. Return the exit status.
 
     A run that fails starts again up to `max_restarts` times without a new checkpoint between, on at least `min_ranks`
-    ranks (0: as many as before).
+    ranks (0: as many as before). With a `fork_server` it starts them.
     """
     passed_on = False
 
     def pass_on(number: int, _: FrameType | None) -> None:
         nonlocal passed_on
-        children = psutil.Process().children()
+        children = fork_server.running if fork_server else [child.pid for child in psutil.Process().children()]
         if not children:  # not yet, or no longer
             raise KeyboardInterrupt
         passed_on = True
         for child in children:
-            with suppress(psutil.NoSuchProcess):
-                child.send_signal(number)
+            with suppress(ProcessLookupError):
+                os.kill(child, number)
 
     logging.disable(logging.CRITICAL)  # in this process only, not in the ranks
     # torch's agent would end the ranks 30 s after the signal, however long a step and a save take.
@@ -145,6 +153,8 @@ def run_agent(
         restarts = Restarts(max_restarts, ranks=ranks, min_ranks=min_ranks or ranks, uses_gpus=uses_gpus, saves=saves)
         # torch makes its agent in a function that cannot be given another.
         api.LocalElasticAgent = partial(Agent, restarts)  # type: ignore[misc, assignment]
+        if fork_server is not None:
+            elastic.get_subprocess_handler = partial(start_rank, fork_server)
         words = ["--signals-to-handle", "SIGQUIT", "--max-restarts", str(_ALWAYS if max_restarts else 0), *argv]
         try:
             run.run(run.parse_args(words))

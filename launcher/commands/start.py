@@ -89,14 +89,21 @@ def run_recipe(
     print(f"$ {shlex.join([*settings, 'torchrun', *agent_argv, *worker_argv])}", flush=True)
     os.environ.update(environment)
     from shardlaunch.launcher.commands.agent import run_agent
+    from shardlaunch.launcher.commands.fork_server import IS_POSSIBLE, ForkServer
 
-    return run_agent(
-        [*agent_argv, *worker_argv],
-        ranks=ranks,
-        max_restarts=max_restarts,
-        min_ranks=min_ranks,
-        uses_gpus=bool(num_gpus),
-    )
+    fork_server = ForkServer(recipe) if IS_POSSIBLE and not num_gpus else None
+    try:
+        return run_agent(
+            [*agent_argv, *worker_argv],
+            ranks=ranks,
+            max_restarts=max_restarts,
+            min_ranks=min_ranks,
+            uses_gpus=bool(num_gpus),
+            fork_server=fork_server,
+        )
+    finally:
+        if fork_server is not None:
+            fork_server.close()
 
 
 def _meeting_words(hosts: str, rendezvous: str) -> list[str]:
