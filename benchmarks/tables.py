@@ -8,7 +8,8 @@ A page says between two comments what stands there, and this command fills it in
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
 `memory` (peaks of host memory), `start` (those while a run starts, before a change and now), `plan` (planning
 batches), `plan_memory` (planned memory beside published), `scale` (planning saves), `startup` (starts, by number of
-ranks), `exact` (steps with exact sums), `digest` (digests of states), `survival` (how many faults went well), `faults`
+ranks), `attention` (steps with dropout in attention),
+`exact` (steps with exact sums), `digest` (digests of states), `survival` (how many faults went well), `faults`
 (what became of each), `machine` (where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and
 `<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0. The plots of plots.py are written
 too. `--check` writes nothing and fails when a page or a plot differs from its sources.
@@ -308,6 +309,20 @@ def _exact(results: Sequence[Result]) -> str:
     return _table(("ranks", "strategy", "step, ms", "x plain", *bytes_), rows)
 
 
+def _attention(results: Sequence[Result]) -> str:
+    arms = list(results[0]["rows"][0]["ms"])
+    rows = [
+        (
+            str(row["length"]),
+            *("{:.0f} ({:.0f} to {:.0f})".format(*row["ms"][arm]) for arm in arms),
+            "{:.2f} ({:.2f} to {:.2f})".format(*row["gain"]),
+        )
+        for result in results
+        for row in result["rows"]
+    ]
+    return _table(("tokens", *(f"{arm}, ms" for arm in arms), "plain / ours"), rows)
+
+
 def _digest(results: Sequence[Result]) -> str:
     rows = [
         (
@@ -378,6 +393,7 @@ _KINDS = {
     "plan_memory": _plan_memory,
     "scale": _scale,
     "startup": _startup,
+    "attention": _attention,
     "exact": _exact,
     "curves": _curves,
     "digest": _digest,

@@ -129,6 +129,9 @@ class StrategyOptions:
     model says; the other dimension of the ranks shards as usual."""
     threads_per_rank: int = option(0, mark="warn", minimum=0)
     """CPU threads per rank (0: the machine's cores divided evenly)."""
+    attention: Literal["auto", "plain"] = option("auto", mark="warn")
+    """Attention with dropout on the CPU, of transformers' models: faster in sequences of 192 tokens or more, with other
+    random numbers (auto), or as PyTorch does it (plain)."""
     compile: bool = option(False, mark="warn")
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = option(False, mark="warn")

@@ -33,6 +33,7 @@ from shardlaunch.launcher.runs.rollback import delete_superseded, left_out_of, w
 from shardlaunch.launcher.runs.saver import Saver
 from shardlaunch.launcher.runs.second_place import SecondPlace
 from shardlaunch.launcher.runs.upkeep import Upkeep
+from shardlaunch.launcher.training.attention import faster_attention
 from shardlaunch.launcher.training.bad_numbers import RollBack
 from shardlaunch.launcher.training.evaluation import Evaluator
 from shardlaunch.launcher.training.loss_check import check_loss
@@ -339,7 +340,8 @@ class Run:
     def _train_to(self, end: int, *, is_last: bool = False) -> None:
         start = self.position.step
         with until_the_end_of_a_step():
-            cause = self.trainer.run(self.position, end=end)
+            with faster_attention(self.options, self.world.device):
+                cause = self.trainer.run(self.position, end=end)
             if is_last and not cause:
                 nothing_left_to_stop(0)
         self.saver.wait()

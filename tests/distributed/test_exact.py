@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shardlaunch import Recipe, UserError, fit
+from shardlaunch.launcher.training import attention
 from shardlaunch.launcher.training.exact_metrics import ExactMetrics
 from shardlaunch.sharding.exact import ExactGradients, Units, summands
 from shardlaunch.sharding.exact_step import step_exactly
@@ -79,7 +81,8 @@ def _fit(recipe_type: type[Recipe], run_dir: Path, options: dict[str, Any]) -> i
 
     strategy.must_repeat = counted  # type: ignore[method-assign]
     try:
-        fit(recipe_type, output_dir=run_dir, **OPTIONS | options)
+        with patch.object(attention, "LEAST_TOKENS", 1):
+            fit(recipe_type, output_dir=run_dir, **OPTIONS | options)
     finally:
         strategy.must_repeat = must_repeat  # type: ignore[method-assign]
     return repeated

@@ -15,6 +15,7 @@ BENCHMARKS = RECIPES.parent / "benchmarks"
         ("step_overhead.py", "--rounds", "1", "--steps", "5"),
         ("checkpoint_io.py", "--rounds", "1", "--gigabytes", "0.01", "--written-by"),
         ("plan_scale.py", "--largest", "1000000"),
+        ("attention.py", "--rounds", "1", "--lengths", "192"),
     ],
     ids=lambda words: words[0],
 )
@@ -22,4 +23,4 @@ def test_benchmark(words: tuple[str, ...], tmp_path: Path) -> None:
     folder = ("--dir", str(tmp_path)) if words[0] == "checkpoint_io.py" else ()
     ended = end_of((*PYTHON, str(BENCHMARKS / words[0]), *words[1:], *folder), environment(tmp_path))
     assert ended.status == 0, ended.both
-    assert any(line.startswith(("ours", "now")) for line in ended.out.splitlines()), ended.both
+    assert any(line.startswith(("ours", "now", "length 192")) for line in ended.out.splitlines()), ended.both
