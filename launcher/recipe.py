@@ -14,6 +14,7 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.batch_defaults import collated, count_targets, has_column, model_outputs
 from shardlaunch.launcher.hook_names import check_hook_names
 from shardlaunch.launcher.launched import mark_launched, watch
+from shardlaunch.launcher.logged import Logs
 from shardlaunch.launcher.optimization.optimizers import OptimizerOptions, build_optimizer, check_optimizer_options
 from shardlaunch.launcher.optimization.schedules import ScheduleOptions, scheduled
 from shardlaunch.launcher.options import Options, flag
@@ -38,7 +39,7 @@ class Moment:
         return min(1.0, self.step / self.num_steps)
 
 
-class Recipe:
+class Recipe(Logs):
     """Base class of recipes, which define what to train: model, data, loss, metrics.
 
     A subclass must define `datasets`, `model` and `loss`; the other methods have defaults for supervised learning on

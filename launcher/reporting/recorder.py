@@ -1,5 +1,6 @@
 """The record of a run as it goes: metrics.jsonl, trackers, and the progress that a person sees."""
 
+import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 
 from shardlaunch.launcher.reporting.display import Display, ProgressView
 from shardlaunch.launcher.reporting.trackers import TrackedRun, Trackers
-from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, MetricsLog, numbers
+from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, TRAIN_PREFIX, MetricsLog, numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,14 @@ class StepReport:
     """Which rank is clearly slower than the others."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """Digests of the state after the step, by their names in metrics.jsonl, where they are due."""
+    logged: Mapping[str, float] = field(default_factory=dict)
+    """What the recipe has logged, by its names."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers of the step by their names in metrics.jsonl."""
+        own = {f"{TRAIN_PREFIX}{name}": value for name, value in self.logged.items()}
+        return {"loss": self.loss, "lr": self.lr, "grad_norm": self.grad_norm, **own}
 
 
 class Recorder:
@@ -50,6 +59,7 @@ class Recorder:
         self._since_tracked: list[StepReport] = []
         self._ranks: Mapping[str, Sequence[float]] = {}  # for the next line
         self._slowest = ""
+        self._bad: set[str] = set()  # that have been said
         self.last_evaluation: Mapping[str, Any] = {}
         """Line of the newest evaluation in metrics.jsonl, empty before the first."""
 
@@ -96,7 +106,8 @@ class Recorder:
             samples=report.samples,
             step_s=report.step_s,
         )
-        values = {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm}
+        values = report.metrics
+        self._say_bad(step, report.logged)
         self._ranks = report.ranks or self._ranks
         if report.ranks and report.slowest.partition(":")[0] != self._slowest:  # said once, and again if it is another
             self._slowest = report.slowest.partition(":")[0]
@@ -110,6 +121,16 @@ class Recorder:
         if step % self._track_every == 0 or step == self._last_step:
             self._trackers.log({**values, **_speed(self._since_tracked), "memory_bytes": _peak_memory_bytes()}, step)
             self._since_tracked.clear()
+
+    def _say_bad(self, step: int, logged: Mapping[str, float]) -> None:
+        """Say which logged values are not finite, each once."""
+        for name, value in logged.items():
+            if not math.isfinite(value) and name not in self._bad:
+                self._bad.add(name)
+                self._display.warn(
+                    f"{TRAIN_PREFIX}{name} is {value} at step {step}: what the recipe logs is not finite there, or has "
+                    f"no count (said once; metrics.jsonl has all)"
+                )
 
     def on_left_out(self, step: int) -> None:
         """Record a step whose global batch the run does not train on."""

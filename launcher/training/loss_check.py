@@ -97,7 +97,7 @@ class _Losses:
     def of(self, micro_batch: MicroBatch, seed: int = 0) -> float:
         seed_model_stream(self._recipe.options.seed, -1 - seed, 0, self._device)
         recipe = copy(self._recipe)  # what the recipe notes about the batches it has seen, this one does not change
-        return float(forward(recipe, self._model, micro_batch, self._precision, self._device)[2])
+        return float(forward(recipe, self._model, micro_batch, self._precision, self._device).loss)
 
 
 def _repeats(once: MicroBatch, twice: MicroBatch) -> bool:
