@@ -56,6 +56,8 @@ class RunOptions:
     """Number of cross-validation folds (0: no cross-validation)."""
     early_stopping_patience: int = option(0, minimum=0)
     """Stop after N evaluations without improvement of the best metric (0: never)."""
+    callback: tuple[str, ...] = option((), mark="free")
+    """Callbacks, each as MODULE:CLASS or path/to/FILE.py:CLASS; several words, or the option several times."""
     hang_after_s: float = option(600.0, mark="free", minimum=0)
     """End the run when a rank makes no progress for this long, and what it does usually takes far less (0: never)."""
     check: bool = option(False, mark="free")

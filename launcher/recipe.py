@@ -12,6 +12,7 @@ from torch import nn
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.batch_defaults import collated, count_targets, has_column, model_outputs
+from shardlaunch.launcher.callbacks import RunHooks
 from shardlaunch.launcher.hook_names import check_hook_names
 from shardlaunch.launcher.launched import mark_launched, watch
 from shardlaunch.launcher.logged import Logs
@@ -39,7 +40,7 @@ class Moment:
         return min(1.0, self.step / self.num_steps)
 
 
-class Recipe(Logs):
+class Recipe(Logs, RunHooks):
     """Base class of recipes, which define what to train: model, data, loss, metrics.
 
     A subclass must define `datasets`, `model` and `loss`; the other methods have defaults for supervised learning on

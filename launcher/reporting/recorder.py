@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+from shardlaunch.checkpoints.files import error_text, make_folder, replace_file
+from shardlaunch.errors import UserError
 from shardlaunch.launcher.reporting.display import Display, ProgressView
+from shardlaunch.launcher.reporting.media import MEDIA, Medium, file_name
 from shardlaunch.launcher.reporting.trackers import TrackedRun, Trackers
 from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, TRAIN_PREFIX, MetricsLog, numbers
 
@@ -151,6 +154,18 @@ class Recorder:
             self._trackers.log(numbers(values), step)
         shown = (f"{name} {value:.4f}" for name, value in numbers(results).items())
         self._display.say(f"evaluation at step {step}: " + "  ".join(shown))
+
+    def on_medium(self, step: int, medium: Medium) -> None:
+        """Keep a picture, text or table of a step in the run's folder, and show it in the trackers."""
+        if self._log is None or self._trackers is None:
+            return
+        folder = self._log.path.parent / MEDIA / f"step-{step:08d}"
+        try:
+            make_folder(folder)
+            replace_file(folder / file_name(medium), medium.data())
+        except (OSError, UserError) as error:
+            self._display.warn(f"{medium.name!r} of step {step} is not kept in {folder}: {error_text(error)}")
+        self._trackers.show(medium, step)
 
     def sync(self) -> None:
         """Make what was written durable. Raises OSError."""

@@ -34,6 +34,8 @@ def show_start(
     output_dir: Path,
 ) -> None:
     """Print what the run is, where it starts, and where its weights come from. All ranks; rank 0 prints."""
+    for text in notes.warnings:  # about the data
+        display.warn(text)
     options, plan, strategy = recipe.options, data.plan, assembly.strategy
     new = [] if checkpoint else assembly.origins.new
     num_new = "" if checkpoint else f", {len(new)} of {assembly.num_tensors} tensors newly initialized"

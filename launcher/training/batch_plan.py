@@ -51,6 +51,13 @@ class BatchPlan:
         first = position * self.global_batch_size
         return epoch, first, min(first + self.global_batch_size, self.num_samples)
 
+    def samples_until(self, step: int) -> int:
+        """Return the number of samples in the global batches before a step."""
+        if not step:
+            return 0
+        epoch, _, end = self.batch(step - 1)
+        return epoch * self.num_samples + end
+
     def micro_batch(self, epoch: int, first: int) -> np.ndarray:
         """Return the samples of the micro-batch that begins at a position: int64, fewer in the last one of an epoch."""
         held, start, end, order = self._held

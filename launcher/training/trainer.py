@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,6 +47,8 @@ class Hooks:
     """Keep a copy of the state in memory."""
     on_first_state: Callable[[int], None] = lambda num_bytes: None
     """Told how many bytes the state has, all of it, after the first step."""
+    states: Callable[[], dict[str, dict[str, Any]]] = dict
+    """Return the states of callbacks, for a checkpoint."""
 
 
 class Trainer:
@@ -345,6 +347,7 @@ class Trainer:
 
     def _note_state(self, position: Position) -> None:
         position.recent_losses = self.judge.recent
+        position.callbacks = self.hooks.states()
         position.exact_exponents = dict(sorted(self.strategy.exact_exponents.items()))
         if self.precision.loss_scale is not None:
             position.loss_scale = self.precision.loss_scale.state()
