@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from shardlaunch import Callback, Event, UserError, fit, main_only
+from shardlaunch.launcher.option_fields import flag
 from shardlaunch.launcher.reporting.tracking import read_metrics
 from tests.distributed.ranks import run_on_ranks
-from tests.recipes import LinearNet, losses
+from tests.recipes import LinearNet, losses, run_quietly
 
 OPTIONS: dict[str, Any] = {
     **{"max_steps": 9, "eval_every": 3, "save_every": 3, "threads_per_rank": 1, "tracker": "none", "lr": 0.05},
@@ -53,7 +54,8 @@ class Told(Callback):
         assert event.is_main
         assert event.checkpoint is not None
         assert (event.checkpoint / "manifest.json").exists()
-        (event.run_dir / "saved.txt").open("a").write(f"{event.step} {sorted(event.metrics)}\n")
+        with open(event.run_dir / "saved.txt", "a") as file:
+            file.write(f"{event.step} {sorted(event.metrics)}\n")
 
     def on_end(self, event: Event) -> None:
         self._note("on_end", event)
@@ -189,13 +191,15 @@ def test_a_hook_that_fails_on_any_rank_ends_a_run_that_is_saved(tmp_path: Path) 
         assert steps["resumed"] == 9
     fit(LinearNet, output_dir=tmp_path / "plain", **OPTIONS)
     assert losses(tmp_path / "FailsAtFour") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
-    with pytest.raises(UserError, match=r"callback FailsAtFour: .*resumes from .*step-00000005"):
-        fit(
-            LinearNet,
-            output_dir=tmp_path / "one",
-            callbacks=["tests.distributed.test_callbacks:FailsAtFour"],
-            **OPTIONS,
-        )
+    words = [word for name, value in OPTIONS.items() if value is not False for word in (flag(name), str(value))]
+    here = "tests.distributed.test_callbacks"
+    words += ["--callback", f"{here}:Counts", "--output-dir", str(tmp_path / "one"), f"--callback={here}:FailsAtFour"]
+    status, output = run_quietly(LinearNet, [*words, "--no-save-on-best"])
+    assert status == 2
+    assert "Traceback" not in output
+    assert "error: callback FailsAtFour: after_update() failed at step 4" in output
+    state = json.loads((tmp_path / "one" / "checkpoints" / "step-00000005" / "trainer_state.json").read_text())
+    assert state["callbacks"] == {"Counts": {"value": 5}}
 
 
 class Counts(Callback):
