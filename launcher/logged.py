@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from shardlaunch.errors import UserError, printable
 
 MOST_NAMES = 1000
-_RESERVED = "loss"
+_RESERVED = ("loss", "step", "epoch")
+"""Names that a line of an evaluation has already."""
 
 Logged = dict[str, list[tuple[Any, Any]]]
 """Sums and counts by name: numbers, or tensors of one number on a device whose values are not waited for."""
@@ -56,8 +58,8 @@ def collecting(recipe: Logs) -> Iterator[Logged]:
 
 
 def _check_name(name: Any, known: Logged) -> None:
-    if not isinstance(name, str) or not name or printable(name, is_name=True) != name or name == _RESERVED:
-        taken = "; that is the loss" if name == _RESERVED else ""
+    if not isinstance(name, str) or not name.strip() or printable(name, is_name=True) != name or name in _RESERVED:
+        taken = "; it is taken" if name in _RESERVED else ""
         raise UserError(f"self.log({name!r}, ...): is no name for a value{taken}. Use a short text, such as 'kl'")
     if len(known) >= MOST_NAMES and name not in known:
         raise UserError(
@@ -75,6 +77,8 @@ def _number(name: str, value: Any, what: str) -> Any:
         value = value.detach()
         if value.device.type != "cpu":
             return value.reshape(())
+    elif isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):

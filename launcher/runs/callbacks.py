@@ -4,6 +4,7 @@ import json
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shardlaunch.checkpoints.files import is_there
 from shardlaunch.checkpoints.layout import step_dir_name
 from shardlaunch.checkpoints.records import Position, as_meant, to_json
 from shardlaunch.errors import UserError, some
@@ -53,6 +55,7 @@ class Callbacks:
 
     def __init__(self, run: "Run", callbacks: Sequence[Callback]) -> None:
         self._run = run
+        self._options = copy(run.options)  # what a hook changes there is not the run's
         self._members = [_Member(name="the recipe", hooks=run.recipe)]
         for callback in callbacks:
             name = type(callback).__qualname__
@@ -155,6 +158,8 @@ class Callbacks:
         while self._saved and self._run.world.is_main:
             position = self._saved.pop(0)
             folder = self._run.checkpoints_dir / step_dir_name(position.step)
+            if not is_there(folder):  # the run has gone back behind it
+                continue
             metrics = {
                 name: value
                 for name, value in self._run.recorder.last_evaluation.items()
@@ -187,7 +192,7 @@ class Callbacks:
                 with look as changed:
                     try:
                         getattr(member.hooks, hook)(event)
-                    except Exception as error:  # the user's own code
+                    except (Exception, SystemExit) as error:  # the user's own code
                         self._fail(member, hook, step, error)
                 if changed:
                     problem = problem or _problem(member, hook, changed)
@@ -216,12 +221,12 @@ class Callbacks:
             is_finished=is_finished,
             is_skipped=is_skipped,
             model=run.strategy.replicas[0],
-            options=run.options,
+            options=self._options,
             say=run.display.say,
             show=partial(run.recorder.on_medium, step),
         )
 
-    def _fail(self, member: _Member, hook: str, step: int, error: Exception) -> None:
+    def _fail(self, member: _Member, hook: str, step: int, error: BaseException) -> None:
         """Keep an error; all ranks hear of it with the sums of the next step, and stop at its end."""
         if self._run.options.debug:
             traceback.print_exception(error)

@@ -50,8 +50,8 @@ class LogSums:
     def put(self, numbers: torch.Tensor) -> None:
         """Set numbers, which are zeros, to what all ranks are to sum: whether a name is new, and the known sums."""
         self._fold()
-        numbers[0] = float(bool(self._totals.keys() - set(self._known)))
         if self._totals:
+            numbers[0] = float(bool(self._totals.keys() - set(self._known)))
             numbers[1:] = self._of(self._known)
 
     def values(self, sums: Sequence[float]) -> dict[str, float]:

@@ -14,7 +14,8 @@ from shardlaunch.launcher.training.permutation import Permutation
 
 _VERSION = 1  # change it with the samples of an order
 _BITS = 53  # of a draw: what float64 holds exactly
-_DIGESTED = 1 << 16  # positions at a time
+_DIGESTED_AT_ONCE = 1 << 16
+_MOST_DIGESTED = 1 << 22
 
 __all__ = ["balanced", "curriculum", "own", "per_class", "repeated", "sequential", "weighted"]
 
@@ -243,13 +244,13 @@ class _Own:
 
 
 def digest_of(order: Order, seed: int) -> str:
-    """Return what an order follows from, or, if it does not say, a digest of the samples of two epochs."""
+    """Return what an order follows from; if it does not say, a digest of samples of two epochs, at most 4 million."""
     if hasattr(order, "digest"):
         return str(order.digest())
     digest = xxhash.xxh3_64(str(order.num_samples).encode())
     for epoch in (0, 1):
-        for first in range(0, order.num_samples, _DIGESTED):
-            positions = np.arange(first, min(first + _DIGESTED, order.num_samples))
+        for first in range(0, min(order.num_samples, _MOST_DIGESTED), _DIGESTED_AT_ONCE):
+            positions = np.arange(first, min(first + _DIGESTED_AT_ONCE, order.num_samples))
             digest.update(np.ascontiguousarray(order.samples(seed, epoch, positions), dtype="<i8").data)
     return f"{type(order).__name__.strip('_')} {digest.hexdigest()}"
 

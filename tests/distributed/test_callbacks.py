@@ -136,7 +136,8 @@ class FailsElsewhere(FailsAtFour):
 
 class FailsAtTheStart(Callback):
     def on_start(self, event: Event) -> None:
-        raise KeyError(event.step)
+        event.options.lr = 3.0
+        raise SystemExit(event.step)
 
 
 class FailsAtTheEvaluation(Callback):
@@ -163,7 +164,7 @@ class ChangesTheModel(Callback):
 FAILURES = {
     FailsAtFour: (r"callback FailsAtFour: after_update\(\) failed at step 4: ZeroDivisionError: by nothing \(.*", 5),
     FailsElsewhere: (r"callback FailsElsewhere: after_update\(\) failed at step 4: .* resumes from .*0005\. Fix it", 5),
-    FailsAtTheStart: (r"callback FailsAtTheStart: on_start\(\) failed at step 0: KeyError: 0 \(", 0),
+    FailsAtTheStart: (r"callback FailsAtTheStart: on_start\(\) failed at step 0: SystemExit: 0 \(", 0),
     FailsAtTheEvaluation: (r"on_evaluation\(\) failed at step 3: log_table\('t', ...\): row 0 has 1 cells, and", 4),
     FailsAtASave: (r"callback FailsAtASave: on_save\(\) failed at step 3: .*No space left on device", None),
     FailsAtTheEnd: (r"callback FailsAtTheEnd: on_end\(\) failed at step 9: not so .*All is saved", 9),

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,7 +107,7 @@ def test_sums_do_not_depend_on_their_order() -> None:
         (("kl", torch.ones(3), 3), r"the sum must be one real number, not a tensor of shape \[3\]"),
         (("kl", "high", 3), "must be one number, not 'high'"),
         (("kl", 1.0, -1), "the count must be a number from 0, not -1"),
-        (("loss", 1.0, 1), "that is the loss"),
+        (("loss", 1.0, 1), "it is taken"),
         (("a\nb", 1.0, 1), "is no name for a value"),
         ((3, 1.0, 1), "is no name for a value"),
     ],
@@ -121,7 +122,10 @@ def test_other_mistakes() -> None:
     recipe = LinearNet(NetOptions())
     with pytest.raises(UserError, match="can be called in forward"):
         recipe.log("kl", 1.0, 1)
-    with collecting(recipe):
+    with collecting(recipe) as logged:
+        for value in (np.ones((1, 1)), np.float32(1), torch.ones(1, requires_grad=True), True, 1):
+            recipe.log("one", value, value)
+        assert logged.pop("one") == [(1.0, 1.0)] * 5
         with pytest.raises(UserError, match="it does not take prog_bar"):
             recipe.log("kl", 1.0, 1, prog_bar=True)
         for name in range(MOST_NAMES):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import SequentialSampler, Subset, WeightedRandomSampler
 
-from shardlaunch import UserError, fit, orders
+from shardlaunch import TensorData, UserError, fit, orders
 from shardlaunch.launcher.runs.choosing_order import chosen_order
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import LinearNet, NetOptions, NetRecipe, final_tensors, losses, run_quietly
@@ -134,6 +134,10 @@ def test_a_sampler_that_nothing_calls_and_folds(tmp_path: Path) -> None:
     classes = recipe.datasets()["train"].columns["labels"][torch.arange(5, 45)]
     counts = torch.bincount(classes[torch.from_numpy(order.samples(0, 0, np.arange(40)))], minlength=3)
     assert sorted(counts.tolist()) == [13, 13, 14]
+    data = TensorData(inputs=torch.zeros(3, 12), labels=torch.arange(3), weight=torch.tensor([0.0, 1.0, 0.0]))
+    order = chosen_order(LinearNet(NetOptions(order="weighted", samples_per_epoch=50)), data)
+    assert order is not None
+    assert set(order.samples(0, 0, np.arange(50)).tolist()) == {1}
     result = fit(Weighted, output_dir=tmp_path / "folds", folds=2, **{**OPTIONS, "max_steps": 2})
     assert [fold.step for fold in result.folds] == [2, 2]
 
