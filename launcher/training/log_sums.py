@@ -77,7 +77,7 @@ class LogSums:
             return
         names = {name: place for place, name in enumerate(dict.fromkeys(name for name, _, _ in self._held))}
         values = self._stacked([number for _, *pair in self._held for number in pair]).view(-1, 2)
-        places = torch.tensor([names[name] for name, _, _ in self._held], device=values.device)
+        places = self._on_device(torch.tensor([names[name] for name, _, _ in self._held]))
         sums = values.new_zeros(len(UNITS), len(names), 2).index_add_(1, places, summands(values, UNITS))
         for name, place in names.items():
             mine = sums[:, place]
@@ -86,14 +86,17 @@ class LogSums:
 
     def _stacked(self, numbers: Sequence[Any]) -> torch.Tensor:
         """Return numbers as one tensor on the device: float64."""
-        device = self._world.device
         on_device = {place: number for place, number in enumerate(numbers) if isinstance(number, torch.Tensor)}
         plain = [0.0 if place in on_device else number for place, number in enumerate(numbers)]
-        values = torch.tensor(plain, dtype=torch.float64, device=device)
+        values = self._on_device(torch.tensor(plain, dtype=torch.float64))
         if on_device:
-            stacked = torch.stack([tensor.to(device, torch.float64) for tensor in on_device.values()])
-            values[torch.tensor(list(on_device), device=device)] = stacked
+            stacked = torch.stack([tensor.to(values.device, torch.float64) for tensor in on_device.values()])
+            values[self._on_device(torch.tensor(list(on_device)))] = stacked
         return values
+
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the CPU on the device, without a wait for it."""
+        return tensor.to(self._world.device, non_blocking=True)
 
     def _zeros(self, num_names: int, more: int = 0) -> torch.Tensor:
         return torch.zeros(_NUMBERS * num_names + more, dtype=torch.float64, device=self._world.device)
