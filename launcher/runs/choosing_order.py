@@ -1,6 +1,7 @@
 """Choose the order of the training samples: the recipe's own, or that of --order."""
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,14 @@ def chosen_order(recipe: Recipe, dataset: Any) -> Order | None:
 
 
 def _of_recipe(recipe: Recipe, dataset: Any) -> Any:
-    if not callable(hook := type(recipe).order):
-        raise UserError(f"the recipe's `order` must be a method, order(dataset), not {hook!r}")
+    hook = type(recipe).order
+    try:
+        signature(hook).bind(recipe, dataset)
+    except TypeError:
+        raise UserError(
+            f"the recipe's `order` must be a method that takes the training data, order(dataset), and returns an order "
+            f"of samples; it is {hook!r}"
+        ) from None
     return hook(recipe, dataset)
 
 

@@ -236,6 +236,23 @@ def test_states_of_callbacks(tmp_path: Path) -> None:
     assert any("the state of the callback Counts#2, which this start is not given" in text for text in texts), texts
 
 
+class BadOnce(LinearNet):
+    """Has no number for a loss in the fifth step."""
+
+    def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        is_bad = self.moment.step == 4 and not self.moment.is_evaluation
+        return super().loss(outputs, batch) * (float("nan") if is_bad else 1.0)
+
+
+def test_a_callback_goes_back_with_the_run(tmp_path: Path) -> None:
+    counts, told = Counts(), Told()
+    with pytest.warns(UserWarning, match="going back to step 3"):
+        fit(BadOnce, output_dir=tmp_path, callbacks=[counts, told], on_nonfinite="rollback", **OPTIONS)
+    assert counts.value == 8, "without the step that is left out"
+    steps = [told[0] for hook, told, _, _ in told.lines if hook == "after_update"]
+    assert steps == [1, 2, 3, 4, 6, 7, 8, 9]
+
+
 @pytest.mark.parametrize(
     ("given", "text"),
     [

@@ -95,7 +95,8 @@ def test_sums_do_not_depend_on_their_order() -> None:
             sums.add({"x": [(total, float(count))]})
         return sums.of_one_rank()()["x"]
 
-    assert value(values) == value(values[::-1]) == math.fsum(total for total, _ in values) / 1500
+    tensors: list[Any] = [(torch.tensor(total, dtype=torch.float64), count) for total, count in values]  # as on a GPU
+    assert value(tensors) == value(values) == value(values[::-1]) == math.fsum(total for total, _ in values) / 1500
     plain = sum(total for total, _ in values), sum(total for total, _ in values[::-1])
     assert plain[0] != plain[1], "the order matters to a plain sum"
 

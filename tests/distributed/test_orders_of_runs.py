@@ -124,6 +124,21 @@ class Sampled(LinearNet):
     def train_sampler(self) -> Any: ...
 
 
+class OfAnotherMeaning(LinearNet):
+    order = 3  # type: ignore[assignment]
+
+
+class WithoutData(LinearNet):
+    def order(self) -> Any: ...  # type: ignore[override]
+
+
+@pytest.mark.parametrize("kind", [OfAnotherMeaning, WithoutData])
+def test_an_order_that_cannot_be_called(kind: type[LinearNet]) -> None:
+    recipe = kind(NetOptions(num_train=90))
+    with pytest.raises(UserError, match="must be a method that takes the training data"):
+        chosen_order(recipe, recipe.datasets()["train"])
+
+
 def test_a_sampler_that_nothing_calls_and_folds(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Sampled.train_sampler\(\) is never called; did you mean order\(\)\?"):
         fit(Sampled, output_dir=tmp_path / "run", **OPTIONS)
