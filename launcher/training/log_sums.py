@@ -29,11 +29,12 @@ class LogSums:
         self._known: list[str] = []  # in an order that all ranks share
         self._held: list[tuple[str, Any, Any]] = []
         self._totals: dict[str, torch.Tensor] = {}
+        self._summed = self._totals  # those that the ranks sum: a step may be run again meanwhile
 
     def begin(self) -> None:
-        """Forget what was logged."""
+        """Forget what was logged, but for what the ranks are summing."""
         self._held.clear()
-        self._totals.clear()
+        self._totals = {}
 
     def add(self, logged: Logged) -> None:
         """Take what a micro-batch has logged."""
@@ -50,6 +51,7 @@ class LogSums:
     def put(self, numbers: torch.Tensor) -> None:
         """Set numbers, which are zeros, to what all ranks are to sum: whether a name is new, and the known sums."""
         self._fold()
+        self._summed = self._totals
         if self._totals:
             numbers[0] = float(bool(self._totals.keys() - set(self._known)))
             numbers[1:] = self._of(self._known)
@@ -59,7 +61,7 @@ class LogSums:
         found = self._known_values(self._known, sums[1:])
         if sums[0]:
             new = self._agree()
-            extra = self._of(new) if self._totals else self._zeros(len(new))
+            extra = self._of(new)
             found |= self._known_values(new, self._world.sum_of_data(extra).tolist())
         return found
 
@@ -104,14 +106,14 @@ class LogSums:
     def _of(self, names: Sequence[str]) -> torch.Tensor:
         """Return the totals of names, flat, with zeros for those that this rank has not logged."""
         zeros = self._zeros(1).view(len(UNITS), 2)
-        return torch.stack([self._totals.get(name, zeros) for name in names]).view(-1) if names else self._zeros(0)
+        return torch.stack([self._summed.get(name, zeros) for name in names]).view(-1) if names else self._zeros(0)
 
     def _agree(self) -> list[str]:
         """Return the names that some rank has and not all know, in the same order everywhere. All ranks."""
         peers = self._world.peers
         before = len(self._known)
         while True:
-            mine = [name for name in self._totals if name not in self._known]
+            mine = [name for name in self._summed if name not in self._known]
             (first,) = peers.most([-peers.rank if mine else -peers.num_ranks])
             if -first == peers.num_ranks:
                 return self._known[before:]

@@ -81,6 +81,7 @@ def test_logged_values_are_the_same_on_any_ranks_and_after_a_resume(tmp_path: Pa
         for line, other in zip(expected, _logged(tmp_path / name), strict=True):
             assert other == pytest.approx(line, rel=1e-6, nan_ok=True), name
     exact = _logged(tmp_path / "1" / "exact")
+    assert [line.keys() for line in exact] == [line.keys() for line in expected], "also in a step that is run again"
     for ranks in (2, 3):
         for line, other in zip(exact, _logged(tmp_path / str(ranks) / "exact"), strict=True):
             assert repr(other) == repr(line)
