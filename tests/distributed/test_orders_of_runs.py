@@ -139,6 +139,20 @@ def test_an_order_that_cannot_be_called(kind: type[LinearNet]) -> None:
         chosen_order(recipe, recipe.datasets()["train"])
 
 
+class Loaders(LinearNet):
+    def datasets(self) -> Any:
+        return {"train": torch.utils.data.DataLoader(range(9))}  # type: ignore[arg-type]
+
+
+def test_a_loader_is_answered(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"train data is a DataLoader: return its data set .* or order\(\)"
+    ):
+        fit(Loaders, output_dir=tmp_path / "run", **OPTIONS)
+    with pytest.raises(UserError, match="sampler: did you mean --order"):
+        fit(LinearNet, sampler="weighted", output_dir=tmp_path / "run", **OPTIONS)
+
+
 def test_a_sampler_that_nothing_calls_and_folds(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Sampled.train_sampler\(\) is never called; did you mean order\(\)\?"):
         fit(Sampled, output_dir=tmp_path / "run", **OPTIONS)
