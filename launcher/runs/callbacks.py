@@ -19,7 +19,7 @@ from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.callbacks import Callback, Event, RunHooks
 from shardlaunch.launcher.reporting.recorder import StepReport
 from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX
-from shardlaunch.launcher.runs.loading_callbacks import described
+from shardlaunch.launcher.runs.loading_callbacks import HOOKS, described
 from shardlaunch.launcher.runs.result import Result
 from shardlaunch.launcher.seeding import derive_seed, seed_model_stream
 from shardlaunch.launcher.training.evaluation import Evaluation
@@ -61,11 +61,12 @@ class Callbacks:
             name = type(callback).__qualname__
             number = sum(other.name.partition("#")[0] == name for other in self._members) + 1
             self._members.append(_Member(name=name if number == 1 else f"{name}#{number}", hooks=callback))
+        self._with = {hook: [member for member in self._members if member.has(hook)] for hook in HOOKS}
         self._looked_into: set[str] = set()
         self._saved: list[Position] = []
+        self._at_save: dict[int, Mapping[str, Any]] = {}  # the last evaluation before the save of a step
         self._failure = ""
         self._has_started = False
-        self._evaluation: Mapping[str, Any] = {}
 
     def states(self) -> dict[str, dict[str, Any]]:
         """Return the states of the callbacks for a checkpoint. All ranks. Raises UserError."""
@@ -82,15 +83,23 @@ class Callbacks:
 
         def on_step(step: int, report: StepReport) -> None:
             hooks.on_step(step, report)
-            self._call("after_update", step, metrics=report.metrics, is_skipped=report.is_skipped)
+            if self._with["after_update"]:
+                self._call("after_update", step, metrics=report.metrics, is_skipped=report.is_skipped)
             self._tell_of_saves()
 
         def on_evaluation(step: int, results: Evaluation) -> None:
             hooks.on_evaluation(step, results)
-            self._evaluation = {f"{EVAL_PREFIX}{name}": value for name, value in results.items()}
-            self._call("on_evaluation", step, metrics=self._evaluation)
+            named = {f"{EVAL_PREFIX}{name}": value for name, value in results.items()}
+            self._call("on_evaluation", step, metrics=named)
+
+        def save(position: Position) -> None:
+            last = self._run.recorder.last_evaluation
+            self._at_save[position.step] = {name: last[name] for name in last if name.startswith(EVAL_PREFIX)}
+            hooks.save(position)
 
         trainer.hooks = replace(hooks, on_step=on_step, on_evaluation=on_evaluation, states=self.states)
+        if self._run.world.is_main and self._with["on_save"]:
+            trainer.hooks = replace(trainer.hooks, save=save)
 
     def start(self) -> None:
         """Call on_start once. All ranks. Raises UserError if it fails."""
@@ -105,7 +114,8 @@ class Callbacks:
 
         def on_saved(position: Position) -> None:
             then(position)
-            self._saved.append(position)
+            if self._run.world.is_main and self._with["on_save"]:
+                self._saved.append(position)
 
         return on_saved
 
@@ -155,16 +165,13 @@ class Callbacks:
             )
 
     def _tell_of_saves(self) -> None:
-        while self._saved and self._run.world.is_main:
+        while self._saved:
             position = self._saved.pop(0)
             folder = self._run.checkpoints_dir / step_dir_name(position.step)
             if not is_there(folder):  # the run has gone back behind it
                 continue
-            metrics = {
-                name: value
-                for name, value in self._run.recorder.last_evaluation.items()
-                if name.startswith(EVAL_PREFIX)
-            }
+            metrics = self._at_save.get(position.step, {})
+            self._at_save = {step: known for step, known in self._at_save.items() if step > position.step}
             self._call("on_save", position.step, metrics=metrics, checkpoint=folder)
 
     def _call(self, hook: str, step: int, **told: Any) -> None:
@@ -172,7 +179,7 @@ class Callbacks:
 
         The first call of a hook is looked into: one that changes the model would make it depend on ranks and resumes.
         """
-        members = [member for member in self._members if member.has(hook) and not member.has_failed]
+        members = [member for member in self._with[hook] if not member.has_failed]
         if not members:
             return
         run = self._run
@@ -237,15 +244,12 @@ class Callbacks:
 
     def _raise_failure(self, outcome: str) -> None:
         """Raise UserError on all ranks if a hook has failed on any. All ranks."""
-        if all(not any(map(member.has, _ALL)) for member in self._members):
+        if not any(self._with.values()):
             return
         if error := self._run.world.peers.share_error(self._failure or None):
             raise UserError(
                 f"{error}{outcome} Fix it, or go on without: hooks may change, a resume does not compare them"
             )
-
-
-_ALL = tuple(name for name in vars(RunHooks) if name[0] != "_")
 
 
 def _problem(member: _Member, hook: str, changed: Sequence[str]) -> str:

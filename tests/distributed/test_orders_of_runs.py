@@ -145,9 +145,7 @@ class Loaders(LinearNet):
 
 
 def test_a_loader_is_answered(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"train data is a DataLoader: return its data set .* or order\(\)"
-    ):
+    with pytest.raises(UserError, match=r"train data is a DataLoader: return its data set .* or order\(\)"):
         fit(Loaders, output_dir=tmp_path / "run", **OPTIONS)
     with pytest.raises(UserError, match="sampler: did you mean --order"):
         fit(LinearNet, sampler="weighted", output_dir=tmp_path / "run", **OPTIONS)
