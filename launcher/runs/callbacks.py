@@ -4,7 +4,7 @@ import json
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,8 +39,6 @@ class _Member:
     name: str
     hooks: RunHooks
     has_failed: bool = False
-    initial: Mapping[str, Any] | None = None
-    """The state of a callback at the beginning."""
 
     def has(self, hook: str) -> bool:
         return getattr(type(self.hooks), hook) is not getattr(RunHooks, hook) or hook in vars(self.hooks)
@@ -53,8 +51,12 @@ class _Member:
 class Callbacks:
     """The recipe's hooks and the callbacks of a run, which costs nothing in a step where there are none."""
 
-    def __init__(self, run: "Run", callbacks: Sequence[Callback]) -> None:
+    def __init__(
+        self, run: "Run", callbacks: Sequence[Callback], first_states: dict[str, dict[str, Any]] | None = None
+    ) -> None:
+        """`first_states` keeps those that the callbacks begin with, also in the folds to come."""
         self._run = run
+        self._first_states = first_states if first_states is not None else {}
         self._options = copy(run.options)  # what a hook changes there is not the run's
         self._members = [_Member(name="the recipe", hooks=run.recipe)]
         for callback in callbacks:
@@ -148,12 +150,10 @@ class Callbacks:
         stateful = [member for member in self._members if member.has_state]
         saved: Mapping[str, Any] = as_meant(position.callbacks)
         for member in stateful:
-            callback = member.hooks
-            assert isinstance(callback, Callback)
-            if member.initial is None:
-                member.initial = peers.together(partial(_state_of, member))
+            if member.name not in self._first_states:
+                self._first_states[member.name] = peers.together(partial(_state_of, member))
             elif not is_resumed:
-                peers.together(partial(_load, member, dict(member.initial)))
+                peers.together(partial(_load, member, deepcopy(self._first_states[member.name])))
             if member.name in saved:
                 peers.together(partial(_load, member, saved[member.name]))
             elif is_resumed:
@@ -274,7 +274,7 @@ def _load(member: _Member, state: dict[str, Any]) -> None:
 
 
 def _state_of(member: _Member) -> dict[str, Any]:
-    """Return the state of a callback as JSON holds it. Raises UserError if that would not be the same."""
+    """Return a copy of a callback's state, as JSON gives it back. Raises UserError if that would not be the same."""
     assert isinstance(member.hooks, Callback)
     where = f"callback {member.name}: state_dict()"
     try:
@@ -283,9 +283,9 @@ def _state_of(member: _Member) -> dict[str, Any]:
         raise UserError(f"{where} failed: {described(error)}") from error
     try:
         data = to_json(state)
-        back = as_meant(json.loads(data))
-    except (TypeError, ValueError, RecursionError) as error:
-        data, back = b"", error
+        back: dict[str, Any] = as_meant(json.loads(data))
+    except (TypeError, ValueError, RecursionError):
+        data, back = b"", {"": ()}
     if not isinstance(state, dict) or repr(back) != repr(state):
         raise UserError(
             f"{where} must return a dictionary of what JSON holds, and gives back as it was: texts, numbers of Python, "
@@ -293,4 +293,4 @@ def _state_of(member: _Member) -> dict[str, Any]:
         )
     if len(data) > MOST_STATE_BYTES:
         raise UserError(f"{where} has {len(data):,} bytes as JSON; at most {MOST_STATE_BYTES:,} are kept")
-    return state
+    return back

@@ -171,13 +171,14 @@ def run_recipe_on(
     check_in_effect(new_recipe(options))
     check_signatures(recipe_type, recipe_type.__name__)
     makers = world.peers.together(lambda: callback_makers(options.callback, callbacks))
+    first_states: dict[str, dict[str, Any]] = {}
 
     def new_run(options: Options, display: Display, fold: int | None = None) -> "Run":
         return Run(new_recipe(options), options, world, choice.strategy, choice.precision, settings, fold, display)
 
     def run_of(fold: int | None = None) -> "Run":
         run = new_run(options, display, fold)
-        run.callbacks = Callbacks(run, [make() for make in makers])
+        run.callbacks = Callbacks(run, [make() for make in makers], first_states)
         return run
 
     planned = world.peers.together(lambda: planned_peak(options.plan, choice.strategy, world) if options.plan else 0)

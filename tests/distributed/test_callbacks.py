@@ -257,6 +257,13 @@ def test_a_callback_goes_back_with_the_run(tmp_path: Path) -> None:
     assert steps == [1, 2, 3, 4, 6, 7, 8, 9]
 
 
+def test_callbacks_begin_each_fold_with_their_first_state(tmp_path: Path) -> None:
+    counts, told = Counts(7), Told()
+    fit(LinearNet, output_dir=tmp_path, folds=2, callbacks=[counts, told], **{**OPTIONS, "max_steps": 2})
+    assert counts.value == 7 + 2
+    assert [told[0] for hook, told, _, _ in told.lines if hook == "after_update"] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("given", "text"),
     [
