@@ -68,6 +68,7 @@ class Position(Record):
     has_stopped_early: bool = False  # by --early-stopping-patience: an extension does not go on from there
     left_out: list[LeftOut] = []  # by --on-nonfinite and --on-spike rollback
     recent_losses: list[float] = []  # that --on-spike judges by
+    callbacks: dict[str, dict[str, Any]] = {}  # their states, by name
     loss_scale: dict[str, int | float] = {}
     exact_exponents: dict[str, int] = {}  # of the units of --exact, by parameter
     group_hyperparameters: list[dict[str, Any]] = []  # of the optimizer
@@ -258,7 +259,7 @@ def read_position(path: Path, *, is_first_version: bool) -> Position:
     return decode(path, msgspec.json.encode(saved), Position)
 
 
-_ADDED = ("is_evaluation_due", "left_out", "recent_losses")  # since the third version of the manifest
+_ADDED = ("is_evaluation_due", "left_out", "recent_losses", "callbacks")  # since the third version of the manifest
 _RENAMED = {"group_numbers": "group_hyperparameters", "constants": "non_persistent_buffers"}
 
 

@@ -1,4 +1,4 @@
-"""Find recipe methods that are misnamed hooks: nothing would call them, and the default hook would run instead."""
+"""Find methods that are misnamed hooks: nothing would call them, and the default hook would run instead."""
 
 import sys
 from collections.abc import Iterator
@@ -29,24 +29,47 @@ KNOWN_ELSEWHERE = {
     "configure_optimizers": "optimizer",
     "create_optimizer": "optimizer",
     "lr_lambda": "schedule",
+    "sampler": "order",
+    "train_sampler": "order",
+    "get_sampler": "order",
+    "get_train_sampler": "order",
+    "batch_sampler": "order",
+    "on_fit_start": "on_start",
+    "on_train_start": "on_start",
+    "on_train_begin": "on_start",
+    "on_train_batch_end": "after_update",
+    "on_step_end": "after_update",
+    "optimizer_step": "after_update",
+    "on_evaluate": "on_evaluation",
+    "on_validation_end": "on_evaluation",
+    "on_validation_epoch_end": "on_evaluation",
+    "on_save_checkpoint": "on_save",
+    "on_fit_end": "on_end",
+    "on_train_end": "on_end",
 }
 """Names in other trainers, and the hook that does the same here."""
 NEAR = 0.8  # difflib ratio: 0.8 for `lossfn` and `loss`, more for `collate_fn` and `collate`
 
 
-def check_hook_names(recipe_type: type, base: type) -> None:
+def check_hook_names(owner_type: type, base: type) -> None:
     """Raise UserError for an unused public method whose name is close to that of a hook of `base`.
 
-    Checks the methods of the classes between `recipe_type` and `base`. A method is accepted if its class also defines
+    Checks the methods of the classes between `owner_type` and `base`. A method is accepted if its class also defines
     the hook, or if any function in their modules refers to the method's name.
     """
-    classes = [cls for cls in recipe_type.__mro__ if issubclass(cls, base) and cls is not base]
-    hooks = [name for name, value in vars(base).items() if isinstance(value, FunctionType) and name[0] != "_"]
+    classes = [cls for cls in owner_type.__mro__ if issubclass(cls, base) and cls is not base]
+    owners = [cls for cls in base.__mro__ if cls is not object]
+    hooks = [
+        name
+        for owner in owners
+        for name, value in vars(owner).items()
+        if isinstance(value, FunctionType) and name[0] != "_"
+    ]
     used: set[str] | None = None
     for cls in classes:
         for name, function in _public_methods(cls):
             hook = RENAMED.get(name) or _nearest(name, hooks)
-            if hook is None or hook in vars(cls) or hasattr(base, name):
+            if hook not in hooks or hook in vars(cls) or hasattr(base, name):
                 continue
             if used is None:
                 used = set(_names_used(classes))

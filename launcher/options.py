@@ -56,6 +56,8 @@ class RunOptions:
     """Number of cross-validation folds (0: no cross-validation)."""
     early_stopping_patience: int = option(0, minimum=0)
     """Stop after N evaluations without improvement of the best metric (0: never)."""
+    callback: tuple[str, ...] = option((), mark="free")
+    """Callbacks, each as MODULE:CLASS or path/to/FILE.py:CLASS; several words, or the option several times."""
     hang_after_s: float = option(600.0, mark="free", minimum=0)
     """End the run when a rank makes no progress for this long, and what it does usually takes far less (0: never)."""
     check: bool = option(False, mark="free")
@@ -87,6 +89,14 @@ class DataOptions:
     """Samples per optimizer step, over all ranks; a multiple of --micro-batch-size."""
     micro_batch_size: int = option(8, minimum=1)
     """Samples per forward pass, on any number of ranks."""
+    # The three are free, because what the order follows from is compared instead.
+    order: Literal["shuffled", "sequential", "weighted", "balanced", "per-class"] = option("shuffled", mark="free")
+    """Order of the training samples: shuffled, that of the data, drawn by the column `weight`, as many of each class,
+    or micro-batches of some classes with --samples-per-class each."""
+    samples_per_class: int = option(0, mark="free", minimum=0)
+    """Samples of each class in a micro-batch, for --order per-class."""
+    samples_per_epoch: int = option(0, mark="free", minimum=0)
+    """Samples of an epoch, for --order weighted, balanced and per-class (0: as many as the data has)."""
     num_workers: int = option(0, mark="free", minimum=0)
     """Data-loading worker processes per rank (0: load in the main process)."""
 

@@ -12,11 +12,14 @@ from torch import nn
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.batch_defaults import collated, count_targets, has_column, model_outputs
+from shardlaunch.launcher.callbacks import RunHooks
 from shardlaunch.launcher.hook_names import check_hook_names
 from shardlaunch.launcher.launched import mark_launched, watch
+from shardlaunch.launcher.logged import Logs
 from shardlaunch.launcher.optimization.optimizers import OptimizerOptions, build_optimizer, check_optimizer_options
 from shardlaunch.launcher.optimization.schedules import ScheduleOptions, scheduled
 from shardlaunch.launcher.options import Options, flag
+from shardlaunch.launcher.order import Order
 from shardlaunch.launcher.tensor_data import TensorData
 
 
@@ -38,7 +41,7 @@ class Moment:
         return min(1.0, self.step / self.num_steps)
 
 
-class Recipe:
+class Recipe(Logs, RunHooks):
     """Base class of recipes, which define what to train: model, data, loss, metrics.
 
     A subclass must define `datasets`, `model` and `loss`; the other methods have defaults for supervised learning on
@@ -120,6 +123,20 @@ class Recipe:
         By default the column `group`, which `load_splits` makes of that of --group-column.
         """
         return _column(dataset, "group") if getattr(self.options, "group_column", "") else None
+
+    def weights_of(self, dataset: Any) -> np.ndarray | None:
+        """Return one weight per sample (from 0), for --order weighted; None: no weights.
+
+        By default the column `weight`.
+        """
+        return _column(dataset, "weight")
+
+    def order(self, dataset: Any) -> Order | None:
+        """Return the order of the training samples, of `shardlaunch.orders` or your own; None: that of --order.
+
+        Called with the training data, of a fold its part.
+        """
+        return None
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
         """Return a batch (tensors by name) of some samples: a list of rows, or a mapping of columns.

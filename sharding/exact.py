@@ -33,15 +33,15 @@ _SQUARE_BITS = 45  # of a square from 0 to 1: the sum of those of a chunk has at
 _LOW_BITS = 40  # of a sum of squares, in the lower of the two numbers that ranks exchange
 
 
-def summands(values: torch.Tensor) -> torch.Tensor:
+def summands(values: torch.Tensor, units: Sequence[float] = _UNITS) -> torch.Tensor:
     """Return float64 tensors, stacked, whose sums over tensors are exact; added together they are the values.
 
-    They have multiples of 2^-20, 2^-50 and 2^-80; what is smaller is rounded. For up to 2^24 tensors, with magnitudes
-    below 2^33 in total. NaN and infinities stay what they are.
+    They have multiples of the units, 2^-20, 2^-50 and 2^-80; what is smaller is rounded. For up to 2^24 tensors, with
+    magnitudes below 2^53 of the first unit, 2^33, in total. NaN and infinities stay what they are.
     """
     rest = values.double()
     parts = []
-    for unit in _UNITS:
+    for unit in units:
         parts.append(rest + _SIGNIFICANT * unit - _SIGNIFICANT * unit)
         rest = (rest - parts[-1]).where(values.isfinite(), 0.0)
     return torch.stack(parts)

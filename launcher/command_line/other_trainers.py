@@ -83,6 +83,8 @@ _ADVICE = {
     "model_name_or_path": "did you mean --model?",
     "max_seq_length": "did you mean --max-length?",
     "max_seq_len": "did you mean --max-length?",
+    "sampler": "did you mean --order? A recipe may have an order() of its own",
+    "shuffle": "did you mean --order? Training samples are shuffled, unless it is sequential",
     "torch_compile": "did you mean --compile?",
     "fsdp": "did you mean --strategy fsdp2?",
     "deepspeed": "did you mean --strategy zero1, zero2 or zero3?",

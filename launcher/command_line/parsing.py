@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 _HELP = ("-h", "--help")
+_ADDED_UP = ("callback",)
 
 
 def parse_options(
@@ -130,7 +131,7 @@ def _typed_words(options_type: type[Options], words: Sequence[str]) -> dict[str,
     """Return the values on a command line (`--name value`, `--name=value`, `--name`, `--no-name`) by option name.
 
     Hyphens and underscores are equivalent. An option takes all words up to the next that begins with two hyphens; of a
-    repeated option, the last occurrence counts.
+    repeated option, the last occurrence counts, but for those that add up.
     """
     hints = option_types(options_type)
     found: dict[str, tuple[bool, list[str]]] = {}
@@ -149,6 +150,9 @@ def _typed_words(options_type: type[Options], words: Sequence[str]) -> dict[str,
         if name not in hints and not is_off:
             unknown.append(f"{spelled}: {advice(name, hints)}")
         else:
+            if name in _ADDED_UP and name in found:
+                found[name][1].extend(values)
+                values = found[name][1]
             found[name.removeprefix("no_") if is_off else name] = (not is_off, values)
     _refuse(unknown)
     typed: dict[str, Any] = {}

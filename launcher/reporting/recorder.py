@@ -1,5 +1,6 @@
 """The record of a run as it goes: metrics.jsonl, trackers, and the progress that a person sees."""
 
+import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,12 @@ from typing import Any
 
 import torch
 
+from shardlaunch.checkpoints.files import error_text, make_folder, replace_file
+from shardlaunch.errors import UserError
 from shardlaunch.launcher.reporting.display import Display, ProgressView
+from shardlaunch.launcher.reporting.media import MEDIA, Medium, file_name
 from shardlaunch.launcher.reporting.trackers import TrackedRun, Trackers
-from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, MetricsLog, numbers
+from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, TRAIN_PREFIX, MetricsLog, numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,14 @@ class StepReport:
     """Which rank is clearly slower than the others."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """Digests of the state after the step, by their names in metrics.jsonl, where they are due."""
+    logged: Mapping[str, float] = field(default_factory=dict)
+    """What the recipe has logged, by its names."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers of the step by their names in metrics.jsonl."""
+        own = {f"{TRAIN_PREFIX}{name}": value for name, value in self.logged.items()}
+        return {"loss": self.loss, "lr": self.lr, "grad_norm": self.grad_norm, **own}
 
 
 class Recorder:
@@ -50,6 +62,7 @@ class Recorder:
         self._since_tracked: list[StepReport] = []
         self._ranks: Mapping[str, Sequence[float]] = {}  # for the next line
         self._slowest = ""
+        self._bad: set[str] = set()  # that have been said
         self.last_evaluation: Mapping[str, Any] = {}
         """Line of the newest evaluation in metrics.jsonl, empty before the first."""
 
@@ -96,7 +109,8 @@ class Recorder:
             samples=report.samples,
             step_s=report.step_s,
         )
-        values = {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm}
+        values = report.metrics
+        self._say_bad(step, report.logged)
         self._ranks = report.ranks or self._ranks
         if report.ranks and report.slowest.partition(":")[0] != self._slowest:  # said once, and again if it is another
             self._slowest = report.slowest.partition(":")[0]
@@ -110,6 +124,16 @@ class Recorder:
         if step % self._track_every == 0 or step == self._last_step:
             self._trackers.log({**values, **_speed(self._since_tracked), "memory_bytes": _peak_memory_bytes()}, step)
             self._since_tracked.clear()
+
+    def _say_bad(self, step: int, logged: Mapping[str, float]) -> None:
+        """Say which logged values are not finite, each once."""
+        for name, value in logged.items():
+            if not math.isfinite(value) and name not in self._bad:
+                self._bad.add(name)
+                self._display.warn(
+                    f"{TRAIN_PREFIX}{name} is {value} at step {step}: what the recipe logs is not finite there, or has "
+                    f"no count (said once; metrics.jsonl has all)"
+                )
 
     def on_left_out(self, step: int) -> None:
         """Record a step whose global batch the run does not train on."""
@@ -130,6 +154,18 @@ class Recorder:
             self._trackers.log(numbers(values), step)
         shown = (f"{name} {value:.4f}" for name, value in numbers(results).items())
         self._display.say(f"evaluation at step {step}: " + "  ".join(shown))
+
+    def on_medium(self, step: int, medium: Medium) -> None:
+        """Keep a picture, text or table of a step in the run's folder, and show it in the trackers."""
+        if self._log is None or self._trackers is None:
+            return
+        folder = self._log.path.parent / MEDIA / f"step-{step:08d}"
+        try:
+            make_folder(folder)
+            replace_file(folder / file_name(medium), medium.data())
+        except (OSError, UserError) as error:
+            self._display.warn(f"{medium.name!r} of step {step} is not kept in {folder}: {error_text(error)}")
+        self._trackers.show(medium, step)
 
     def sync(self) -> None:
         """Make what was written durable. Raises OSError."""

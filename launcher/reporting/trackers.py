@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,6 +13,7 @@ from typing import Any
 from shardlaunch.checkpoints.files import error_text
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.reporting.lasting import LastingFile
+from shardlaunch.launcher.reporting.media import MEDIA, Medium, Picture, Text, file_name
 
 MLFLOW_TAG = "shardlaunch.tracking_id"
 
@@ -58,6 +60,7 @@ class Trackers:
         self._warn = warn
         self._silent = silent
         self._trackers: dict[str, _Tracker] = {}
+        self._without_media: set[str] = set()
         for name in names:
             start = _STARTS.get(name, _start_other)
             try:
@@ -76,6 +79,19 @@ class Trackers:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Log scalars at a step."""
         self._tell(lambda one: one.tracker.log(dict(values), step=step) if step >= one.first_step else None)
+
+    def show(self, medium: Medium, step: int) -> None:
+        """Show a picture, text or table of a step, in the trackers that can; of others it is said once."""
+
+        def show_in(one: _Tracker) -> None:
+            how = _SHOWS.get(one.tracker.name)
+            if how is None and one.tracker.name not in self._without_media:
+                self._without_media.add(one.tracker.name)
+                self._warn(f"tracker {one.tracker.name} is not shown pictures, texts and tables, which the folder has")
+            if how is not None and step >= one.first_step:
+                how(one.tracker, medium, step)
+
+        self._tell(show_in)
 
     def close(self) -> None:
         """Finish all trackers."""
@@ -212,6 +228,31 @@ def _started(kind: str, /, *arguments: Any, **keywords: Any) -> _Tracker:
     return _Tracker(tracker=tracker)
 
 
+def _show_in_tensorboard(tracker: Any, medium: Medium, step: int) -> None:
+    if isinstance(medium, Picture):
+        tracker.writer.add_image(medium.name, medium.pixels, step, dataformats="HWC")
+    else:
+        text = medium.text if isinstance(medium, Text) else medium.markdown()
+        tracker.writer.add_text(medium.name, text, step)
+    tracker.writer.flush()
+
+
+def _show_in_wandb(tracker: Any, medium: Medium, step: int) -> None:
+    if isinstance(medium, Picture):
+        tracker.log_images({medium.name: [medium.pixels]}, step=step)
+    elif isinstance(medium, Text):
+        tracker.log_table(medium.name, columns=["text"], data=[[medium.text]], step=step)
+    else:
+        tracker.log_table(medium.name, columns=list(medium.columns), data=list(medium.rows), step=step)
+
+
+def _show_in_mlflow(tracker: Any, medium: Medium, step: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / file_name(medium)
+        path.write_bytes(medium.data())
+        tracker.log_artifact(str(path), f"{MEDIA}/step-{step:08d}")
+
+
 def _reason(error: Exception) -> str:
     return " ".join(error_text(error).split())[:300]
 
@@ -221,4 +262,9 @@ _STARTS: Mapping[str, Callable[..., _Tracker]] = {
     "wandb": _start_wandb,
     "mlflow": _start_mlflow,
     "trackio": _start_trackio,
+}
+_SHOWS: Mapping[str, Callable[[Any, Medium, int], None]] = {
+    "tensorboard": _show_in_tensorboard,
+    "wandb": _show_in_wandb,
+    "mlflow": _show_in_mlflow,
 }

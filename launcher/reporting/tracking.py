@@ -12,6 +12,8 @@ from shardlaunch.launcher.reporting.lasting import LastingFile
 
 METRICS_FILE = "metrics.jsonl"
 EVAL_PREFIX = "eval/"
+TRAIN_PREFIX = "train/"
+"""Of what a recipe logs in training."""
 
 
 class MetricsLog:

@@ -13,6 +13,7 @@ from shardlaunch.launcher.reporting.summary import batch_text, say_init, say_sta
 from shardlaunch.launcher.runs.assembly import Assembly
 from shardlaunch.launcher.runs.data import RunData
 from shardlaunch.launcher.runs.init_from import InitFrom
+from shardlaunch.launcher.training.ordered_plan import OrderedPlan
 from shardlaunch.sharding.world import World
 
 
@@ -34,6 +35,8 @@ def show_start(
     output_dir: Path,
 ) -> None:
     """Print what the run is, where it starts, and where its weights come from. All ranks; rank 0 prints."""
+    for text in notes.warnings:  # about the data
+        display.warn(text)
     options, plan, strategy = recipe.options, data.plan, assembly.strategy
     new = [] if checkpoint else assembly.origins.new
     num_new = "" if checkpoint else f", {len(new)} of {assembly.num_tensors} tensors newly initialized"
@@ -53,6 +56,7 @@ def show_start(
                 model_ranks=world.model_ranks,
             ),
             "steps": f"{steps} ({plan.steps_per_epoch} per epoch, {plan.num_samples:,} samples)",
+            **({"order": plan.digest().partition(" ")[0]} if isinstance(plan, OrderedPlan) else {}),
             **({"fold": f"{fold + 1} of {options.folds}"} if fold is not None else {}),
             **_data_rows(recipe, data, notes, fold=fold),
             "starts at": f"step {checkpoint.step} ({checkpoint.step_dir})" if checkpoint else "step 0",

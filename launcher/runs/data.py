@@ -10,6 +10,7 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.optimization.schedules import require_extendable
 from shardlaunch.launcher.options import flag
 from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.runs.choosing_order import chosen_order
 from shardlaunch.launcher.runs.folds import checked_splits
 from shardlaunch.launcher.runs.second_look import check_second_look
 from shardlaunch.launcher.seeding import derive_seed, seeded
@@ -17,6 +18,7 @@ from shardlaunch.launcher.training.batch_plan import BatchPlan, EvaluationPlan
 from shardlaunch.launcher.training.batches import Batches
 from shardlaunch.launcher.training.clock import Clock
 from shardlaunch.launcher.training.former_order import FormerPlan
+from shardlaunch.launcher.training.ordered_plan import OrderedPlan
 from shardlaunch.sharding.world import World
 
 
@@ -58,6 +60,11 @@ class RunData:
         )
         return replace(self, plan=former)
 
+    def former_digest(self) -> str:
+        """Return the digest of the former order; a chosen order is none of the runs that have that."""
+        plan = self.plan if isinstance(self.plan, OrderedPlan) else self.in_former_order().plan
+        return plan.digest()
+
     def clock(self, recipe: Recipe) -> Clock:
         """Return what tells the recipe where the run is."""
         return Clock(recipe=recipe, steps_per_epoch=self.plan.steps_per_epoch, num_steps=self.num_steps)
@@ -95,13 +102,7 @@ def load_data(recipe: Recipe, world: World, fold: int | None) -> RunData:
     splits = world.main_first(load)
     for name, split in splits.items():
         check_second_look(split, name, seed=options.seed)
-    plan = BatchPlan(
-        num_samples=len(splits["train"]),
-        global_batch_size=options.global_batch_size,
-        micro_batch_size=options.micro_batch_size,
-        seed=options.seed,
-        lengths=_lengths(recipe, splits["train"]),
-    )
+    plan = world.peers.together(lambda: _training_plan(recipe, splits["train"]))
     num_steps = options.max_steps or options.epochs * plan.steps_per_epoch
     for name in ("unfreeze_at_step", "warmup_steps"):
         if getattr(options, name) >= num_steps:
@@ -110,6 +111,25 @@ def load_data(recipe: Recipe, world: World, fold: int | None) -> RunData:
         has_own_schedule = type(recipe).schedule is not Recipe.schedule
         require_extendable(options, num_steps, options.extend_to_steps, has_own_schedule=has_own_schedule)
     return RunData(splits=splits, plan=plan, num_steps=num_steps, last_step=options.extend_to_steps or num_steps)
+
+
+def _training_plan(recipe: Recipe, split: Any) -> BatchPlan:
+    """Return the plan of the training data. Raises UserError for lengths and orders that do not fit."""
+    options, order = recipe.options, chosen_order(recipe, split)
+    lengths = _lengths(recipe, split) if order is None or not getattr(order, "fixes_batches", False) else None
+    sizes = {"global_batch_size": options.global_batch_size, "micro_batch_size": options.micro_batch_size}
+    if order is None:
+        return BatchPlan(num_samples=len(split), seed=options.seed, lengths=lengths, **sizes)
+    plan = OrderedPlan(
+        num_samples=int(order.num_samples),
+        num_in_data=len(split),
+        chosen=order,
+        seed=options.seed,
+        lengths=lengths,
+        **sizes,
+    )
+    plan.check()
+    return plan
 
 
 def _lengths(recipe: Recipe, split: Any) -> np.ndarray | None:

@@ -3,7 +3,7 @@
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from datetime import timedelta
@@ -33,11 +33,12 @@ from shardlaunch.sharding.precision import resolve_precision
 from shardlaunch.sharding.world import World, abandon, connect, disconnect, threads_per_rank
 
 
-def fit(recipe: Recipe | type[Recipe], *, show: bool = False, **options: Any) -> Result:
+def fit(recipe: Recipe | type[Recipe], *, show: bool = False, callbacks: Sequence[Any] = (), **options: Any) -> Result:
     """Train a recipe and return the outcome. All ranks.
 
     `recipe` is a recipe class or instance; `options` are its command-line options by their Python names, which override
-    those of the instance, a preset and a YAML file. Runs in this process, and joins the other ranks if torchrun or
+    those of the instance, a preset and a YAML file; `callbacks` are objects or classes derived from
+    `shardlaunch.Callback`, or texts as for --callback. Runs in this process, and joins the other ranks if torchrun or
     `accelerate launch` started several. Prints nothing unless `show`; warnings are Python warnings. Leaves environment,
     threads and random generators of the process as they were. May be called repeatedly; if the output folder already
     holds this run, it is resumed.
@@ -55,7 +56,7 @@ def fit(recipe: Recipe | type[Recipe], *, show: bool = False, **options: Any) ->
             choice = choose(parsed, env)
             with joined_ranks(env, parsed, choice, display) as world:
                 try:
-                    return run_recipe_on(recipe, parsed, env, world, choice, display)
+                    return run_recipe_on(recipe, parsed, env, world, choice, display, callbacks)
                 except Stopped:
                     return Result.of_folder(run_folder(parsed, recipe_name(recipe_type)))
                 except BaseException:
@@ -138,10 +139,13 @@ def run_recipe_on(
     world: World,
     choice: Choice,
     display: Display,
+    callbacks: Sequence[Any] = (),
 ) -> Result:
     """Run a recipe, or each of its folds, on connected ranks, and return the outcome. All ranks. Raises UserError."""
     from shardlaunch.launcher.reporting.planned import comparison, planned_peak
+    from shardlaunch.launcher.runs.callbacks import Callbacks
     from shardlaunch.launcher.runs.cross_validation import cross_validate
+    from shardlaunch.launcher.runs.loading_callbacks import callback_makers, check_signatures
     from shardlaunch.launcher.runs.resume_check import check_resume
     from shardlaunch.launcher.runs.run import Run
     from shardlaunch.sharding.exact_kernels import deterministic_kernels
@@ -165,12 +169,17 @@ def run_recipe_on(
         return copied
 
     check_in_effect(new_recipe(options))
+    check_signatures(recipe_type, recipe_type.__name__)
+    makers = world.peers.together(lambda: callback_makers(options.callback, callbacks))
+    first_states: dict[str, dict[str, Any]] = {}
 
     def new_run(options: Options, display: Display, fold: int | None = None) -> "Run":
         return Run(new_recipe(options), options, world, choice.strategy, choice.precision, settings, fold, display)
 
     def run_of(fold: int | None = None) -> "Run":
-        return new_run(options, display, fold)
+        run = new_run(options, display, fold)
+        run.callbacks = Callbacks(run, [make() for make in makers], first_states)
+        return run
 
     planned = world.peers.together(lambda: planned_peak(options.plan, choice.strategy, world) if options.plan else 0)
     with deterministic_kernels() if options.exact else nullcontext():

@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.recipe import Recipe
@@ -16,6 +16,12 @@ def checked_splits(recipe: Recipe, fold: int | None) -> dict[str, Any]:
     if "train" not in splits:
         raise UserError(f"the recipe's datasets() must have 'train'; it has {', '.join(splits)}")
     for name, split in splits.items():
+        if isinstance(split, DataLoader):
+            raise UserError(
+                f"the {name} data is a DataLoader: return its data set (loader.dataset). Batches are made here "
+                f"(--global-batch-size, --micro-batch-size, collate(), --num-workers), and what a sampler does is "
+                f"--order, or order() of the recipe"
+            )
         if not hasattr(split, "__len__") or not hasattr(split, "__getitem__"):
             raise UserError(
                 f"the {name} data is a {type(split).__name__}, which can only be read in order; a run needs a "

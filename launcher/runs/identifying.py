@@ -39,7 +39,7 @@ def identify(
         num_steps=data.num_steps,
         data={name: data_fingerprint(split, seed=options.seed) for name, split in data.splits.items()},
         order=f"version {VERSION}, {data.plan.digest()}",
-        former_digest=lambda: data.in_former_order().plan.digest(),
+        former_digest=data.former_digest,
         fold=fold,
         init_digest=f"{init_digest:016x}" if init_digest else None,
         in_effect={

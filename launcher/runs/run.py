@@ -19,6 +19,7 @@ from shardlaunch.launcher.reporting.trackers import tracker_names
 from shardlaunch.launcher.runs.assembly import assemble
 from shardlaunch.launcher.runs.background import Messages
 from shardlaunch.launcher.runs.beginning import show_start
+from shardlaunch.launcher.runs.callbacks import Callbacks
 from shardlaunch.launcher.runs.data import load_data
 from shardlaunch.launcher.runs.ending import result_of, show_result
 from shardlaunch.launcher.runs.folder import claim, find_checkpoint, new_folder_hint, run_folder, tracked_run, write_run
@@ -75,6 +76,7 @@ class Run:
         self.warn = Messages(self.display.warn)
         self.name = recipe_name(type(recipe))
         self.output_dir = run_folder(options, self.name)
+        self.callbacks = Callbacks(self, [])
         self.fold = fold
         if fold is not None:
             self.output_dir /= f"fold-{fold + 1}"
@@ -114,7 +116,7 @@ class Run:
                 while back := self._train():
                     self._roll_back(back)
             self.second.finish()
-            return self._end()
+            return self.callbacks.end(self._end())
 
     def prepare(self) -> None:
         """Load the data, find the checkpoint to resume from, and build model and trainer. All ranks."""
@@ -145,7 +147,7 @@ class Run:
             num_samples={name: len(split) for name, split in self.data.splits.items()},
             newest_evaluation=lambda: self.recorder.last_evaluation,
             before_save=lambda: self.recorder.sync(),
-            on_saved=self.second.copy,
+            on_saved=self.callbacks.noting(self.second.copy),
             time_left=self.requests.time_left,
             replicas=self.replicas,
             warn=self.warn,
@@ -257,6 +259,7 @@ class Run:
                 ),
             ),
         )
+        self.callbacks.join()
         record_if_asked(self.trainer, self.output_dir)
         if not self.position.step:
             with phase("checking the loss on one micro-batch"):
@@ -287,6 +290,7 @@ class Run:
         with ExitStack() as records:
             self.world.peers.together(lambda: self._open_records(records, end) if self.world.is_main else None)
             records.callback(self.saver.close)  # first: it needs the records
+            self.callbacks.start()
             # Weights and two values of the optimizer, until a save is measured.
             self.requests.time_left.assume_save_of(12 * self.assembly.num_elements // self.world.size)
             unfreeze_at = self.options.unfreeze_at_step
@@ -351,6 +355,7 @@ class Run:
         self.second.finish()
         if self.world.is_main:
             self.upkeep.prune(self.position)  # what was being copied before
+        self.callbacks.finish()
         raise_if_stopped(cause, self.position.step)
 
     def _unfreeze(self) -> None:
@@ -365,8 +370,6 @@ class Run:
         self.saver.poll()
 
     def _show_start(self) -> None:
-        for text in self.notes.warnings:  # about the data
-            self.display.warn(text)
         show_start(
             self.display,
             self.recipe,

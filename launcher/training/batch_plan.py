@@ -51,6 +51,13 @@ class BatchPlan:
         first = position * self.global_batch_size
         return epoch, first, min(first + self.global_batch_size, self.num_samples)
 
+    def samples_until(self, step: int) -> int:
+        """Return the number of samples in the global batches before a step."""
+        if not step:
+            return 0
+        epoch, _, end = self.batch(step - 1)
+        return epoch * self.num_samples + end
+
     def micro_batch(self, epoch: int, first: int) -> np.ndarray:
         """Return the samples of the micro-batch that begins at a position: int64, fewer in the last one of an epoch."""
         held, start, end, order = self._held
@@ -77,9 +84,7 @@ class BatchPlan:
 
     def order(self, epoch: int, start: int, end: int) -> np.ndarray:
         """Return the samples of an epoch at the positions of a block: int64."""
-        if self._shuffle is None or self._shuffle[0] != epoch:
-            self._shuffle = epoch, Permutation(self.num_samples, derive_seed(self.seed, "order", epoch))
-        samples = self._shuffle[1](np.arange(start, end))
+        samples = self.samples_at(epoch, start, end)
         if self.lengths is None:
             return samples
         size, micro = self.global_batch_size, self.micro_batch_size
@@ -95,12 +100,22 @@ class BatchPlan:
         by_length = np.argsort(self.lengths[batches[:, :, -1]], axis=1, kind="stable")
         return np.take_along_axis(batches, by_length[:, :, None], axis=1).reshape(-1)
 
+    def samples_at(self, epoch: int, start: int, end: int) -> np.ndarray:
+        """Return samples as they are shuffled, before lengths are looked at."""
+        if self._shuffle is None or self._shuffle[0] != epoch:
+            self._shuffle = epoch, Permutation(self.num_samples, derive_seed(self.seed, "order", epoch))
+        return self._shuffle[1](np.arange(start, end))
+
+    def keys(self, first: int, samples: np.ndarray) -> np.ndarray:
+        """Return what the seeds of the samples of a micro-batch, which begins at a position, follow from."""
+        return samples
+
     def digest(self) -> str:
         """Return a digest of what the order follows from: the version of its rule, numbers, and lengths."""
         numbers = (VERSION, self.num_samples, self.global_batch_size, self.micro_batch_size, self.seed)
         digest = xxhash.xxh3_128(repr(numbers).encode())
         if self.lengths is not None:
-            for first in range(0, self.num_samples, BUCKET_SAMPLES):  # in parts, whatever their dtype
+            for first in range(0, len(self.lengths), BUCKET_SAMPLES):  # in parts, whatever their dtype
                 digest.update(np.ascontiguousarray(self.lengths[first : first + BUCKET_SAMPLES], dtype="<f8").data)
         return digest.hexdigest()
 

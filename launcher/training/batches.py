@@ -28,13 +28,17 @@ _OF_COLLATE = 0x2545F4914F6CDD1D
 
 
 class Slot(NamedTuple):
-    """One micro-batch for a rank to run. Weight 0 marks a repetition that only keeps the ranks in step."""
+    """One micro-batch for a rank to run. Weight 0 marks a repetition that only keeps the ranks in step.
+
+    The seeds of its samples follow from `keys`, or from their numbers where there are none.
+    """
 
     step: int
     epoch: int
     micro_batch: int
     weight: int
     samples: np.ndarray
+    keys: np.ndarray | None = None
 
 
 def slots_of_rank(plan: BatchPlan, step: int, *, rank: int, num_ranks: int) -> Iterator[Slot]:
@@ -48,9 +52,9 @@ def slots_of_rank(plan: BatchPlan, step: int, *, rank: int, num_ranks: int) -> I
     for j in range(rank, rank + num_micro_batches, num_ranks):
         weight = int(j < num_micro_batches)
         j *= weight
-        yield Slot(
-            step=step, epoch=epoch, micro_batch=j, weight=weight, samples=plan.micro_batch(epoch, begin + j * size)
-        )
+        samples = plan.micro_batch(epoch, begin + j * size)
+        keys = plan.keys(begin + j * size, samples)
+        yield Slot(step=step, epoch=epoch, micro_batch=j, weight=weight, samples=samples, keys=keys)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +154,8 @@ class Batches:
             self._clock.set(slot.step)
         loading = progress.loading
         loading[STEP], loading[SAMPLE], loading[COUNT] = slot.step + 1, int(slot.samples[0]), len(slot.samples)
-        seeds = sample_seeds(self.plan.seed, slot.epoch if self._training else EVALUATION, slot.samples)
+        keys = slot.samples if slot.keys is None else slot.keys
+        seeds = sample_seeds(self.plan.seed, slot.epoch if self._training else EVALUATION, keys)
         rows = fetched(self._dataset, slot.samples, seeds)
         loading[COUNT] = 0
         if not self._is_plain:

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.logged import collecting
 from shardlaunch.launcher.optimization.freezing import train_mode
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.seeding import derive_seed, seed_model_stream
 from shardlaunch.launcher.training.batches import Batches
 from shardlaunch.launcher.training.exact_metrics import ExactMetrics, with_nested
 from shardlaunch.launcher.training.forward import forward
+from shardlaunch.launcher.training.log_sums import LogSums
 from shardlaunch.progress import EVALUATION, EVALUATION_DATA, EVALUATION_RESULTS, progress
 from shardlaunch.sharding.buffers import persistent_buffers
 from shardlaunch.sharding.exact import NUM_PARTS, summands
@@ -34,6 +36,7 @@ class Evaluator:
         self._seed = derive_seed(recipe.options.seed, "evaluation")
         self._metrics = {name: metric.to(world.device) for name, metric in recipe.metrics().items()}
         self._is_exact = recipe.options.exact
+        self._logs = LogSums(world)
 
     @property
     def higher_is_better(self) -> bool:
@@ -91,9 +94,11 @@ class Evaluator:
             _keep_rows(self._metrics)
             if not self._world.is_counted:
                 _empty(self._metrics)
-        *loss_parts, num_targets = self._world.sum_of_data(sums).tolist()
+        numbers = self._world.sum_of_data(sums).tolist()
+        *loss_parts, num_targets = numbers[: NUM_PARTS + 1]
         loss = sum(loss_parts)
         results: Evaluation = {"loss": loss / num_targets if num_targets else math.nan}
+        logged = self._logs.values(numbers[NUM_PARTS + 1 :])
         for name, metric in self._metrics.items():
             try:
                 value = metric.compute()
@@ -105,7 +110,9 @@ class Evaluator:
                 what = "one number" if name == self._recipe.best_metric else "a tensor"
                 raise UserError(f"the recipe's metric {name!r} must return {what}, not {value!r}")
             results[name] = value.item() if value.numel() == 1 else value.tolist()
-        return results
+        if both := logged.keys() & self._metrics.keys():
+            raise UserError(f"self.log({min(both)!r}, ...): is the name of a metric of the recipe too; choose another")
+        return results | logged
 
     def _predict(
         self,
@@ -115,34 +122,46 @@ class Evaluator:
         poll: Callable[[], None],
         exact: ExactMetrics | None,
     ) -> torch.Tensor:
-        """Update the metrics with this rank's batches; return the sums of its losses, in parts, and its targets."""
+        """Update the metrics with this rank's batches.
+
+        Return the sums of its losses, in parts, its targets, and what it has logged.
+        """
         has_work = False
         num_done = 0
-        sums = torch.zeros(NUM_PARTS + 1, dtype=torch.float64, device=self._world.device)
+        first_log = NUM_PARTS + 1
+        sums = torch.zeros(first_log + self._logs.num_numbers, dtype=torch.float64, device=self._world.device)
+        self._logs.begin()
         progress.begin(EVALUATION_DATA)
         for batch in self._batches.steps(0, num_steps):
             for slot, micro_batch in enumerate(batch.micro_batches):
                 progress.begin_slot(EVALUATION, batch.step + 1, slot, len(batch.micro_batches))
                 seed_model_stream(self._seed, batch.step, micro_batch.index, self._world.device)
-                inputs, outputs, loss = forward(self._recipe, model, micro_batch, self._precision, self._world.device)
+                inputs, outputs, loss, logged = forward(
+                    self._recipe, model, micro_batch, self._precision, self._world.device
+                )
                 if micro_batch.weight:
                     if exact is None:
                         sums[0] += loss
                     else:
                         sums[:NUM_PARTS] += summands(loss)
                     sums[NUM_PARTS] += micro_batch.num_targets
-                    self._recipe.update_metrics(self._metrics, outputs, inputs)
+                    self._logs.add(logged)
+                    with collecting(self._recipe) as logged:
+                        self._recipe.update_metrics(self._metrics, outputs, inputs)
+                    self._logs.add(logged)
                     has_work = True
                     if exact is not None:
                         exact.add((batch.step, micro_batch.index))
                 elif not has_work and exact is None:
-                    self._recipe.update_metrics(self._metrics, outputs, inputs)
+                    with collecting(self._recipe):
+                        self._recipe.update_metrics(self._metrics, outputs, inputs)
                     _keep_rows(self._metrics)
                     _empty(self._metrics)
                 poll()
             num_done += batch.num_samples
             on_progress(num_done, self._batches.plan.num_samples)
             progress.begin(EVALUATION_DATA)
+        self._logs.put(sums[first_log:])
         return sums
 
 

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.logged import Logged, collecting
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.training.batches import MicroBatch
 from shardlaunch.sharding.precision import Precision
@@ -15,15 +16,24 @@ from shardlaunch.sharding.precision import Precision
 _IS_ABOUT_DTYPES = re.compile(r"same dtype|scalar type|Input type|data type", re.I)
 
 
+class Forward(NamedTuple):
+    """A micro-batch on the device, the model's outputs, the sum of the loss, and what the recipe has logged."""
+
+    inputs: Any
+    outputs: Any
+    loss: torch.Tensor
+    logged: Logged
+
+
 def forward(
     recipe: Recipe, model: nn.Module, micro_batch: MicroBatch, precision: Precision, device: torch.device
-) -> tuple[Any, Any, torch.Tensor]:
-    """Return the micro-batch on the device, the model's outputs, and the sum of the loss.
+) -> Forward:
+    """Return what comes of a micro-batch.
 
     Raises UserError when the recipe's loss is not a scalar, or its forward() bypasses a sharded model.
     """
     inputs = to_device(micro_batch.inputs, device)
-    with precision.forward_context():
+    with precision.forward_context(), collecting(recipe) as logged:
         try:
             outputs = recipe.forward(model, inputs)
         except RuntimeError as error:
@@ -42,7 +52,7 @@ def forward(
     if not isinstance(loss, torch.Tensor) or loss.ndim:
         got = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise UserError(f"the recipe's loss() must return a scalar tensor, the sum over targets; it returned {got}")
-    return inputs, outputs, loss
+    return Forward(inputs, outputs, loss, logged)
 
 
 def _dtypes(value: Any) -> set[torch.dtype]:

@@ -58,6 +58,15 @@ def parameters_stay(model: nn.Module) -> Iterator[None]:
         )
 
 
+@contextmanager
+def changed_parameters(model: nn.Module) -> Iterator[list[str]]:
+    """Yield a list that has, afterwards, the names of the parameters that have other values than before."""
+    changed: list[str] = []
+    start = _sums(dict(model.named_parameters()))
+    yield changed
+    changed += _changed(start, dict(model.named_parameters()))
+
+
 def _sums(parameters: Mapping[str, nn.Parameter]) -> _Sums:
     return {name: (parameter, parameter.numel(), _sum_of_bits(parameter)) for name, parameter in parameters.items()}
 

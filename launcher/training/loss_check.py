@@ -47,7 +47,7 @@ def check_loss(
     samples = batches.plan.micro_batch(epoch=0, first=0)[:MOST_SAMPLES]
     load = lambda chosen: batches.load(Slot(step=0, epoch=0, micro_batch=0, weight=1, samples=chosen))  # noqa: E731
     half = samples[: max(1, len(samples) // 2)]
-    with seeded(derive_seed(recipe.options.seed, "loss check")), _evaluating(model):
+    with seeded(derive_seed(recipe.options.seed, "loss check")), evaluating(model):
         losses = _Losses(recipe, model, precision, device)
         tolerance = TOLERANCE.get(precision.name, LOW_TOLERANCE)
         try:
@@ -97,7 +97,7 @@ class _Losses:
     def of(self, micro_batch: MicroBatch, seed: int = 0) -> float:
         seed_model_stream(self._recipe.options.seed, -1 - seed, 0, self._device)
         recipe = copy(self._recipe)  # what the recipe notes about the batches it has seen, this one does not change
-        return float(forward(recipe, self._model, micro_batch, self._precision, self._device)[2])
+        return float(forward(recipe, self._model, micro_batch, self._precision, self._device).loss)
 
 
 def _repeats(once: MicroBatch, twice: MicroBatch) -> bool:
@@ -150,7 +150,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluate without compiling, and leave the buffers as they are."""
     start = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with ExitStack() as stack:

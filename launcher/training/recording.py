@@ -19,6 +19,7 @@ from shardlaunch.checkpoints.state_digests import crc_of
 from shardlaunch.checkpoints.tensorfile import BYTES_PER_ELEMENT
 from shardlaunch.launcher.reporting.recorder import StepReport
 from shardlaunch.launcher.training.batches import GlobalBatch, MicroBatch
+from shardlaunch.launcher.training.forward import Forward
 from shardlaunch.launcher.training.module_record import CALLER, ModuleRecord, place_of
 from shardlaunch.launcher.training.trainer import CountedBatch, Trainer
 from shardlaunch.launcher.training.value_digests import digest_of, leaves_of
@@ -98,8 +99,8 @@ class Recording:
         return report, upcoming
 
     def _forward(
-        self, forward: Callable[..., Any], recipe: Any, model: nn.Module, micro_batch: MicroBatch, *others: Any
-    ) -> Any:
+        self, forward: Callable[..., Forward], recipe: Any, model: nn.Module, micro_batch: MicroBatch, *others: Any
+    ) -> Forward:
         assert self._batch is not None
         if self._num_slots == len(self._batch.micro_batches):  # the step is run again
             self._events = [event for event in self._events if event.stage == START]
@@ -110,16 +111,16 @@ class Recording:
         self._add("num_targets() of the batch", "num_targets()", crc64nvme(repr(micro_batch.num_targets).encode()))
         self._stage = FORWARD
         self._modules.begin()
-        inputs, outputs, loss = forward(recipe, model, micro_batch, *others)
-        self._add_values("the outputs", CALLER, outputs)
-        self._add_values("the loss", "loss()", loss)
+        done = forward(recipe, model, micro_batch, *others)
+        self._add_values("the outputs", CALLER, done.outputs)
+        self._add_values("the loss", "loss()", done.loss)
         self._stage = BACKWARD
         for name, leaf in gradient_leaves(model):
             if id(leaf) not in self._leaves:
                 self._leaves.add(id(leaf))
                 owner = name.rpartition(".")[0]
                 leaf.register_hook(partial(self._gradient, name, place_of(owner, model.get_submodule(owner))))
-        return inputs, outputs, loss
+        return done
 
     def _gradient(self, name: str, owner: str, gradient: torch.Tensor) -> None:
         self._add_values(f"the gradient of {name}", owner, local_shard(gradient))

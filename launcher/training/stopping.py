@@ -189,6 +189,11 @@ class Requests:
         self._looked_at = 0.0
         self._files: set[Path] = set()
         self._is_time_over = False
+        self._is_asked = False
+
+    def stop(self) -> None:
+        """Ask all ranks to stop at the end of the next step."""
+        self._is_asked = True
 
     def now(self) -> Asked:
         """Return what this rank is asked for."""
@@ -199,7 +204,7 @@ class Requests:
         self._is_time_over = self._is_time_over or self.time_left.is_over()
         names = {path.name for path in self._files}
         return Asked(
-            stop=_first_at() is not None or self._is_time_over or STOP_FILE in names,
+            stop=_first_at() is not None or self._is_time_over or self._is_asked or STOP_FILE in names,
             save=SAVE_FILE in names or (bool(self._folders) and self.time_left.is_save_due()),
         )
 

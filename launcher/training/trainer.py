@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,7 @@ from shardlaunch.launcher.training.clock import Clock
 from shardlaunch.launcher.training.evaluation import Evaluation, Evaluator
 from shardlaunch.launcher.training.forward import forward
 from shardlaunch.launcher.training.in_place import parameters_stay
+from shardlaunch.launcher.training.log_sums import LogSums
 from shardlaunch.launcher.training.slow_ranks import PartTimes, RankTimes, slowest, spread
 from shardlaunch.launcher.training.stopping import Asked, BrokenOff, Polls, Requests
 from shardlaunch.progress import BACKWARD, BETWEEN_STEPS, DATA, FORWARD, WAITING, progress
@@ -46,6 +47,8 @@ class Hooks:
     """Keep a copy of the state in memory."""
     on_first_state: Callable[[int], None] = lambda num_bytes: None
     """Told how many bytes the state has, all of it, after the first step."""
+    states: Callable[[], dict[str, dict[str, Any]]] = dict
+    """Return the states of callbacks, for a checkpoint."""
 
 
 class Trainer:
@@ -92,6 +95,8 @@ class Trainer:
         self.part_times = PartTimes(world)
         self.buffers = BufferMean(strategy.replicas, world=world, exact=options.exact)
         self._summands = summands if options.exact else _as_one
+        self._logs = LogSums(world)
+        self._takes_logs = has_values
         self.peak_lrs = [group["lr"] for group in strategy.optimizer.param_groups]
         # Report the run's own learning rate, not that of a single parameter group.
         self.peak_lr = options.lr if options.lr in self.peak_lrs else float(max(self.peak_lrs))
@@ -120,7 +125,8 @@ class Trainer:
         while upcoming.batch is not None:
             self.requests.time_left.step_begins()
             if position.step + 1 in left_out:
-                upcoming = self._begin_sums(position.step, torch.zeros(()), next(batches, None))()[1]
+                self._logs.begin()
+                upcoming = self._begin_sums(position.step, torch.zeros(()), next(batches, None))().upcoming
                 position.step += 1
                 self.hooks.on_left_out(position.step)
             else:
@@ -184,9 +190,10 @@ class Trainer:
         scale = self.precision.loss_scale.value if self.precision.loss_scale is not None else 1.0
         replicas, devices = self.strategy.replicas, self.strategy.devices
         moment = self.clock.at(batch.step)
-        sums: Callable[[], tuple[float, CountedBatch]] | None = None
+        sums: Callable[[], Sums] | None = None
         while True:
             total: torch.Tensor | None = None
+            self._logs.begin()
             self.buffers.begin_step()
             for slot, micro_batch in enumerate(batch.micro_batches):
                 if slot:
@@ -196,11 +203,13 @@ class Trainer:
                 seed_model_stream(self.options.seed, batch.step, micro_batch.index, device)
                 self.recipe.moment = moment
                 with nullcontext() if self._is_forward_checked else parameters_stay(model):
-                    _, _, loss = self.forward(self.recipe, model, micro_batch, self.precision, device)
+                    _, _, loss, logged = self.forward(self.recipe, model, micro_batch, self.precision, device)
                 self._is_forward_checked = True
                 if micro_batch.weight:
                     summand = self._summands(loss.detach())
                     total = summand if total is None else total + summand.to(total.device)
+                    if logged and self._takes_logs:
+                        self._logs.add(logged)
                 if slot == last and sums is None:
                     progress.begin(DATA)
                     following = next(batches, None)
@@ -214,7 +223,7 @@ class Trainer:
                 break
         norm = self.strategy.finish_gradients(unscale=1.0 / scale, max_norm=self.options.max_grad_norm)
         assert sums is not None
-        loss_sum, upcoming = sums()
+        loss_sum, upcoming, logged_values = sums()
         loss_value = loss_sum / num_targets
         is_bad = self.judge.skips(batch.step + 1, loss_value, norm)
         is_skipped = is_bad or self._is_scaled_too_high(norm)
@@ -239,42 +248,51 @@ class Trainer:
             ranks=spread(upcoming.times),
             slowest=slowest(upcoming.times, is_sharded=self.strategy.is_sharded),
             digests=digests,
+            logged=logged_values,
         )
         progress.begin(BETWEEN_STEPS)
         return report, upcoming
 
-    def _begin_sums(
-        self, step: int, loss: torch.Tensor | None, following: GlobalBatch | None
-    ) -> Callable[[], tuple[float, "CountedBatch"]]:
-        """Start to sum this step's loss and the next batch's counts; return a function to get them. All ranks."""
+    def _begin_sums(self, step: int, loss: torch.Tensor | None, following: GlobalBatch | None) -> Callable[[], "Sums"]:
+        """Start to sum this step's loss and what is logged, and the next batch's counts. All ranks.
+
+        Returns a function to get them.
+        """
         counts = _counts(following)
         asked = self.requests.now()
         if self.world.size == 1:
             assert loss is not None
-            return lambda: (sum(loss.reshape(-1).tolist()), CountedBatch(following, *counts, asked))
+            logged = self._logs.of_one_rank()
+            return lambda: Sums(sum(loss.reshape(-1).tolist()), CountedBatch(following, *counts, asked), logged())
         # float64 holds the loss and integers up to 2**53 exactly.
         times = self.part_times.of_all(step)
+        logs = slice(first := NUM_PARTS + len(counts) + len(asked), first + self._logs.num_numbers)
         sums = torch.tensor(
-            [*[0.0] * NUM_PARTS, *counts, *asked, *times], dtype=torch.float64, device=self.world.device
+            [*[0.0] * NUM_PARTS, *counts, *asked, *[0.0] * self._logs.num_numbers, *times],
+            dtype=torch.float64,
+            device=self.world.device,
         )
-        if loss is not None:
-            sums[: loss.numel()] = loss
-        if not self.world.is_counted:
+        if self.world.is_counted:
+            if loss is not None:
+                sums[: loss.numel()] = loss
+            self._logs.put(sums[logs])
+        else:
             sums[: NUM_PARTS + len(counts)] = 0
         work = self.world.begin_sum(sums)
 
-        def finish() -> tuple[float, CountedBatch]:
+        def finish() -> Sums:
             assert work is not None
             work.wait()
-            loss_parts, (num_targets, num_tokens, *others) = sums[:NUM_PARTS].tolist(), sums[NUM_PARTS:].tolist()
-            asked, times = others[: len(Asked())], others[len(Asked()) :]
-            return sum(loss_parts), CountedBatch(
+            numbers = sums.tolist()
+            num_targets, num_tokens, *asked = numbers[NUM_PARTS : logs.start]
+            counted = CountedBatch(
                 following,
                 int(num_targets),
                 int(num_tokens),
                 Asked(*(each > 0 for each in asked)),
-                self.part_times.by_part(times),
+                self.part_times.by_part(numbers[logs.stop :]),
             )
+            return Sums(sum(numbers[:NUM_PARTS]), counted, self._logs.values(numbers[logs]))
 
         return finish
 
@@ -329,6 +347,7 @@ class Trainer:
 
     def _note_state(self, position: Position) -> None:
         position.recent_losses = self.judge.recent
+        position.callbacks = self.hooks.states()
         position.exact_exponents = dict(sorted(self.strategy.exact_exponents.items()))
         if self.precision.loss_scale is not None:
             position.loss_scale = self.precision.loss_scale.state()
@@ -349,6 +368,14 @@ class CountedBatch(NamedTuple):
     """What any rank has been asked for, before this batch."""
     times: RankTimes = MappingProxyType({})
     """Times of the ranks until this batch, where a report is due."""
+
+
+class Sums(NamedTuple):
+    """What a step sums over the ranks: its loss, the counts of the next batch, and the values logged, by name."""
+
+    loss: float
+    upcoming: CountedBatch
+    logged: dict[str, float]
 
 
 def _counts(batch: GlobalBatch | None) -> tuple[int, int]:

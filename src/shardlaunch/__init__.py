@@ -1,6 +1,6 @@
 """One run, any shards: train PyTorch models so that ranks, strategy, crashes and resumes do not change the results.
 
-Topic modules have what recipes also use: `shardlaunch.data`, `.images`, `.text`, `.metrics`, `.demo`.
+Topic modules have what recipes also use: `shardlaunch.data`, `.orders`, `.images`, `.text`, `.metrics`, `.demo`.
 """
 
 from importlib import import_module
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shardlaunch.errors import UserError
+    from shardlaunch.launcher.callbacks import Callback, Event, main_only
     from shardlaunch.launcher.commands.start import start
     from shardlaunch.launcher.launch import launch
     from shardlaunch.launcher.options import Options, option
@@ -15,16 +16,31 @@ if TYPE_CHECKING:
     from shardlaunch.launcher.runs.fit import fit
     from shardlaunch.launcher.tensor_data import TensorData
 
-__all__ = ["Options", "Recipe", "TensorData", "UserError", "fit", "launch", "option", "start"]
+__all__ = [
+    "Callback",
+    "Event",
+    "Options",
+    "Recipe",
+    "TensorData",
+    "UserError",
+    "fit",
+    "launch",
+    "main_only",
+    "option",
+    "start",
+]
 
 # Imported on first use, so that `shardlaunch --help` does not wait for torch.
 _HOMES = {
+    "Callback": "launcher.callbacks",
+    "Event": "launcher.callbacks",
     "Options": "launcher.options",
     "Recipe": "launcher.recipe",
     "TensorData": "launcher.tensor_data",
     "UserError": "errors",
     "fit": "launcher.runs.fit",
     "launch": "launcher.launch",
+    "main_only": "launcher.callbacks",
     "option": "launcher.options",
     "start": "launcher.commands.start",
 }
