@@ -6,6 +6,7 @@ from typing import Literal
 
 from shardlaunch.errors import UserError, printable
 from shardlaunch.launcher.durations import seconds_of
+from shardlaunch.launcher.optimization.averaging import AveragingOptions
 from shardlaunch.launcher.optimization.freezing import FreezingOptions
 from shardlaunch.launcher.optimization.optimizers import OptimizerOptions
 from shardlaunch.launcher.optimization.schedules import ScheduleOptions
@@ -183,6 +184,7 @@ class Options(
     ReportingOptions,
     SavingOptions,
     StrategyOptions,
+    AveragingOptions,
     FreezingOptions,
     ScheduleOptions,
     OptimizerOptions,
@@ -200,6 +202,7 @@ class Options(
         check_values(self)
         for owner in (RunOptions, DataOptions, FreezingOptions, OptimizerOptions, ScheduleOptions, SavingOptions):
             owner.__post_init__(self)
+        AveragingOptions.__post_init__(self)
 
 
 # The headings of --help, in this order, each with the class of its options.
@@ -209,6 +212,7 @@ GROUPS = {
     "optimization": OptimizerOptions,
     "schedule": ScheduleOptions,
     "freezing": FreezingOptions,
+    "average of the weights": AveragingOptions,
     "strategy": StrategyOptions,
     "saving": SavingOptions,
     "reporting": ReportingOptions,

@@ -11,7 +11,7 @@ import torch
 
 from shardlaunch.launcher.reporting.display import Display, ProgressView
 from shardlaunch.launcher.reporting.trackers import TrackedRun, Trackers
-from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, MetricsLog, numbers
+from shardlaunch.launcher.reporting.tracking import EMA_PREFIX, EVAL_PREFIX, MetricsLog, numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +122,19 @@ class Recorder:
             self._progress.evaluating(num_done, num_samples)
 
     def on_evaluation(self, step: int, results: Mapping[str, Any]) -> None:
-        """Record the results of an evaluation: numbers, and lists of them."""
+        """Record the results of an evaluation by their names in metrics.jsonl: numbers, and lists of them."""
         if self._log is not None and self._trackers is not None:
-            values = {f"{EVAL_PREFIX}{name}": value for name, value in results.items()}
-            self.last_evaluation = {**self._where(step), **values}
+            self.last_evaluation = {**self._where(step), **results}
             self._log.write(self.last_evaluation)
-            self._trackers.log(numbers(values), step)
-        shown = (f"{name} {value:.4f}" for name, value in numbers(results).items())
-        self._display.say(f"evaluation at step {step}: " + "  ".join(shown))
+            self._trackers.log(numbers(results), step)
+        for prefix, what in ((EVAL_PREFIX, "evaluation"), (EMA_PREFIX, "evaluation of the average")):
+            shown = [
+                f"{name.removeprefix(prefix)} {value:.4f}"
+                for name, value in numbers(results).items()
+                if name.startswith(prefix)
+            ]
+            if shown:
+                self._display.say(f"{what} at step {step}: " + "  ".join(shown))
 
     def sync(self) -> None:
         """Make what was written durable. Raises OSError."""

@@ -104,6 +104,8 @@ def assemble(
     with phase("placing the model"):
         with connecting():
             strategy = STRATEGIES[strategy_name](model, build_optimizer, world=world, settings=settings)
+        if options.keeps_average:
+            strategy.keep_average(is_exact=options.exact)
         if initial is not None:
             strategy.restore(initial)
     if options.compile:

@@ -50,6 +50,8 @@ def restore(
             checkpoint.verify_read(peers)  # damage may look like another model; all ranks come here, or none
             raise
         checkpoint.verify_read(peers)
+    if strategy.average is not None:
+        strategy.average.num_updates = position.num_averaged
     if options.digest_every:
         check_recorded(checkpoint, strategy, peers=peers)
     if position.step and not any(spec.section == OPTIMIZER for spec in checkpoint.specs()):

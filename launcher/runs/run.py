@@ -286,8 +286,9 @@ class Run:
         with ExitStack() as records:
             self.world.peers.together(lambda: self._open_records(records, end) if self.world.is_main else None)
             records.callback(self.saver.close)  # first: it needs the records
-            # Weights and two values of the optimizer, until a save is measured.
-            self.requests.time_left.assume_save_of(12 * self.assembly.num_elements // self.world.size)
+            # Weights, two values of the optimizer, their average: until a save is measured.
+            per_weight = 12 + 4 * self.options.keeps_average
+            self.requests.time_left.assume_save_of(per_weight * self.assembly.num_elements // self.world.size)
             unfreeze_at = self.options.unfreeze_at_step
             try:
                 if self.position.step < unfreeze_at < end:
