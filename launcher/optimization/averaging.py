@@ -27,9 +27,7 @@ class AveragingOptions:
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)}: a run keeps one average of its weights; remove one of them")
         if self.swa_from >= 1 and self.swa_from != int(self.swa_from):
-            raise UserError(
-                f"--swa-from {self.swa_from:g}: must be a step (a whole number), or a part of the run below 1"
-            )
+            raise UserError(f"--swa-from {self.swa_from:g}: must be a whole number, or below 1 for a part of the run")
         if self.eval_ema != "both" and not given:
             raise UserError(
                 f"--eval-ema {self.eval_ema}: has no effect without an average; set --ema, --ema-half-life or "
@@ -60,8 +58,8 @@ class AveragingOptions:
     def part_of_first(self, num_steps: int, num_samples: int) -> float:
         """Return how much of the average, after so many steps on so many samples each, is still the first weights."""
         if self.ema_half_life:
-            return math.exp2(-num_steps * num_samples / self.ema_half_life)
-        return self.ema**num_steps if self.ema else 0.0
+            return math.exp2(-(num_steps - 1) * num_samples / self.ema_half_life)
+        return self.ema ** (num_steps - 1) if self.ema else 0.0
 
     def describe_average(self, num_steps: int) -> str:
         """Return a few words on the average."""

@@ -119,6 +119,7 @@ class Run:
         """Load the data, find the checkpoint to resume from, and build model and trainer. All ranks."""
         with phase("reading data"), collected() as self.notes:
             self.data = load_data(self.recipe, self.world, self.fold)
+            self.options.first_averaged(self.data.num_steps)  # raises
             self.init, self.identity = identify(
                 self.name,
                 self.options,

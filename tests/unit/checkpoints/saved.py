@@ -10,7 +10,7 @@ from shardlaunch.checkpoints.names import RECIPE
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.records import Position, to_json
 from shardlaunch.checkpoints.shares import share_of
-from shardlaunch.checkpoints.state import OPTIMIZER, Fragment, whole
+from shardlaunch.checkpoints.state import EMA, OPTIMIZER, Fragment, whole
 from shardlaunch.checkpoints.writer import save
 
 RECIPE_RECORD = {
@@ -37,17 +37,22 @@ def save_step(
     step: int,
     *,
     weights: Mapping[str, torch.Tensor] | None = None,
+    averages: Mapping[str, torch.Tensor] | None = None,
     aliases: Mapping[str, str] | None = None,
     position: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> Path:
-    """Save a checkpoint of `weights` (default: those of `tensors`) with Adam's state for the first one."""
+    """Save a checkpoint of `weights` (default: those of `tensors`) with Adam's state for the first one.
+
+    `averages` are those of weights, by name.
+    """
     weights = tensors(seed=step) if weights is None else weights
     state: list[Fragment] = [whole(name, tensor) for name, tensor in weights.items()]
     if weights:
         name, tensor = next(iter(weights.items()))
         state += [whole(name, tensor * 2, section=OPTIMIZER, entry="exp_avg")]
+    state += [whole(name, tensor, section=EMA) for name, tensor in (averages or {}).items()]
 
     def export(folder: Path) -> None:
         (folder / RECIPE).write_bytes(to_json(recipe or RECIPE_RECORD))

@@ -16,7 +16,7 @@ from shardlaunch.checkpoints.digests import crc64nvme
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.records import Position, to_json
 from shardlaunch.checkpoints.shares import share_of
-from shardlaunch.checkpoints.state import whole
+from shardlaunch.checkpoints.state import EMA, whole
 from shardlaunch.checkpoints.writer import save
 from shardlaunch.launcher.commands.generate import Sampling, generate_texts
 from shardlaunch.launcher.commands.predict import predict_texts
@@ -27,8 +27,8 @@ TEXTS = ("a fine film", "a dull one")
 LABELS = {0: "bad\x1b[31m", 1: "good\nor so"}
 
 
-def _save(folder: Path, model: Any, *, max_length: Any = 8) -> Path:
-    """Write a checkpoint of a small model with a tokenizer."""
+def _save(folder: Path, model: Any, *, max_length: Any = 8, averages: dict[str, torch.Tensor] | None = None) -> Path:
+    """Write a checkpoint of a small model with a tokenizer, and averages of its weights, if any."""
     tokenizer = train_tokenizer(TEXTS, vocab_size=300, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
     def export(staging: Path) -> None:
@@ -38,7 +38,9 @@ def _save(folder: Path, model: Any, *, max_length: Any = 8) -> Path:
         record = {"recipe": "mine.Mine", "options": {"max_length": max_length}, "run": run}
         (staging / "recipe.json").write_bytes(to_json(record))
 
-    share = share_of(whole(name, tensor) for name, tensor in model.named_parameters())
+    state = [whole(name, tensor) for name, tensor in model.named_parameters()]
+    state += [whole(name, tensor, section=EMA) for name, tensor in (averages or {}).items()]
+    share = share_of(state)
     return save(
         folder / "checkpoints", position=Position(step=1), share=share, export=export, aliases={}, peers=Peers()
     )
@@ -76,13 +78,13 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return _save(tmp_path_factory.mktemp("generator"), LlamaForCausalLM(config))
 
 
-def _predicted(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    predict_texts(path, texts=TEXTS, file=None)
+def _predicted(path: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> str:
+    predict_texts(path, texts=TEXTS, file=None, **options)
     return capsys.readouterr().out
 
 
-def _generated(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    generate_texts(path, prompts=TEXTS, file=None, max_new_tokens=6, sampling=Sampling())
+def _generated(path: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> str:
+    generate_texts(path, prompts=TEXTS, file=None, max_new_tokens=6, sampling=Sampling(), **options)
     return capsys.readouterr().out
 
 
@@ -110,6 +112,28 @@ def test_files_beside_a_checkpoints_own_are_not_used(
         (copy / "config.json").rename(copy / "other.json")
         with pytest.raises(UserError, match=r"config\.json"):
             use(copy, capsys)
+
+
+def test_the_average_of_the_weights_is_used_if_asked_for(
+    classifier: Path, generator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The average of some weights; the others, which were frozen, are those of the model."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    for path, auto_class, use in (
+        (classifier, AutoModelForSequenceClassification, _predicted),
+        (generator, AutoModelForCausalLM, _generated),
+    ):
+        model = auto_class.from_pretrained(path)
+        trained = {name: p.detach().clone() for name, p in model.named_parameters() if "embed" not in name}
+        expected = use(path, capsys)
+        for name in trained:
+            model.get_parameter(name).data.normal_(generator=torch.Generator().manual_seed(0))
+        both = _save(tmp_path / path.parts[-3], model, averages=trained)
+        assert use(both, capsys) != expected
+        assert use(both, capsys, ema=True) == expected
+        with pytest.raises(UserError, match="holds no average of the weights"):
+            use(path, capsys, ema=True)
 
 
 def test_names_and_texts_are_printed_on_a_line_without_control_characters(
