@@ -212,7 +212,7 @@ GROUPS = {
     "optimization": OptimizerOptions,
     "schedule": ScheduleOptions,
     "freezing": FreezingOptions,
-    "average of the weights": AveragingOptions,
+    "averaging": AveragingOptions,
     "strategy": StrategyOptions,
     "saving": SavingOptions,
     "reporting": ReportingOptions,
