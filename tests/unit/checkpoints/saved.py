@@ -1,11 +1,14 @@
 """Small checkpoints that the tests of this folder save, and how they damage them."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
+from shardlaunch.checkpoints.digests import crc64nvme
 from shardlaunch.checkpoints.names import RECIPE
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.records import Position, to_json
@@ -75,3 +78,13 @@ def flip(path: Path) -> None:
 def weights_file(step_dir: Path) -> Path:
     """Return the file of a checkpoint's weights."""
     return next(step_dir.glob("model-*.safetensors"))
+
+
+def sign(step_dir: Path, name: str) -> None:
+    """Write the digest of a changed file into the manifest."""
+    body = json.loads((step_dir / "manifest.json").read_bytes())
+    data = (step_dir / name).read_bytes()
+    body["files"][name] = {"bytes": len(data), "crc64nvme": f"{crc64nvme(data):016x}"}
+    body.pop("xxh3_128")
+    text = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    (step_dir / "manifest.json").write_text(json.dumps({**body, "xxh3_128": xxhash.xxh3_128_hexdigest(text)}))

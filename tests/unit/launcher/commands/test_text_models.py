@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import xxhash
 from safetensors.torch import load_file, save_file
 
 from shardlaunch import UserError
-from shardlaunch.checkpoints.digests import crc64nvme
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.records import Position, to_json
 from shardlaunch.checkpoints.shares import share_of
@@ -22,6 +20,7 @@ from shardlaunch.launcher.commands.generate import Sampling, generate_texts
 from shardlaunch.launcher.commands.predict import predict_texts
 from shardlaunch.text import save_config, train_tokenizer
 from tests.faults.records import change_json
+from tests.unit.checkpoints.saved import sign
 
 TEXTS = ("a fine film", "a dull one")
 LABELS = {0: "bad\x1b[31m", 1: "good\nor so"}
@@ -44,16 +43,6 @@ def _save(folder: Path, model: Any, *, max_length: Any = 8, averages: dict[str, 
     return save(
         folder / "checkpoints", position=Position(step=1), share=share, export=export, aliases={}, peers=Peers()
     )
-
-
-def _sign(step_dir: Path, name: str) -> None:
-    """Write the digest of a changed file into the manifest."""
-    body = json.loads((step_dir / "manifest.json").read_bytes())
-    data = (step_dir / name).read_bytes()
-    body["files"][name] = {"bytes": len(data), "crc64nvme": f"{crc64nvme(data):016x}"}
-    body.pop("xxh3_128")
-    text = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
-    (step_dir / "manifest.json").write_text(json.dumps({**body, "xxh3_128": xxhash.xxh3_128_hexdigest(text)}))
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +146,7 @@ def test_a_file_that_says_something_else_is_no_traceback(
     refused = 0
     for number in range(12):
         (copy / name).write_text(json.dumps(change_json(json.loads(data), random.Random(f"{name} {number}"))))
-        _sign(copy, name)
+        sign(copy, name)
         try:
             assert len(_predicted(copy, capsys).splitlines()) == len(TEXTS)
         except UserError:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +13,18 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from shardlaunch import UserError, fit
+from shardlaunch import Options, UserError, fit
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint, open_checkpoint
 from shardlaunch.checkpoints.state import EMA, MODEL
 from shardlaunch.launcher.optimization.averaging import AveragingOptions
-from shardlaunch.launcher.training.averaging import best_metric_in
+from shardlaunch.launcher.training.averaging import Averaging, best_metric_in
+from shardlaunch.launcher.training.stopping import BrokenOff
 from shardlaunch.sharding.averages import Average
+from shardlaunch.sharding.replicated import Single
+from shardlaunch.sharding.world import World
 from tests.recipes import LinearNet, Net, NetOptions, NetRecipe, final_tensors, training_lines
+from tests.unit.checkpoints.saved import sign
 
 STEPS, DECAY = 8, 0.6
 OPTIONS: dict[str, Any] = {
@@ -135,14 +140,57 @@ def test_it_is_evaluated_and_decides_what_is_best(averaged: Path, plain: Path) -
 
 
 def test_a_resume_is_exact_and_keeps_the_average(averaged: Path, plain: Path, tmp_path: Path) -> None:
-    for stop in (3, 4, 0):
-        fit(SmoothRecipe, output_dir=tmp_path, ema=DECAY, digest_every=4, stop_at_step=stop, **OPTIONS)
+    for stop, strategy in ((3, "single"), (4, "dp"), (0, "single")):
+        fit(
+            SmoothRecipe,
+            output_dir=tmp_path,
+            ema=DECAY,
+            digest_every=4,
+            stop_at_step=stop,
+            strategy=strategy,
+            **OPTIONS,
+        )
     assert training_lines(tmp_path) == training_lines(averaged)
     _assert_same(final_tensors(tmp_path), final_tensors(averaged))
     with pytest.raises(UserError, match=r"--ema: 0\.6 -> 0\.0"):
         fit(SmoothRecipe, output_dir=tmp_path, **OPTIONS)
     with pytest.raises(UserError, match=r"--ema: 0\.0 -> 0\.6"):
         fit(SmoothRecipe, output_dir=plain, ema=DECAY, **OPTIONS)
+    assert not {"--ema", "--swa-from"} & json.loads((plain / "run.json").read_text())["identity"].keys()  # as before
+
+
+def test_a_position_of_another_average_is_damage(averaged: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(averaged, tmp_path / "run")
+    state = folder / "checkpoints" / f"step-{STEPS:08d}" / "trainer_state.json"
+    state.write_text(state.read_text().replace(f'"num_averaged": {STEPS}', '"num_averaged": 0'))
+    sign(state.parent, state.name)
+    with pytest.raises(UserError, match="average of the weights is not that of 0 updates"):
+        fit(SmoothRecipe, output_dir=folder, ema=DECAY, digest_every=4, **OPTIONS)
+
+
+def test_an_evaluation_that_is_broken_off_leaves_the_weights() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    strategy, calls = Single(model, lambda named: torch.optim.SGD([p for _, p in named]), world=World()), []
+    strategy.keep_average()
+    averaging = Averaging(Options(ema=0.5), strategy, num_steps=2)
+
+    class Evaluating:
+        def evaluate(self, model: nn.Module, on_progress: object, poll: object) -> dict[str, float]:
+            calls.append(model.weight.item())
+            if len(calls) == 4:
+                raise BrokenOff
+            return {"loss": calls[-1]}
+
+    def evaluate() -> dict[str, float]:
+        return averaging.evaluate(Evaluating(), lambda done, of: None, lambda: None)  # type: ignore[arg-type]
+
+    for step, value in ((1, 2.0), (2, 4.0)):
+        model.weight.data.fill_(value)
+        averaging.update(step, num_samples=1)
+    assert evaluate() == {"eval/loss": 4.0, "eval_ema/loss": 3.0}
+    with pytest.raises(BrokenOff):
+        evaluate()
+    assert (calls, model.weight.item()) == ([4.0, 3.0, 4.0, 3.0], 4.0)
 
 
 def test_equal_averages_begin_at_a_step(tmp_path: Path) -> None:
