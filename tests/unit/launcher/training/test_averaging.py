@@ -193,6 +193,23 @@ def test_an_evaluation_that_is_broken_off_leaves_the_weights() -> None:
     assert (calls, model.weight.item()) == ([4.0, 3.0, 4.0, 3.0], 4.0)
 
 
+def test_the_room_for_an_average_that_is_to_come_is_known() -> None:
+    model = Smooth()
+    model.first.requires_grad_(False)
+    strategy = Single(model, lambda named: torch.optim.SGD([p for _, p in named], lr=0.1), world=World())
+    specs = [fragment.spec for fragment in strategy.state()]
+    assert Averaging(Options(), strategy, num_steps=8).bytes_to_come(specs) == 0
+    strategy.keep_average()
+    averaging = Averaging(Options(swa_from=0.5), strategy, num_steps=8)
+    to_come = averaging.bytes_to_come(specs)
+    for step in range(1, 6):  # it begins with the fifth
+        assert averaging.num_averaged == 0
+        averaging.update(step, num_samples=1)
+    average = [fragment.spec.num_bytes for fragment in strategy.state() if fragment.spec.section == EMA]
+    assert sum(average) == to_come > 0
+    assert averaging.bytes_to_come(specs) == 0
+
+
 def test_equal_averages_begin_at_a_step(tmp_path: Path) -> None:
     class Named(SmoothRecipe):
         best_metric = "eval/accuracy"
