@@ -264,6 +264,21 @@ def test_only_updates_that_were_done_count(action: str, tmp_path: Path) -> None:
     _assert_same(_section(tmp_path, 7, EMA), _expected(tmp_path, (1, 2, 4, 5, 6, 7), get_ema_multi_avg_fn(DECAY)))
 
 
+class Large(SmoothRecipe):
+    """A net whose first gradients are too large for fp16 times the loss scale."""
+
+    def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return super().loss(outputs, batch) * 30
+
+
+def test_updates_with_too_large_a_loss_scale_do_not_count(tmp_path: Path) -> None:
+    fit(Large, output_dir=tmp_path, ema=DECAY, precision="fp16", **OPTIONS)
+    done = [line["step"] for line in training_lines(tmp_path) if "loss" in line and not line.get("skipped")]
+    assert 1 < len(done) < STEPS
+    assert _checkpoint(tmp_path, STEPS).position.num_averaged == len(done)
+    _assert_same(_section(tmp_path, STEPS, EMA), _expected(tmp_path, done, get_ema_multi_avg_fn(DECAY)))
+
+
 def test_what_is_frozen_has_no_average_until_it_is_trained(tmp_path: Path) -> None:
     fit(
         SmoothRecipe,
