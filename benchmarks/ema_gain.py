@@ -53,15 +53,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 words = COMMON | options | {"epochs": arguments.epochs, "seed": seed, "data": str(data)}
                 curves[arm].append(list(start("cifar_cnn", ranks=1, output_dir=folder, **words).evaluations))
                 print(seed, arm, _ends(curves[arm][-1:]), flush=True)
-            if arguments.result:  # what there is, should the rest not be done
-                write_result(arguments.result, _result(curves, arguments.epochs))
+                if arguments.result:  # what there is, should the rest not be done
+                    write_result(arguments.result, _result(curves, arguments.epochs))
 
 
 def _result(curves: dict[str, list[list[dict[str, Any]]]], epochs: int) -> dict[str, Any]:
-    rows = [{"arm": arm, **_ends(runs), "epochs": _curve(runs)} for arm, runs in curves.items()]
+    rows = [
+        {"arm": arm, "seeds": len(runs), **_ends(runs), "epochs": _curve(runs)} for arm, runs in curves.items() if runs
+    ]
     return {
         "benchmark": "ema_gain",
-        "seeds": min(len(runs) for runs in curves.values()),
         "epochs": epochs,
         "rows": rows,
         "note": "",

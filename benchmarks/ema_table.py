@@ -11,8 +11,8 @@ def titles_and_rows(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[
         [
             f"`{options}`, {rate}",
             str(result["epochs"]),
-            str(result["seeds"]),
-            *(_percent(row[what], result["seeds"]) for what in ("weights", "average", "gain")),
+            str(row["seeds"]),
+            *(_percent(row[what], row["seeds"]) for what in ("weights", "average", "gain")),
         ]
         for result in results
         for row in result["rows"]
