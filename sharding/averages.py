@@ -4,10 +4,11 @@ Floating-point buffers, such as batch-norm statistics, are averaged alike, so th
 buffers, such as counters, are taken as they are. Frozen parameters have no average: it would be their value.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from shardlaunch.checkpoints.state import EMA, MODEL, StateReader, TensorSpec
 from shardlaunch.errors import UserError, some
@@ -20,14 +21,13 @@ _CHUNK = 1 << 22  # elements that are exchanged at once
 class Average:
     """The average of what this rank has of the trained weights, and of the floating-point buffers, at least in fp32."""
 
-    def __init__(
-        self, model: nn.Module, weights: Callable[[], Mapping[str, torch.Tensor]], *, is_exact: bool = False
-    ) -> None:
-        """`weights` returns this rank's shards of the trained weights by name, as the optimizer changes them."""
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, trained: Mapping[str, torch.Tensor], *, is_exact: bool = False) -> None:
+        """`trained`: what the optimizer changes by name, weights or what takes their place; plain or distributed."""
         self._model = model
-        self._weights = weights
+        self._trained = trained
         self._is_exact = is_exact
-        self.values = {name: torch.zeros_like(weight) for name, weight in weights().items()}
+        self.values = {name: torch.zeros_like(weight) for name, weight in self._weights().items()}
         """The averages of the shards, by their names."""
         self.buffers: dict[str, torch.Tensor] = {}
         """The averages of the buffers, by name."""
@@ -102,6 +102,13 @@ class Average:
             for dtype, flat in self._flat.items():
                 flat.copy_(self._current(dtype))
         return saved
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Return this rank's shards, whose place in memory may change. To be called without gradients.
+
+        So that to_local() costs nothing: detach() of many distributed tensors takes longer than an update.
+        """
+        return {name: t.to_local() if isinstance(t, DTensor) else t.data for name, t in self._trained.items()}
 
     def _current(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the values of all buffers whose average has this dtype, flat."""

@@ -93,9 +93,9 @@ class DataParallel(Strategy):
         self._main.discard()
         self._drop_copied_gradients()
 
-    def trained_shards(self) -> dict[str, torch.Tensor]:
-        """Return the first replica's trained weights."""
-        return self._main.trained_shards()
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the first replica's trained parameters."""
+        return self._main.trained_tensors()
 
     def keep_average(self, *, is_exact: bool = False) -> None:
         """Let the first replica keep it, which evaluates."""

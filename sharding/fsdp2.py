@@ -260,9 +260,9 @@ class Fsdp2(Strategy):
         if self._exact is not None:
             self._exact.zero()
 
-    def trained_shards(self) -> dict[str, torch.Tensor]:
-        """Return this rank's shards, and all of parameters without dimensions."""
-        return {name: p.to_local() if isinstance(p, DTensor) else p.data for name, p in self._trained.items()}
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the sharded parameters, and those without dimensions."""
+        return dict(self._trained)
 
     def exchange_average(self) -> None:
         """Exchange shards, of which an evaluation may have left some gathered."""

@@ -84,9 +84,9 @@ class Replicated(Strategy):
         """Drop the gradients."""
         self.gradients.zero()
 
-    def trained_shards(self) -> dict[str, torch.Tensor]:
-        """Return the trained weights."""
-        return {name: parameter.data for name, parameter in self._trained.items()}
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the trained parameters."""
+        return dict(self._trained)
 
     def state(self) -> Iterator[Fragment]:
         """Yield the full state: every rank has all of it."""

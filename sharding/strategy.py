@@ -121,16 +121,15 @@ class Strategy(ABC):
         """Drop the gradients without an update. All ranks."""
 
     @abstractmethod
-    def trained_shards(self) -> dict[str, torch.Tensor]:
-        """Return this rank's shards of the trained weights, as the optimizer changes them, contiguous, by name.
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """Return what the optimizer changes: trained parameters by name, or what takes their place by names of its own.
 
-        Names are those of parameters, or of what takes their place. To be called without gradients.
+        Plain tensors or distributed ones, contiguous.
         """
 
     def keep_average(self, *, is_exact: bool = False) -> None:
         """Keep an average of the trained weights from now on, which state and restore include. Before `restore`."""
-        with torch.no_grad():
-            self.average = Average(self.replicas[0], self.trained_shards, is_exact=is_exact)
+        self.average = Average(self.replicas[0], self.trained_tensors(), is_exact=is_exact)
 
     def exchange_average(self) -> None:
         """Exchange weights and average in place: the model computes with the average, or again as before. All ranks.

@@ -151,9 +151,9 @@ class Zero(Strategy):
         else:
             self._zero.averaged_gradients = {}
 
-    def trained_shards(self) -> dict[str, torch.Tensor]:
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
         """Return this rank's partitions, whose names are numbers."""
-        return {str(index): master.data for index, master in enumerate(self.partitions.masters)}
+        return {str(index): master for index, master in enumerate(self.partitions.masters)}
 
     def exchange_average(self) -> None:
         """Exchange partitions, and gather what is kept gathered."""

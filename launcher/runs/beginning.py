@@ -101,7 +101,7 @@ def _average_row(recipe: Recipe, data: RunData, strategy: Strategy) -> dict[str,
     if strategy.average is None:
         return {}
     num_bytes = sum(tensor.nbytes for tensor in strategy.average.tensors)
-    where = "rank" if not strategy.is_sharded else "rank, sharded as the weights are that it updates"
+    where = "rank" if not strategy.is_sharded else "rank, sharded as the optimizer's state is"
     what = recipe.options.describe_average(data.num_steps)
     return {"average": f"{what}; {bytes_text(num_bytes)} more per {where}"}
 
