@@ -25,14 +25,14 @@ def is_adapted(weights: Sequence[Weight]) -> bool:
     return any(weight.name.startswith(PREFIX) for weight in weights)
 
 
-def merged(checkpoint: Checkpoint) -> list[Weight]:
+def merged(checkpoint: Checkpoint, *, is_average: bool = False) -> list[Weight]:
     """Return the weights of a base model with its LoRA adapter merged in, under the base model's own names.
 
     Each weight W becomes W + B A * lora_alpha / r (or / sqrt(r) with rank-stabilised LoRA), in float32. Modules that
     peft trained as a whole (`modules_to_save`) take the place of the base model's. Raises UserError for what cannot be
     merged so.
     """
-    where, weights = checkpoint.step_dir, weights_of(checkpoint)
+    where, weights = checkpoint.step_dir, weights_of(checkpoint, is_average=is_average)
     if not is_adapted(weights):
         raise UserError(f"--merge: {where} holds no model of peft (no weight begins with {PREFIX}); remove it")
     if ADAPTER_CONFIG not in checkpoint.manifest.files:

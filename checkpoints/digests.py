@@ -15,11 +15,11 @@ import xxhash
 from awscrt import checksums
 
 from shardlaunch.checkpoints.files import naming
-from shardlaunch.checkpoints.names import MODEL, OPTIMIZER
+from shardlaunch.checkpoints.names import SECTIONS
 from shardlaunch.checkpoints.records import DIGESTS, open_regular
 
 CRC64, XXH3 = "crc64nvme", "xxh3_128"
-DIGEST_NAMES = dict(zip((MODEL, OPTIMIZER), DIGESTS, strict=True))
+DIGEST_NAMES = dict(zip(SECTIONS, DIGESTS, strict=True))
 """The name in metrics.jsonl of each section's digest."""
 WRITE_BACK_BYTES = 16 << 20  # bytes written before the system is told to start write-back to disk
 DIGEST_BYTES = 1 << 20  # read size for digests: small enough to stay in the CPU cache
@@ -81,7 +81,7 @@ def joined(parts: Iterable[tuple[int, int]]) -> int:
 
 
 def digests_of_crcs(tensors: Iterable[tuple[str, str, int, int]]) -> dict[str, str]:
-    """Return the digests of weights and optimizer, of tensors given by section, key, CRC and bytes.
+    """Return the digests of weights, optimizer and average, of tensors given by section, key, CRC and bytes.
 
     By their names in metrics.jsonl; none of a section without tensors. A digest is the CRC-64/NVME, as 16 hexadecimal
     digits, of the bytes of the section's tensors in a row, by their keys.

@@ -16,7 +16,7 @@ import torch
 from shardlaunch.checkpoints.comparing import pieces
 from shardlaunch.checkpoints.digests import DigestingFile, digest_file, write_file
 from shardlaunch.checkpoints.listing import DamagedCheckpoint
-from shardlaunch.checkpoints.names import MODEL, RECIPE, STAGING_PREFIX, TRAINER_STATE, index_file_name
+from shardlaunch.checkpoints.names import EMA, MODEL, RECIPE, STAGING_PREFIX, TRAINER_STATE, index_file_name
 from shardlaunch.checkpoints.places import CHUNK_BYTES
 from shardlaunch.checkpoints.reader import Checkpoint
 from shardlaunch.checkpoints.records import open_regular, read_bytes
@@ -59,14 +59,23 @@ class Exported:
     """Values that were NaN or infinite already."""
 
 
-def weights_of(checkpoint: Checkpoint) -> list[Weight]:
-    """Return the tensors of a checkpoint's model section."""
+def weights_of(checkpoint: Checkpoint, *, is_average: bool = False) -> list[Weight]:
+    """Return the tensors of a checkpoint's model section, or with their averages for those that have one.
+
+    Raises UserError if there is no average.
+    """
+    averages = {spec.name: spec for spec in checkpoint.specs() if spec.section == EMA} if is_average else {}
+    if is_average and not averages:
+        raise UserError(
+            f"--ema: {checkpoint.step_dir} holds no average of the weights: its run keeps none (--ema, "
+            f"--ema-half-life, --swa-from), or had not begun it at step {checkpoint.step:,}"
+        )
 
     def reader(spec_: object) -> Callable[[int, int], torch.Tensor]:
         return lambda start, end: checkpoint.read(spec_, start, end)  # type: ignore[arg-type]
 
     return [
-        Weight(name=spec.name, shape=spec.shape, dtype=spec.dtype, read=reader(spec))
+        Weight(name=spec.name, shape=spec.shape, dtype=spec.dtype, read=reader(averages.get(spec.name, spec)))
         for spec in checkpoint.specs()
         if spec.section == MODEL
     ]
@@ -119,9 +128,10 @@ def write_model_folder(
     return exported
 
 
-def check_files(checkpoint: Checkpoint) -> None:
-    """Compare the digests of the files that an export reads. Raises DamagedCheckpoint."""
-    names = {file for spec, file in checkpoint.manifest.tensors.items() if spec.section == MODEL}
+def check_files(checkpoint: Checkpoint, *, is_average: bool = False) -> None:
+    """Compare the digests of the files that an export, of weights or average, reads. Raises DamagedCheckpoint."""
+    sections = (MODEL, EMA) if is_average else (MODEL,)
+    names = {file for spec, file in checkpoint.manifest.tensors.items() if spec.section in sections}
     for name in sorted(names | set(_others(checkpoint))):
         record = checkpoint.manifest.files[name]
         if digest_file(checkpoint.step_dir / name, kind=record.kind) != record:

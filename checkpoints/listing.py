@@ -13,7 +13,7 @@ from msgspec import UNSET
 
 from shardlaunch.checkpoints.digests import CRC64, XXH3, FileRecord, digests_of_crcs
 from shardlaunch.checkpoints.files import is_there
-from shardlaunch.checkpoints.names import MANIFEST, MODEL, NUM_BYTES, OPTIMIZER, TRAINER_STATE, is_plain_file_name
+from shardlaunch.checkpoints.names import EMA, MANIFEST, MODEL, NUM_BYTES, OPTIMIZER, TRAINER_STATE, is_plain_file_name
 from shardlaunch.checkpoints.records import FileEntry, ManifestHead, ManifestRecord, TensorListing, decode, read_bytes
 from shardlaunch.errors import UserError
 
@@ -78,7 +78,7 @@ def body_digest(body: Mapping[str, Any]) -> str:
 
 
 def listed_digests(record: ManifestRecord) -> dict[str, str]:
-    """Return the digests of a checkpoint's weights and optimizer, by their names in metrics.jsonl.
+    """Return the digests of a checkpoint's weights, optimizer and average, by their names in metrics.jsonl.
 
     Those that its run has recorded of its step, if it has. None before version 4 of the manifest.
     """
@@ -129,7 +129,7 @@ def _check(record: ManifestRecord) -> None:
             raise ValueError(f"{alias!r} cannot be another name of {name!r}")
 
 
-def _place(tensor: TensorListing, version: int) -> tuple[Literal["model", "optimizer"], str]:
+def _place(tensor: TensorListing, version: int) -> tuple[Literal["model", "optimizer", "ema"], str]:
     """Return a tensor's section and entry. Raises ValueError for one that has none, or of an unknown dtype."""
     section: object = tensor.section
     entry, kind = tensor.entry, tensor.kind
@@ -137,6 +137,8 @@ def _place(tensor: TensorListing, version: int) -> tuple[Literal["model", "optim
         section, entry = (MODEL, "") if kind == "weight" else (OPTIMIZER, kind)
     if not isinstance(section, str) or not isinstance(entry, str) or (version > 1) is isinstance(kind, str):
         raise ValueError(f"tensor {tensor.name!r} has not the fields of version {version}")
-    if (section == MODEL) is bool(entry) or tensor.dtype not in NUM_BYTES:
+    if (section == OPTIMIZER) is not bool(entry) or tensor.dtype not in NUM_BYTES:
         raise ValueError(f"tensor {tensor.name!r} has an unknown entry or dtype: {entry!r}, {tensor.dtype!r}")
-    return ("model" if section == MODEL else "optimizer"), entry
+    if section == EMA and version < 4:
+        raise ValueError(f"tensor {tensor.name!r} is in a section that version {version} does not have")
+    return ("model" if section == MODEL else "ema" if section == EMA else "optimizer"), entry

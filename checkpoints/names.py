@@ -10,9 +10,12 @@ MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 RECIPE = "recipe.json"
 
-# Sections of a run's state, each in separate files: weights and buffers, and optimizer state.
+# Sections of a run's state, each in separate files: weights and buffers, optimizer state, and the average of weights
+# and buffers of a run that keeps one (--ema, --swa-from).
 MODEL = "model"
 OPTIMIZER = "optimizer"
+EMA = "ema"
+SECTIONS = (MODEL, OPTIMIZER, EMA)
 
 NUM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes per element, by the name of a dtype in safetensors files."""

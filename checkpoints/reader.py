@@ -23,6 +23,7 @@ from shardlaunch.checkpoints.layout import (
     step_of_dir_name,
 )
 from shardlaunch.checkpoints.manifest import DamagedCheckpoint, Manifest, read_manifest
+from shardlaunch.checkpoints.names import SECTIONS
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.records import (
     IndexRecord,
@@ -32,7 +33,7 @@ from shardlaunch.checkpoints.records import (
     read_record,
     regular_size,
 )
-from shardlaunch.checkpoints.state import MODEL, ONLY, OPTIMIZER, Replica, TensorSpec
+from shardlaunch.checkpoints.state import ONLY, Replica, TensorSpec
 from shardlaunch.checkpoints.tensorfile import (
     BYTES_PER_ELEMENT,
     FileRecord,
@@ -222,7 +223,7 @@ def _verify_records(checkpoint: Checkpoint) -> None:
         )
     if RECIPE in manifest.files:
         _ = checkpoint.recipe
-    for section in (MODEL, OPTIMIZER):
+    for section in SECTIONS:
         name = index_file_name(section)
         files = {spec.key: file for spec, file in manifest.tensors.items() if spec.section == section}
         if name in manifest.files and read_record(step_dir / name, IndexRecord).weight_map != files:

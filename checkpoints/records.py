@@ -73,6 +73,7 @@ class Position(Record):
     exact_exponents: dict[str, int] = {}  # of the units of --exact, by parameter
     group_hyperparameters: list[dict[str, Any]] = []  # of the optimizer
     non_persistent_buffers: str = ""  # digest of their values
+    num_averaged: Count = 0  # updates that the average of the weights has taken in
 
     def __post_init__(self) -> None:
         if self.best_step > self.step:
@@ -96,7 +97,7 @@ class TensorListing(Record, kw_only=True):
     """A tensor in a manifest. `kind` is what version 1 has instead of section and entry; the CRC is there since 4."""
 
     name: str
-    section: Literal["model", "optimizer"] | UnsetType = UNSET
+    section: Literal["model", "optimizer", "ema"] | UnsetType = UNSET
     entry: str | UnsetType = UNSET
     kind: str | UnsetType = UNSET
     shape: list[Count]
@@ -259,7 +260,8 @@ def read_position(path: Path, *, is_first_version: bool) -> Position:
     return decode(path, msgspec.json.encode(saved), Position)
 
 
-_ADDED = ("is_evaluation_due", "left_out", "recent_losses", "callbacks")  # since the third version of the manifest
+# Since the third version of the manifest.
+_ADDED = ("is_evaluation_due", "left_out", "recent_losses", "callbacks", "num_averaged")
 _RENAMED = {"group_numbers": "group_hyperparameters", "constants": "non_persistent_buffers"}
 
 
@@ -277,9 +279,9 @@ def read_metrics_line(path: Path, data: bytes) -> dict[str, Any]:
     return line
 
 
-DIGESTS = ("weights_digest", "optimizer_digest")
+DIGESTS = ("weights_digest", "optimizer_digest", "ema_digest")
 """Entries of a line of metrics.jsonl that are 16 hexadecimal digits."""
-_SCALARS = ("step", "epoch", "loss", "lr", "grad_norm", "samples", "tokens", "step_s", "eval/loss")
+_SCALARS = ("step", "epoch", "loss", "lr", "grad_norm", "samples", "tokens", "step_s", "eval/loss", "eval_ema/loss")
 
 
 def _is_metric(value: Any, *, is_scalar: bool = False) -> bool:

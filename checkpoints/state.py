@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 
 from shardlaunch.checkpoints.listing import tensor_key
+from shardlaunch.checkpoints.names import EMA as EMA
 from shardlaunch.checkpoints.names import MODEL as MODEL
 from shardlaunch.checkpoints.names import OPTIMIZER as OPTIMIZER
 from shardlaunch.checkpoints.tensorfile import BYTES_PER_ELEMENT
@@ -19,7 +20,7 @@ class TensorSpec:
     """Name, section, shape and dtype of one whole tensor of a run's state.
 
     `name` is that of a parameter or buffer. `entry` is which of a section's tensors for that name: exp_avg, step, ...
-    in the optimizer section; empty in the model section.
+    in the optimizer section; empty in the others.
     """
 
     name: str

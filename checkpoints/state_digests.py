@@ -1,4 +1,5 @@
-"""Digests of a state that do not depend on how it is divided among ranks: one of the weights, one of the optimizer.
+"""Digests of a state that do not depend on how it is divided among ranks: one of the weights, one of the
+optimizer, one of the average of the weights where there is one.
 
 They follow from the CRCs of tensors, so that those of a checkpoint are known from its manifest alone.
 """

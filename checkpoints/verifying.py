@@ -14,10 +14,9 @@ from shardlaunch.checkpoints.headers import header_bytes, read_stored
 from shardlaunch.checkpoints.listing import DamagedCheckpoint, file_records, read_listing, tensor_key
 from shardlaunch.checkpoints.names import (
     MANIFEST,
-    MODEL,
     NUM_BYTES,
-    OPTIMIZER,
     RECIPE,
+    SECTIONS,
     TRAINER_STATE,
     index_file_name,
     step_dir_name,
@@ -211,7 +210,7 @@ def _record_damages(step_dir: Path, record: ManifestRecord) -> list[Damage]:
     checks: dict[str, Callable[[], object]] = {
         TRAINER_STATE: lambda: _position(step_dir, record),
         RECIPE: lambda: read_record(step_dir / RECIPE, RecipeRecord),
-        **{index_file_name(section): partial(read_index, section) for section in (MODEL, OPTIMIZER)},
+        **{index_file_name(section): partial(read_index, section) for section in SECTIONS},
     }
     for name, check in checks.items():
         try:

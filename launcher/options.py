@@ -6,6 +6,7 @@ from typing import Literal
 
 from shardlaunch.errors import UserError, printable
 from shardlaunch.launcher.durations import seconds_of
+from shardlaunch.launcher.optimization.averaging import AveragingOptions
 from shardlaunch.launcher.optimization.freezing import FreezingOptions
 from shardlaunch.launcher.optimization.optimizers import OptimizerOptions
 from shardlaunch.launcher.optimization.schedules import ScheduleOptions
@@ -196,6 +197,7 @@ class Options(
     ReportingOptions,
     SavingOptions,
     StrategyOptions,
+    AveragingOptions,
     FreezingOptions,
     ScheduleOptions,
     OptimizerOptions,
@@ -213,6 +215,7 @@ class Options(
         check_values(self)
         for owner in (RunOptions, DataOptions, FreezingOptions, OptimizerOptions, ScheduleOptions, SavingOptions):
             owner.__post_init__(self)
+        AveragingOptions.__post_init__(self)
 
 
 # The headings of --help, in this order, each with the class of its options.
@@ -222,6 +225,7 @@ GROUPS = {
     "optimization": OptimizerOptions,
     "schedule": ScheduleOptions,
     "freezing": FreezingOptions,
+    "averaging": AveragingOptions,
     "strategy": StrategyOptions,
     "saving": SavingOptions,
     "reporting": ReportingOptions,

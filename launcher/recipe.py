@@ -56,7 +56,8 @@ class Recipe(Logs, RunHooks):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named sets of option defaults, selected with --preset."""
     best_metric: str = "loss"
-    """The metric that decides which checkpoint is best."""
+    """The metric that decides which checkpoint is best. Of a run with an average of its weights, that of the average,
+    unless the name begins with `eval/`."""
     class_names: Sequence[str] = ()
     """Names of the classes by number, for tables such as the confusion matrix; `datasets` may set them."""
     loss_couples_samples: bool = False

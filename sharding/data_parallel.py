@@ -93,6 +93,15 @@ class DataParallel(Strategy):
         self._main.discard()
         self._drop_copied_gradients()
 
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the first replica's trained parameters."""
+        return self._main.trained_tensors()
+
+    def keep_average(self, *, is_exact: bool = False) -> None:
+        """Let the first replica keep it, which evaluates."""
+        self._main.keep_average(is_exact=is_exact)
+        self.average = self._main.average
+
     def state(self) -> Iterator[Fragment]:
         """Yield the first replica's state; the others are copies of it."""
         return self._main.state()

@@ -82,7 +82,8 @@ def _in_pieces(target: torch.Tensor, others: tuple[torch.Tensor, ...], change: C
     return target
 
 
-def _lerp_(target: torch.Tensor, end: torch.Tensor, weight: float) -> torch.Tensor:
+def lerp_exactly(target: torch.Tensor, end: torch.Tensor, weight: float) -> torch.Tensor:
+    """Move a tensor towards another one, by `weight` of the way."""
     return _in_pieces(target, (end,), lambda mine, other: mine.add_((other - mine).mul_(weight)))
 
 
@@ -141,7 +142,7 @@ _FUSED = (
     _aten._fused_adagrad_.default,
 )
 _COMPOUND: dict[Any, Callable[..., torch.Tensor]] = {
-    _aten.lerp_.Scalar: _lerp_,
+    _aten.lerp_.Scalar: lerp_exactly,
     _aten.addcmul_.default: _addcmul_,
     _aten.addcdiv_.default: _addcdiv_,
 }

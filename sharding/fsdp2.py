@@ -84,6 +84,7 @@ class Fsdp2(Strategy):
         self.replicas = [model]
         self.devices = [world.device]
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._trained = trainable
         self._trainable = [p for p in trainable.values() if p.ndim]
         self.optimizer = build_optimizer([(name, optimized(p)) for name, p in trainable.items()])
         check_optimizer(model, self.optimizer)
@@ -264,15 +265,24 @@ class Fsdp2(Strategy):
         if self._exact is not None:
             self._exact.zero()
 
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the sharded parameters, and those without dimensions."""
+        return dict(self._trained)
+
+    def exchange_average(self) -> None:
+        """Exchange shards, of which an evaluation may have left some gathered."""
+        self._reshard()
+        super().exchange_average()
+
     def state(self) -> Iterator[Fragment]:
         """Yield this rank's shards."""
         self._reshard()
-        return named_state(self.model, self.optimizer)
+        return named_state(self.model, self.optimizer, self.average)
 
     def restore(self, reader: StateReader) -> None:
         """Read this rank's shards."""
         self._reshard()
-        restore_named_state(self.model, self.optimizer, reader)
+        restore_named_state(self.model, self.optimizer, reader, self.average)
 
     def _reshard(self) -> None:
         """Reshard parameters that an evaluation may have left gathered."""

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from shardlaunch.checkpoints.records import as_meant, to_json
-from shardlaunch.checkpoints.state import MODEL, OPTIMIZER, Fragment, StateReader, TensorSpec
+from shardlaunch.checkpoints.state import EMA, MODEL, OPTIMIZER, Fragment, StateReader, TensorSpec
 from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES
 from shardlaunch.errors import UserError, some
+from shardlaunch.sharding.averages import Average
 from shardlaunch.sharding.buffers import persistent_buffers
 from shardlaunch.sharding.parts import part_of
 from shardlaunch.sharding.shards import fill_shard, fragment, read_shard, shard_like
@@ -98,8 +99,10 @@ def _kind(value: Any) -> type:
     return bool if value is None else float if type(value) is int else type(value)
 
 
-def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Fragment]:
-    """Yield all weights, persistent buffers and optimizer entries, in the model's order.
+def named_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None
+) -> Iterator[Fragment]:
+    """Yield all weights, persistent buffers and optimizer entries, then the average, each in the model's order.
 
     Raises UserError for an optimizer that keeps state other than tensors.
     """
@@ -116,11 +119,20 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
                     f"{type(optimizer).__name__} keeps {entry!r} of {name} as {found}, which cannot be saved in a "
                     f"checkpoint; use another optimizer"
                 )
+    if average is not None and average.num_updates:
+        parameters = dict(model.named_parameters())
+        for name, value in average.values.items():
+            like = parameters[name]
+            yield fragment(name, shard_like(value, like), section=EMA, part=part_of(like))
+        for name, value in average.buffers.items():
+            yield fragment(name, value, section=EMA)
 
 
 @torch.no_grad()
-def restore_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, reader: StateReader) -> None:
-    """Restore weights, buffers and optimizer entries. Raises UserError when names or shapes differ."""
+def restore_named_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, reader: StateReader, average: Average | None = None
+) -> None:
+    """Restore weights, buffers, optimizer entries and average. Raises UserError when names or shapes differ."""
     specs = list(reader.specs())
     weights = {spec.name: spec for spec in specs if spec.section == MODEL}
     targets = dict(model.named_parameters()) | persistent_buffers(model)
@@ -144,6 +156,14 @@ def restore_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, read
             values = read_shard(reader, spec, like, part_of(by_name[spec.name]) if is_like else None)
             state.setdefault(position[id(parameter)], {})[spec.entry] = shard_like(values, like)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if average is None:
+        return
+    for name, averaged in average.begin_restore(reader).items():
+        if name in average.buffers:
+            fill_shard(reader, averaged, average.buffers[name])
+        elif name in average.values:
+            like = by_name[name]
+            fill_shard(reader, averaged, shard_like(average.values[name], like), part_of(like))
 
 
 def _whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:

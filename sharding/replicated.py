@@ -29,9 +29,10 @@ class Replicated(Strategy):
         self.model = model.to(world.device)
         self.replicas = [self.model]
         self.devices = [world.device]
-        self.optimizer = build_optimizer(
-            [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        )
+        self._trained = {
+            name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
+        }
+        self.optimizer = build_optimizer(list(self._trained.items()))
         check_optimizer(self.model, self.optimizer)
         self.world = world
         self.gradients: GradientBuckets | ExactGradients = (
@@ -83,13 +84,17 @@ class Replicated(Strategy):
         """Drop the gradients."""
         self.gradients.zero()
 
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the trained parameters."""
+        return dict(self._trained)
+
     def state(self) -> Iterator[Fragment]:
         """Yield the full state: every rank has all of it."""
-        return named_state(self.model, self.optimizer)
+        return named_state(self.model, self.optimizer, self.average)
 
     def restore(self, reader: StateReader) -> None:
         """Read the full state."""
-        restore_named_state(self.model, self.optimizer, reader)
+        restore_named_state(self.model, self.optimizer, reader, self.average)
 
 
 @torch.no_grad()

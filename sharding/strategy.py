@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
+from shardlaunch.sharding.averages import Average
 from shardlaunch.sharding.world import World
 
 BuildOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
@@ -67,6 +68,8 @@ class Strategy(ABC):
     replicas: list[nn.Module]
     devices: list[torch.device]
     """The device of each replica."""
+    average: Average | None = None
+    """The average of the weights that the run keeps (`keep_average`)."""
 
     @abstractmethod
     def __init__(
@@ -118,8 +121,27 @@ class Strategy(ABC):
         """Drop the gradients without an update. All ranks."""
 
     @abstractmethod
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """Return what the optimizer changes: trained parameters by name, or what takes their place by names of its own.
+
+        Plain tensors or distributed ones, contiguous.
+        """
+
+    def keep_average(self, *, is_exact: bool = False) -> None:
+        """Keep an average of the trained weights from now on, which state and restore include. Before `restore`."""
+        self.average = Average(self.replicas[0], self.trained_tensors(), is_exact=is_exact)
+
+    def exchange_average(self) -> None:
+        """Exchange weights and average in place: the model computes with the average, or again as before. All ranks.
+
+        There is no step, state or restore in between.
+        """
+        assert self.average is not None
+        self.average.exchange()
+
+    @abstractmethod
     def state(self) -> Iterator[Fragment]:
-        """Yield this rank's shard of every weight, persistent buffer and optimizer entry. All ranks.
+        """Yield this rank's shard of every weight, persistent buffer, optimizer entry and average. All ranks.
 
         Every rank yields the same tensors in the same order, with an empty shard where it holds nothing.
         """
@@ -128,5 +150,6 @@ class Strategy(ABC):
     def restore(self, reader: StateReader) -> None:
         """Restore the state, reading only this rank's shards. All ranks, reading the same tensors in the same order.
 
-        A reader without optimizer entries (initial weights) leaves the optimizer as built.
+        A reader without optimizer entries (initial weights) leaves the optimizer as built. Of an average, the caller
+        restores the number of its updates.
         """

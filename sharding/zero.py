@@ -151,13 +151,23 @@ class Zero(Strategy):
         else:
             self._zero.averaged_gradients = {}
 
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """Return this rank's partitions, whose names are numbers."""
+        return {str(index): master for index, master in enumerate(self.partitions.masters)}
+
+    def exchange_average(self) -> None:
+        """Exchange partitions, and gather what is kept gathered."""
+        self.partitions.begin_change()
+        super().exchange_average()
+        self.partitions.end_change()
+
     def state(self) -> Iterator[Fragment]:
         """Yield this rank's shards, as views of its partitions."""
-        return self.partitions.state()
+        return self.partitions.state(self.average)
 
     def restore(self, reader: StateReader) -> None:
         """Read this rank's shards into its partitions; stages 1 and 2 read all weights."""
-        self.partitions.restore(reader)
+        self.partitions.restore(reader, self.average)
 
 
 class Zero1(Zero):

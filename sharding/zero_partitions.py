@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardlaunch.checkpoints.state import MODEL, ONLY, OPTIMIZER, Fragment, StateReader, TensorSpec, fill, whole
+from shardlaunch.checkpoints.state import EMA, MODEL, ONLY, OPTIMIZER, Fragment, StateReader, TensorSpec, fill, whole
 from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES
 from shardlaunch.errors import UserError
+from shardlaunch.sharding.averages import Average
 from shardlaunch.sharding.buffers import persistent_buffers
 from shardlaunch.sharding.named_state import check_names
 
@@ -108,8 +109,30 @@ class Partitions:
         averaged = self._zero.averaged_gradients
         return [gradient for index in range(len(self.masters)) for gradient in averaged[index]]
 
-    def state(self) -> Iterator[Fragment]:
-        """Yield this rank's shards of all weights, persistent buffers and optimizer entries, in the model's order."""
+    def begin_change(self) -> None:
+        """Prepare for a change of the master weights outside of a step. All ranks."""
+        if self._is_model_sharded:
+            self._zero._partition_all_parameters()
+
+    @torch.no_grad()
+    def end_change(self) -> None:
+        """Give the changed master weights to the model. All ranks."""
+        if not self._is_model_sharded:
+            self._zero.update_lp_params()
+            return
+        for master, weights in zip(self.masters, self._zero.fp16_partitioned_groups_flat, strict=True):
+            weights.data.copy_(master.data)  # the same memory, where both are on one device
+        self._gather_persistent()
+
+    def _gather_persistent(self) -> None:
+        if self._zero.persistent_parameters:  # small parameters stay gathered between steps
+            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+    def state(self, average: Average | None = None) -> Iterator[Fragment]:
+        """Yield this rank's shards of all weights, persistent buffers, optimizer entries and averages.
+
+        Each in the model's order.
+        """
         parameters: list[tuple[str, Any]] = list(self._model.named_parameters())
         for name, parameter in parameters:
             held = self.ranges.get(id(parameter))
@@ -136,6 +159,12 @@ class Partitions:
                     yield whole(name, value, section=OPTIMIZER, entry=entry)
                 else:
                     yield _fragment(name, parameter, held, value, section=OPTIMIZER, entry=entry)
+        if average is not None and average.num_updates:
+            for name, parameter in parameters:
+                if held := self.ranges.get(id(parameter)):
+                    yield _fragment(name, parameter, held, average.values[str(held.partition)], section=EMA)
+            for name, value in average.buffers.items():
+                yield whole(name, value, section=EMA)
 
     def _check_entry(self, entry: str, value: Any, master: torch.Tensor) -> None:
         is_tensor = isinstance(value, torch.Tensor) and value.dtype in DTYPE_NAMES
@@ -147,8 +176,8 @@ class Partitions:
             )
 
     @torch.no_grad()
-    def restore(self, reader: StateReader) -> None:
-        """Restore weights, buffers and optimizer entries from `reader`, each rank its own ranges.
+    def restore(self, reader: StateReader, average: Average | None = None) -> None:
+        """Restore weights, buffers, optimizer entries and average from `reader`, each rank its own ranges.
 
         Raises UserError when names or shapes differ from the model's, or when scalar entries differ within a partition.
         """
@@ -171,9 +200,16 @@ class Partitions:
         for name, buffer in buffers.items():
             fill(reader, weights[name], 0, buffer)
         self._zero.refresh_fp32_params()
-        if self._is_model_sharded and self._zero.persistent_parameters:  # small parameters stay gathered between steps
-            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+        if self._is_model_sharded:
+            self._gather_persistent()
         self._restore_optimizer([spec for spec in specs if spec.section == OPTIMIZER], parameters, reader)
+        if average is None:
+            return
+        for name, spec in average.begin_restore(reader).items():
+            if name in average.buffers:
+                fill(reader, spec, 0, average.buffers[name])
+            elif held := self.ranges.get(id(parameters.get(name))):
+                fill(reader, spec, held.start, held.view(average.values[str(held.partition)]))
 
     def _restore_optimizer(self, specs: list[TensorSpec], parameters: dict[str, Any], reader: StateReader) -> None:
         entries: list[_Entries] = [_Entries() for _ in self.masters]

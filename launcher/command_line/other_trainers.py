@@ -30,6 +30,7 @@ _LOG = "did you mean --log-every (metrics.jsonl) or --track-every (trackers)?"
 _WARM_UP = "did you mean --warmup-steps or --warmup-ratio (a fraction of all steps)?"
 _CLIP = "did you mean --max-grad-norm?"
 _BETAS = "did you mean --betas BETA1 BETA2?"
+_EMA = "did you mean --ema? It is the decay of the average of the weights, such as 0.999; --eval-ema evaluates it"
 _RESUME = "did you mean --resume? By default, the same command resumes from the newest checkpoint in its --output-dir"
 
 _ADVICE = {
@@ -75,6 +76,10 @@ _ADVICE = {
     "gradient_clipping": _CLIP,
     "gradient_clip_val": _CLIP,
     "clip_grad_norm": _CLIP,
+    "ema_decay": _EMA,
+    "model_ema": _EMA,
+    "model_ema_decay": _EMA,
+    "use_ema": _EMA,
     "dataloader_num_workers": "did you mean --num-workers?",
     "dataset": "did you mean --data?",
     "dataset_name": "did you mean --data?",

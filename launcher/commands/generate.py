@@ -46,18 +46,18 @@ class Sampling:
 
 
 def generate_texts(
-    path: Path, *, prompts: Sequence[str], file: Path | None, max_new_tokens: int, sampling: Sampling
+    path: Path, *, prompts: Sequence[str], file: Path | None, max_new_tokens: int, sampling: Sampling, ema: bool = False
 ) -> None:
     """Print each prompt's continuation, or the output of an encoder-decoder for it.
 
-    A text does not depend on the prompts before it. Raises UserError when there is no prompt, or no valid checkpoint of
-    a language model.
+    A text does not depend on the prompts before it. With `ema`, the model has the average of its weights. Raises
+    UserError when there is no prompt, or no valid checkpoint of a language model.
     """
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
     prompts = all_texts(prompts, file, flag="--prompt")
     checkpoint, tokenizer = open_text_model(path, kind="language model")
-    model = _language_model(checkpoint)
+    model = _language_model(checkpoint, ema=ema)
     generate = _transform if model.config.is_encoder_decoder else _continue
     for prompt in prompts:
         torch.manual_seed(sampling.seed)
@@ -66,13 +66,13 @@ def generate_texts(
         print(text)
 
 
-def _language_model(checkpoint: Checkpoint) -> Any:
+def _language_model(checkpoint: Checkpoint, *, ema: bool) -> Any:
     """Load the model of a checkpoint. Raises UserError when it is not a language model."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     is_encoder_decoder = loaded(checkpoint, AutoConfig, kind="language model").is_encoder_decoder
     auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-    return whole_model(checkpoint, auto_class, kind="language model")
+    return whole_model(checkpoint, auto_class, kind="language model", ema=ema)
 
 
 def _transform(model: Any, tokenizer: Any, text: str, max_new_tokens: int, arguments: dict[str, Any]) -> str:

@@ -134,6 +134,7 @@ def main() -> None:
         checkpoint: tyro.conf.Positional[Path],
         text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = (),
         file: Path | None = None,
+        ema: bool = False,
     ) -> int:
         """Classify texts: print the label and all probabilities, or the number that a regression predicts.
 
@@ -141,11 +142,12 @@ def main() -> None:
             checkpoint: A checkpoint folder, or a run's output folder (its newest checkpoint).
             text: Texts to classify.
             file: File with one text per line.
+            ema: Use the average of the weights that the run keeps (--ema, --ema-half-life, --swa-from).
         """
         refuse_recipe_words("predict")
         from shardlaunch.launcher.commands.predict import predict_texts
 
-        predict_texts(checkpoint, texts=text, file=file)
+        predict_texts(checkpoint, texts=text, file=file, ema=ema)
         return 0
 
     def generate(
@@ -157,6 +159,7 @@ def main() -> None:
         top_k: int = 0,
         num_beams: int = 0,
         seed: int = 0,
+        ema: bool = False,
     ) -> int:
         """Generate texts with a language model: continuations of prompts, or outputs of an encoder-decoder.
 
@@ -169,12 +172,13 @@ def main() -> None:
             top_k: Sample from the N most probable tokens (0: from all).
             num_beams: Beams of a beam search (0: as in the checkpoint, else one).
             seed: Random seed for sampling.
+            ema: Use the average of the weights that the run keeps (--ema, --ema-half-life, --swa-from).
         """
         refuse_recipe_words("generate")
         from shardlaunch.launcher.commands.generate import Sampling, generate_texts
 
         sampling = Sampling(temperature=temperature, top_k=top_k, num_beams=num_beams, seed=seed)
-        generate_texts(checkpoint, prompts=prompt, file=file, max_new_tokens=max_new_tokens, sampling=sampling)
+        generate_texts(checkpoint, prompts=prompt, file=file, max_new_tokens=max_new_tokens, sampling=sampling, ema=ema)
         return 0
 
     def ckpt() -> int:

@@ -12,16 +12,17 @@ from shardlaunch.launcher.toolkit.families import CLASSIFIERS
 BATCH_SIZE = 32
 
 
-def predict_texts(path: Path, *, texts: Sequence[str], file: Path | None) -> None:
+def predict_texts(path: Path, *, texts: Sequence[str], file: Path | None, ema: bool = False) -> None:
     """Print each text's label and all probabilities, or the predicted number of a regression.
 
+    With `ema`, the model has the average of the weights that its run has kept.
     Raises UserError when there is no text, or no valid checkpoint of a text classifier.
     """
     texts = all_texts(texts, file, flag="--text")
     checkpoint, tokenizer = open_text_model(path, kind="text classifier")
     from transformers import AutoModelForSequenceClassification
 
-    model = whole_model(checkpoint, AutoModelForSequenceClassification, kind="text classifier")
+    model = whole_model(checkpoint, AutoModelForSequenceClassification, kind="text classifier", ema=ema)
     max_length = checkpoint.recipe.options.get("max_length")
     if not (max_length is None or (type(max_length) is int and max_length > 0)):
         raise UserError(f"{checkpoint.step_dir}: its recipe.json has the max_length {max_length!r}")

@@ -8,25 +8,30 @@ from typing import Any
 
 import torch
 
+from shardlaunch.checkpoints.exporting import weights_of, write_model_folder
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint, open_path
-from shardlaunch.checkpoints.state import OPTIMIZER
+from shardlaunch.checkpoints.state import EMA, OPTIMIZER
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.reporting.display import Display
 
 
 @contextmanager
-def listed_files(checkpoint: Checkpoint) -> Iterator[Path]:
-    """Make a folder of links to the files that the manifest lists, without those of the optimizer.
+def listed_files(checkpoint: Checkpoint, *, ema: bool = False) -> Iterator[Path]:
+    """Make a folder of links to the files that the manifest lists, without those of optimizer and average.
 
+    With `ema` it has the averages in place of the weights, written anew.
     transformers takes what it finds in a folder: a model.safetensors, an adapter or a tokenizer that somebody has put
     beside a checkpoint's own files would be loaded too, or instead.
     """
     with ExitStack() as stack:
         try:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="shardlaunch-")))
-            for file in checkpoint.manifest.files:
-                if not file.startswith(f"{OPTIMIZER}-"):
+            if ema:
+                folder /= "average"
+                write_model_folder(folder, weights_of(checkpoint, is_average=True), beside=checkpoint)
+            for file in () if ema else checkpoint.manifest.files:
+                if not file.startswith((f"{OPTIMIZER}-", f"{EMA}-")):
                     (folder / file).symlink_to((checkpoint.step_dir / file).absolute())
         except OSError as error:
             raise UserError(f"no folder for temporary files: {error}; set TMPDIR to a writable one") from error
@@ -45,9 +50,9 @@ def in_use(checkpoint: Checkpoint) -> Iterator[None]:
         raise UserError(f"{checkpoint.step_dir}: its model and tokenizer do not fit each other ({reason})") from error
 
 
-def loaded(checkpoint: Checkpoint, auto_class: Any, *, kind: str, **options: Any) -> Any:
+def loaded(checkpoint: Checkpoint, auto_class: Any, *, kind: str, ema: bool = False, **options: Any) -> Any:
     """Return `auto_class.from_pretrained` of a checkpoint's own files. Raises UserError for another kind of model."""
-    with listed_files(checkpoint) as folder:
+    with listed_files(checkpoint, ema=ema) as folder:
         try:
             return auto_class.from_pretrained(folder, **options)
         except Exception as error:  # transformers raises anything for a configuration that it does not understand
@@ -57,9 +62,11 @@ def loaded(checkpoint: Checkpoint, auto_class: Any, *, kind: str, **options: Any
             ) from error
 
 
-def whole_model(checkpoint: Checkpoint, auto_class: Any, *, kind: str) -> Any:
-    """Load the model of a checkpoint. Raises UserError for missing or unexpected weights, or another kind of model."""
-    model, info = loaded(checkpoint, auto_class, kind=kind, dtype=torch.float32, output_loading_info=True)
+def whole_model(checkpoint: Checkpoint, auto_class: Any, *, kind: str, ema: bool = False) -> Any:
+    """Load the model of a checkpoint, with `ema` with the average of its weights.
+
+    Raises UserError for missing or unexpected weights, or another kind of model."""
+    model, info = loaded(checkpoint, auto_class, kind=kind, ema=ema, dtype=torch.float32, output_loading_info=True)
     misfits = [*info["missing_keys"], *info["unexpected_keys"], *(name for name, *_ in info["mismatched_keys"])]
     if misfits:
         raise UserError(

@@ -147,6 +147,8 @@ def simulate(
         with views, kernels, ledger.noting():
             _take_values(model, ledger, keeps_parameters=issubclass(strategy_type, Fsdp2))
             strategy = strategy_type(model, build_optimizer, world=world, settings=settings)
+            if options.keeps_average:
+                strategy.keep_average(is_exact=options.exact)
             trace = Trace(events=ledger.events, streams=ledger.streams, details=strategy.describe())
             _note_kinds(trace, ledger, strategy)
             trainer = Trainer(
@@ -164,7 +166,8 @@ def simulate(
                 has_values=False,
             )
             _run_steps(trainer, trace, ledger, micro_batch, most_slots=num_slots)
-            trace.state_bytes = sum(fragment.spec.num_bytes for fragment in strategy.state())
+            specs = [fragment.spec for fragment in strategy.state()]
+            trace.state_bytes = sum(spec.num_bytes for spec in specs) + trainer.averaging.bytes_to_come(specs)
             trace.events = list(ledger.events)
     return trace
 
@@ -243,6 +246,8 @@ def _note_kinds(trace: Trace, ledger: Ledger, strategy: Strategy, *, has_gradien
                 trace.kinds[ledger.number_of(master)] = PARAMETERS
             for gradient in strategy.partitions.gradients() if has_gradients else ():
                 trace.kinds[ledger.number_of(gradient)] = GRADIENTS
+        for value in strategy.average.tensors if strategy.average is not None else ():
+            trace.kinds[ledger.number_of(value)] = OPTIMIZER
         for state in strategy.optimizer.state.values():
             for value in state.values():
                 if isinstance(value, torch.Tensor):

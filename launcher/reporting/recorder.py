@@ -15,7 +15,7 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.reporting.display import Display, ProgressView
 from shardlaunch.launcher.reporting.media import MEDIA, Medium, file_name
 from shardlaunch.launcher.reporting.trackers import TrackedRun, Trackers
-from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, TRAIN_PREFIX, MetricsLog, numbers
+from shardlaunch.launcher.reporting.tracking import EMA_PREFIX, EVAL_PREFIX, TRAIN_PREFIX, MetricsLog, numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,14 +146,19 @@ class Recorder:
             self._progress.evaluating(num_done, num_samples)
 
     def on_evaluation(self, step: int, results: Mapping[str, Any]) -> None:
-        """Record the results of an evaluation: numbers, and lists of them."""
+        """Record the results of an evaluation by their names in metrics.jsonl: numbers, and lists of them."""
         if self._log is not None and self._trackers is not None:
-            values = {f"{EVAL_PREFIX}{name}": value for name, value in results.items()}
-            self.last_evaluation = {**self._where(step), **values}
+            self.last_evaluation = {**self._where(step), **results}
             self._log.write(self.last_evaluation)
-            self._trackers.log(numbers(values), step)
-        shown = (f"{name} {value:.4f}" for name, value in numbers(results).items())
-        self._display.say(f"evaluation at step {step}: " + "  ".join(shown))
+            self._trackers.log(numbers(results), step)
+        for prefix, what in ((EVAL_PREFIX, "evaluation"), (EMA_PREFIX, "evaluation of the average")):
+            shown = [
+                f"{name.removeprefix(prefix)} {value:.4f}"
+                for name, value in numbers(results).items()
+                if name.startswith(prefix)
+            ]
+            if shown:
+                self._display.say(f"{what} at step {step}: " + "  ".join(shown))
 
     def on_medium(self, step: int, medium: Medium) -> None:
         """Keep a picture, text or table of a step in the run's folder, and show it in the trackers."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from shardlaunch.errors import some
 from shardlaunch.launcher.reporting.display import Display
-from shardlaunch.launcher.reporting.tracking import numbers
+from shardlaunch.launcher.reporting.tracking import EMA_PREFIX, numbers
 
 
 def batch_text(*, global_batch: int, micro_batch: int, ranks: int, replicas: int, model_ranks: int = 1) -> str:
@@ -79,7 +79,9 @@ def say_end(
         display.table(f"evaluation at step {evaluation['step']}", numbers(results))
         for name, value in results.items():
             if isinstance(value, list):
-                display.matrix(name, value, classes=class_names, is_confusion=name in confusions)
+                display.matrix(
+                    name, value, classes=class_names, is_confusion=name.removeprefix(EMA_PREFIX) in confusions
+                )
         for name, signature in signatures.items():
             display.say(f"{name:<6} {signature}")
     if best:

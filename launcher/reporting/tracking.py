@@ -14,6 +14,9 @@ METRICS_FILE = "metrics.jsonl"
 EVAL_PREFIX = "eval/"
 TRAIN_PREFIX = "train/"
 """Of what a recipe logs in training."""
+EMA_PREFIX = "eval_ema/"
+"""Before the names of results of the average of the weights (--ema, --swa-from)."""
+EVAL_PREFIXES = (EVAL_PREFIX, EMA_PREFIX)
 
 
 class MetricsLog:
@@ -45,7 +48,7 @@ class MetricsLog:
 
         lines = [line for line in retried(read) if line["step"] <= self._resumed_step]
         while (
-            self._is_evaluation_due and lines and lines[-1]["step"] == self._resumed_step and _is_evaluation(lines[-1])
+            self._is_evaluation_due and lines and lines[-1]["step"] == self._resumed_step and is_evaluation(lines[-1])
         ):
             lines.pop()
         data = b"".join(to_json(line) + b"\n" for line in lines)
@@ -68,8 +71,9 @@ class MetricsLog:
         self._file.close()
 
 
-def _is_evaluation(line: Mapping[str, Any]) -> bool:
-    return any(name.startswith(EVAL_PREFIX) for name in line)
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Return whether a line of metrics.jsonl has results of an evaluation."""
+    return any(name.startswith(EVAL_PREFIXES) for name in line)
 
 
 def read_metrics(output_dir: Path, *, warn: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
@@ -112,7 +116,7 @@ def last_evaluation(output_dir: Path) -> dict[str, Any]:
 
 
 def _last_evaluation(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    evaluations = [line for line in lines if f"{EVAL_PREFIX}loss" in line]
+    evaluations = [line for line in lines if is_evaluation(line)]
     return evaluations[-1] if evaluations else {}
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.optimization.freezing import freeze
 from shardlaunch.launcher.optimization.optimizers import check_lr_factors, separate
+from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.reporting.parameters import ParameterRow, parameter_rows
 from shardlaunch.launcher.reporting.phases import phase
@@ -50,6 +51,10 @@ class Assembly:
     num_elements: int
     trained: frozenset[str]
     """Names of the parameters that require gradients, which the strategy and the optimizer were made for."""
+
+    def bytes_to_save(self, options: Options) -> int:
+        """Return about how many bytes a checkpoint will have: weights, two values of the optimizer, their average."""
+        return (12 + 4 * options.keeps_average) * self.num_elements
 
     def check_trained(self) -> None:
         """Raise UserError if other parameters require gradients now: they would be trained in part, or not at all."""
@@ -104,6 +109,8 @@ def assemble(
     with phase("placing the model"):
         with connecting():
             strategy = STRATEGIES[strategy_name](model, build_optimizer, world=world, settings=settings)
+        if options.keeps_average:
+            strategy.keep_average(is_exact=options.exact)
         if initial is not None:
             strategy.restore(initial)
     if options.compile:

@@ -13,8 +13,12 @@ from shardlaunch.launcher.reporting.summary import batch_text, say_init, say_sta
 from shardlaunch.launcher.runs.assembly import Assembly
 from shardlaunch.launcher.runs.data import RunData
 from shardlaunch.launcher.runs.init_from import InitFrom
+from shardlaunch.launcher.runs.preflight import bytes_text
 from shardlaunch.launcher.training.ordered_plan import OrderedPlan
+from shardlaunch.sharding.strategy import Strategy
 from shardlaunch.sharding.world import World
+
+LEAST_SAID = 0.05  # of the first weights in an average at the end
 
 
 def show_start(
@@ -48,6 +52,7 @@ def show_start(
             "ranks": f"{world.size} x {_device_name(world)}, threads per rank: {torch.get_num_threads()}",
             "strategy": ": ".join(filter(None, (strategy_name, strategy.describe()))),
             "precision": precision_name,
+            **_average_row(recipe, data, strategy),
             "global batch": batch_text(
                 global_batch=options.global_batch_size,
                 micro_batch=options.micro_batch_size,
@@ -66,6 +71,12 @@ def show_start(
         num_tensors=assembly.num_tensors,
         origins=[] if checkpoint or init is not None else assembly.origins.rows(),
     )
+    left = options.part_of_first(data.num_steps, options.global_batch_size)
+    if left > LEAST_SAID and checkpoint is None:
+        display.warn(
+            f"at the end of {data.num_steps:,} steps, {left:.0%} of the average will still be the weights of the first "
+            f"step; a smaller {'--ema-half-life' if options.ema_half_life else '--ema'} forgets them sooner"
+        )
     if assembly.origins.stale and checkpoint is None:
         display.warn(
             f"the constructor copied values that weights() has replaced since: {some(assembly.origins.stale)}; "
@@ -87,6 +98,16 @@ def show_start(
         )
     if any(row.lr is None for row in assembly.rows) or options.lr_factors:
         display.parameters(assembly.rows)
+
+
+def _average_row(recipe: Recipe, data: RunData, strategy: Strategy) -> dict[str, str]:
+    """Return what average of the weights the run keeps, and what it takes on this rank."""
+    if strategy.average is None:
+        return {}
+    num_bytes = sum(tensor.nbytes for tensor in strategy.average.tensors)
+    where = "rank" if not strategy.is_sharded else "rank, sharded as the optimizer's state is"
+    what = recipe.options.describe_average(data.num_steps)
+    return {"average": f"{what}; {bytes_text(num_bytes)} more per {where}"}
 
 
 def _data_rows(recipe: Recipe, data: RunData, notes: Notes, *, fold: int | None) -> dict[str, str]:

@@ -18,7 +18,7 @@ from shardlaunch.checkpoints.records import Position, as_meant, to_json
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.callbacks import Callback, Event, RunHooks
 from shardlaunch.launcher.reporting.recorder import StepReport
-from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX
+from shardlaunch.launcher.reporting.tracking import EMA_PREFIX, EVAL_PREFIX, EVAL_PREFIXES
 from shardlaunch.launcher.runs.loading_callbacks import HOOKS, described
 from shardlaunch.launcher.runs.result import Result
 from shardlaunch.launcher.seeding import derive_seed, seed_model_stream
@@ -91,12 +91,11 @@ class Callbacks:
 
         def on_evaluation(step: int, results: Evaluation) -> None:
             hooks.on_evaluation(step, results)
-            named = {f"{EVAL_PREFIX}{name}": value for name, value in results.items()}
-            self._call("on_evaluation", step, metrics=named)
+            self._call("on_evaluation", step, metrics=results)
 
         def save(position: Position) -> None:
             last = self._run.recorder.last_evaluation
-            self._at_save[position.step] = {name: last[name] for name in last if name.startswith(EVAL_PREFIX)}
+            self._at_save[position.step] = {name: last[name] for name in last if name.startswith(EVAL_PREFIXES)}
             hooks.save(position)
 
         trainer.hooks = replace(hooks, on_step=on_step, on_evaluation=on_evaluation, states=self.states)
@@ -136,7 +135,11 @@ class Callbacks:
         self._call(
             "on_end",
             result.step,
-            metrics={f"{EVAL_PREFIX}{name}": evaluation[name] for name in evaluation if name in names},
+            metrics={
+                name if name.startswith(EMA_PREFIX) else f"{EVAL_PREFIX}{name}": evaluation[name]
+                for name in evaluation
+                if name in names
+            },
             checkpoint=result.last_checkpoint,
             is_finished=result.is_finished,
         )

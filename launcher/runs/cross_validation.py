@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from shardlaunch.errors import UserError
-from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, last_evaluation, numbers
+from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, EVAL_PREFIXES, last_evaluation, numbers
 from shardlaunch.launcher.runs.folder import RUN, write_json
 from shardlaunch.launcher.runs.result import FOLDS, Result
 from shardlaunch.launcher.runs.run import Run
@@ -58,4 +58,4 @@ def summarize(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, f
 
 
 def _names(evaluation: Mapping[str, Any]) -> list[str]:
-    return [name for name in numbers(evaluation) if name.startswith(EVAL_PREFIX)]
+    return [name for name in numbers(evaluation) if name.startswith(EVAL_PREFIXES)]

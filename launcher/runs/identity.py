@@ -23,6 +23,8 @@ _PACKAGES = ("shardlaunch", "torch", "accelerate", "transformers", "datasets", "
 SAMPLED_ROWS = 4096
 FULL_DIGEST_BYTES = 1 << 30
 _INIT_DIGEST = "digest of the weights of --init-from"
+_ABSENT = {"--ema": 0.0, "--ema-half-life": 0.0, "--swa-from": 0.0, "--eval-ema": "both"}
+"""Options that are no part of an identity at these values: runs that began before there were these go on."""
 _ORDER = "order of the batches"
 _FORMER_ORDER = "digest of the batch plan"  # stands in the records of runs in the order of FormerPlan
 
@@ -78,10 +80,14 @@ class Identity:
 
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return [
-        f"{name}: {saved.get(name)!r} -> {here.get(name)!r}"
+        f"{name}: {_value(saved, name)!r} -> {_value(here, name)!r}"
         for name in {**saved, **here}
-        if saved.get(name) != here.get(name)
+        if _value(saved, name) != _value(here, name)
     ]
+
+
+def _value(fields: Mapping[str, Any], name: str) -> Any:
+    return fields.get(name, _ABSENT.get(name))
 
 
 def run_identity(
@@ -103,11 +109,14 @@ def run_identity(
     by_mark: dict[str, dict[str, Any]] = {"identity": {}, "warn": {}, "free": {}}
     for name, mark in marks(options).items():
         # With early stopping, the interval and metrics of the evaluations decide where the run ends.
-        decides = name in ("eval_every", "metrics") and options.early_stopping_patience
+        decides = name in ("eval_every", "eval_ema", "metrics") and options.early_stopping_patience
         by_mark["identity" if decides else mark][flag(name)] = as_json(getattr(options, name))
     # The number of steps is compared instead of the two options that set it.
     for name in ("--epochs", "--max-steps"):
         del by_mark["identity"][name]
+    for name, default in _ABSENT.items():
+        if by_mark["identity"].get(name) == default:
+            del by_mark["identity"][name]
     identity = {
         "recipe": recipe_name,
         **by_mark["identity"],

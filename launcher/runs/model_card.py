@@ -10,7 +10,7 @@ from typing import Any
 
 from shardlaunch.launcher.options import Options, flag
 from shardlaunch.launcher.recipe import Recipe, recipe_name
-from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX
+from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, EVAL_PREFIXES
 from shardlaunch.launcher.runs.identity import Identity, as_json, versions
 
 CARD = "README.md"
@@ -78,11 +78,11 @@ def model_card(recipe: Recipe, folder: Path, facts: CardFacts) -> str:
 
 
 def _results(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Return the results of an evaluation that are one number, by the metrics' own names."""
+    """Return the results of an evaluation that are one number, by the metrics' names; those of the average begin so."""
     return {
         name.removeprefix(EVAL_PREFIX): value
         for name, value in evaluation.items()
-        if name.startswith(EVAL_PREFIX) and not isinstance(value, list)
+        if name.startswith(EVAL_PREFIXES) and not isinstance(value, list)
     }
 
 

@@ -125,16 +125,16 @@ class Room:
         except OSError as error:
             self._say(f"--output-dir {where}: the room on its disk cannot be found out: {error.strerror}")
             return
-        size = f"{'' if is_exact else 'at least '}{_bytes_text(num_bytes)}"
+        size = f"{'' if is_exact else 'at least '}{bytes_text(num_bytes)}"
         if free_bytes < num_bytes:
             raise UserError(
-                f"--output-dir {where}: {_bytes_text(free_bytes)} are free; one checkpoint takes {size}. Make room, "
+                f"--output-dir {where}: {bytes_text(free_bytes)} are free; one checkpoint takes {size}. Make room, "
                 f"or choose another folder."
             )
         num_more = self._num_more(num_there, steps_left)
         if free_bytes < num_more * num_bytes:
             there = f", beside the {num_there} that {'is' if num_there == 1 else 'are'} there" if num_there else ""
-            free = _bytes_text(free_bytes)
+            free = bytes_text(free_bytes)
             self._say(
                 f"--output-dir {where}: {free} are free, but {num_more} more checkpoints of {size} are to come at the "
                 f"same time{there}. Saves will fail when the disk is full: make room, or lower --keep"
@@ -156,7 +156,8 @@ class Room:
             self._warn(text)
 
 
-def _bytes_text(num_bytes: int) -> str:
+def bytes_text(num_bytes: int) -> str:
+    """Return a number of bytes with its unit."""
     for size, unit in ((1e9, "GB"), (1e6, "MB")):
         if num_bytes >= size:
             return f"{num_bytes / size:,.1f} {unit}"

@@ -13,17 +13,18 @@ from shardlaunch.sharding.strategy import Strategy
 def check_recorded(checkpoint: Checkpoint, strategy: Strategy, *, peers: Peers) -> None:
     """Compare a state that was loaded with what its run has recorded of that step. All ranks.
 
-    The weights are those that the strategy holds now; the optimizer's are the checkpoint's. Raises UserError on all
-    ranks where they differ: the run would go on from something else than it had computed.
+    Weights and average are those that the strategy holds now; the optimizer's are the checkpoint's. Raises UserError on
+    all ranks where they differ: the run would go on from something else than it had computed.
     """
     loaded = digests_of_state(strategy.state(), peers)
 
     def check() -> None:
         run_dir = checkpoint.step_dir.parent.parent
         recorded = recorded_digests(run_dir).get(checkpoint.step, {})
-        weights, optimizer = DIGESTS
-        found = {**listed_digests(read_listing(checkpoint.step_dir)), weights: loaded[weights]}
-        for what, name in (("weights", weights), ("optimizer's state", optimizer)):
+        weights, optimizer, average = DIGESTS
+        held = {name: loaded[name] for name in (weights, average) if name in loaded}
+        found = {**listed_digests(read_listing(checkpoint.step_dir)), **held}
+        for what, name in (("weights", weights), ("optimizer's state", optimizer), ("average", average)):
             if name in recorded and name in found and found[name] != recorded[name]:
                 raise UserError(
                     f"{checkpoint.step_dir}: the digest of the {what} loaded is {found[name]}, but "

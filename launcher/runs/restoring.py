@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import torch
 
+from shardlaunch.checkpoints.manifest import DamagedCheckpoint
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint
 from shardlaunch.checkpoints.records import Position
-from shardlaunch.checkpoints.state import OPTIMIZER
+from shardlaunch.checkpoints.state import EMA, OPTIMIZER
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.reporting.phases import phase
@@ -50,6 +51,13 @@ def restore(
             checkpoint.verify_read(peers)  # damage may look like another model; all ranks come here, or none
             raise
         checkpoint.verify_read(peers)
+    if strategy.average is not None:
+        if bool(position.num_averaged) is not any(spec.section == EMA for spec in checkpoint.specs()):
+            raise DamagedCheckpoint(
+                f"{checkpoint.step_dir}: its average of the weights is not that of {position.num_averaged} updates, as "
+                f"its position says"
+            )
+        strategy.average.num_updates = position.num_averaged
     if options.digest_every:
         check_recorded(checkpoint, strategy, peers=peers)
     if position.step and not any(spec.section == OPTIMIZER for spec in checkpoint.specs()):

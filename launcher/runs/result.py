@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from shardlaunch.checkpoints.layout import CHECKPOINTS, step_dir_name
 from shardlaunch.checkpoints.reader import newest_complete, position_of
 from shardlaunch.checkpoints.records import Position
-from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, read_metrics
+from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, is_evaluation, read_metrics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,7 @@ class Result:
     step: int
     is_finished: bool
     evaluations: tuple[dict[str, Any], ...] = ()
-    """Each evaluation's `step`, `epoch`, `loss` and metrics, by step."""
+    """Each evaluation's `step`, `epoch`, `loss` and metrics, by step; those of the average begin with `eval_ema/`."""
     last_checkpoint: Path | None = None
     best_checkpoint: Path | None = None
     """Checkpoint of the best evaluation, if it is kept in this folder."""
@@ -54,7 +54,7 @@ class Result:
         evaluations = tuple(
             {name.removeprefix(EVAL_PREFIX): value for name, value in line.items()}
             for line in lines
-            if f"{EVAL_PREFIX}loss" in line
+            if is_evaluation(line)
         )
         last = last or newest_complete(run_dir / CHECKPOINTS)
         position = position_of(last) if last is not None else Position()
@@ -72,8 +72,9 @@ class Result:
         )
 
     def history(self) -> "pd.DataFrame":
-        """Return metrics.jsonl as a table, one row per logged or evaluated step; evaluation metrics begin with `eval/`.
+        """Return metrics.jsonl as a table, one row per logged or evaluated step.
 
+        Metrics of evaluations begin with `eval/`, those of the average of the weights with `eval_ema/`.
         For a cross-validation, the rows of all folds, with a column `fold` (from 1).
         """
         import pandas as pd

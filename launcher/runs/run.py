@@ -122,6 +122,7 @@ class Run:
         """Load the data, find the checkpoint to resume from, and build model and trainer. All ranks."""
         with phase("reading data"), collected() as self.notes:
             self.data = load_data(self.recipe, self.world, self.fold)
+            self.options.first_averaged(self.data.num_steps)  # raises
             self.init, self.identity = identify(
                 self.name,
                 self.options,
@@ -291,8 +292,7 @@ class Run:
             self.world.peers.together(lambda: self._open_records(records, end) if self.world.is_main else None)
             records.callback(self.saver.close)  # first: it needs the records
             self.callbacks.start()
-            # Weights and two values of the optimizer, until a save is measured.
-            self.requests.time_left.assume_save_of(12 * self.assembly.num_elements // self.world.size)
+            self.requests.time_left.assume_save_of(self.assembly.bytes_to_save(self.options) // self.world.size)
             unfreeze_at = self.options.unfreeze_at_step
             try:
                 if self.position.step < unfreeze_at < end:

@@ -11,6 +11,7 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.logged import collecting
 from shardlaunch.launcher.optimization.freezing import train_mode
 from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.reporting.tracking import EMA_PREFIX, EVAL_PREFIX
 from shardlaunch.launcher.seeding import derive_seed, seed_model_stream
 from shardlaunch.launcher.training.batches import Batches
 from shardlaunch.launcher.training.exact_metrics import ExactMetrics, with_nested
@@ -41,7 +42,7 @@ class Evaluator:
     @property
     def higher_is_better(self) -> bool:
         """Return whether a higher best metric is better. Raises UserError when that is unknown."""
-        name = self._recipe.best_metric
+        name = self._best_metric
         if name == "loss":
             return False
         if name not in self._metrics:
@@ -52,6 +53,22 @@ class Evaluator:
                 f"its class, or choose another (with --metrics: the first one)"
             )
         return bool(self._metrics[name].higher_is_better)
+
+    @property
+    def _best_metric(self) -> str:
+        """Return the name of the best metric among the recipe's. Raises UserError if it is of what is not evaluated."""
+        wanted, options = self._recipe.best_metric, self._recipe.options
+        if wanted in self._metrics:
+            return wanted
+        if wanted.startswith(EMA_PREFIX) and not options.keeps_average:
+            raise UserError(
+                f"best_metric {wanted!r}: this run keeps no average of its weights; set --ema, or name another"
+            )
+        if wanted.startswith(EVAL_PREFIX) and options.keeps_average and options.eval_ema == "only":
+            raise UserError(
+                f"best_metric {wanted!r}: --eval-ema only leaves the weights out; remove it, or name another"
+            )
+        return wanted.removeprefix(EVAL_PREFIX).removeprefix(EMA_PREFIX)
 
     def rehearse(self, model: nn.Module) -> None:
         """Evaluate one batch, to find errors before any training. All ranks."""
@@ -106,8 +123,8 @@ class Evaluator:
                 if num_steps < plan.steps_per_epoch:  # some metrics need more samples than a rehearsal has
                     continue
                 raise UserError(f"metric {name!r} cannot be computed on the evaluation data: {error}") from error
-            if not isinstance(value, torch.Tensor) or (name == self._recipe.best_metric and value.numel() != 1):
-                what = "one number" if name == self._recipe.best_metric else "a tensor"
+            if not isinstance(value, torch.Tensor) or (name == self._best_metric and value.numel() != 1):
+                what = "one number" if name == self._best_metric else "a tensor"
                 raise UserError(f"the recipe's metric {name!r} must return {what}, not {value!r}")
             results[name] = value.item() if value.numel() == 1 else value.tolist()
         if both := logged.keys() & self._metrics.keys():

@@ -52,9 +52,9 @@ def parameters_stay(model: nn.Module) -> Iterator[None]:
     if changed:
         raise UserError(
             f"the forward pass changes {some(sorted(changed))} in place. That happens once per micro-batch, so the run "
-            f"would depend on how many a rank has. Keep an average of weights in buffers (register_buffer), which are "
-            f"averaged over the micro-batches of a step; use changed values without storing them (instead of an "
-            f"embedding's max_norm, say)"
+            f"would depend on how many a rank has. For an average of weights use --ema, or buffers (register_buffer), "
+            f"which are averaged over the micro-batches of a step; use changed values without storing them (instead of "
+            f"an embedding's max_norm, say)"
         )
 
 

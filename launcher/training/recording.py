@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from shardlaunch.checkpoints.digests import crc64nvme, shifted
-from shardlaunch.checkpoints.state import MODEL, Fragment
+from shardlaunch.checkpoints.state import EMA, MODEL, Fragment
 from shardlaunch.checkpoints.state_digests import crc_of
 from shardlaunch.checkpoints.tensorfile import BYTES_PER_ELEMENT
 from shardlaunch.launcher.reporting.recorder import StepReport
@@ -145,8 +145,8 @@ class Recording:
             if part.flat_end > part.flat_start or not spec.num_elements:
                 num_after = (spec.num_elements - part.flat_end) * BYTES_PER_ELEMENT[spec.dtype]
                 digest = shifted(crc_of(part.tensor), num_after)
-                what = spec.name if spec.section == MODEL else f"{spec.entry} of {spec.name}"
-                self._add(what, "", digest, start=part.flat_start, end=part.flat_end)
+                owner = {MODEL: "", EMA: "the average of "}.get(spec.section, f"{spec.entry} of ")
+                self._add(owner + spec.name, "", digest, start=part.flat_start, end=part.flat_end)
 
     def _add_values(self, what: str, where: str, value: Any) -> None:
         for path, leaf in leaves_of(value):

@@ -16,7 +16,9 @@ from shardlaunch.launcher.optimization.freezing import train_mode
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.reporting.recorder import StepReport
+from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX
 from shardlaunch.launcher.seeding import seed_model_stream
+from shardlaunch.launcher.training.averaging import Averaging, best_metric_in
 from shardlaunch.launcher.training.bad_numbers import Judge
 from shardlaunch.launcher.training.batches import Batches, GlobalBatch
 from shardlaunch.launcher.training.clock import Clock
@@ -93,6 +95,7 @@ class Trainer:
         self._evaluation_polls = Polls(world.peers, lambda: requests.now().stop)
         self.clock = Clock(recipe=recipe, steps_per_epoch=batches.plan.steps_per_epoch, num_steps=num_steps)
         self.part_times = PartTimes(world)
+        self.averaging = Averaging(options, strategy, num_steps=num_steps)
         self.buffers = BufferMean(strategy.replicas, world=world, exact=options.exact)
         self._summands = summands if options.exact else _as_one
         self._logs = LogSums(world)
@@ -139,7 +142,9 @@ class Trainer:
                 position.step += 1
                 if is_first:
                     # Fails now if the optimizer's state cannot be saved.
-                    self.hooks.on_first_state(sum(fragment.spec.num_bytes for fragment in self.strategy.state()))
+                    specs = [fragment.spec for fragment in self.strategy.state()]
+                    to_come = self.averaging.bytes_to_come(specs)
+                    self.hooks.on_first_state(sum(spec.num_bytes for spec in specs) + to_come)
                     is_first = False
                 self.requests.time_left.step_took(report.step_s)
                 self.hooks.on_step(position.step, report)
@@ -234,6 +239,8 @@ class Trainer:
             self.strategy.optimizer_step()
         if not is_bad:  # buffers too would be
             self.buffers.end_step(num_micro_batches=batch.num_micro_batches)
+        if not is_skipped:
+            self.averaging.update(batch.step + 1, num_samples=batch.num_samples)
         every = self.options.digest_every
         is_due = every > 0 and (batch.step + 1) % every == 0
         digests = digests_of_state(self.strategy.state(), self.world.peers) if is_due else {}
@@ -325,13 +332,17 @@ class Trainer:
         assert self.evaluator is not None
         self.clock.set(position.step, is_evaluation=True)
         self._evaluation_polls.begin()
-        results = self.evaluator.evaluate(self.strategy.replicas[0], self.hooks.on_evaluating, self._evaluation_polls)
+        results = self.averaging.evaluate(self.evaluator, self.hooks.on_evaluating, self._evaluation_polls)
         position.is_evaluation_due = False
         self.hooks.on_evaluation(position.step, results)
-        if position.best_metric != self.recipe.best_metric:  # the best metric has changed
+        name = best_metric_in(results, self.recipe.best_metric)
+        if not name:  # it is one of an average that has not begun
+            return False
+        shown = name.removeprefix(EVAL_PREFIX)
+        if position.best_metric != shown:  # the best metric has changed
             position.best_value, position.evaluations_since_best = None, 0
-            position.best_metric = self.recipe.best_metric
-        value, best = results[self.recipe.best_metric], position.best_value
+            position.best_metric = shown
+        value, best = results[name], position.best_value
         is_better = best is None or (value > best if self.evaluator.higher_is_better else value < best)
         if is_better and math.isfinite(value):
             position.best_value, position.best_step, position.evaluations_since_best = value, position.step, 0
@@ -349,6 +360,7 @@ class Trainer:
         position.recent_losses = self.judge.recent
         position.callbacks = self.hooks.states()
         position.exact_exponents = dict(sorted(self.strategy.exact_exponents.items()))
+        position.num_averaged = self.averaging.num_averaged
         if self.precision.loss_scale is not None:
             position.loss_scale = self.precision.loss_scale.state()
 

@@ -26,7 +26,7 @@ from tests.recipes import MaskedBert, MaskedOptions, final_tensors, losses, trai
 NUM_STEPS, SAVED = 24, 12
 LOSS_BOUND = 1e-6
 ARGV = ["--max-steps", str(NUM_STEPS), "--save-every", str(SAVED), "--keep", "0", "--threads-per-rank", "1"]
-ARGV += ["--digest-every", str(SAVED)]  # compared at each resume
+ARGV += ["--digest-every", str(SAVED), "--ema", "0.9"]  # digests are compared at each resume
 
 
 @dataclass(frozen=True)

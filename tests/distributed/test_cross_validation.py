@@ -9,7 +9,7 @@ import pytest
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import NetRecipe, run_quietly, run_well, training_lines
 
-ARGV = ["--folds", "3", "--max-steps", "4", "--threads-per-rank", "1"]
+ARGV = ["--folds", "3", "--max-steps", "4", "--threads-per-rank", "1", "--ema", "0.3"]
 
 
 def _run(num_ranks: int, output_dir: Path, *options: str) -> str:
@@ -27,6 +27,7 @@ def test_folds_resume_and_are_the_same_on_two_ranks(tmp_path: Path) -> None:
     assert [fold["eval/accuracy"] for fold in record["folds"]] == [line["eval/accuracy"] for line in last]
     mean = sum(line["eval/accuracy"] for line in last) / 3
     assert record["summary"]["eval/accuracy"]["mean"] == pytest.approx(mean)
+    assert "eval_ema/accuracy" in record["summary"]
 
     records = [json.loads((tmp_path / "one" / f"fold-{number}" / "run.json").read_text()) for number in (1, 2, 3)]
     assert len({record["identity"]["fingerprint of the eval data"] for record in records}) == 3

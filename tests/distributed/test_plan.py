@@ -88,7 +88,9 @@ class DeepRecipe(Recipe):
 
 
 def _subject() -> tuple[DeepRecipe, RunData, MicroBatch]:
-    recipe = DeepRecipe(Options(global_batch_size=16, micro_batch_size=4, max_grad_norm=1.0, threads_per_rank=1))
+    recipe = DeepRecipe(
+        Options(global_batch_size=16, micro_batch_size=4, max_grad_norm=1.0, threads_per_rank=1, ema=0.9)
+    )
     data = load_data(recipe, World(), None)
     batches = data.training_batches(recipe, World())
     return recipe, data, batches.load(Slot(0, 0, 0, 1, data.plan.micro_batch(0, 0)))
@@ -232,6 +234,7 @@ def test_plan_for_thousands_of_ranks() -> None:
     ((many, _),) = run_on_ranks(1, _planned, "fsdp2", "fp32", 16_384)
     num_tensors = 2 + 6 * 5
     assert few.parameters > 2_000_000
+    assert few.optimizer == pytest.approx(3 * few.parameters, rel=0.01)  # two values of AdamW, and the average
     assert many.parameters < 1024 * num_tensors  # at most a row of each, in blocks
     assert many.activations == pytest.approx(few.activations, rel=0.01)
 

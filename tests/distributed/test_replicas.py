@@ -21,6 +21,7 @@ OPTIONS: dict[str, Any] = {
     "max_steps": 8,
     "save_every": 3,
     "replicate_every": 2,
+    "ema_half_life": 40,  # the average of the weights comes back too
     "threads_per_rank": 1,
     "tracker": "none",
     "save_on_best": False,

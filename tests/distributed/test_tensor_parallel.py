@@ -68,6 +68,7 @@ def test_a_resume_is_exact(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "kind": "gpt2",
         "replicate_every": 1,
+        "ema": 0.5,
         "precision": "bf16",
         "gradient_checkpointing": True,
     }
@@ -76,6 +77,7 @@ def test_a_resume_is_exact(tmp_path: Path) -> None:
     divided(2, run_dir, **options)
     assert training_lines(run_dir) == training_lines(whole)
     expected = final_tensors(whole)
+    assert any(name.startswith("ema/") for name in expected)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in final_tensors(run_dir).items())
 
 

@@ -8,7 +8,7 @@ import msgspec
 
 from shardlaunch.checkpoints.comparing import Comparison, compare
 from shardlaunch.checkpoints.finding import checkpoint_at, runs_at
-from shardlaunch.checkpoints.names import MODEL, OPTIMIZER
+from shardlaunch.checkpoints.names import SECTIONS
 from shardlaunch.checkpoints.verifying import look_at
 from shardlaunch.errors import some
 from shardlaunch.launcher.commands.ckpt.output import number, print_json, print_table, warn
@@ -75,7 +75,7 @@ def _print(comparison: Comparison) -> None:
         print("\ntensors of another shape or dtype")
         rows = [["", "A", "B"], *([form.key, form.one, form.other] for form in comparison.other_form)]
         print_table(rows, indent="  ")
-    for section in (MODEL, OPTIMIZER):
+    for section in SECTIONS:
         differing = [it for it in comparison.tensors if it.section == section]
         if not differing:
             continue

@@ -25,19 +25,30 @@ from shardlaunch.checkpoints.verifying import look_at
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.commands.ckpt.output import print_json, size, warn
 
+MERGED = "The LoRA adapter is merged into the base model."
+OF_AVERAGE = "The weights are the average that the run has kept; metrics above that begin with eval_ema/ are its own."
+
 
 def export(
-    path: Path, out: Path, *, step: int | None, dtype: str | None, shard_size: str, merge: bool, as_json: bool
+    path: Path,
+    out: Path,
+    *,
+    step: int | None,
+    dtype: str | None,
+    shard_size: str,
+    merge: bool,
+    ema: bool,
+    as_json: bool,
 ) -> int:
-    """Write a checkpoint's weights as a model folder. Raises DamagedCheckpoint."""
+    """Write a checkpoint's weights, or with `ema` their average, as a model folder. Raises DamagedCheckpoint."""
     shard_bytes = bytes_of(shard_size) if shard_size else 0
-    checkpoint = _opened(checkpoint_at(path, step=step, warn=warn))
+    checkpoint = _opened(checkpoint_at(path, step=step, warn=warn), is_average=ema)
     leave_out: list[str] = []
     if merge:
-        weights = merged(checkpoint)
+        weights = merged(checkpoint, is_average=ema)
         leave_out = [ADAPTER_CONFIG]  # from_pretrained would look for the adapter
     else:
-        weights = weights_of(checkpoint)
+        weights = weights_of(checkpoint, is_average=ema)
         if is_adapted(weights):
             warn(f"the weights are those of a model of peft, under names that begin with {PREFIX}; --merge merges them")
     exported = write_model_folder(
@@ -47,7 +58,7 @@ def export(
         dtype=DTYPES[dtype] if dtype else None,
         shard_bytes=shard_bytes,
         leave_out=leave_out,
-        about="The LoRA adapter is merged into the base model." if merge else "",
+        about=" ".join([MERGED] * merge + [OF_AVERAGE] * ema),
     )
     _say(out, exported, [checkpoint.step_dir], as_json=as_json, is_model=CONFIG in checkpoint.manifest.files)
     return 0
@@ -82,11 +93,11 @@ def average(
     return 0
 
 
-def _opened(step_dir: Path) -> Checkpoint:
+def _opened(step_dir: Path, *, is_average: bool = False) -> Checkpoint:
     """Return the reader of a checkpoint whose weights are verified. Raises DamagedCheckpoint."""
     look_at(step_dir)
     checkpoint = Checkpoint(step_dir=step_dir, manifest=read_manifest(step_dir))
-    check_files(checkpoint)
+    check_files(checkpoint, is_average=is_average)
     return checkpoint
 
 

@@ -10,13 +10,13 @@ import msgspec
 
 from shardlaunch.checkpoints.files import is_gone
 from shardlaunch.checkpoints.finding import Run, best_step, checkpoint_at, runs_at
-from shardlaunch.checkpoints.names import MANIFEST, MODEL, NUM_BYTES, OPTIMIZER, step_of_dir_name
+from shardlaunch.checkpoints.names import EMA, MANIFEST, MODEL, NUM_BYTES, OPTIMIZER, SECTIONS, step_of_dir_name
 from shardlaunch.checkpoints.records import RunRecord, read_record
 from shardlaunch.checkpoints.verifying import Damage, ListedCheckpoint, Verdict, look_at, verify
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.commands.ckpt.output import age, number, print_json, print_table, size, warn
 from shardlaunch.launcher.commands.ckpt.run_digests import difference_from_recorded
-from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, read_metrics
+from shardlaunch.launcher.reporting.tracking import EVAL_PREFIXES, read_metrics
 
 MOST_METRICS = 5  # columns of metrics in a table; --json has all
 DAMAGED = 1
@@ -119,7 +119,7 @@ def _metrics(run: Run) -> dict[int | None, dict[str, Any]]:
         try:
             for line in read_metrics(run.run_dir, warn=warn):
                 of_step = {
-                    name: value for name, value in line.items() if name == "loss" or name.startswith(EVAL_PREFIX)
+                    name: value for name, value in line.items() if name == "loss" or name.startswith(EVAL_PREFIXES)
                 }
                 by_step.setdefault(line["step"], {}).update(of_step)
         except (UserError, OSError) as error:
@@ -232,8 +232,10 @@ def _description(checkpoint: ListedCheckpoint) -> dict[str, Any]:
         except UserError as error:
             warn(str(error))
     sections: dict[str, Any] = {}
-    for section in (MODEL, OPTIMIZER):
+    for section in SECTIONS:
         tensors = [one for one in record.tensors if one.section == section]
+        if section == EMA and not tensors:
+            continue
         sections[section] = {
             "tensors": len(tensors),
             "elements": sum(prod(one.shape) for one in tensors),

@@ -141,6 +141,7 @@ def _export(
     dtype: _Dtype | None = None,
     shard_size: str = "",
     merge: bool = False,
+    ema: bool = False,
     as_json: _Json = False,
 ) -> int:
     """Write the weights of a checkpoint, with its configuration, tokenizer and model card, as a model folder.
@@ -155,11 +156,12 @@ def _export(
         dtype: Dtype of the floating-point weights (default: as saved). Refused if a value would become infinite.
         shard_size: Largest size of a file, such as 5GB or 500MB (default: all in one file).
         merge: Merge the LoRA adapter of a model of peft into its base model.
+        ema: Export the average of the weights that the run keeps (--ema, --ema-half-life, --swa-from).
         as_json: Print one JSON document.
     """
     from shardlaunch.launcher.commands.ckpt.exporting import export
 
-    return export(path, out, step=step, dtype=dtype, shard_size=shard_size, merge=merge, as_json=as_json)
+    return export(path, out, step=step, dtype=dtype, shard_size=shard_size, merge=merge, ema=ema, as_json=as_json)
 
 
 def _average(

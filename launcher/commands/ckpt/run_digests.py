@@ -9,11 +9,17 @@ from typing import Any
 from shardlaunch.checkpoints.digests import DIGEST_NAMES
 from shardlaunch.checkpoints.finding import runs_at
 from shardlaunch.checkpoints.listing import listed_digests, read_listing
-from shardlaunch.checkpoints.names import OPTIMIZER
+from shardlaunch.checkpoints.names import EMA, MODEL, OPTIMIZER
 from shardlaunch.checkpoints.verifying import ListedCheckpoint
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.commands.ckpt.output import warn
 from shardlaunch.launcher.reporting.tracking import METRICS_FILE, recorded_digests
+
+_MEANT = {
+    DIGEST_NAMES[MODEL]: "weights",
+    DIGEST_NAMES[OPTIMIZER]: "optimizer's state",
+    DIGEST_NAMES[EMA]: "average of the weights",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +31,7 @@ class RunDigests:
     last_equal: int | None = None
     """The last step before that where they agree."""
     differing: tuple[str, ...] = field(default=())
-    """What differs there: loss, weights_digest, optimizer_digest."""
+    """What differs there: loss, weights_digest, optimizer_digest, ema_digest."""
 
     def document(self) -> dict[str, Any]:
         """Return this for JSON."""
@@ -82,7 +88,7 @@ def difference_from_recorded(step_dir: Path, known: dict[Path, Mapping[int, Mapp
     recorded = known[run.run_dir].get(record.step, {})
     for name, digest in listed_digests(record).items():
         if recorded.get(name, digest) != digest:
-            what = "optimizer's state" if name == DIGEST_NAMES[OPTIMIZER] else "weights"
+            what = _MEANT[name]
             path = run.run_dir / METRICS_FILE
             return f"the digest of its {what} is {digest}, but {path} has {recorded[name]} of this step"
     return ""

@@ -8,27 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-import xxhash
 from safetensors.torch import load_file, save_file
 
 from shardlaunch import UserError
-from shardlaunch.checkpoints.digests import crc64nvme
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.records import Position, to_json
 from shardlaunch.checkpoints.shares import share_of
-from shardlaunch.checkpoints.state import whole
+from shardlaunch.checkpoints.state import EMA, whole
 from shardlaunch.checkpoints.writer import save
 from shardlaunch.launcher.commands.generate import Sampling, generate_texts
 from shardlaunch.launcher.commands.predict import predict_texts
 from shardlaunch.text import save_config, train_tokenizer
 from tests.faults.records import change_json
+from tests.unit.checkpoints.saved import sign
 
 TEXTS = ("a fine film", "a dull one")
 LABELS = {0: "bad\x1b[31m", 1: "good\nor so"}
 
 
-def _save(folder: Path, model: Any, *, max_length: Any = 8) -> Path:
-    """Write a checkpoint of a small model with a tokenizer."""
+def _save(folder: Path, model: Any, *, max_length: Any = 8, averages: dict[str, torch.Tensor] | None = None) -> Path:
+    """Write a checkpoint of a small model with a tokenizer, and averages of its weights, if any."""
     tokenizer = train_tokenizer(TEXTS, vocab_size=300, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
     def export(staging: Path) -> None:
@@ -38,20 +37,12 @@ def _save(folder: Path, model: Any, *, max_length: Any = 8) -> Path:
         record = {"recipe": "mine.Mine", "options": {"max_length": max_length}, "run": run}
         (staging / "recipe.json").write_bytes(to_json(record))
 
-    share = share_of(whole(name, tensor) for name, tensor in model.named_parameters())
+    state = [whole(name, tensor) for name, tensor in model.named_parameters()]
+    state += [whole(name, tensor, section=EMA) for name, tensor in (averages or {}).items()]
+    share = share_of(state)
     return save(
         folder / "checkpoints", position=Position(step=1), share=share, export=export, aliases={}, peers=Peers()
     )
-
-
-def _sign(step_dir: Path, name: str) -> None:
-    """Write the digest of a changed file into the manifest."""
-    body = json.loads((step_dir / "manifest.json").read_bytes())
-    data = (step_dir / name).read_bytes()
-    body["files"][name] = {"bytes": len(data), "crc64nvme": f"{crc64nvme(data):016x}"}
-    body.pop("xxh3_128")
-    text = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
-    (step_dir / "manifest.json").write_text(json.dumps({**body, "xxh3_128": xxhash.xxh3_128_hexdigest(text)}))
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +67,13 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return _save(tmp_path_factory.mktemp("generator"), LlamaForCausalLM(config))
 
 
-def _predicted(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    predict_texts(path, texts=TEXTS, file=None)
+def _predicted(path: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> str:
+    predict_texts(path, texts=TEXTS, file=None, **options)
     return capsys.readouterr().out
 
 
-def _generated(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    generate_texts(path, prompts=TEXTS, file=None, max_new_tokens=6, sampling=Sampling())
+def _generated(path: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> str:
+    generate_texts(path, prompts=TEXTS, file=None, max_new_tokens=6, sampling=Sampling(), **options)
     return capsys.readouterr().out
 
 
@@ -112,6 +103,28 @@ def test_files_beside_a_checkpoints_own_are_not_used(
             use(copy, capsys)
 
 
+def test_the_average_of_the_weights_is_used_if_asked_for(
+    classifier: Path, generator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The average of some weights; the others, which were frozen, are those of the model."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    for path, auto_class, use in (
+        (classifier, AutoModelForSequenceClassification, _predicted),
+        (generator, AutoModelForCausalLM, _generated),
+    ):
+        model = auto_class.from_pretrained(path)
+        trained = {name: p.detach().clone() for name, p in model.named_parameters() if "embed" not in name}
+        expected = use(path, capsys)
+        for name in trained:
+            model.get_parameter(name).data.normal_(generator=torch.Generator().manual_seed(0))
+        both = _save(tmp_path / path.parts[-3], model, averages=trained)
+        assert use(both, capsys) != expected
+        assert use(both, capsys, ema=True) == expected
+        with pytest.raises(UserError, match="holds no average of the weights"):
+            use(path, capsys, ema=True)
+
+
 def test_names_and_texts_are_printed_on_a_line_without_control_characters(
     classifier: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,7 +146,7 @@ def test_a_file_that_says_something_else_is_no_traceback(
     refused = 0
     for number in range(12):
         (copy / name).write_text(json.dumps(change_json(json.loads(data), random.Random(f"{name} {number}"))))
-        _sign(copy, name)
+        sign(copy, name)
         try:
             assert len(_predicted(copy, capsys).splitlines()) == len(TEXTS)
         except UserError:
