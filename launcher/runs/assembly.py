@@ -14,6 +14,7 @@ from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.reporting.parameters import ParameterRow, parameter_rows
 from shardlaunch.launcher.reporting.phases import phase
 from shardlaunch.launcher.runs.init_from import InitFrom
+from shardlaunch.launcher.runs.lora import Adapters, add_adapters
 from shardlaunch.launcher.runs.model import (
     Origins,
     build_empty_model,
@@ -22,6 +23,7 @@ from shardlaunch.launcher.runs.model import (
 )
 from shardlaunch.launcher.runs.start_values import RecordedModel, record_model, start_values
 from shardlaunch.sharding.initial_weights import InitialWeights
+from shardlaunch.sharding.partly_saved import HeldWeights, PartlySaved
 from shardlaunch.sharding.precision import convert_model
 from shardlaunch.sharding.resolve import STRATEGIES
 from shardlaunch.sharding.strategy import Settings, Strategy
@@ -48,6 +50,8 @@ class Assembly:
     """Learning rate and weight decay of the parameters, by part of the model."""
     num_tensors: int
     num_elements: int
+    adapters: Adapters | None
+    """Those of --lora-rank."""
     trained: frozenset[str]
     """Names of the parameters that require gradients, which the strategy and the optimizer were made for."""
 
@@ -80,9 +84,11 @@ def assemble(
     """
     options = recipe.options
     with phase("building the model"):
-        model, origins, initial, reason = _build(
+        model, origins, initial, reason, adapters = _build(
             recipe, world, strategy_name, run_digest, is_resumed=is_resumed, init=init
         )
+    if adapters is not None and precision_name == "fp8":
+        raise UserError("--precision fp8: not with --lora-rank; use bf16, or remove one of the two")
     buffers_digest = non_persistent_buffers_digest(model)
     convert_model(model, precision_name)
     if options.gradient_checkpointing:
@@ -104,11 +110,13 @@ def assemble(
     with phase("placing the model"):
         with connecting():
             strategy = STRATEGIES[strategy_name](model, build_optimizer, world=world, settings=settings)
-        if initial is not None:
+        if initial is not None and not (adapters is not None and is_resumed):
             strategy.restore(initial)
     if options.compile:
         for replica in strategy.replicas:
             replica.compile()
+    if adapters is not None:
+        strategy = PartlySaved(strategy, adapters.saved_names, base=initial or HeldWeights(model))
     return Assembly(
         model=model,
         model_class=model_class,
@@ -120,6 +128,7 @@ def assemble(
         rows=rows,
         num_tensors=len(numels),
         num_elements=sum(numels.values()),
+        adapters=adapters,
         trained=trained_names(model),
     )
 
@@ -145,21 +154,25 @@ def recipe_optimizer(recipe: Recipe, trained: Sequence[tuple[str, nn.Parameter]]
 
 def _build(
     recipe: Recipe, world: World, strategy_name: str, run_digest: int, *, is_resumed: bool, init: InitFrom | None
-) -> tuple[nn.Module, Origins, InitialWeights | None, str]:
+) -> tuple[nn.Module, Origins, InitialWeights | None, str, Adapters | None]:
     """Build the model, whole or (if the strategy requires it) empty; return it, its weights' origins, and its weights.
 
-    All ranks. The weights are those to restore: none if the model has them. The last is why a whole model was built
-    besides an empty one.
+    All ranks. The weights are those to restore: none if the model has them. Then follow why a whole model was built
+    besides an empty one, and the model's adapters, which have no base model in a checkpoint to be resumed from.
     """
-    seed = recipe.options.seed
+    options, seed = recipe.options, recipe.options.seed
+    is_resumed = is_resumed and not options.lora_rank
+    adapters: Adapters | None = None
     if not STRATEGIES[strategy_name].starts_empty:
         model, origins = build_model(recipe, seed, is_resumed=is_resumed, init=init)
         _check_ranks_agree(world, run_digest, _weights_digest(model))
-        return model, origins, None, ""
+        if options.lora_rank:
+            adapters, _ = world.peers.together(lambda: add_adapters(model, options, new=origins.new, init=init))
+        return model, origins, None, "", adapters
     if is_resumed:
         empty = world.peers.together(lambda: build_empty_model(recipe, seed))
         _check_ranks_agree(world, run_digest, -1)
-        return empty, Origins(), None, ""
+        return empty, Origins(), None, "", None
 
     def built() -> tuple[nn.Module, RecordedModel | None]:
         recorded = record_model(recipe, seed) if world.is_local_main else None
@@ -171,7 +184,14 @@ def _build(
     weights_digest = world.peers.together(lambda: -1 if values is None or is_one_machine else values.digest())
     _check_ranks_agree(world, run_digest, weights_digest)
     origins, reason = (values.origins, values.whole_model_because) if values is not None else (Origins(), "")
-    return empty, origins, InitialWeights(empty, values, world=world), reason
+    if options.lora_rank:
+        names = [name for name, _ in empty.named_parameters()]
+        is_new = world.peers.of_first([name in set(origins.new) for name in names])
+        new = [name for name, flag in zip(names, is_new, strict=True) if flag]
+        adapters, values = world.peers.together(
+            lambda: add_adapters(empty, options, new=new, values=values, is_empty=True, init=init)
+        )
+    return empty, origins, InitialWeights(empty, values, world=world), reason, adapters
 
 
 def _check_ranks_agree(world: World, run_digest: int, weights_here: int) -> None:
