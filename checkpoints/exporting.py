@@ -16,7 +16,15 @@ import torch
 from shardlaunch.checkpoints.comparing import pieces
 from shardlaunch.checkpoints.digests import DigestingFile, digest_file, write_file
 from shardlaunch.checkpoints.listing import DamagedCheckpoint
-from shardlaunch.checkpoints.names import MODEL, RECIPE, STAGING_PREFIX, TRAINER_STATE, index_file_name
+from shardlaunch.checkpoints.names import (
+    ADAPTER_WEIGHTS,
+    MODEL,
+    RECIPE,
+    STAGING_PREFIX,
+    TRAINER_STATE,
+    are_of_adapter,
+    index_file_name,
+)
 from shardlaunch.checkpoints.places import CHUNK_BYTES
 from shardlaunch.checkpoints.reader import Checkpoint
 from shardlaunch.checkpoints.records import open_regular, read_bytes
@@ -27,7 +35,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NAMES_IN_CONFIG = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 CONFIG = "config.json"
 CARD = "README.md"
-ADAPTER_CONFIG = "adapter_config.json"
 _ABOUT_RESUMING = re.compile(r"\n*The files `optimizer-\*\.safetensors` and `trainer_state\.json` serve only[^\n]*\n")
 
 
@@ -179,6 +186,8 @@ def _write_weights(
     for number, shard in enumerate(shards, start=1):
         of = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         name = f"{MODEL}{of}.safetensors"
+        if are_of_adapter(weight.name for weight in weights):
+            name = ADAPTER_WEIGHTS
         entries = [(weight.name, _written_dtype(weight, dtype), weight.shape) for weight in shard]
         writer = TensorWriter(folder / name, entries)
         try:

@@ -50,6 +50,8 @@ class Assembly:
     """Learning rate and weight decay of the parameters, by part of the model."""
     num_tensors: int
     num_elements: int
+    num_saved: int
+    """Elements of the weights that a checkpoint holds."""
     adapters: Adapters | None
     """Those of --lora-rank."""
     trained: frozenset[str]
@@ -128,6 +130,7 @@ def assemble(
         rows=rows,
         num_tensors=len(numels),
         num_elements=sum(numels.values()),
+        num_saved=sum(n for name, n in numels.items() if adapters is None or name in adapters.saved_names),
         adapters=adapters,
         trained=trained_names(model),
     )

@@ -57,6 +57,8 @@ class Adapters:
     """Modules that are trained as a whole, because they are newly initialized."""
     base: BaseRecord
     """Its digest is known on the first rank of each machine."""
+    base_buffers: Mapping[str, int]
+    """Digests of the base's buffers, which are not saved either; on the first rank of each machine."""
 
     def describe(self) -> str:
         """Return what is trained, for the start-up summary."""
@@ -69,8 +71,18 @@ class Adapters:
             f"{self.config['r']}, alpha {self.config['lora_alpha']:g}, on {self.num_layers} layers{whole}"
         )
 
-    def export(self, folder: Path) -> None:
-        """Write what peft needs to load the adapter, and which base model it is for. Rank 0."""
+    def export(self, folder: Path, model: nn.Module) -> None:
+        """Write what peft needs to load the adapter, and which base model it is for. Rank 0.
+
+        Raises UserError if the training has changed a buffer of the base model, which no checkpoint would have.
+        """
+        held = persistent_buffers(model)
+        changed = [name for name, digest in self.base_buffers.items() if value_digest(held[name].cpu()) != digest]
+        if changed:
+            raise UserError(
+                f"--lora-rank: the base model's {some(changed, 3)} changes in training, which a checkpoint of adapters "
+                f"does not hold; use --freeze instead"
+            )
         (folder / ADAPTER_CONFIG).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         (folder / BASE).write_bytes(to_json(msgspec.to_builtins(self.base), indent=1))
 
@@ -137,7 +149,8 @@ def add_adapters(
     whole_modules = _whole_modules(model, new)
     targets = _targets(model, options, whole_modules)
     frozen = base_names(model, whole_modules)
-    whole = {name: tensor for name, tensor in tensors.items() if name not in set(frozen)}
+    stays = set(frozen)
+    whole = {name: tensor for name, tensor in tensors.items() if name not in stays}
     trained = [tensor for tensor in whole.values() if tensor.requires_grad]
     transposed = {name for name in targets if not isinstance(model.get_submodule(name), nn.Linear)}
 
@@ -155,6 +168,8 @@ def add_adapters(
         xxh3_64=digest_of(frozen, value) if has_values else "",
         num_parameters=sum(parameters[name].numel() for name in frozen if name in parameters),
     )
+    buffers = [name for name in frozen if name not in parameters]
+    base_buffers = {name: value_digest(value(name)) for name in buffers} if has_values else {}
     lengths = {name: magnitudes(name) for name in targets} if options.dora and has_values else {}
     config = _config(
         model, options, targets, whole_modules, base_model=base.model, is_transposed=transposed == set(targets)
@@ -162,7 +177,8 @@ def add_adapters(
     _inject(model, config, options.seed)
     for parameter in trained:
         parameter.requires_grad_(True)
-    adapters = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    known = {id(parameter) for parameter in parameters.values()}
+    adapters = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in known}
     if has_values:
         start = {name: _start_value(name, adapters[name], options.seed, lengths) for name in adapters}
         if values is not None:
@@ -179,6 +195,7 @@ def add_adapters(
         num_trained=sum(tensor.numel() for tensor in (*trained, *adapters.values())),
         whole_modules=whole_modules,
         base=base,
+        base_buffers=base_buffers,
     ), values
 
 

@@ -132,7 +132,7 @@ class Run:
         self._resume()
         if self.world.is_main:
             self.upkeep.prune_resumed(self.resumed, self.position)
-        self.room.check_start(self.resumed, self.assembly.num_elements, self.position, last_step=self.data.last_step)
+        self.room.check_start(self.resumed, self.assembly.num_saved, self.position, last_step=self.data.last_step)
         self._write_run()
         self._show_start()
         self.saver = Saver(
@@ -287,7 +287,7 @@ class Run:
             self.world.peers.together(lambda: self._open_records(records, end) if self.world.is_main else None)
             records.callback(self.saver.close)  # first: it needs the records
             # Weights and two values of the optimizer, until a save is measured.
-            self.requests.time_left.assume_save_of(12 * self.assembly.num_elements // self.world.size)
+            self.requests.time_left.assume_save_of(12 * self.assembly.num_saved // self.world.size)
             unfreeze_at = self.options.unfreeze_at_step
             try:
                 if self.position.step < unfreeze_at < end:

@@ -267,7 +267,7 @@ class Saver:
             make_folder(exported)
             self._recipe.export(exported, assembly.model)
             if assembly.adapters is not None:
-                assembly.adapters.export(exported)
+                assembly.adapters.export(exported, assembly.model)
         except (UserError, OSError) as error:  # it makes the save fail
             failure = error
         record = {

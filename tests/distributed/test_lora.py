@@ -1,53 +1,75 @@
-"""LoRA by options: it starts as the base model, is the same run on any ranks, and its checkpoints hold no base model."""
+"""LoRA by options: it starts as the base model, is the same run on any ranks, and checkpoints hold no base model."""
 
-import json
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.distributed.ranks import run_on_ranks
 from tests.lora_recipe import Tokens, save_base
-from tests.recipes import losses, run_well
+from tests.recipes import bits, losses, run_well
 
 pytest.importorskip("peft")
-RANK = ("--lora-rank", "2")
-LAST = "checkpoints/step-00000004"
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+VARIANTS = {"lora": (), "dora": ("--dora",), "exact": ("--exact",)}
 
 
-def _run(argvs: list[list[str]]) -> list[str]:
-    return [run_well(Tokens, argv) for argv in argvs]
+def _run(argvs: Sequence[Sequence[str]]) -> None:
+    for argv in argvs:
+        run_well(Tokens, list(argv))
 
 
 def _argv(folder: Path, name: str, *words: str) -> list[str]:
-    return ["--model", str(folder / "base"), "--output-dir", str(folder / name), *RANK, *words]
+    return ["--model", str(folder / "base"), "--output-dir", str(folder / name), "--lora-rank", "2", *words]
+
+
+def _resumed(folder: Path, name: str, resumed: str, *words: str) -> list[str]:
+    """Return the command of a run in a folder of its own, resumed after two steps of another one."""
+    return _argv(folder, resumed, "--resume", str(folder / name / "checkpoints" / "step-00000002"), *words)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a base model and runs on one rank: `lora`, `full`, and others in the course of the tests."""
+    """Return a folder with a base model and runs on one rank, one of them of the whole model."""
     folder = tmp_path_factory.mktemp("lora")
     save_base(folder / "base")
     full = ["--model", str(folder / "base"), "--output-dir", str(folder / "full")]
-    run_on_ranks(1, _run, [_argv(folder, "lora"), full, _argv(folder, "dora", "--dora"), _argv(folder, "exact", "--exact")])
+    variants = [_argv(folder, name, *words) for name, words in VARIANTS.items()]
+    again = _resumed(folder, "lora", "lora-again")
+    run_on_ranks(1, _run, [full, *variants, _argv(folder, "dropout", "--lora-dropout", "0.5"), again])
     return folder
 
 
+def test_adapters_begin_as_the_base_model(runs: Path) -> None:
+    first = losses(runs / "full")[1]
+    found = {name: losses(runs / name) for name in (*VARIANTS, "dropout")}
+    assert [losses_[1] for losses_ in found.values()] == [first, first, pytest.approx(first, abs=1e-6), first]
+    assert len({str(losses_) for losses_ in found.values()}) == len(found)
+
+
+def test_a_resume_is_of_the_same_bits(runs: Path) -> None:
+    lines, position, tensors = bits(runs / "lora")
+    assert bits(runs / "lora-again") == ([line for line in lines if line["step"] > 2], position, tensors)
+
+
 def test_adapters_are_the_same_run_on_any_ranks(runs: Path) -> None:
-    expected = losses(runs / "lora")
-    several: dict[int, list[str]] = {2: ["ddp", "fsdp2", "zero1", "zero2", "zero3"], 3: ["ddp", "fsdp2"]}
-    for num_ranks, names in several.items():
-        argvs = [_argv(runs, f"{name}-{num_ranks}", "--strategy", name) for name in names]
-        argvs += [_argv(runs, f"dora-{name}-{num_ranks}", "--strategy", name, "--dora") for name in names if num_ranks == 2]
-        argvs += [_argv(runs, f"exact-{name}-{num_ranks}", "--strategy", name, "--exact") for name in ("ddp", "fsdp2")]
+    """And a resume on other ranks goes on as the run would have, under other strategies."""
+    plans = {
+        2: {"lora": STRATEGIES, "dora": ("fsdp2", "zero3"), "exact": ("ddp", "fsdp2")},
+        3: {"lora": ("fsdp2",), "exact": ("ddp",)},
+    }
+    for num_ranks, variants in plans.items():
+        argvs = [
+            _argv(runs, f"{variant}-{name}-{num_ranks}", "--strategy", name, *VARIANTS[variant])
+            for variant, names in variants.items()
+            for name in names
+        ]
+        source = {2: "lora", 3: "lora-zero3-2"}[num_ranks]
+        for name in ("fsdp2", "zero3"):
+            argvs.append(_resumed(runs, source, f"resumed-{name}-{num_ranks}", "--strategy", name))
         run_on_ranks(num_ranks, _run, argvs)
-        for name in names:
-            assert losses(runs / f"{name}-{num_ranks}") == pytest.approx(expected, abs=1e-6), name
-            if num_ranks == 2:
-                assert losses(runs / f"dora-{name}-2") == pytest.approx(losses(runs / "dora"), abs=1e-6), name
-        for name in ("ddp", "fsdp2"):
-            assert losses(runs / f"exact-{name}-{num_ranks}") == losses(runs / "exact")
-    assert losses(runs / "full")[1] == expected[1]
+        for argv in argvs:
+            found = losses(Path(argv[3]))
+            expected = losses(runs / next((name for name in VARIANTS if name in Path(argv[3]).name), "lora"))
+            bound = 0 if "exact" in Path(argv[3]).name else 1e-6
+            assert found == pytest.approx({step: expected[step] for step in found}, abs=bound), argv
