@@ -17,6 +17,7 @@ from shardlaunch.checkpoints.comparing import pieces
 from shardlaunch.checkpoints.digests import DigestingFile, digest_file, write_file
 from shardlaunch.checkpoints.listing import DamagedCheckpoint
 from shardlaunch.checkpoints.names import (
+    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     MODEL,
     RECIPE,
@@ -35,6 +36,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NAMES_IN_CONFIG = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 CONFIG = "config.json"
 CARD = "README.md"
+_WITH_PEFT = re.compile(
+    r"from peft import PeftModel\nfrom transformers import AutoConfig, (\w+)\n.*?PeftModel\.from_pretrained\([^\n]*",
+    re.DOTALL,
+)
 _ABOUT_RESUMING = re.compile(r"\n*The files `optimizer-\*\.safetensors` and `trainer_state\.json` serve only[^\n]*\n")
 
 
@@ -262,7 +267,10 @@ def _copy_others(
         if name == CONFIG and dtype is not None:
             write_file(folder / name, _with_dtype(read_bytes(source), _NAMES_IN_CONFIG[dtype]))
         elif name == CARD:
-            write_file(folder / name, _card(read_bytes(source).decode(errors="replace"), about).encode())
+            text = read_bytes(source).decode(errors="replace")
+            if ADAPTER_CONFIG in leave_out:
+                text = _WITH_PEFT.sub(r'from transformers import \1\n\nmodel = \1.from_pretrained(".")', text)
+            write_file(folder / name, _card(text, about).encode())
         else:
             _copy(source, folder / name)
         exported.files.append(name)

@@ -23,8 +23,8 @@ class TokensOptions(Options):
     """Folder of the base model; empty: none."""
     dropout: float = 0.0
     """Dropout of the base model."""
-    max_steps: int = 4
-    global_batch_size: int = 12
+    max_steps: int = 3
+    global_batch_size: int = 8
     micro_batch_size: int = 2
     lr: float = 0.02
     threads_per_rank: int = option(1, mark="warn")

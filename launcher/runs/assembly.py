@@ -125,7 +125,7 @@ def assemble(
         strategy=strategy,
         origins=origins,
         whole_model_because=reason,
-        aliases=aliases,
+        aliases=adapters.saved_aliases(aliases) if adapters else aliases,
         non_persistent_buffers=buffers_digest,
         rows=rows,
         num_tensors=len(numels),

@@ -71,6 +71,11 @@ class Adapters:
             f"{self.config['r']}, alpha {self.config['lora_alpha']:g}, on {self.num_layers} layers{whole}"
         )
 
+    def saved_aliases(self, aliases: Mapping[str, str]) -> dict[str, str]:
+        """Return the other names of tied parameters, those of what is saved, by their names in a checkpoint."""
+        saved = self.saved_names
+        return {_saved_name(alias): saved[name] for alias, name in aliases.items() if name in saved}
+
     def export(self, folder: Path, model: nn.Module) -> None:
         """Write what peft needs to load the adapter, and which base model it is for. Rank 0.
 
