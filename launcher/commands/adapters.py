@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 
@@ -72,7 +73,9 @@ def with_adapter(checkpoint: Checkpoint, *, auto_class: Any = None, kind: str = 
                 f"{where}: holds an adapter, but its base model {base.model} has other weights now than in training "
                 f"(digest {base.xxh3_64} -> {found}); bring them back"
             )
-        return PeftModel.from_pretrained(model, folder).eval()
+        with catch_warnings():
+            simplefilter("ignore")
+            return PeftModel.from_pretrained(model, folder).eval()
 
 
 def merged_weights(checkpoint: Checkpoint) -> list[Weight]:

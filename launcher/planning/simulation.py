@@ -240,8 +240,9 @@ def _note_kinds(trace: Trace, ledger: Ledger, strategy: Strategy, *, has_gradien
     with torch.no_grad():
         for model in strategy.replicas:
             for tensor in (*model.parameters(), *model.buffers()):
-                if not tensor.is_meta:
-                    trace.kinds[ledger.number_of(tensor)] = PARAMETERS
+                held = getattr(tensor, "ds_tensor", tensor)  # ZeRO 3's shard, of which no master is kept if frozen
+                if not held.is_meta:
+                    trace.kinds[ledger.number_of(held)] = PARAMETERS
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     trace.kinds[ledger.number_of(parameter.grad)] = GRADIENTS

@@ -98,7 +98,8 @@ def assemble(
     numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
     freeze(model, options, step=step)
     is_frozen = options.is_frozen if not options.unfreeze_at_step else lambda name: False
-    check_lr_factors([name for name in numels if not is_frozen(name)], options)
+    trainable = trained_names(model) if adapters is not None else {name for name in numels if not is_frozen(name)}
+    check_lr_factors([name for name in numels if name in trainable], options)
     rows: list[ParameterRow] = []
 
     def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
