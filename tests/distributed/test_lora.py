@@ -1,12 +1,19 @@
 """LoRA by options: it starts as the base model, is the same run on any ranks, and checkpoints hold no base model."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from shardlaunch.checkpoints.manifest import read_manifest
+from shardlaunch.launcher.planning.simulation import simulate
+from shardlaunch.launcher.runs.data import load_data
+from shardlaunch.launcher.training.batches import Slot
+from shardlaunch.sharding.strategy import DEFAULT_SETTINGS
+from shardlaunch.sharding.world import World
 from tests.distributed.ranks import run_on_ranks
-from tests.lora_recipe import Tokens, save_base
+from tests.lora_recipe import Tokens, TokensOptions, save_base
 from tests.recipes import bits, losses, run_well
 
 pytest.importorskip("peft")
@@ -44,6 +51,28 @@ def test_adapters_begin_as_the_base_model(runs: Path) -> None:
     found = {name: losses(runs / name) for name in (*VARIANTS, "dropout")}
     assert [losses_[1] for losses_ in found.values()] == [first, first, pytest.approx(first, abs=1e-6), first]
     assert len({str(losses_) for losses_ in found.values()}) == len(found)
+
+
+def test_runs_without_adapters_are_known_by_the_same_as_before(runs: Path) -> None:
+    options = {name: json.loads((runs / name / "run.json").read_text())["identity"] for name in ("full", "lora")}
+    assert [name for name in options["lora"] if name not in options["full"]] == [
+        *("--lora-rank", "--lora-alpha", "--lora-targets", "--lora-dropout", "--rslora", "--dora")
+    ]
+
+
+def _planned_bytes(folder: Path) -> int:
+    recipe = Tokens(TokensOptions(model=str(folder / "base"), lora_rank=2))
+    data = load_data(recipe, World(), None)
+    batches = data.training_batches(recipe, World())
+    micro_batch = batches.load(Slot(0, 0, 0, 1, data.plan.micro_batch(0, 0)))
+    settings = {"settings": DEFAULT_SETTINGS, "precision_name": "fp32"}
+    trace = simulate(recipe, data, micro_batch, strategy_name="fsdp2", ranks=2, ranks_per_node=2, **settings)
+    return trace.state_bytes
+
+
+def test_a_plan_knows_what_a_checkpoint_holds(runs: Path) -> None:
+    tensors = read_manifest(runs / "lora/checkpoints/step-00000003").tensors
+    assert run_on_ranks(1, _planned_bytes, runs) == [sum(spec.num_bytes for spec in tensors)]
 
 
 def test_a_resume_is_of_the_same_bits(runs: Path) -> None:
