@@ -72,5 +72,19 @@ def measured(folder: Path) -> dict[str, Any]:
     }
 
 
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Return the table for the docs. Times are ratios: the arms met the same noise."""
+    lines = ["| | accuracy | loss | time of a step | checkpoint | weights in it |", "| --- " * 6 + "|"]
+    for result in results:
+        first = result["rows"][0]
+        for row in result["rows"]:
+            options = f" (`{row['options']}`)" if row["options"] else ""
+            ratio = row["step_ms"] / first["step_ms"]
+            sizes = (f"{row[key] / 1e6:.1f} MB" for key in ("checkpoint_bytes", "weights_bytes"))
+            cells = (f"{100 * row['accuracy']:.1f} %", f"{row['loss']:.3f}", f"{ratio:.2f}", *sizes)
+            lines.append(f"| {' | '.join((row['arm'] + options, *cells))} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     main()

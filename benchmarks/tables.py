@@ -8,10 +8,10 @@ A page says between two comments what stands there, and this command fills it in
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
 `memory` (peaks of host memory), `start` (those while a run starts, before a change and now), `plan` (planning
 batches), `plan_memory` (planned memory beside published), `scale` (planning saves), `startup` (starts, by number of
-ranks), `exact` (steps with exact sums), `digest` (digests of states), `survival` (how many faults went well), `faults`
-(what became of each), `machine` (where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and
-`<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0. The plots of plots.py are written
-too. `--check` writes nothing and fails when a page or a plot differs from its sources.
+ranks), `lora` (beside full fine-tuning), `exact` (steps with exact sums), `digest` (digests of states), `survival`
+(how many faults went well), `faults` (what became of each), `machine` (where the figures were measured). `<!-- cell:
+NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0. The plots
+of plots.py are written too. `--check` writes nothing and fails when a page or a plot differs from its sources.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lora_beside_full import table as lora_table
 from plots import all_plots
 from record import RESULTS
 from survival import judging
@@ -378,6 +379,7 @@ _KINDS = {
     "plan_memory": _plan_memory,
     "scale": _scale,
     "startup": _startup,
+    "lora": lora_table,
     "exact": _exact,
     "curves": _curves,
     "digest": _digest,

@@ -38,6 +38,12 @@ _TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
+# peft trains them as a whole, if at all, in a model of one of these tasks.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 _LEAVES = ("weight", "bias")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -219,10 +225,16 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _whole_modules(model: nn.Module, new: Collection[str]) -> tuple[str, ...]:
-    """Return the modules to train as a whole: of new parameters, and as large as all parameters in them are new."""
+    """Return the modules to train as a whole: of new parameters, and as large as all parameters in them are new.
+
+    Of a head, all of it.
+    """
     pretrained = [name for name, _ in model.named_parameters() if name not in new]
-    found = []
+    heads = _heads(model)
+    found = [head for head in heads if any(name.startswith(f"{head}.") for name in new)]
     for name in new:
+        if name.startswith(tuple(f"{head}." for head in heads)):
+            continue
         module = name.rpartition(".")[0]
         if not module:
             raise UserError(f"--lora-rank: {name} is newly initialized, but is in no module that could be trained")
@@ -241,7 +253,7 @@ def _targets(model: Any, options: Options, whole_modules: Iterable[str]) -> list
 
     # Their weights are used without a call of theirs, which is what an adapter adds to.
     uncalled = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    left_out = tuple(f"{name}." for name in (*whole_modules, *uncalled))
+    left_out = tuple(f"{name}." for name in (*whole_modules, *_heads(model), *uncalled))
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -253,8 +265,8 @@ def _targets(model: Any, options: Options, whole_modules: Iterable[str]) -> list
         and len(names[id(module.weight)]) == 1  # an adapter of a tied weight would be of one of its uses
     ]
     if not options.lora_targets:
-        ends = (model.get_output_embeddings(), getattr(model, "classifier", None), getattr(model, "score", None))
-        targets = [name for name in linear if not any(model.get_submodule(name) is end for end in ends)]
+        output_layer = model.get_output_embeddings()
+        targets = [name for name in linear if model.get_submodule(name) is not output_layer]
         if not targets:
             raise UserError("--lora-rank: this model has no linear layers that an adapter could be put beside")
         return targets
@@ -266,6 +278,16 @@ def _targets(model: Any, options: Options, whole_modules: Iterable[str]) -> list
                 f"available: {some(list(kinds), 12)}"
             )
     return [name for name in linear if any(_is_at_end(target, name) for target in options.lora_targets)]
+
+
+def _task(model: nn.Module) -> str | None:
+    """Return peft's name of what a model is for, None for another task."""
+    return next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), None)
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """Return the names of a model's head."""
+    return [name for name in _HEADS.get(_task(model) or "", ()) if hasattr(model, name)]
 
 
 def _is_at_end(target: str, name: str) -> bool:
@@ -311,7 +333,7 @@ def _config(
         modules_to_save=list(whole_modules) or None,
         fan_in_fan_out=is_transposed,
         base_model_name_or_path=base_model,
-        task_type=next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), None),
+        task_type=_task(model),
         inference_mode=True,
     )
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
