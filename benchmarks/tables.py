@@ -8,11 +8,11 @@ A page says between two comments what stands there, and this command fills it in
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
 `memory` (peaks of host memory), `start` (those while a run starts, before a change and now), `plan` (planning
 batches), `plan_memory` (planned memory beside published), `scale` (planning saves), `startup` (starts, by number of
-ranks), `attention` (steps with dropout in attention), `exact` (steps with exact sums), `digest` (digests of states),
-`ema` (averages of weights), `survival` (how many faults went well), `faults` (what became of each), `machine` (where
-the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a
-notebook in docs/, counted from 0. The plots of plots.py are written too. `--check` writes nothing and fails when a page
-or a plot differs from its sources.
+ranks), `attention` (steps with dropout in attention), `lora` (beside full fine-tuning), `exact` (steps with exact
+sums), `digest` (digests of states), `ema` (averages of weights), `survival` (how many faults went well), `faults` (what
+became of each), `machine` (where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell
+-->` stand around a cell of a notebook in docs/, counted from 0. The plots of plots.py are written too. `--check` writes
+nothing and fails when a page or a plot differs from its sources.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ema_table import titles_and_rows
+from lora_beside_full import table as lora_table
 from plots import all_plots
 from record import RESULTS
 from survival import judging
@@ -395,6 +396,7 @@ _KINDS = {
     "scale": _scale,
     "startup": _startup,
     "attention": _attention,
+    "lora": lora_table,
     "exact": _exact,
     "curves": _curves,
     "digest": _digest,

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from shardlaunch.checkpoints.exporting import ADAPTER_CONFIG, Weight, weights_of
+from shardlaunch.checkpoints.exporting import Weight, weights_of
+from shardlaunch.checkpoints.names import ADAPTER_CONFIG
+from shardlaunch.checkpoints.names import ADAPTER_PREFIX as PREFIX
 from shardlaunch.checkpoints.reader import Checkpoint
 from shardlaunch.checkpoints.records import decode, read_bytes
 from shardlaunch.errors import UserError, some
 
-PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.lora_([AB])\.([^.]+)\.weight")
 _SAVED = re.compile(r"(.+)\.modules_to_save\.([^.]+)\.(.+)")
 _ORIGINAL = re.compile(r"(.+)\.original_module\.(.+)")

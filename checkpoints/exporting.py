@@ -16,7 +16,17 @@ import torch
 from shardlaunch.checkpoints.comparing import pieces
 from shardlaunch.checkpoints.digests import DigestingFile, digest_file, write_file
 from shardlaunch.checkpoints.listing import DamagedCheckpoint
-from shardlaunch.checkpoints.names import EMA, MODEL, RECIPE, STAGING_PREFIX, TRAINER_STATE, index_file_name
+from shardlaunch.checkpoints.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    EMA,
+    MODEL,
+    RECIPE,
+    STAGING_PREFIX,
+    TRAINER_STATE,
+    are_of_adapter,
+    index_file_name,
+)
 from shardlaunch.checkpoints.places import CHUNK_BYTES
 from shardlaunch.checkpoints.reader import Checkpoint
 from shardlaunch.checkpoints.records import open_regular, read_bytes
@@ -27,7 +37,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NAMES_IN_CONFIG = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 CONFIG = "config.json"
 CARD = "README.md"
-ADAPTER_CONFIG = "adapter_config.json"
+_WITH_PEFT = re.compile(
+    r"from peft import PeftModel\nfrom transformers import AutoConfig, (\w+)\n.*?PeftModel\.from_pretrained\([^\n]*",
+    re.DOTALL,
+)
 _ABOUT_RESUMING = re.compile(r"\n*The files `optimizer-\*\.safetensors` and `trainer_state\.json` serve only[^\n]*\n")
 
 
@@ -189,6 +202,8 @@ def _write_weights(
     for number, shard in enumerate(shards, start=1):
         of = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         name = f"{MODEL}{of}.safetensors"
+        if are_of_adapter(weight.name for weight in weights):
+            name = ADAPTER_WEIGHTS
         entries = [(weight.name, _written_dtype(weight, dtype), weight.shape) for weight in shard]
         writer = TensorWriter(folder / name, entries)
         try:
@@ -263,7 +278,10 @@ def _copy_others(
         if name == CONFIG and dtype is not None:
             write_file(folder / name, _with_dtype(read_bytes(source), _NAMES_IN_CONFIG[dtype]))
         elif name == CARD:
-            write_file(folder / name, _card(read_bytes(source).decode(errors="replace"), about).encode())
+            text = read_bytes(source).decode(errors="replace")
+            if ADAPTER_CONFIG in leave_out:
+                text = _WITH_PEFT.sub(r'from transformers import \1\n\nmodel = \1.from_pretrained(".")', text)
+            write_file(folder / name, _card(text, about).encode())
         else:
             _copy(source, folder / name)
         exported.files.append(name)

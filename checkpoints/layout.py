@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from shardlaunch.checkpoints.digests import FileRecord, crc64nvme, joined
+from shardlaunch.checkpoints.names import ADAPTER_WEIGHTS, MODEL, are_of_adapter
 from shardlaunch.checkpoints.names import CHECKPOINTS as CHECKPOINTS
 from shardlaunch.checkpoints.names import MANIFEST as MANIFEST
 from shardlaunch.checkpoints.names import RECIPE as RECIPE
@@ -51,10 +52,14 @@ class TensorFile:
 def plan_files(specs: Sequence[TensorSpec], *, file_bytes: int = FILE_BYTES) -> list[TensorFile]:
     """Divide tensors into files of at most `file_bytes`, in the order given; a larger tensor has a file of its own.
 
-    The same for any number of ranks. Sections have separate files: `model-*`, `optimizer-*`.
+    The same for any number of ranks. Sections have separate files: `model-*`, `optimizer-*`. The weights of an adapter
+    alone are in one file, as peft reads it.
     """
     sections = specs_by_section(specs)
-    return [file for section, its_specs in sections.items() for file in _files(section, its_specs, file_bytes)]
+    files = []
+    if are_of_adapter(spec.name for spec in sections.get(MODEL, ())):
+        files = [TensorFile(file_name=ADAPTER_WEIGHTS, specs=tuple(sections.pop(MODEL)))]
+    return files + [file for section, its_specs in sections.items() for file in _files(section, its_specs, file_bytes)]
 
 
 def _files(prefix: str, specs: Sequence[TensorSpec], file_bytes: int) -> list[TensorFile]:

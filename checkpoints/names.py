@@ -1,6 +1,7 @@
 """Names of the files and folders of checkpoints. Imports no torch."""
 
 import re
+from collections.abc import Iterable
 
 STAGING_PREFIX = ".staging-"
 TRASH_PREFIX = ".trash-"
@@ -16,6 +17,12 @@ MODEL = "model"
 OPTIMIZER = "optimizer"
 EMA = "ema"
 SECTIONS = (MODEL, OPTIMIZER, EMA)
+
+# A checkpoint of a run that trains adapters alone holds no base model. peft knows its weights by these names.
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_PREFIX = "base_model.model."
+BASE = "base.json"  # which base model that is
 
 NUM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes per element, by the name of a dtype in safetensors files."""
@@ -38,6 +45,11 @@ def step_of_dir_name(name: str) -> int | None:
 def index_file_name(section: str) -> str:
     """Return the name of the index file of a section, which maps each tensor to its file."""
     return f"{section}.safetensors.index.json"
+
+
+def are_of_adapter(names: Iterable[str]) -> bool:
+    """Return whether weights are those of a LoRA adapter alone, by the names that peft saves them under."""
+    return any(name.startswith(ADAPTER_PREFIX) and name.endswith(".lora_A.weight") for name in names)
 
 
 def is_plain_file_name(name: str) -> bool:

@@ -147,6 +147,16 @@ class IdentityRecord(Record):
     warn: dict[str, Any]
 
 
+class BaseRecord(Record):
+    """base.json of a checkpoint that holds an adapter: the model that it belongs to."""
+
+    model: str
+    """Folder or hub id; empty: not known."""
+    xxh3_64: str
+    """Of the values that the run does not train."""
+    num_parameters: int
+
+
 class RecipeRecord(Record):
     """recipe.json of a checkpoint."""
 

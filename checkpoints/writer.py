@@ -17,6 +17,7 @@ from shardlaunch.checkpoints.layout import (
     step_dir_name,
 )
 from shardlaunch.checkpoints.manifest import Manifest
+from shardlaunch.checkpoints.names import ADAPTER_WEIGHTS
 from shardlaunch.checkpoints.names import REPLACED_PREFIX as REPLACED_PREFIX
 from shardlaunch.checkpoints.names import STAGING_PREFIX as STAGING_PREFIX
 from shardlaunch.checkpoints.names import TRASH_PREFIX as TRASH_PREFIX
@@ -120,6 +121,8 @@ def _commit(
             records[path.name] = digest_file(path)
     tensors = {spec: file.file_name for file in files for spec in file.specs}
     for section, specs in specs_by_section(tensors).items():
+        if ADAPTER_WEIGHTS in map(tensors.get, specs):
+            continue  # peft reads no index
         index = {
             "metadata": {"total_size": sum(spec.num_bytes for spec in specs)},
             "weight_map": {spec.key: tensors[spec] for spec in specs},

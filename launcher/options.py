@@ -8,6 +8,7 @@ from shardlaunch.errors import UserError, printable
 from shardlaunch.launcher.durations import seconds_of
 from shardlaunch.launcher.optimization.averaging import AveragingOptions
 from shardlaunch.launcher.optimization.freezing import FreezingOptions
+from shardlaunch.launcher.optimization.lora import LoraOptions
 from shardlaunch.launcher.optimization.optimizers import OptimizerOptions
 from shardlaunch.launcher.optimization.schedules import ScheduleOptions
 from shardlaunch.launcher.option_fields import Mark, check_values, flag, inherited, option
@@ -198,6 +199,7 @@ class Options(
     SavingOptions,
     StrategyOptions,
     AveragingOptions,
+    LoraOptions,
     FreezingOptions,
     ScheduleOptions,
     OptimizerOptions,
@@ -213,9 +215,21 @@ class Options(
 
     def __post_init__(self) -> None:
         check_values(self)
-        for owner in (RunOptions, DataOptions, FreezingOptions, OptimizerOptions, ScheduleOptions, SavingOptions):
-            owner.__post_init__(self)
-        AveragingOptions.__post_init__(self)
+        for owner in GROUPS.values():
+            if hasattr(owner, "__post_init__"):
+                owner.__post_init__(self)
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        """Raise UserError for options that --lora-rank does not go with."""
+        others = {
+            "--freeze": (bool(self.freeze), "which freezes all that it does not train; "),
+            "--tensor-parallel": (self.tensor_parallel > 1, ""),
+            "--precision fp8": (self.precision == "fp8", ""),
+        }
+        for other, (is_given, reason) in others.items() if self.lora_rank else ():
+            if is_given:
+                raise UserError(f"{other}: not with --lora-rank, {reason}remove one of the two")
 
 
 # The headings of --help, in this order, each with the class of its options.
@@ -226,6 +240,7 @@ GROUPS = {
     "schedule": ScheduleOptions,
     "freezing": FreezingOptions,
     "averaging": AveragingOptions,
+    "adapters": LoraOptions,
     "strategy": StrategyOptions,
     "saving": SavingOptions,
     "reporting": ReportingOptions,

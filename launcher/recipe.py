@@ -16,6 +16,7 @@ from shardlaunch.launcher.callbacks import RunHooks
 from shardlaunch.launcher.hook_names import check_hook_names
 from shardlaunch.launcher.launched import mark_launched, watch
 from shardlaunch.launcher.logged import Logs
+from shardlaunch.launcher.optimization.lora import require_peft
 from shardlaunch.launcher.optimization.optimizers import OptimizerOptions, build_optimizer, check_optimizer_options
 from shardlaunch.launcher.optimization.schedules import ScheduleOptions, scheduled
 from shardlaunch.launcher.options import Options, flag
@@ -228,6 +229,7 @@ def check_in_effect(recipe: Recipe) -> None:
     Those that the recipe's options class declares itself count as used by its overrides.
     """
     check_hook_names(type(recipe), Recipe)
+    require_peft(recipe.options)
     if type(recipe).optimizer is Recipe.optimizer:
         check_optimizer_options(recipe.options)
     own = {name for cls in type(recipe.options).__mro__ if cls not in Options.__mro__ for name in vars(cls)}

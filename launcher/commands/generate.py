@@ -10,7 +10,8 @@ import torch
 
 from shardlaunch.checkpoints.reader import Checkpoint
 from shardlaunch.errors import UserError
-from shardlaunch.launcher.commands.text_models import all_texts, in_use, loaded, open_text_model, whole_model
+from shardlaunch.launcher.commands.adapters import model_of
+from shardlaunch.launcher.commands.text_models import all_texts, in_use, loaded, open_text_model
 from shardlaunch.launcher.toolkit.packing import document_frame
 
 
@@ -72,7 +73,7 @@ def _language_model(checkpoint: Checkpoint, *, ema: bool) -> Any:
 
     is_encoder_decoder = loaded(checkpoint, AutoConfig, kind="language model").is_encoder_decoder
     auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-    return whole_model(checkpoint, auto_class, kind="language model", ema=ema)
+    return model_of(checkpoint, auto_class, kind="language model", ema=ema)
 
 
 def _transform(model: Any, tokenizer: Any, text: str, max_new_tokens: int, arguments: dict[str, Any]) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from shardlaunch.errors import UserError, printable
-from shardlaunch.launcher.commands.text_models import all_texts, in_use, open_text_model, whole_model
+from shardlaunch.launcher.commands.adapters import model_of
+from shardlaunch.launcher.commands.text_models import all_texts, in_use, open_text_model
 from shardlaunch.launcher.toolkit.families import CLASSIFIERS
 
 BATCH_SIZE = 32
@@ -22,7 +23,7 @@ def predict_texts(path: Path, *, texts: Sequence[str], file: Path | None, ema: b
     checkpoint, tokenizer = open_text_model(path, kind="text classifier")
     from transformers import AutoModelForSequenceClassification
 
-    model = whole_model(checkpoint, AutoModelForSequenceClassification, kind="text classifier", ema=ema)
+    model = model_of(checkpoint, AutoModelForSequenceClassification, kind="text classifier", ema=ema)
     max_length = checkpoint.recipe.options.get("max_length")
     if not (max_length is None or (type(max_length) is int and max_length > 0)):
         raise UserError(f"{checkpoint.step_dir}: its recipe.json has the max_length {max_length!r}")

@@ -26,7 +26,8 @@ from shardlaunch.launcher.planning.ledger import Collective, Ledger
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.runs.assembly import enable_gradient_checkpointing, recipe_optimizer
 from shardlaunch.launcher.runs.data import RunData
-from shardlaunch.launcher.runs.model import build_empty_model
+from shardlaunch.launcher.runs.lora import add_adapters
+from shardlaunch.launcher.runs.model import build_empty_model, origins_of
 from shardlaunch.launcher.training.batches import GlobalBatch, MicroBatch
 from shardlaunch.launcher.training.trainer import CountedBatch, Hooks, Trainer
 from shardlaunch.sharding.fsdp2 import Fsdp2, Hsdp
@@ -131,6 +132,9 @@ def simulate(
     num_slots = min(2, -(-options.micro_batches // ranks))
     precision = apply_precision("bf16" if precision_name == "fp8" else precision_name, torch.device("cpu"))
     model = build_empty_model(recipe, options.seed)
+    if options.lora_rank:
+        new = [] if options.init_from else origins_of(model, recipe.weights(), ()).new
+        adapters, _ = add_adapters(model, options, new=new, is_empty=True)
     if options.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     freeze(model, options, step=0)
@@ -166,8 +170,10 @@ def simulate(
                 has_values=False,
             )
             _run_steps(trainer, trace, ledger, micro_batch, most_slots=num_slots)
-            specs = [fragment.spec for fragment in strategy.state()]
-            trace.state_bytes = sum(spec.num_bytes for spec in specs) + trainer.averaging.bytes_to_come(specs)
+            saved = [fragment.spec for fragment in strategy.state()]
+            if options.lora_rank:
+                saved = [spec for spec in saved if spec.name in adapters.saved_names]
+            trace.state_bytes = sum(spec.num_bytes for spec in saved) + trainer.averaging.bytes_to_come(saved)
             trace.events = list(ledger.events)
     return trace
 
@@ -236,8 +242,9 @@ def _note_kinds(trace: Trace, ledger: Ledger, strategy: Strategy, *, has_gradien
     with torch.no_grad():
         for model in strategy.replicas:
             for tensor in (*model.parameters(), *model.buffers()):
-                if not tensor.is_meta:
-                    trace.kinds[ledger.number_of(tensor)] = PARAMETERS
+                held = getattr(tensor, "ds_tensor", tensor)  # ZeRO 3's shard, of which no master is kept if frozen
+                if not held.is_meta:
+                    trace.kinds[ledger.number_of(held)] = PARAMETERS
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     trace.kinds[ledger.number_of(parameter.grad)] = GRADIENTS

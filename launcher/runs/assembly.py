@@ -15,6 +15,7 @@ from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.reporting.parameters import ParameterRow, parameter_rows
 from shardlaunch.launcher.reporting.phases import phase
 from shardlaunch.launcher.runs.init_from import InitFrom
+from shardlaunch.launcher.runs.lora import Adapters, add_adapters
 from shardlaunch.launcher.runs.model import (
     Origins,
     build_empty_model,
@@ -23,6 +24,7 @@ from shardlaunch.launcher.runs.model import (
 )
 from shardlaunch.launcher.runs.start_values import RecordedModel, record_model, start_values
 from shardlaunch.sharding.initial_weights import InitialWeights
+from shardlaunch.sharding.partly_saved import HeldWeights, PartlySaved
 from shardlaunch.sharding.precision import convert_model
 from shardlaunch.sharding.resolve import STRATEGIES
 from shardlaunch.sharding.strategy import Settings, Strategy
@@ -49,12 +51,16 @@ class Assembly:
     """Learning rate and weight decay of the parameters, by part of the model."""
     num_tensors: int
     num_elements: int
+    num_saved: int
+    """Elements of the weights that a checkpoint holds."""
+    adapters: Adapters | None
+    """Those of --lora-rank."""
     trained: frozenset[str]
     """Names of the parameters that require gradients, which the strategy and the optimizer were made for."""
 
     def bytes_to_save(self, options: Options) -> int:
         """Return about how many bytes a checkpoint will have: weights, two values of the optimizer, their average."""
-        return (12 + 4 * options.keeps_average) * self.num_elements
+        return (12 + 4 * options.keeps_average) * self.num_saved
 
     def check_trained(self) -> None:
         """Raise UserError if other parameters require gradients now: they would be trained in part, or not at all."""
@@ -85,9 +91,11 @@ def assemble(
     """
     options = recipe.options
     with phase("building the model"):
-        model, origins, initial, reason = _build(
+        model, origins, initial, reason, adapters = _build(
             recipe, world, strategy_name, run_digest, is_resumed=is_resumed, init=init
         )
+    if adapters is not None and precision_name == "fp8":
+        raise UserError("--precision fp8: not with --lora-rank; use bf16, or remove one of the two")
     buffers_digest = non_persistent_buffers_digest(model)
     convert_model(model, precision_name)
     if options.gradient_checkpointing:
@@ -95,7 +103,8 @@ def assemble(
     numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
     freeze(model, options, step=step)
     is_frozen = options.is_frozen if not options.unfreeze_at_step else lambda name: False
-    check_lr_factors([name for name in numels if not is_frozen(name)], options)
+    trainable = trained_names(model) if adapters is not None else {name for name in numels if not is_frozen(name)}
+    check_lr_factors([name for name in numels if name in trainable], options)
     rows: list[ParameterRow] = []
 
     def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
@@ -111,22 +120,26 @@ def assemble(
             strategy = STRATEGIES[strategy_name](model, build_optimizer, world=world, settings=settings)
         if options.keeps_average:
             strategy.keep_average(is_exact=options.exact)
-        if initial is not None:
+        if initial is not None and not (adapters is not None and is_resumed):
             strategy.restore(initial)
     if options.compile:
         for replica in strategy.replicas:
             replica.compile()
+    if adapters is not None:
+        strategy = PartlySaved(strategy, adapters.saved_names, base=initial or HeldWeights(model))
     return Assembly(
         model=model,
         model_class=model_class,
         strategy=strategy,
         origins=origins,
         whole_model_because=reason,
-        aliases=aliases,
+        aliases=adapters.saved_aliases(aliases) if adapters else aliases,
         non_persistent_buffers=buffers_digest,
         rows=rows,
         num_tensors=len(numels),
         num_elements=sum(numels.values()),
+        num_saved=sum(n for name, n in numels.items() if adapters is None or name in adapters.saved_names),
+        adapters=adapters,
         trained=trained_names(model),
     )
 
@@ -152,21 +165,25 @@ def recipe_optimizer(recipe: Recipe, trained: Sequence[tuple[str, nn.Parameter]]
 
 def _build(
     recipe: Recipe, world: World, strategy_name: str, run_digest: int, *, is_resumed: bool, init: InitFrom | None
-) -> tuple[nn.Module, Origins, InitialWeights | None, str]:
+) -> tuple[nn.Module, Origins, InitialWeights | None, str, Adapters | None]:
     """Build the model, whole or (if the strategy requires it) empty; return it, its weights' origins, and its weights.
 
-    All ranks. The weights are those to restore: none if the model has them. The last is why a whole model was built
-    besides an empty one.
+    All ranks. The weights are those to restore: none if the model has them. Then follow why a whole model was built
+    besides an empty one, and the model's adapters, which have no base model in a checkpoint to be resumed from.
     """
-    seed = recipe.options.seed
+    options, seed = recipe.options, recipe.options.seed
+    is_resumed = is_resumed and not options.lora_rank
+    adapters: Adapters | None = None
     if not STRATEGIES[strategy_name].starts_empty:
         model, origins = build_model(recipe, seed, is_resumed=is_resumed, init=init)
         _check_ranks_agree(world, run_digest, _weights_digest(model))
-        return model, origins, None, ""
+        if options.lora_rank:
+            adapters, _ = world.peers.together(lambda: add_adapters(model, options, new=origins.new, init=init))
+        return model, origins, None, "", adapters
     if is_resumed:
         empty = world.peers.together(lambda: build_empty_model(recipe, seed))
         _check_ranks_agree(world, run_digest, -1)
-        return empty, Origins(), None, ""
+        return empty, Origins(), None, "", None
 
     def built() -> tuple[nn.Module, RecordedModel | None]:
         recorded = record_model(recipe, seed) if world.is_local_main else None
@@ -178,7 +195,14 @@ def _build(
     weights_digest = world.peers.together(lambda: -1 if values is None or is_one_machine else values.digest())
     _check_ranks_agree(world, run_digest, weights_digest)
     origins, reason = (values.origins, values.whole_model_because) if values is not None else (Origins(), "")
-    return empty, origins, InitialWeights(empty, values, world=world), reason
+    if options.lora_rank:
+        names = [name for name, _ in empty.named_parameters()]
+        is_new = world.peers.of_first([name in set(origins.new) for name in names])
+        new = [name for name, flag in zip(names, is_new, strict=True) if flag]
+        adapters, values = world.peers.together(
+            lambda: add_adapters(empty, options, new=new, values=values, is_empty=True, init=init)
+        )
+    return empty, origins, InitialWeights(empty, values, world=world), reason, adapters
 
 
 def _check_ranks_agree(world: World, run_digest: int, weights_here: int) -> None:

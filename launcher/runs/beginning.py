@@ -49,6 +49,7 @@ def show_start(
         {
             "recipe": f"{name} ({type(recipe).__name__}), {assembly.model_class}",
             "parameters": f"{assembly.num_elements:,}{num_new}",
+            **({"adapters": assembly.adapters.describe()} if assembly.adapters is not None else {}),
             "ranks": f"{world.size} x {_device_name(world)}, threads per rank: {torch.get_num_threads()}",
             "strategy": ": ".join(filter(None, (strategy_name, strategy.describe()))),
             "precision": precision_name,

@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,6 +14,7 @@ import xxhash
 
 from shardlaunch.checkpoints.records import IdentityRecord, LeftOut, as_written
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.optimization.lora import LoraOptions
 from shardlaunch.launcher.options import Options, flag, marks
 from shardlaunch.launcher.seeding import seeded
 from shardlaunch.launcher.training.fetching import row_of
@@ -111,6 +112,9 @@ def run_identity(
         # With early stopping, the interval and metrics of the evaluations decide where the run ends.
         decides = name in ("eval_every", "eval_ema", "metrics") and options.early_stopping_patience
         by_mark["identity" if decides else mark][flag(name)] = as_json(getattr(options, name))
+    if not options.lora_rank:  # as in the records of runs from before there was LoRA
+        for f in fields(LoraOptions):
+            del by_mark["identity"][flag(f.name)]
     # The number of steps is compared instead of the two options that set it.
     for name in ("--epochs", "--max-steps"):
         del by_mark["identity"][name]

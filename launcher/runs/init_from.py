@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from shardlaunch.checkpoints.names import are_of_adapter
 from shardlaunch.checkpoints.weight_files import WeightFiles, open_weights
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.reporting.parameters import counts_by_part
@@ -44,9 +45,15 @@ class InitFrom:
     def opened(cls, source: Path, *, warn: Callable[[str], None]) -> "InitFrom":
         """Open the weights of a run, a checkpoint or a file. Raises UserError if there are none."""
         try:
-            return cls(weights=open_weights(source, warn=warn))
+            weights = open_weights(source, warn=warn)
         except UserError as error:
             raise UserError(f"--init-from {error}") from error
+        if are_of_adapter(weights.shapes):
+            raise UserError(
+                f"--init-from {source}: holds an adapter, without its base model; merge them (`shardlaunch ckpt export "
+                f"{source} OUT --merge`), and give OUT"
+            )
+        return cls(weights=weights)
 
     def find(self, model: nn.Module) -> set[str]:
         """Match the weights with a model and return the names to load. Raises UserError if there are none."""

@@ -8,6 +8,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from shardlaunch.checkpoints.names import BASE
+from shardlaunch.checkpoints.records import BaseRecord, read_record
 from shardlaunch.launcher.options import Options, flag
 from shardlaunch.launcher.recipe import Recipe, recipe_name
 from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, EVAL_PREFIXES
@@ -72,7 +74,7 @@ def model_card(recipe: Recipe, folder: Path, facts: CardFacts) -> str:
         where = f"Evaluated at step {facts.evaluation['step']:,}.\n\n"
         rows = [(metric, f"{value:.6g}") for metric, value in results.items()]
         parts += ["## Metrics\n", _table(("metric", "value"), rows, before=where)]
-    parts += ["## How to load\n", _loading(recipe, architecture)]
+    parts += ["## How to load\n", _loading(recipe, folder, architecture)]
     parts += ["## Versions\n", _table(("package", "version"), list(versions().items()))]
     return "\n".join(parts)
 
@@ -130,10 +132,23 @@ def _hub_id(value: str) -> str:
     return value if _HUB_ID.fullmatch(value) and not Path(value).expanduser().exists() else ""
 
 
-def _loading(recipe: Recipe, architecture: str) -> str:
+def _loading_code(architecture: str, base_model: str = "") -> str:
+    """Return Python code that loads a model of transformers in its folder, or the adapter there of a base model."""
+    if not base_model:
+        return f'from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained(".")'
+    return (
+        f"from peft import PeftModel\nfrom transformers import AutoConfig, {architecture}\n\n"
+        f'config = AutoConfig.from_pretrained(".")\n'
+        f'base = {architecture}.from_pretrained("{base_model}", config=config)\n'
+        f'model = PeftModel.from_pretrained(base, ".")'
+    )
+
+
+def _loading(recipe: Recipe, folder: Path, architecture: str) -> str:
     blocks = []
     if architecture:
-        code = f'from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained(".")'
+        base = read_record(folder / BASE, BaseRecord).model if (folder / BASE).exists() else ""
+        code = _loading_code(architecture, str(_public(base)) if base else "")
         blocks.append(f"In this folder:\n\n```python\n{code}\n```\n")
     else:
         blocks.append(

@@ -44,6 +44,8 @@ def restore(
             f"{checkpoint.step_dir}: the model's non-persistent buffers differ from the checkpoint's: its "
             f"constructor has changed or draws them at random. Register them with persistent=True"
         )
+    if adapters := assembly.adapters:
+        peers.together(lambda: adapters.check_base(checkpoint) if peers.rank == 0 else None)
     with phase("loading the checkpoint"):
         try:
             strategy.restore(checkpoint)

@@ -136,7 +136,7 @@ class Run:
         self._resume()
         if self.world.is_main:
             self.upkeep.prune_resumed(self.resumed, self.position)
-        self.room.check_start(self.resumed, self.assembly.num_elements, self.position, last_step=self.data.last_step)
+        self.room.check_start(self.resumed, self.assembly.num_saved, self.position, last_step=self.data.last_step)
         self._write_run()
         self._show_start()
         self.saver = Saver(

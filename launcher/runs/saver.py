@@ -266,6 +266,8 @@ class Saver:
             delete_tree(exported)
             make_folder(exported)
             self._recipe.export(exported, assembly.model)
+            if assembly.adapters is not None:
+                assembly.adapters.export(exported, assembly.model)
         except (UserError, OSError) as error:  # it makes the save fail
             failure = error
         record = {

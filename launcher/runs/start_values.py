@@ -7,8 +7,8 @@ had without the whole model, it is built, and said.
 
 import random
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ from shardlaunch.launcher.runs.program import Made, Program
 from shardlaunch.launcher.runs.programs import Programs
 from shardlaunch.launcher.seeding import derive_seed, seeded
 from shardlaunch.sharding.buffers import non_persistent_buffers, persistent_buffers
+
+T = TypeVar("T")
 
 
 class _NeedsWholeModel(Exception):
@@ -65,14 +67,26 @@ class StartValues:
         """Return a value that is not in a file, on the CPU; a given one in its own dtype."""
         return self.made[name].value() if name in self.made else self.tensors[name].detach().cpu()
 
+    def read(self, name: str) -> torch.Tensor:
+        """Return a value, wherever it is, on the CPU, in its own dtype."""
+        place = self.places.get(name)
+        return self.value(name) if place is None else StoredTensors(places={name: place})[name]
+
     def digest(self) -> int:
         """Return a digest of all values, made or read one at a time."""
         digest = xxhash.xxh3_64()
         for name in sorted({*self.places, *self.tensors, *self.made}):
-            place = self.places.get(name)
-            value = self.value(name) if place is None else StoredTensors(places={name: place})[name]
-            digest.update(f"{name} {value_digest(value)}".encode())
+            digest.update(f"{name} {value_digest(self.read(name))}".encode())
         return digest.intdigest() >> 1
+
+    def with_adapters(self, new_names: Mapping[str, str], adapters: Mapping[str, torch.Tensor]) -> "StartValues":
+        """Return the values of the same model with adapters, where some tensors have other names."""
+
+        def renamed(values: Mapping[str, T]) -> dict[str, T]:
+            return {new_names.get(name, name): value for name, value in values.items()}
+
+        tensors = renamed(self.tensors) | dict(adapters)
+        return replace(self, places=renamed(self.places), tensors=tensors, made=renamed(self.made))
 
 
 def start_values(recipe: Recipe, seed: int, recorded: RecordedModel, *, init: InitFrom | None) -> StartValues:

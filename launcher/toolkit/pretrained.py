@@ -12,6 +12,7 @@ import xxhash
 from torch import nn
 
 from shardlaunch.checkpoints.mapped import in_files
+from shardlaunch.checkpoints.names import ADAPTER_WEIGHTS
 from shardlaunch.checkpoints.stored import StoredTensors
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.toolkit.families import PACKING_MODELS, ROW_MODELS, require_vocabulary
@@ -61,6 +62,11 @@ def pretrained_weights(auto_class: Any, source: str | Path, **options: Any) -> M
     when it is asked for; under FSDP2 and ZeRO 3 each process reads its shards only.
     """
     folder = Path(source)
+    if (folder / ADAPTER_WEIGHTS).exists() and not list(folder.glob("model*.safetensors*")):
+        raise UserError(
+            f"--model {source}: holds an adapter, without its base model; merge them (`shardlaunch ckpt export "
+            f"{source} OUT --merge`), and give OUT"
+        )
     if (folder / "pytorch_model.bin").exists() and not list(folder.glob("model*.safetensors*")):
         raise UserError(
             f"--model {source}: its weights are a pickle file, which could run arbitrary code, so it is not loaded; "

@@ -9,7 +9,6 @@ import msgspec
 from shardlaunch.checkpoints.adapters import PREFIX, is_adapted, merged
 from shardlaunch.checkpoints.averaging import mean_of
 from shardlaunch.checkpoints.exporting import (
-    ADAPTER_CONFIG,
     CONFIG,
     DTYPES,
     Exported,
@@ -20,10 +19,13 @@ from shardlaunch.checkpoints.exporting import (
 )
 from shardlaunch.checkpoints.finding import checkpoint_at
 from shardlaunch.checkpoints.manifest import read_manifest
+from shardlaunch.checkpoints.names import ADAPTER_CONFIG, BASE
 from shardlaunch.checkpoints.reader import Checkpoint
 from shardlaunch.checkpoints.verifying import look_at
 from shardlaunch.errors import UserError, some
+from shardlaunch.launcher.commands.adapters import holds_adapter, merged_weights
 from shardlaunch.launcher.commands.ckpt.output import print_json, size, warn
+from shardlaunch.launcher.runs.lora import base_of
 
 MERGED = "The LoRA adapter is merged into the base model."
 OF_AVERAGE = "The weights are the average that the run has kept; metrics above that begin with eval_ema/ are its own."
@@ -45,11 +47,17 @@ def export(
     checkpoint = _opened(checkpoint_at(path, step=step, warn=warn), is_average=ema)
     leave_out: list[str] = []
     if merge:
-        weights = merged(checkpoint, is_average=ema)
-        leave_out = [ADAPTER_CONFIG]  # from_pretrained would look for the adapter
+        weights = (
+            merged_weights(checkpoint, ema=ema) if holds_adapter(checkpoint) else merged(checkpoint, is_average=ema)
+        )
+        leave_out = [ADAPTER_CONFIG, BASE]  # from_pretrained would look for the adapter
     else:
         weights = weights_of(checkpoint, is_average=ema)
-        if is_adapted(weights):
+        if holds_adapter(checkpoint):
+            warn(f"only the adapter is written, not its base model {base_of(checkpoint).model}; --merge writes both")
+            if shard_bytes:
+                raise UserError("--shard-size: peft reads an adapter from one file; remove it, or merge with --merge")
+        elif is_adapted(weights):
             warn(f"the weights are those of a model of peft, under names that begin with {PREFIX}; --merge merges them")
     exported = write_model_folder(
         out.expanduser(),
@@ -73,6 +81,10 @@ def average(
     *sources, out = paths
     shard_bytes = bytes_of(shard_size) if shard_size else 0
     checkpoints = [_opened(checkpoint_at(path, warn=warn)) for path in sources]
+    if any(map(holds_adapter, checkpoints)):
+        if len({base_of(checkpoint).xxh3_64 for checkpoint in checkpoints}) > 1:
+            raise UserError("these adapters are for different base models; their mean is one of nothing")
+        warn("the factors A and B of adapters are averaged, whose product is not the mean of their products")
     mean = mean_of(checkpoints, weights)
     if mean.of_last:
         warn(f"not averaged, but of {checkpoints[-1].step_dir}: {some(mean.of_last, 3)}, which are no floating-point")

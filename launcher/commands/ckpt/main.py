@@ -155,7 +155,7 @@ def _export(
         step: Export this checkpoint of a run.
         dtype: Dtype of the floating-point weights (default: as saved). Refused if a value would become infinite.
         shard_size: Largest size of a file, such as 5GB or 500MB (default: all in one file).
-        merge: Merge the LoRA adapter of a model of peft into its base model.
+        merge: Merge the LoRA adapter into its base model, which is loaded as a whole for a run with --lora-rank.
         ema: Export the average of the weights that the run keeps (--ema, --ema-half-life, --swa-from).
         as_json: Print one JSON document.
     """

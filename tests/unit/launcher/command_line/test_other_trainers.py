@@ -50,6 +50,9 @@ class _Options(Options):
         ("optim", "--optimizer"),
         ("overwrite_output_dir", "--output-dir"),
         ("do_train", "a run always trains"),
+        ("lora_r", "--lora-rank"),
+        ("use_dora", "--dora"),
+        ("lora_target_modules", "--lora-targets"),
     ],
 )
 def test_a_word_of_another_trainer_is_answered_with_ours(word: str, ours: str) -> None:
