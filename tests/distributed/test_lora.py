@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from shardlaunch.checkpoints.manifest import read_manifest
 from shardlaunch.launcher.planning.simulation import simulate
@@ -17,7 +19,7 @@ from tests.lora_recipe import Tokens, TokensOptions, save_base
 from tests.recipes import bits, losses, run_well
 
 pytest.importorskip("peft")
-VARIANTS = {"lora": (), "dora": ("--dora",), "exact": ("--exact",)}
+VARIANTS = {"lora": (), "dora": ("--dora",), "exact": ("--exact",), "average": ("--swa-from", "2")}
 
 
 def _run(argvs: Sequence[Sequence[str]]) -> None:
@@ -49,8 +51,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_adapters_begin_as_the_base_model(runs: Path) -> None:
     first = losses(runs / "full")[1]
     found = {name: losses(runs / name) for name in (*VARIANTS, "dropout")}
-    assert [losses_[1] for losses_ in found.values()] == [first, first, pytest.approx(first, abs=1e-6), first]
-    assert len({str(losses_) for losses_ in found.values()}) == len(found)
+    assert [losses_[1] for losses_ in found.values()] == [first, first, pytest.approx(first, abs=1e-6), first, first]
+    assert len({str(losses_) for losses_ in found.values()}) == len(found) - 1, "an average changes nothing"
 
 
 def test_runs_without_adapters_are_known_by_the_same_as_before(runs: Path) -> None:
@@ -83,7 +85,7 @@ def test_a_resume_is_of_the_same_bits(runs: Path) -> None:
 def test_adapters_are_the_same_run_on_any_ranks(runs: Path) -> None:
     """And a resume goes on as the run would have, on other ranks and under other strategies."""
     plans = {
-        2: {"lora": ("ddp", "fsdp2", "zero1", "zero3"), "dora": ("fsdp2",), "exact": ("fsdp2",)},
+        2: {"lora": ("ddp", "fsdp2", "zero1", "zero3"), "dora": ("fsdp2",), "exact": ("fsdp2",), "average": ("fsdp2",)},
         3: {"lora": ("fsdp2",)},
     }
     sources = {2: {"fsdp2": "lora", "zero3": "lora-fsdp2-2"}, 3: {"ddp": "lora-zero3-2"}}
@@ -103,3 +105,11 @@ def test_adapters_are_the_same_run_on_any_ranks(runs: Path) -> None:
             found, expected = losses(run), losses(runs / next((name for name in VARIANTS if name in run.name), "lora"))
             bound = 0 if "exact" in run.name else 1e-6
             assert found == pytest.approx({step: expected[step] for step in found}, abs=bound), run.name
+    for name, tensor in _averages(runs / "average").items():
+        torch.testing.assert_close(_averages(runs / "average-fsdp2-2")[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def _averages(run: Path) -> dict[str, torch.Tensor]:
+    (file,) = (run / "checkpoints/step-00000003").glob("ema-*.safetensors")
+    tensors: dict[str, torch.Tensor] = load_file(file)
+    return tensors

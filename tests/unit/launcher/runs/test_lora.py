@@ -30,10 +30,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a base model, and two runs with adapters, of which each step is on all of the data."""
+    """Return a folder with a base model, and runs with adapters, of which each step is on all of the data."""
     folder = tmp_path_factory.mktemp("lora")
     save_base(folder / "base")
-    for name, words in (("plain", ()), ("dora", ("--dora", "--rslora", "--lora-targets", "q_proj", "mlp.down_proj"))):
+    variants = {
+        "plain": (),
+        "dora": ("--dora", "--rslora", "--lora-targets", "q_proj", "mlp.down_proj"),
+        "average": ("--swa-from", "2"),
+    }
+    for name, words in variants.items():
         run_well(Tokens, _argv(folder, name, *STEPS, *words))
     return folder
 
@@ -81,17 +86,34 @@ def test_peft_loads_a_checkpoint_and_an_export_is_the_merged_model(name: str, ru
         "optimizer-00001-of-00001.safetensors",
     }
     assert sizes[1] < 2 * sizes[0]  # of a base of 5,000 elements; with it and its optimizer state it would be 3 times
-    export(run, tmp_path / "out", step=3, dtype=None, shard_size="", merge=True, as_json=False)
+    export(run, tmp_path / "out", step=3, dtype=None, shard_size="", merge=True, ema=False, as_json=False)
     merged, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     assert _loss_of(merged) == pytest.approx(_loss_of(_with_peft(run, 3)), abs=1e-6)
     assert "from peft" in (run / LAST / "README.md").read_text()
     assert "from peft" not in (tmp_path / "out" / "README.md").read_text()
-    export(run, tmp_path / "adapter", step=None, dtype=None, shard_size="", merge=False, as_json=False)
+    export(run, tmp_path / "adapter", step=None, dtype=None, shard_size="", merge=False, ema=False, as_json=False)
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()
     config = json.loads((run / LAST / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (4, 8, ["score"])
     assert sorted(config["target_modules"])[0] == "down_proj"
+
+
+def test_an_average_of_adapters_is_exported_as_they_are(runs: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    run = runs / "average"
+    model, before = _with_peft(run, 3), _with_peft(run, 2).state_dict()
+    model.load_state_dict({name: (value + before[name]) / 2 for name, value in model.state_dict().items()})
+    expected = _loss_of(model)
+    assert abs(expected - _loss_of(_with_peft(run, 3))) > 1e-4
+    for name, is_merged in (("adapter", False), ("merged", True)):
+        export(run, tmp_path / name, step=3, dtype=None, shard_size="", merge=is_merged, ema=True, as_json=False)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert _loss_of(merged) == pytest.approx(expected, abs=1e-6)
+    base = AutoModelForSequenceClassification.from_pretrained(runs / "base", config=merged.config)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert _loss_of(adapted) == pytest.approx(expected, abs=1e-6)
 
 
 def test_what_trains_is_said_and_all_else_stays(runs: Path, tmp_path: Path) -> None:
@@ -114,7 +136,16 @@ def test_a_base_model_that_changed_or_is_gone_is_refused(tmp_path: Path) -> None
     save_base(tmp_path / "base", seed=1)
     assert "step-00000001: its adapters were trained beside other weights than those that" in _error(argv)
     with pytest.raises(UserError, match="has other weights now than in training"):
-        export(tmp_path / "run", tmp_path / "out", step=None, dtype=None, shard_size="", merge=True, as_json=False)
+        export(
+            tmp_path / "run",
+            tmp_path / "out",
+            step=None,
+            dtype=None,
+            shard_size="",
+            merge=True,
+            ema=False,
+            as_json=False,
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -147,7 +178,16 @@ def test_predict_and_generate_use_the_base_model(tmp_path: Path, capsys: pytest.
     with pytest.raises(UserError, match="not a checkpoint of a language model"):
         generated("bert-run")
     assert "on 4 layers" in run_well(GptLm, argv("gpt", "--context-length", "16", "--dora"))
-    export(tmp_path / "gpt-run", tmp_path / "merged", step=None, dtype=None, shard_size="", merge=True, as_json=False)
+    export(
+        tmp_path / "gpt-run",
+        tmp_path / "merged",
+        step=None,
+        dtype=None,
+        shard_size="",
+        merge=True,
+        ema=False,
+        as_json=False,
+    )
     whole, info = GPT2LMHeadModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info.values()), info
     assert whole.transformer.wte.weight is whole.lm_head.weight
@@ -192,6 +232,15 @@ def test_other_models_and_what_is_no_whole_model_are_refused(
     assert "holds an adapter, without its base model" in _error(["--init-from", adapter, *out])
     assert "holds an adapter, without its base model" in _error(["--model", adapter, *out])
     with pytest.raises(UserError, match="--shard-size: peft reads an adapter from one file"):
-        export(runs / "plain", tmp_path / "out", step=None, dtype=None, shard_size="1MB", merge=False, as_json=False)
+        export(
+            runs / "plain",
+            tmp_path / "out",
+            step=None,
+            dtype=None,
+            shard_size="1MB",
+            merge=False,
+            ema=False,
+            as_json=False,
+        )
     monkeypatch.setattr("shardlaunch.launcher.optimization.lora.find_spec", lambda name: None)
     assert 'peft is not installed: pip install "shardlaunch[lora]"' in _error(_argv(runs, str(tmp_path / "run")))
