@@ -62,13 +62,11 @@ def _logged(folder: Path) -> list[dict[str, Any]]:
 
 def test_logged_values_are_the_same_on_any_ranks_and_after_a_resume(tmp_path: Path) -> None:
     first = {"plain": {}, "exact": {"exact": True}, "resumed": {"stop_at_step": 1}}
-    run_on_ranks(1, _runs, tmp_path / "1", first)
-    run_on_ranks(1, _runs, tmp_path / "1", {"resumed": {}})
-    said, _ = run_on_ranks(
-        2, _runs, tmp_path / "2", {"plain": {}, "exact": {"exact": True}, "fsdp2": {"strategy": "fsdp2"}}
-    )
+    _runs(tmp_path / "1", first)
+    _runs(tmp_path / "1", {"resumed": {}})
+    said, _ = run_on_ranks(2, _runs, tmp_path / "2", {"exact": {"exact": True}, "fsdp2": {"strategy": "fsdp2"}})
     run_on_ranks(3, _runs, tmp_path / "3", {"plain": {}, "exact": {"exact": True}})
-    assert len([text for text in said if "train/rare is nan at step 3" in text]) == 3, "once per run"
+    assert len([text for text in said if "train/rare is nan at step 3" in text]) == 2, "once per run"
     expected = _logged(tmp_path / "1" / "plain")
     assert [sorted(line) for line in expected if line["step"] == 2] == [
         ["step", "train/class/0", "train/confidence", "train/tiny"],
@@ -77,7 +75,7 @@ def test_logged_values_are_the_same_on_any_ranks_and_after_a_resume(tmp_path: Pa
     assert 1e-40 < expected[0]["train/tiny"] < 1e-34
     assert math.isnan(next(line for line in expected if line["step"] == 3)["train/rare"])
     assert repr(_logged(tmp_path / "1" / "resumed")) == repr(expected)
-    for name in ("2/plain", "2/fsdp2", "3/plain"):
+    for name in ("2/fsdp2", "3/plain"):
         for line, other in zip(expected, _logged(tmp_path / name), strict=True):
             assert other == pytest.approx(line, rel=1e-6, nan_ok=True), name
     exact = _logged(tmp_path / "1" / "exact")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from shardlaunch import UserError, fit
+from shardlaunch import Callback, Event, UserError, fit
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import LinearNet
 
@@ -22,6 +22,15 @@ SPEED = {"step_s", "samples_per_s", "memory_bytes"}
 
 class Points(LinearNet):
     """The linear net, with the name of this file."""
+
+
+class Shows(Callback):
+    """Shows a picture, a text and a table at each evaluation."""
+
+    def on_evaluation(self, event: Event) -> None:
+        event.log_image("picture", torch.ones(3, 2, 2))
+        event.log_text("words", "two words")
+        event.log_table("numbers", ["a", "b"], [[event.step, "x"]])
 
 
 class Killed(Points):
@@ -59,7 +68,7 @@ def _stop_and_resume(folder: Path, tracker: str) -> None:
 
 
 def _fit_stopped(folder: str, tracker: str) -> None:
-    _fit(folder, "stopped", tracker, stop_at_step=STOP)
+    _fit(folder, "stopped", tracker, stop_at_step=STOP, callbacks=[Shows])
 
 
 def _kill_and_resume(folder: Path, tracker: str) -> None:
@@ -119,6 +128,10 @@ def test_wandb(tmp_path: Path) -> None:
     assert [row["_step"] for row in rows + more_rows] == list(range(1, STEPS + 1))
     assert rows[0].keys() >= {"loss", "lr", "grad_norm"} | SPEED
     assert "eval/accuracy" in more_rows[-1]
+    (media,) = tmp_path.glob("stopped/wandb/offline-run-*/files/media")  # of the start with a callback
+    assert len(list(media.glob("images/picture_4_*.png"))) == 1
+    tables = [json.loads(path.read_text())["data"] for path in media.glob("table/*.table.json")]
+    assert sorted(tables, key=len) in ([[["two words"]], [[4, "x"]]], [[[4, "x"]], [["two words"]]])
 
     run_on_ranks(1, _fits, str(tmp_path), "wandb")
     ((one, rows),), ((two, more_rows),) = _wandb_runs(tmp_path / "one"), _wandb_runs(tmp_path / "two")
@@ -138,6 +151,8 @@ def test_mlflow(tmp_path: Path) -> None:
         assert steps.keys() == {"loss", "lr", "grad_norm", "eval/loss", "eval/accuracy"} | SPEED
     whole = list(range(1, STEPS + 1))
     assert found["stopped"][2]["loss"] == whole
+    shown = [path.name for path in tmp_path.glob("mlruns/**/artifacts/media/step-00000004/*")]
+    assert sorted(shown) == ["numbers.csv", "picture.png", "words.txt"]
     # Killed after step 10 was logged, resumed from step 8: the last step logged before may be there twice.
     assert sorted(set(found["killed"][2]["loss"])) == whole
     assert len(found["killed"][2]["loss"]) <= STEPS + 1
