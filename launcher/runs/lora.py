@@ -44,6 +44,14 @@ _HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+# Layers whose weights a family's own kernels take, by the ends of their names; peft refuses out_proj.
+_UNCALLED = {
+    "falcon_h1": ("out_proj",),
+    "falcon_mamba": ("out_proj", "dt_proj"),
+    "jamba": ("dt_proj",),
+    "mamba": ("out_proj", "dt_proj"),
+    "mamba2": ("out_proj",),
+}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -253,6 +261,8 @@ def _targets(model: Any, options: Options, whole_modules: Iterable[str]) -> list
 
     # Their weights are used without a call of theirs, which is what an adapter adds to.
     uncalled = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    ends = _UNCALLED.get(model.config.model_type, ())
+    uncalled += [name for name, _ in model.named_modules() if ends and name.endswith(ends)]
     left_out = tuple(f"{name}." for name in (*whole_modules, *uncalled))
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -260,7 +270,8 @@ def _targets(model: Any, options: Options, whole_modules: Iterable[str]) -> list
     linear = [
         name
         for name, module in model.named_modules()
-        if type(module).forward in (nn.Linear.forward, Conv1D.forward)  # not routers, which return more
+        if isinstance(module, nn.Linear | Conv1D)
+        and _returns_tensor(module)
         and not f"{name}.".startswith(left_out)
         and len(names[id(module.weight)]) == 1  # an adapter of a tied weight would be of one of its uses
     ]
@@ -283,6 +294,15 @@ def _targets(model: Any, options: Options, whole_modules: Iterable[str]) -> list
 def _task(model: nn.Module) -> str | None:
     """Return peft's name of what a model is for, None for another task."""
     return next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), None)
+
+
+def _returns_tensor(module: nn.Module) -> bool:
+    """Return whether a linear layer is not one that returns more than a tensor, as routers of experts do."""
+    from transformers.pytorch_utils import Conv1D
+
+    forward: Any = type(module).forward
+    known = (nn.Linear.forward, Conv1D.forward)
+    return forward in known or forward.__annotations__.get("return") in (torch.Tensor, "torch.Tensor")
 
 
 def _is_at_end(target: str, name: str) -> bool:
