@@ -12,8 +12,8 @@ class LoraOptions:
     """Options of LoRA."""
 
     lora_rank: int = option(0, minimum=0)
-    """Train LoRA adapters of this rank (by peft) and newly initialized layers, and nothing else of a pretrained
-    transformers model (0: train the model)."""
+    """Train LoRA adapters of this rank (by peft), newly initialized layers and the head of a classifier, and nothing
+    else of a pretrained transformers model (0: train the model)."""
     lora_alpha: int = option(0, minimum=0)
     """An adapter counts alpha / rank times (0: twice the rank)."""
     lora_targets: tuple[str, ...] = ()

@@ -38,13 +38,20 @@ _TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
-# peft trains them as a whole, if at all, in a model of one of these tasks.
+# peft trains them as a whole in a model of one of these tasks, also where they are pretrained.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-_LEAVES = ("weight", "bias")
+# Layers whose weights a family's own kernels take, by the ends of their names; peft refuses out_proj.
+_UNCALLED = {
+    "falcon_h1": ("out_proj",),
+    "falcon_mamba": ("out_proj", "dt_proj"),
+    "jamba": ("dt_proj",),
+    "mamba": ("out_proj", "dt_proj"),
+    "mamba2": ("out_proj",),
+}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -188,12 +195,12 @@ def add_adapters(
     _inject(model, config, options.seed)
     for parameter in trained:
         parameter.requires_grad_(True)
-    known = {id(parameter) for parameter in parameters.values()}
-    adapters = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in known}
+    former = {id(parameter): name for name, parameter in parameters.items()}
+    adapters = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in former}
     if has_values:
         start = {name: _start_value(name, adapters[name], options.seed, lengths) for name in adapters}
         if values is not None:
-            new_names = {f"{name}.{leaf}": f"{name}.base_layer.{leaf}" for name in targets for leaf in _LEAVES}
+            new_names = {former[id(p)]: name for name, p in model.named_parameters() if id(p) in former}
             values = values.with_adapters(new_names, start)
         else:
             for name, tensor in start.items():
@@ -202,7 +209,7 @@ def add_adapters(
     return Adapters(
         config=config,
         saved_names={name: _saved_name(name) for name in (*whole, *adapters)},
-        num_layers=len(targets),
+        num_layers=sum(".lora_A." in name for name in adapters),  # of fused experts, peft adapts parameters too
         num_trained=sum(tensor.numel() for tensor in (*trained, *adapters.values())),
         whole_modules=whole_modules,
         base=base,
@@ -225,16 +232,15 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _whole_modules(model: nn.Module, new: Collection[str]) -> tuple[str, ...]:
-    """Return the modules to train as a whole: of new parameters, and as large as all parameters in them are new.
+    """Return the modules to train as a whole: those of new parameters, and the head of a classifier, as peft does.
 
-    Of a head, all of it.
+    A module of new parameters is as large as all parameters in it are new.
     """
     pretrained = [name for name, _ in model.named_parameters() if name not in new]
-    heads = _heads(model)
-    found = [head for head in heads if any(name.startswith(f"{head}.") for name in new)]
+    modules = [name for name, _ in model.named_modules()]
+    heads = _HEADS.get(_task(model) or "", ())
+    found = [name for name in modules if heads and name.endswith(heads)]
     for name in new:
-        if name.startswith(tuple(f"{head}." for head in heads)):
-            continue
         module = name.rpartition(".")[0]
         if not module:
             raise UserError(f"--lora-rank: {name} is newly initialized, but is in no module that could be trained")
@@ -244,6 +250,8 @@ def _whole_modules(model: nn.Module, new: Collection[str]) -> tuple[str, ...]:
                 break
             module = parent
         found.append(module)
+    # By the ends of names, peft finds what is trained as a whole.
+    found += [name for name in modules if found and name.endswith(tuple(found))]
     return tuple(module for module in dict.fromkeys(found) if not any(module.startswith(f"{it}.") for it in found))
 
 
@@ -253,7 +261,9 @@ def _targets(model: Any, options: Options, whole_modules: Iterable[str]) -> list
 
     # Their weights are used without a call of theirs, which is what an adapter adds to.
     uncalled = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    left_out = tuple(f"{name}." for name in (*whole_modules, *_heads(model), *uncalled))
+    ends = _UNCALLED.get(model.config.model_type, ())
+    uncalled += [name for name, _ in model.named_modules() if ends and name.endswith(ends)]
+    left_out = tuple(f"{name}." for name in (*whole_modules, *uncalled))
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -261,6 +271,7 @@ def _targets(model: Any, options: Options, whole_modules: Iterable[str]) -> list
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
+        and _returns_tensor(module)
         and not f"{name}.".startswith(left_out)
         and len(names[id(module.weight)]) == 1  # an adapter of a tied weight would be of one of its uses
     ]
@@ -285,9 +296,13 @@ def _task(model: nn.Module) -> str | None:
     return next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), None)
 
 
-def _heads(model: nn.Module) -> list[str]:
-    """Return the names of a model's head."""
-    return [name for name in _HEADS.get(_task(model) or "", ()) if hasattr(model, name)]
+def _returns_tensor(module: nn.Module) -> bool:
+    """Return whether a linear layer is not one that returns more than a tensor, as routers of experts do."""
+    from transformers.pytorch_utils import Conv1D
+
+    forward: Any = type(module).forward
+    known = (nn.Linear.forward, Conv1D.forward)
+    return forward in known or forward.__annotations__.get("return") in (torch.Tensor, "torch.Tensor")
 
 
 def _is_at_end(target: str, name: str) -> bool:

@@ -18,17 +18,16 @@ from shardlaunch.launcher.runs.lora import add_adapters
 from shardlaunch.launcher.runs.model import load_weights, origins_of
 from shardlaunch.text import from_config, from_source, pretrained_weights
 from tests.families.models import save_model, save_tokenizer
-from tests.families.test_start_values import ALL, HEADS
+from tests.families.test_start_values import ALL, HEADS, REFUSED
 
 peft = pytest.importorskip("peft")
 FEW = (("SequenceClassification", "roberta"), ("CausalLM", "gpt_neox"), ("Seq2SeqLM", "bart"))
-# Their layers are computed without a call of the linear layers, which peft refuses.
-REFUSED = ()
 
 
-@pytest.mark.parametrize(
-    ("head", "family"), [(head, name) for head, names in HEADS.items() for name in names] if ALL else FEW
-)
+CASES = [(head, name) for head, names in HEADS.items() for name in names if name not in REFUSED] if ALL else FEW
+
+
+@pytest.mark.parametrize(("head", "family"), CASES)
 def test_peft_loads_the_adapters_of_a_family(head: str, family: str, tmp_path: Path) -> None:
     import transformers
 
@@ -37,13 +36,17 @@ def test_peft_loads_the_adapters_of_a_family(head: str, family: str, tmp_path: P
     save_model(tmp_path / "base", auto, family, tokenizer=tokenizer)
     more = {"num_labels": 5} if head == "SequenceClassification" else {}
     config = from_source(transformers.AutoConfig, tmp_path / "base", **more)
+    config.pad_token_id = 0
     model = from_config(auto, config, family).eval()
     weights = pretrained_weights(auto, tmp_path / "base", **more)
     load_weights(model, weights)
     inputs = torch.arange(4, 20).view(2, 8)
+    inputs[:, -1] = 2  # the end of the text, which some models look for
     before = _outputs(model, inputs)
-    adapters, _ = add_adapters(model, Options(lora_rank=2, dora=True), new=origins_of(model, weights, ()).new)
-    torch.testing.assert_close(_outputs(model, inputs), before, rtol=1e-5, atol=1e-5)
+    adapters, _ = add_adapters(model, Options(lora_rank=2), new=origins_of(model, weights, ()).new)
+    # To the bit, but in families whose kernels go by how a tensor lies in memory, as Jamba's and Longformer's.
+    tolerance = 1e-5 if ALL else 0.0
+    torch.testing.assert_close(_outputs(model, inputs), before, rtol=0, atol=tolerance)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained <= adapters.saved_names.keys()
     with torch.no_grad():
@@ -60,7 +63,7 @@ def test_peft_loads_the_adapters_of_a_family(head: str, family: str, tmp_path: P
     assert not [one for one in caught if "missing" in str(one.message) or "unexpected" in str(one.message)]
     expected = _outputs(model, inputs)
     assert (expected - before).abs().max() > 1e-3
-    assert torch.equal(_outputs(loaded, inputs), expected)
+    torch.testing.assert_close(_outputs(loaded, inputs), expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(_outputs(loaded.merge_and_unload(), inputs), expected, rtol=1e-3, atol=1e-4)
 
 
