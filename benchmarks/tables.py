@@ -5,14 +5,15 @@ A page says between two comments what stands there, and this command fills it in
     <!-- table: KIND RESULT RESULT ... -->
     <!-- end of table -->
 
-Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result),
-`memory` (peaks of host memory), `start` (those while a run starts, before a change and now), `plan` (planning
-batches), `plan_memory` (planned memory beside published), `scale` (planning saves), `startup` (starts, by number of
-ranks), `attention` (steps with dropout in attention), `lora` (beside full fine-tuning), `exact` (steps with exact
-sums), `digest` (digests of states), `ema` (averages of weights), `survival` (how many faults went well), `faults` (what
-became of each), `machine` (where the figures were measured). `<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell
--->` stand around a cell of a notebook in docs/, counted from 0. The plots of plots.py are written too. `--check` writes
-nothing and fails when a page or a plot differs from its sources.
+Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result), `memory`
+(peaks of host memory), `start` (those while a run starts, before a change and now), `plan` (planning batches),
+`plan_memory` (planned memory beside published), `scale` (planning saves), `startup` (starts, by number of ranks),
+`starts` (of a run beside the Trainer), `attention` (steps with dropout in attention), `lora` (beside full fine-tuning),
+`exact` (steps with exact sums), `digest` (digests of states), `ema` (averages of weights), `survival` (how many faults
+went well), `faults` (what became of each), `machine` (where the figures were measured).
+`<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0.
+The plots of plots.py are written too. `--check` writes nothing and fails when a page or a plot differs from its
+sources.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import speed_tables
 from ema_table import titles_and_rows
 from lora_beside_full import table as lora_table
 from plots import all_plots
@@ -311,20 +313,6 @@ def _exact(results: Sequence[Result]) -> str:
     return _table(("ranks", "strategy", "step, ms", "x plain", *bytes_), rows)
 
 
-def _attention(results: Sequence[Result]) -> str:
-    arms = list(results[0]["rows"][0]["ms"])
-    rows = [
-        (
-            str(row["length"]),
-            *("{:.0f} ({:.0f} to {:.0f})".format(*row["ms"][arm]) for arm in arms),
-            "{:.2f} ({:.2f} to {:.2f})".format(*row["gain"]),
-        )
-        for result in results
-        for row in result["rows"]
-    ]
-    return _table(("tokens", *(f"{arm}, ms" for arm in arms), "plain / ours"), rows)
-
-
 def _digest(results: Sequence[Result]) -> str:
     rows = [
         (
@@ -395,7 +383,8 @@ _KINDS = {
     "plan_memory": _plan_memory,
     "scale": _scale,
     "startup": _startup,
-    "attention": _attention,
+    "starts": lambda results: _table(*speed_tables.starts(results)),
+    "attention": lambda results: _table(*speed_tables.attention(results)),
     "lora": lora_table,
     "exact": _exact,
     "curves": _curves,

@@ -1,0 +1,37 @@
+"""The tables of benchmarks/attention.py and benchmarks/startup.py for the docs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+_RANGE = "{{:.{0}f}} ({{:.{0}f}} to {{:.{0}f}})"
+
+
+def attention(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return titles, and a row per length: milliseconds of a step in each arm."""
+    arms = list(results[0]["rows"][0]["ms"])
+    rows = [
+        [
+            str(row["length"]),
+            *(_shown(row["ms"][arm], digits=0) for arm in arms),
+            _shown(row["gain"], digits=2),
+        ]
+        for result in results
+        for row in result["rows"]
+    ]
+    return ["tokens", *(f"{arm}, ms" for arm in arms), "plain / ours"], rows
+
+
+def starts(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return titles, and a row per arm: seconds to the first step and of CPU time, also as ratios to the Trainer's."""
+    columns = {"first_step_s": 1, "first_step_over_trainer": 2, "cpu_s": 1, "cpu_over_trainer": 2}
+    rows = [
+        [row["arm"], *(_shown(row[name], digits=digits) for name, digits in columns.items())]
+        for result in results
+        for row in result["rows"]
+    ]
+    return ["", "first step, s", "x Trainer", "CPU of the whole command, s", "x Trainer"], rows
+
+
+def _shown(figures: Sequence[float], *, digits: int) -> str:
+    """Return median, least and most."""
+    return _RANGE.format(digits).format(*figures)
