@@ -364,7 +364,8 @@ def _inject(model: nn.Module, config: Mapping[str, Any], seed: int) -> None:
         try:
             peft.inject_adapter_in_model(peft_config, model, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
         except ValueError as error:
-            raise UserError(f"--lora-rank: {' '.join(str(error).split())}") from error
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"--lora-rank: peft refuses it: {reason}; --lora-targets chooses other layers") from error
 
 
 def _start_value(name: str, parameter: torch.Tensor, seed: int, magnitudes: Mapping[str, torch.Tensor]) -> torch.Tensor:
