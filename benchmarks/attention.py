@@ -22,7 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from shardlaunch import Options
 from shardlaunch.launcher.training.attention import faster_attention
 
-TOKENS, VOCABULARY = 4096, 30_522
+VOCABULARY = 30_522
 OURS, PLAIN, NONE = "ours", "plain", "no dropout of attention"
 CPU = torch.device("cpu")
 
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure all arms and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=4096, help="per step")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 384, 512])
     parser.add_argument("--result", default="", help="write benchmarks/results/NAME.json")
     arguments = parser.parse_args(argv)
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         times: dict[str, list[float]] = {arm: [] for arm in models}
         for round_number in range(arguments.rounds + 1):
             for arm in random.Random(round_number).sample(list(models), len(models)):
-                took = _step(models[arm], length, is_ours=arm == OURS)
+                took = _step(models[arm], arguments.tokens // length, length, is_ours=arm == OURS)
                 if round_number:
                     times[arm].append(took)
         rows.append({"length": length, **_figures(times)})
@@ -71,8 +72,8 @@ def _model(attention_dropout: float) -> BertForSequenceClassification:
     return BertForSequenceClassification(config).train()
 
 
-def _step(model: BertForSequenceClassification, length: int, *, is_ours: bool) -> float:
-    tokens = torch.randint(VOCABULARY, (TOKENS // length, length), generator=torch.Generator().manual_seed(0))
+def _step(model: BertForSequenceClassification, rows: int, length: int, *, is_ours: bool) -> float:
+    tokens = torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))
     with faster_attention(Options(attention="auto" if is_ours else "plain"), CPU):
         begun = time.process_time()
         model(input_ids=tokens, labels=torch.arange(len(tokens)) % 2).loss.backward()

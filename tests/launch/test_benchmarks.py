@@ -15,7 +15,7 @@ BENCHMARKS = RECIPES.parent / "benchmarks"
         ("step_overhead.py", "--rounds", "1", "--steps", "5"),
         ("checkpoint_io.py", "--rounds", "1", "--gigabytes", "0.01", "--written-by"),
         ("plan_scale.py", "--largest", "1000000"),
-        ("attention.py", "--rounds", "1", "--lengths", "192"),
+        ("attention.py", "--rounds", "1", "--lengths", "192", "--tokens", "192"),
     ],
     ids=lambda words: words[0],
 )
