@@ -61,8 +61,9 @@ def launch(recipe_type: type[Recipe]) -> None:
     # os._exit, because threads of gloo may outlive the process group: a normal exit then sometimes aborts ("terminate
     # called without an active exception"), and a successful run fails. It would also wait for data-loading processes,
     # which ignore signals, and tearing torch down takes a third as long as importing it. All files are closed by now.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed when the process began, and its descriptor taken since
+            stream.flush()
     os._exit(status)
 
 

@@ -269,10 +269,12 @@ def _run(words: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
+        with suppress(AttributeError, OSError, ValueError):  # closed: None
             stream.flush()
 
 
-def _unbuffered(stream: TextIO) -> TextIO:
+def _unbuffered(stream: TextIO | None) -> Any:
+    if stream is None:  # it was closed when Python started
+        return None
     raw = io.FileIO(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(raw, stream.encoding, stream.errors, write_through=True)

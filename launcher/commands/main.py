@@ -11,6 +11,7 @@ import tyro
 
 from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from shardlaunch.launcher.commands.installed import find_recipe, list_recipes
+from shardlaunch.launcher.reporting.streams import open_closed_streams
 
 _DESCRIPTION = f"""shardlaunch {version("shardlaunch")}: one run, any shards.
 
@@ -37,6 +38,7 @@ def main() -> None:
 
     Each command imports what it needs, so that --help and refusals are fast.
     """
+    open_closed_streams()
     argv = sys.argv[1:]
     recipe_argv: list[str] = []
     if "--" in argv:

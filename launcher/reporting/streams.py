@@ -1,5 +1,6 @@
 """Output that cannot be written, to a full disk, a closed terminal or a pipe whose reader has gone: a run goes on."""
 
+import os
 import sys
 from contextlib import suppress
 from typing import IO, Any
@@ -37,8 +38,27 @@ class LastingStream:
         return getattr(self.stream, name)
 
 
+def open_closed_streams() -> None:
+    """Open what was closed of stdin, stdout and stderr when this process began, to nowhere.
+
+    Otherwise the next file that is opened gets the descriptor, and what libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
 def survive_closed_output() -> None:
-    """Let this process print to stdout and stderr even when nobody reads them any more."""
+    """Let this process print to stdout and stderr even when nobody reads them any more, or they were closed."""
+    open_closed_streams()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, LastingStream):

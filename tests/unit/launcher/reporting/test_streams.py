@@ -1,6 +1,7 @@
 """What a run prints may have lost its reader."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -31,3 +32,16 @@ def test_streams_are_wrapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
     survive_closed_output()
     assert sys.stdout is first
     assert sys.stderr is None
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_no_file_gets_the_descriptor_of_a_closed_stream(closed: int) -> None:
+    lines = [
+        "import os, sys",
+        "from shardlaunch.launcher.reporting.streams import survive_closed_output",
+        "survive_closed_output()",
+        "print('out'), print('err', file=sys.stderr), sys.stdout.flush()",
+        "sys.exit(40 + open(os.devnull).fileno())",
+    ]
+    process = subprocess.Popen([sys.executable, "-c", "\n".join(lines)], preexec_fn=lambda: os.close(closed))
+    assert process.wait() > 42
