@@ -16,7 +16,7 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -192,51 +192,73 @@ def _serve(connection: Connection) -> NoReturn:
     signals = handled_signals()
     for number in signals:
         signal.signal(number, signal.SIG_IGN)
+    request = _forked(connection)
+    if request is None:
+        os._exit(0)
+    for number in signals:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _run(*request)
+
+
+def _forked(connection: Connection) -> tuple[list[str], dict[str, str]] | None:
+    """Fork ranks. Return in each of them what it is to run, and None in the server once it is done."""
+    ranks: dict[int, int] = {}  # process ids by the descriptors that tell of their ends
+    is_alone = False
     with selectors.DefaultSelector() as selector:
         selector.register(connection, selectors.EVENT_READ)
-        ranks: dict[int, int] = {}  # process ids by the descriptors that tell of their ends
-        is_alone = False
         while ranks or not is_alone:
             for key, _ in selector.select():
                 if key.fileobj is not connection:
-                    ended = ranks.pop(key.fd)
                     selector.unregister(key.fd)
-                    os.close(key.fd)
-                    status = os.waitstatus_to_exitcode(os.waitpid(ended, 0)[1])
-                    with suppress(OSError):
-                        connection.send((ended, status))
-                    continue
-                try:
-                    words, environment = connection.recv()
-                except (EOFError, OSError):  # the agent was killed: ranks stop in time, with a save
+                    _tell_end(connection, key.fd, ranks.pop(key.fd))
+                elif (request := _received(connection)) is None:  # the agent was killed
                     is_alone = True
                     selector.unregister(connection)
-                    for pid in ranks.values():
-                        with suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGTERM)
-                    continue
-                try:
-                    pid = os.fork()
-                except OSError as error:
-                    connection.send(error)
-                    continue
-                if pid == 0:
-                    break
-                descriptor = os.pidfd_open(pid)
-                ranks[descriptor] = pid
-                selector.register(descriptor, selectors.EVENT_READ)
-                connection.send(pid)
-            else:
-                continue
-            break
-        else:
-            os._exit(0)
-    connection.close()
-    for descriptor in ranks:
-        os.close(descriptor)
-    for number in signals:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    _run(words, environment)
+                    _stop(ranks.values())
+                elif (pid := _fork(connection)) == 0:
+                    connection.close()
+                    for descriptor in ranks:
+                        os.close(descriptor)
+                    return request
+                elif pid is not None:
+                    descriptor = os.pidfd_open(pid)
+                    ranks[descriptor] = pid
+                    selector.register(descriptor, selectors.EVENT_READ)
+                    connection.send(pid)
+    return None
+
+
+def _tell_end(connection: Connection, descriptor: int, pid: int) -> None:
+    """Tell the agent how a rank has ended, if it is there."""
+    os.close(descriptor)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with suppress(OSError):
+        connection.send((pid, status))
+
+
+def _received(connection: Connection) -> tuple[list[str], dict[str, str]] | None:
+    """Return what the agent asks for, or None if it is gone."""
+    try:
+        request: tuple[list[str], dict[str, str]] = connection.recv()
+        return request
+    except (EOFError, OSError):
+        return None
+
+
+def _stop(ranks: Iterable[int]) -> None:
+    """Ask ranks to stop in time, with a save."""
+    for pid in ranks:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+
+def _fork(connection: Connection) -> int | None:
+    """Fork, or tell the agent that there is no memory or process for it, and return None."""
+    try:
+        return os.fork()
+    except OSError as error:
+        connection.send(error)
+        return None
 
 
 def _run(words: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
