@@ -22,6 +22,7 @@ from shardlaunch.launcher.commands.parity_runs import (
 )
 from shardlaunch.launcher.reporting.tracking import recorded_digests
 from shardlaunch.launcher.training.recording import RECORD_VARIABLE
+from shardlaunch.sharding.resolve import STRATEGIES, check_strategy_name
 
 _RECORDED = {RECORD_VARIABLE: "1"}
 
@@ -87,9 +88,10 @@ def find_difference(
         raise UserError("--find: both runs are the same; give one number of --ranks and one of --strategies")
     (count,) = ranks
     name = strategies[0] if strategies else "single" if count == 1 else "ddp"
+    check_strategy_name(name, f"--strategies {name}")
     console = new_console()
     topology = Topology(strategy=name, ranks=count)
-    if count > 1 or name not in ("single", "dp"):
+    if count > 1 or not STRATEGIES[name].for_one_process:
         (topology,) = topologies([name], ranks, console)
     with tempfile.TemporaryDirectory(prefix="shardlaunch-parity-") as parent:
         folders = [Path(parent) / "first", Path(parent) / "second"]
