@@ -47,6 +47,12 @@ def _argv(folder: Path, name: str, *words: str) -> list[str]:
     return ["--model", str(folder / "base"), "--output-dir", str(folder / name), "--lora-rank", "4", *words]
 
 
+def _export(
+    run: Path, out: Path, *, merge: bool, step: int | None = None, shard_size: str = "", ema: bool = False
+) -> None:
+    export(run, out, step=step, dtype=None, shard_size=shard_size, merge=merge, ema=ema, as_json=False)
+
+
 def _error(words: Sequence[str], recipe_type: Any = Tokens) -> str:
     status, output = run_quietly(recipe_type, list(words))
     assert status == 2, output
@@ -86,13 +92,13 @@ def test_peft_loads_a_checkpoint_and_an_export_is_the_merged_model(name: str, ru
         "optimizer-00001-of-00001.safetensors",
     }
     assert sizes[1] < 2 * sizes[0]  # of a base of 5,000 elements; with it and its optimizer state it would be 3 times
-    export(run, tmp_path / "out", step=3, dtype=None, shard_size="", merge=True, ema=False, as_json=False)
+    _export(run, tmp_path / "out", step=3, merge=True)
     merged, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     assert _loss_of(merged) == pytest.approx(_loss_of(_with_peft(run, 3)), abs=1e-6)
     assert "from peft" in (run / LAST / "README.md").read_text()
     assert "from peft" not in (tmp_path / "out" / "README.md").read_text()
-    export(run, tmp_path / "adapter", step=None, dtype=None, shard_size="", merge=False, ema=False, as_json=False)
+    _export(run, tmp_path / "adapter", merge=False)
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()
     config = json.loads((run / LAST / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (4, 8, ["score"])
@@ -108,7 +114,7 @@ def test_an_average_of_adapters_is_exported_as_they_are(runs: Path, tmp_path: Pa
     expected = _loss_of(model)
     assert abs(expected - _loss_of(_with_peft(run, 3))) > 1e-4
     for name, is_merged in (("adapter", False), ("merged", True)):
-        export(run, tmp_path / name, step=3, dtype=None, shard_size="", merge=is_merged, ema=True, as_json=False)
+        _export(run, tmp_path / name, step=3, merge=is_merged, ema=True)
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert _loss_of(merged) == pytest.approx(expected, abs=1e-6)
     base = AutoModelForSequenceClassification.from_pretrained(runs / "base", config=merged.config)
@@ -136,16 +142,7 @@ def test_a_base_model_that_changed_or_is_gone_is_refused(tmp_path: Path) -> None
     save_base(tmp_path / "base", seed=1)
     assert "step-00000001: its adapters were trained beside other weights than those that" in _error(argv)
     with pytest.raises(UserError, match="has other weights now than in training"):
-        export(
-            tmp_path / "run",
-            tmp_path / "out",
-            step=None,
-            dtype=None,
-            shard_size="",
-            merge=True,
-            ema=False,
-            as_json=False,
-        )
+        _export(tmp_path / "run", tmp_path / "out", merge=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -178,16 +175,7 @@ def test_predict_and_generate_use_the_base_model(tmp_path: Path, capsys: pytest.
     with pytest.raises(UserError, match="not a checkpoint of a language model"):
         generated("bert-run")
     assert "on 4 layers" in run_well(GptLm, argv("gpt", "--context-length", "16", "--dora"))
-    export(
-        tmp_path / "gpt-run",
-        tmp_path / "merged",
-        step=None,
-        dtype=None,
-        shard_size="",
-        merge=True,
-        ema=False,
-        as_json=False,
-    )
+    _export(tmp_path / "gpt-run", tmp_path / "merged", merge=True)
     whole, info = GPT2LMHeadModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info.values()), info
     assert whole.transformer.wte.weight is whole.lm_head.weight
@@ -232,15 +220,6 @@ def test_other_models_and_what_is_no_whole_model_are_refused(
     assert "holds an adapter, without its base model" in _error(["--init-from", adapter, *out])
     assert "holds an adapter, without its base model" in _error(["--model", adapter, *out])
     with pytest.raises(UserError, match="--shard-size: peft reads an adapter from one file"):
-        export(
-            runs / "plain",
-            tmp_path / "out",
-            step=None,
-            dtype=None,
-            shard_size="1MB",
-            merge=False,
-            ema=False,
-            as_json=False,
-        )
+        _export(runs / "plain", tmp_path / "out", shard_size="1MB", merge=False)
     monkeypatch.setattr("shardlaunch.launcher.optimization.lora.find_spec", lambda name: None)
     assert 'peft is not installed: pip install "shardlaunch[lora]"' in _error(_argv(runs, str(tmp_path / "run")))
