@@ -14,6 +14,18 @@ _settings: Any = deterministic
 _NO_KERNEL = "does not have a deterministic implementation"
 
 
+def kernel_settings(device: torch.device) -> str:
+    """Return what the bits of kernels on a device depend on, beside their threads and torch's version."""
+    precision = f"products of fp32 in {torch.get_float32_matmul_precision()} precision"
+    if device.type == "cpu":
+        is_mkldnn = torch.backends.mkldnn.enabled
+        return f"CPU {torch.backends.cpu.get_cpu_capability()}, oneDNN {'on' if is_mkldnn else 'off'}, {precision}"
+    return (
+        f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, "
+        f"cuBLAS workspace {os.environ.get('CUBLAS_WORKSPACE_CONFIG')}, {precision}"
+    )
+
+
 @contextmanager
 def deterministic_kernels() -> Iterator[None]:
     """Use deterministic kernels only. Raises UserError for an operation that has none."""

@@ -11,6 +11,7 @@ from shardlaunch.launcher.runs.data import RunData
 from shardlaunch.launcher.runs.identity import Identity, data_fingerprint, run_identity, versions
 from shardlaunch.launcher.runs.init_from import InitFrom
 from shardlaunch.launcher.training.batch_plan import VERSION
+from shardlaunch.sharding.exact_kernels import kernel_settings
 from shardlaunch.sharding.world import World
 
 
@@ -47,6 +48,7 @@ def identify(
             "--threads-per-rank": torch.get_num_threads(),
             "device": world.device.type,
             "torch": versions()["torch"],
+            **({"kernels": kernel_settings(world.device)} if options.exact else {}),
         },
     )
     return init, identity

@@ -147,6 +147,16 @@ def test_an_operation_without_a_deterministic_kernel_is_refused(tmp_path: Path) 
     assert "error: --exact: put_ has no kernel that computes the same bits each time on this device" in output
 
 
+def test_other_kernels_at_a_resume_are_said(tmp_path: Path) -> None:
+    fit(ExactNet, output_dir=tmp_path, **OPTIONS)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.warns(match=r"may round differently: kernels: .* in highest .* -> .* in high precision"):
+            fit(ExactNet, output_dir=tmp_path, extend_to_steps=11, **OPTIONS)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("change", [_units_per_rank, _float_sums])
 def test_a_fault_in_the_sums_is_seen(change: Callable[[], None], tmp_path: Path) -> None:
     _on_ranks(1, ExactNet, tmp_path / "single")
