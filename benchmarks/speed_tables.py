@@ -1,4 +1,4 @@
-"""The tables of benchmarks/attention.py and benchmarks/startup.py for the docs."""
+"""The tables of benchmarks/attention.py, equal_work.py, startup.py and time_to_accuracy.py for the docs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +30,37 @@ def starts(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
         for row in result["rows"]
     ]
     return ["", "first step, s", "x Trainer", "CPU of the whole command, s", "x Trainer"], rows
+
+
+def equal_work(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return titles, and a row per number of tokens and ranks: the work of the slowest rank in each arm."""
+    arms = list(results[0]["rows"][0]["work"])
+    rows = [
+        [
+            str(row["tokens"]),
+            f"{row['ranks']} x {row['micro_batches'] // row['ranks']}",
+            *(f"{row['work'][arm]:.2f}" for arm in arms),
+        ]
+        for result in results
+        for row in result["rows"]
+    ]
+    return ["tokens, at most", "ranks x micro-batches", *arms], rows
+
+
+def times_to_accuracy(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return titles, and a row per length and arm: seconds, as ratios to this project's, and the accuracy."""
+    rows = [
+        [
+            str(row["length"]),
+            row["arm"],
+            _shown(row["training_s"], digits=1),
+            _shown(row["times_ours"], digits=2),
+            _shown(row["accuracy"], digits=3) + (" (void)" if row["is_void"] else ""),
+        ]
+        for result in results
+        for row in result["rows"]
+    ]
+    return ["tokens, at most", "", "training, s", "x shardlaunch", "accuracy"], rows
 
 
 def _shown(figures: Sequence[float], *, digits: int) -> str:

@@ -385,6 +385,8 @@ _KINDS = {
     "startup": _startup,
     "starts": lambda results: _table(*speed_tables.starts(results)),
     "attention": lambda results: _table(*speed_tables.attention(results)),
+    "equal_work": lambda results: _table(*speed_tables.equal_work(results)),
+    "times_to_accuracy": lambda results: _table(*speed_tables.times_to_accuracy(results)),
     "lora": lora_table,
     "exact": _exact,
     "curves": _curves,

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
@@ -20,6 +21,7 @@ from shardlaunch.launcher.planning.simulation import simulate
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.runs.data import RunData
 from shardlaunch.launcher.runs.settings import settings_of
+from shardlaunch.launcher.training.batch_plan import BUCKET_BATCHES
 from shardlaunch.launcher.training.batches import MicroBatch, Slot
 from shardlaunch.sharding.resolve import STRATEGIES, check_settings
 from shardlaunch.sharding.strategy import Settings
@@ -63,6 +65,11 @@ class Subject:
         def load(samples: np.ndarray) -> MicroBatch:
             return batches.load(Slot(step=0, epoch=0, micro_batch=0, weight=1, samples=samples))
 
+        if plan.equal_work:
+            steps = range(min(plan.steps_per_epoch, BUCKET_BATCHES))
+            parts = [part for step in steps for part in zip(plan.work(step), pairwise(plan.bounds(step)), strict=True)]
+            _, (first, end) = max(parts)
+            return load(plan.between(0, first, end)), f"the most work of the first {len(steps)} steps"
         if plan.lengths is not None:
             longest = np.argsort(plan.lengths, kind="stable")[-plan.micro_batch_size :]
             return load(longest), f"the {len(longest)} longest samples"

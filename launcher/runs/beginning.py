@@ -1,5 +1,6 @@
 """The first lines of a run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from shardlaunch.sharding.strategy import Strategy
 from shardlaunch.sharding.world import World
 
 LEAST_SAID = 0.05  # of the first weights in an average at the end
+LEAST_WAITING = 0.1  # of a step, that ranks need not wait
 
 
 def show_start(
@@ -60,7 +62,8 @@ def show_start(
                 ranks=world.num_data_ranks,
                 replicas=world.num_data_ranks * len(strategy.replicas),
                 model_ranks=world.model_ranks,
-            ),
+            )
+            + balance_text(data, world),
             "steps": f"{steps} ({plan.steps_per_epoch} per epoch, {plan.num_samples:,} samples)",
             **({"order": plan.digest().partition(" ")[0]} if isinstance(plan, OrderedPlan) else {}),
             **({"fold": f"{fold + 1} of {options.folds}"} if fold is not None else {}),
@@ -99,6 +102,19 @@ def show_start(
         )
     if any(row.lr is None for row in assembly.rows) or options.lr_factors:
         display.parameters(assembly.rows)
+
+
+def balance_text(data: RunData, world: World) -> str:
+    """Return whether micro-batches have equal work or, if ranks wait for each other otherwise, for how long."""
+    plan, ranks = data.plan, world.num_data_ranks
+    if plan.equal_work:
+        return ", equal work"
+    if ranks == 1 or plan.lengths is None or data.is_in_former_order or not world.is_main:
+        return ""
+    now, then = plan.waiting(ranks), replace(plan, equal_work=True).waiting(ranks)
+    if now - then < LEAST_WAITING:
+        return ""
+    return f"; ranks wait {now:.0%} of a step for longer samples ({then:.0%} with --equal-work)"
 
 
 def _average_row(recipe: Recipe, data: RunData, strategy: Strategy) -> dict[str, str]:

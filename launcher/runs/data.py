@@ -61,8 +61,9 @@ class RunData:
         return replace(self, plan=former)
 
     def former_digest(self) -> str:
-        """Return the digest of the former order; a chosen order is none of the runs that have that."""
-        plan = self.plan if isinstance(self.plan, OrderedPlan) else self.in_former_order().plan
+        """Return the digest of the former order, which runs with a chosen order or with equal work never had."""
+        is_newer = isinstance(self.plan, OrderedPlan) or self.plan.equal_work
+        plan = self.plan if is_newer else self.in_former_order().plan
         return plan.digest()
 
     def clock(self, recipe: Recipe) -> Clock:
@@ -116,16 +117,23 @@ def load_data(recipe: Recipe, world: World, fold: int | None) -> RunData:
 def _training_plan(recipe: Recipe, split: Any) -> BatchPlan:
     """Return the plan of the training data. Raises UserError for lengths and orders that do not fit."""
     options, order = recipe.options, chosen_order(recipe, split)
-    lengths = _lengths(recipe, split) if order is None or not getattr(order, "fixes_batches", False) else None
+    fixes_batches = order is not None and getattr(order, "fixes_batches", False)
+    lengths = None if fixes_batches else _lengths(recipe, split)
+    if options.equal_work and lengths is None:
+        why = "the order of this run fixes micro-batches" if fixes_batches else "the recipe has no lengths() of samples"
+        raise UserError(f"--equal-work: {why}; remove the option")
     sizes = {"global_batch_size": options.global_batch_size, "micro_batch_size": options.micro_batch_size}
     if order is None:
-        return BatchPlan(num_samples=len(split), seed=options.seed, lengths=lengths, **sizes)
+        return BatchPlan(
+            num_samples=len(split), seed=options.seed, lengths=lengths, equal_work=options.equal_work, **sizes
+        )
     plan = OrderedPlan(
         num_samples=int(order.num_samples),
         num_in_data=len(split),
         chosen=order,
         seed=options.seed,
         lengths=lengths,
+        equal_work=options.equal_work,
         **sizes,
     )
     plan.check()

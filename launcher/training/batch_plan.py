@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import xxhash
 
 from shardlaunch.launcher.seeding import derive_seed, sample_seeds
+from shardlaunch.launcher.training.equal_work import composed, cuts, shares, work_of
 from shardlaunch.launcher.training.permutation import Permutation
 
 # Samples are bucketed by length within this many global batches: enough to match lengths, few enough to stay shuffled.
@@ -29,8 +31,10 @@ class BatchPlan:
 
     The samples are shuffled. With lengths, each 50 global batches are sorted by length and divided into micro-batches;
     these are shuffled among themselves and grouped into global batches. Within a global batch the micro-batches are in
-    ascending length, so that ranks process similar lengths at the same time. The remaining samples of an epoch form the
-    last, smaller batch.
+    ascending length. The remaining samples of an epoch form the last, smaller batch.
+
+    With `equal_work` a global batch has short and long samples, and as many micro-batches as it would have without,
+    but more of the short samples in one than of the long ones.
     """
 
     num_samples: int
@@ -38,6 +42,7 @@ class BatchPlan:
     micro_batch_size: int
     seed: int
     lengths: np.ndarray | None = None
+    equal_work: bool = False
     _shuffle: tuple[int, Permutation] | None = field(default=None, init=False, repr=False)
     _held: tuple[int, int, int, np.ndarray] = field(default=(-1, 0, 0, np.empty(0, np.int64)), init=False, repr=False)
 
@@ -58,15 +63,46 @@ class BatchPlan:
         epoch, _, end = self.batch(step - 1)
         return epoch * self.num_samples + end
 
+    def bounds(self, step: int) -> list[int]:
+        """Return the positions at which the micro-batches of a step begin, and the end of the last one."""
+        epoch, begin, end = self.batch(step)
+        bounds = [*range(begin, end, self.micro_batch_size), end]
+        if not self.equal_work or self.lengths is None:
+            return bounds
+        lengths = self.lengths[self.between(epoch, begin, end)]
+        return [begin + cut for cut in cuts(lengths, len(bounds) - 1)]
+
+    def work(self, step: int) -> list[float]:
+        """Return the work of each micro-batch of a step, that of padding too, by its lengths: in any unit."""
+        bounds = self.bounds(step)
+        if self.lengths is None:
+            return [end - begin for begin, end in pairwise(bounds)]
+        epoch, begin, end = self.batch(step)
+        longest = self.between(epoch, begin, end)[np.array(bounds[1:]) - begin - 1]
+        found: list[float] = (np.diff(bounds) * work_of(self.lengths[longest])).tolist()
+        return found
+
+    def waiting(self, num_ranks: int) -> float:
+        """Return the part of a step for which ranks wait for the one with the most work, by the first steps."""
+        whole = slowest = 0.0
+        for step in range(min(self.steps_per_epoch, BUCKET_BATCHES)):
+            work = self.work(step)
+            whole += sum(work)
+            slowest += max(sum(work[index] for index in of_rank) for of_rank in shares(work, num_ranks))
+        return 1 - whole / num_ranks / slowest
+
     def micro_batch(self, epoch: int, first: int) -> np.ndarray:
-        """Return the samples of the micro-batch that begins at a position: int64, fewer in the last one of an epoch."""
-        held, start, end, order = self._held
-        if epoch != held or not start <= first < end:
-            start, end = self.block(first)
-            order = self.order(epoch, start, end)
-            self._held = epoch, start, end, order
-        first -= start
-        return order[first : first + self.micro_batch_size]
+        """Return the samples of a micro-batch of the usual size that begins at a position; fewer at the epoch's end."""
+        return self.between(epoch, first, min(first + self.micro_batch_size, self.num_samples))
+
+    def between(self, epoch: int, first: int, end: int) -> np.ndarray:
+        """Return the samples of a global batch, or of a part of it: int64."""
+        held, start, stop, order = self._held
+        if epoch != held or not start <= first < stop:
+            start, stop = self.block(first)
+            order = self.order(epoch, start, stop)
+            self._held = epoch, start, stop, order
+        return order[first - start : end - start]
 
     def block(self, position: int) -> tuple[int, int]:
         """Return the range of positions that are ordered together with this one; no micro-batch is in two."""
@@ -92,6 +128,8 @@ class BatchPlan:
             return samples[np.argsort(self.lengths[samples], kind="stable")]
         buckets = samples.reshape(-1, min(self._bucket_size, end - start))
         buckets = np.take_along_axis(buckets, np.argsort(self.lengths[buckets], axis=1, kind="stable"), axis=1)
+        if self.equal_work:
+            return self._of_equal_work(epoch, start, buckets)
         numbers = np.arange(start // micro, end // micro)
         keys = sample_seeds(derive_seed(self.seed, "micro-batches"), epoch, numbers).reshape(len(buckets), -1)
         micro_batches = buckets.reshape(*keys.shape, micro)
@@ -99,6 +137,16 @@ class BatchPlan:
         batches = shuffled.reshape(-1, size // micro, micro)
         by_length = np.argsort(self.lengths[batches[:, :, -1]], axis=1, kind="stable")
         return np.take_along_axis(batches, by_length[:, :, None], axis=1).reshape(-1)
+
+    def _of_equal_work(self, epoch: int, start: int, buckets: np.ndarray) -> np.ndarray:
+        """Return the order of buckets that begin at a position, in each of which samples are in ascending length."""
+        assert self.lengths is not None
+        size = self.global_batch_size
+        places = composed(self.lengths[buckets], size, size // self.micro_batch_size)
+        batches = np.take_along_axis(buckets, places.reshape(buckets.shape), axis=1).reshape(places.shape)
+        numbers = start // size + np.arange(buckets.size // size)
+        keys = sample_seeds(derive_seed(self.seed, "batches"), epoch, numbers).reshape(len(buckets), -1)
+        return np.take_along_axis(batches, np.argsort(keys, axis=1, kind="stable")[:, :, None], axis=1).reshape(-1)
 
     def samples_at(self, epoch: int, start: int, end: int) -> np.ndarray:
         """Return samples as they are shuffled, before lengths are looked at."""
@@ -117,7 +165,7 @@ class BatchPlan:
         if self.lengths is not None:
             for first in range(0, len(self.lengths), BUCKET_SAMPLES):  # in parts, whatever their dtype
                 digest.update(np.ascontiguousarray(self.lengths[first : first + BUCKET_SAMPLES], dtype="<f8").data)
-        return digest.hexdigest()
+        return digest.hexdigest() + (", equal work" if self.equal_work else "")
 
 
 class EvaluationPlan(BatchPlan):

@@ -20,6 +20,7 @@ from shardlaunch.launcher.seeding import sample_seeds, seed_generators
 from shardlaunch.launcher.tensor_data import TensorData
 from shardlaunch.launcher.training.batch_plan import BatchPlan
 from shardlaunch.launcher.training.clock import Clock
+from shardlaunch.launcher.training.equal_work import shares
 from shardlaunch.launcher.training.fetching import EVALUATION, fetched
 from shardlaunch.launcher.training.stopping import SIGNALS
 from shardlaunch.progress import COUNT, PID, SAMPLE, STEP, progress
@@ -42,18 +43,19 @@ class Slot(NamedTuple):
 
 
 def slots_of_rank(plan: BatchPlan, step: int, *, rank: int, num_ranks: int) -> Iterator[Slot]:
-    """Yield the slots of one rank: micro-batches j = i * num_ranks + rank, equally many slots on every rank.
+    """Yield the slots of one rank: micro-batches with its share of the work, equally many slots on every rank.
 
-    Past the last micro-batch, ranks repeat the first one with weight 0, so that all take part in the same collectives.
+    A rank with fewer micro-batches repeats the first one with weight 0, so that all take part in the same collectives.
     """
-    epoch, begin, end = plan.batch(step)
-    size = plan.micro_batch_size
-    num_micro_batches = -(-(end - begin) // size)
-    for j in range(rank, rank + num_micro_batches, num_ranks):
-        weight = int(j < num_micro_batches)
-        j *= weight
-        samples = plan.micro_batch(epoch, begin + j * size)
-        keys = plan.keys(begin + j * size, samples)
+    epoch, _, _ = plan.batch(step)
+    bounds = plan.bounds(step)
+    num_micro_batches = len(bounds) - 1
+    mine = shares(plan.work(step), num_ranks)[rank] if num_ranks > 1 else range(num_micro_batches)
+    for number in range(-(-num_micro_batches // num_ranks)):
+        weight = int(number < len(mine))
+        j = mine[number] if weight else 0
+        samples = plan.between(epoch, bounds[j], bounds[j + 1])
+        keys = plan.keys(bounds[j], samples)
         yield Slot(step=step, epoch=epoch, micro_batch=j, weight=weight, samples=samples, keys=keys)
 
 

@@ -20,8 +20,10 @@ REVIEWS = [
 ]
 
 
-def _run_on(num_ranks: int, recipe_type: type[Recipe], argv: list[str], output_dir: Path) -> None:
-    run_on_ranks(num_ranks, run_well, recipe_type, [*argv, "--output-dir", str(output_dir)])
+def _run_on(num_ranks: int, recipe_type: type[Recipe], argv: list[str], output_dir: Path) -> str:
+    """Run, and return what rank 0 has printed."""
+    said: str = run_on_ranks(num_ranks, run_well, recipe_type, [*argv, "--output-dir", str(output_dir)])[0]
+    return said
 
 
 def _weights(output_dir: Path) -> dict[str, torch.Tensor]:
@@ -54,10 +56,13 @@ def test_net_with_batch_norm_and_dropout(num_ranks: int, net_run: Path, tmp_path
     _assert_same_run(net_run, tmp_path)
 
 
-def test_bert_with_dropout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ("--equal-work", "--micro-batch-size", "4", "--max-steps", "15")])
+def test_bert_with_dropout(more: tuple[str, ...], tmp_path: Path) -> None:
     save_small_bert(tmp_path / "model")
+    argv = [*REVIEWS, *more, "--model", str(tmp_path / "model")]
     for num_ranks in (1, 2, 4):
-        _run_on(num_ranks, FewReviews, [*REVIEWS, "--model", str(tmp_path / "model")], tmp_path / str(num_ranks))
+        said = _run_on(num_ranks, FewReviews, argv, tmp_path / str(num_ranks))
+        assert (", equal work" in said) == bool(more), said
     _assert_same_run(tmp_path / "1", tmp_path / "2")
     _assert_same_run(tmp_path / "1", tmp_path / "4")
 

@@ -99,3 +99,28 @@ def test_lists_of_lengths_are_taken(tmp_path: Path) -> None:
     for recipe, name in ((NetRecipe, "array"), (Lists, "list")):
         run_well(recipe, [*argv, str(tmp_path / name)])
     assert losses(tmp_path / "array") == losses(tmp_path / "list")
+
+
+def test_equal_work_is_part_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output_dir = tmp_path / "run"
+    _train(output_dir, "--stop-at-step", "2", "--equal-work")
+    status, output = run_quietly(NetRecipe, [*ARGV, "--output-dir", str(output_dir)])
+    assert status == 2
+    assert f"it holds another run ({ORDER}: 'version 2, " in output
+    assert ", equal work' -> 'version 2, " in output
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_find_checkpoint", _in_former_order(Run._find_checkpoint))
+        _train(tmp_path / "former", "--stop-at-step", "2")
+    status, output = run_quietly(NetRecipe, [*ARGV, "--output-dir", str(tmp_path / "former"), "--equal-work"])
+    assert status == 2
+    assert "it holds another run (" in output
+
+
+def test_equal_work_needs_lengths(tmp_path: Path) -> None:
+    class Short(NetRecipe):
+        def lengths(self, dataset: TensorData) -> None:
+            return None
+
+    status, output = run_quietly(Short, [*ARGV, "--output-dir", str(tmp_path), "--equal-work"])
+    assert status == 2
+    assert "error: --equal-work: the recipe has no lengths() of samples; remove the option" in output
