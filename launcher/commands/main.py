@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -69,18 +70,22 @@ def main() -> None:
             rendezvous: HOST:PORT where the machines meet; one of them is HOST.
         """
         path = find_recipe(recipe)
-        from shardlaunch.launcher.commands.start import run_recipe
+        from shardlaunch.launcher.commands.fork_server import ForkServer, may_fork
 
-        return run_recipe(
-            path,
-            recipe_argv,
-            ranks=ranks,
-            strategy=strategy,
-            max_restarts=max_restarts,
-            min_ranks=min_ranks,
-            hosts=hosts,
-            rendezvous=rendezvous,
-        )
+        with closing(ForkServer(path)) if may_fork() else nullcontext() as fork_server:
+            from shardlaunch.launcher.commands.start import run_recipe
+
+            return run_recipe(
+                path,
+                recipe_argv,
+                ranks=ranks,
+                strategy=strategy,
+                max_restarts=max_restarts,
+                min_ranks=min_ranks,
+                hosts=hosts,
+                rendezvous=rendezvous,
+                fork_server=fork_server,
+            )
 
     def recipes() -> int:
         """List the installed recipes with their presets."""
