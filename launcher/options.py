@@ -184,6 +184,8 @@ class ReportingOptions:
     """Evaluate every N steps and at the end (0: after each epoch)."""
     log_every: int = option(1, mark="free", minimum=1)
     """Write training metrics to metrics.jsonl every N steps."""
+    profile: int = option(0, mark="free", minimum=0)
+    """Trace N steps with torch's profiler, after the first three of this start, and say where their time goes."""
     digest_every: int = option(0, mark="free", minimum=0)
     """Every N steps, write digests of weights and optimizer to metrics.jsonl, which a resume compares (0: off)."""
     tracker: str = option("tensorboard", mark="free")

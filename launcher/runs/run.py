@@ -25,6 +25,7 @@ from shardlaunch.launcher.runs.ending import result_of, show_result
 from shardlaunch.launcher.runs.folder import claim, find_checkpoint, new_folder_hint, run_folder, tracked_run, write_run
 from shardlaunch.launcher.runs.identifying import identify
 from shardlaunch.launcher.runs.identity import option_values, run_record
+from shardlaunch.launcher.runs.observing import observe
 from shardlaunch.launcher.runs.preflight import Room, check_shared
 from shardlaunch.launcher.runs.replicas import Replicas
 from shardlaunch.launcher.runs.restoring import restore
@@ -38,7 +39,6 @@ from shardlaunch.launcher.training.attention import faster_attention
 from shardlaunch.launcher.training.bad_numbers import RollBack
 from shardlaunch.launcher.training.evaluation import Evaluator
 from shardlaunch.launcher.training.loss_check import check_loss
-from shardlaunch.launcher.training.recording import record_if_asked
 from shardlaunch.launcher.training.stopping import (
     Requests,
     nothing_left_to_stop,
@@ -261,7 +261,7 @@ class Run:
             ),
         )
         self.callbacks.join()
-        record_if_asked(self.trainer, self.output_dir)
+        observe(self.trainer, self.output_dir, first=self.position.step, display=self.display)
         if not self.position.step:
             with phase("checking the loss on one micro-batch"):
                 model, batches, warn = self.strategy.replicas[0], self.trainer.batches, self.display.warn
