@@ -182,6 +182,8 @@ class ReportingOptions:
 
     eval_every: int = option(0, mark="free", minimum=0)
     """Evaluate every N steps and at the end (0: after each epoch)."""
+    eval_micro_batch_size: int = option(0, mark="warn", minimum=0)
+    """Samples per forward pass of an evaluation, which keeps no activations (0: --micro-batch-size)."""
     log_every: int = option(1, mark="free", minimum=1)
     """Write training metrics to metrics.jsonl every N steps."""
     profile: int = option(0, mark="free", minimum=0)

@@ -113,7 +113,7 @@ class BertImdb(Recipe):
             CLASSIFIERS,
             source=options.model,
             longest=options.max_length,
-            micro_batch_size=options.micro_batch_size,
+            micro_batch_size=max(options.micro_batch_size, options.eval_micro_batch_size),
         )
         require_vocabulary(self.tokenizer, self.config, source=options.model, hint=GROW)
         prepare_padding(self.tokenizer, self.config, source=options.model)

@@ -184,7 +184,7 @@ class TranslateSeq2Seq(Recipe):
             TRANSLATORS,
             source=options.model,
             longest=options.max_source_length,
-            micro_batch_size=options.micro_batch_size,
+            micro_batch_size=max(options.micro_batch_size, options.eval_micro_batch_size),
         )
         languages = language_arguments(
             tokenizer, read=options.source_language, written=options.target_language, source=options.model

@@ -25,6 +25,7 @@ _NUMBER_OF_RANKS = (
 _SEVERAL_MACHINES = "not an option of recipes; for several machines use torchrun --nnodes N or accelerate launch"
 _ALWAYS = "not an option here; a run always trains, and evaluates if there is evaluation data"
 _EVALUATE = "did you mean --eval-every N (steps)? By default, every epoch ends with an evaluation"
+_EVAL_MICRO = "did you mean --eval-micro-batch-size? Without, an evaluation uses --micro-batch-size"
 _SAVE = "did you mean --save-every N (steps)? A run always saves at its end"
 _LOG = "did you mean --log-every (metrics.jsonl) or --track-every (trackers)?"
 _WARM_UP = "did you mean --warmup-steps or --warmup-ratio (a fraction of all steps)?"
@@ -40,8 +41,8 @@ _ADVICE = {
     "per_device_train_batch_size": _MICRO,
     "per_gpu_train_batch_size": _MICRO,
     "train_micro_batch_size_per_gpu": _MICRO,
-    "per_device_eval_batch_size": "not an option here; evaluation uses --micro-batch-size",
-    "eval_batch_size": "not an option here; evaluation uses --micro-batch-size",
+    "per_device_eval_batch_size": _EVAL_MICRO,
+    "eval_batch_size": _EVAL_MICRO,
     "gradient_accumulation_steps": _ACCUMULATION,
     "accumulate_grad_batches": _ACCUMULATION,
     "num_train_epochs": "did you mean --epochs?",

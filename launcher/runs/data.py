@@ -78,12 +78,13 @@ class RunData:
         """Return this rank's batches of the evaluation data, None if there is none."""
         if "eval" not in self.splits:
             return None
-        split = self.splits["eval"]
+        split, options = self.splits["eval"], recipe.options
+        size = options.eval_micro_batch_size or options.micro_batch_size
         plan = EvaluationPlan(
             num_samples=len(split),
-            global_batch_size=recipe.options.global_batch_size,
-            micro_batch_size=recipe.options.micro_batch_size,
-            seed=recipe.options.seed,
+            global_batch_size=size * -(-options.global_batch_size // size),
+            micro_batch_size=size,
+            seed=options.seed,
             lengths=_lengths(recipe, split),
         )
         return _batches(recipe, world, split, plan)

@@ -24,7 +24,10 @@ _PACKAGES = ("shardlaunch", "torch", "accelerate", "transformers", "datasets", "
 SAMPLED_ROWS = 4096
 FULL_DIGEST_BYTES = 1 << 30
 _INIT_DIGEST = "digest of the weights of --init-from"
-_ABSENT = {"--ema": 0.0, "--ema-half-life": 0.0, "--swa-from": 0.0, "--eval-ema": "both", "--attention": "plain"}
+_ABSENT = {
+    **{"--ema": 0.0, "--ema-half-life": 0.0, "--swa-from": 0.0, "--eval-ema": "both"},
+    **{"--attention": "plain", "--eval-micro-batch-size": 0},
+}
 """What runs did that began before there were these options. At these values they are no part of an identity."""
 _ORDER = "order of the batches"
 _FORMER_ORDER = "digest of the batch plan"  # stands in the records of runs in the order of FormerPlan

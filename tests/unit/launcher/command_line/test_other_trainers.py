@@ -27,7 +27,7 @@ class _Options(Options):
         ("batch_size", "--global-batch-size"),
         ("train_batch_size", "--global-batch-size"),
         ("per_device_train_batch_size", "--micro-batch-size"),
-        ("per_device_eval_batch_size", "--micro-batch-size"),
+        ("per_device_eval_batch_size", "--eval-micro-batch-size"),
         ("gradient_accumulation_steps", "--global-batch-size"),
         ("num_train_epochs", "--epochs"),
         ("max_epochs", "--epochs"),
