@@ -1,0 +1,94 @@
+"""The commands that take a run or a checkpoint, with their options. Each imports what it needs when it is called."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+_Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+_Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json")]
+
+
+def evaluate(
+    run: tyro.conf.Positional[Path],
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA")] = (),
+    split: str = "",
+    step: int | None = None,
+    ema: _Flag = False,
+    output: Path | None = None,
+    recipe: str = "",
+    as_json: _Json = False,
+) -> int:
+    """Evaluate a checkpoint with all metrics of its recipe, on the run's own data or on other data.
+
+    Writes RUN/evaluations/NAME.json, and prints one table. On the run's evaluation data, the figures are those that the
+    run itself has logged for the step.
+
+    Args:
+        run: A run's output folder (its newest checkpoint, or that of --step), or a checkpoint folder.
+        data: Other data, in a form that the recipe's --data takes, with the same columns (default: the run's own).
+        split: Split to evaluate on (default: eval; of other data the one that is held out, or the only one).
+        step: Step of the checkpoint.
+        ema: Use the average of the weights that the run keeps (--ema, --ema-half-life, --swa-from).
+        output: File to write instead of RUN/evaluations/NAME.json.
+        recipe: Recipe file or name, where the run's is not where it was.
+        as_json: Print one JSON document.
+    """
+    from shardlaunch.launcher.commands.evaluate import evaluate_run
+
+    return evaluate_run(run, data=data, split=split, step=step, ema=ema, output=output, recipe=recipe, as_json=as_json)
+
+
+def predict(
+    checkpoint: tyro.conf.Positional[Path],
+    text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = (),
+    file: Path | None = None,
+    ema: bool = False,
+) -> int:
+    """Classify texts: print the label and all probabilities, or the number that a regression predicts.
+
+    Args:
+        checkpoint: A checkpoint folder, or a run's output folder (its newest checkpoint).
+        text: Texts to classify.
+        file: File with one text per line.
+        ema: Use the average of the weights that the run keeps (--ema, --ema-half-life, --swa-from).
+    """
+    from shardlaunch.launcher.commands.predict import predict_texts
+
+    predict_texts(checkpoint, texts=text, file=file, ema=ema)
+    return 0
+
+
+def generate(
+    checkpoint: tyro.conf.Positional[Path],
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = (),
+    file: Path | None = None,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    num_beams: int = 0,
+    seed: int = 0,
+    ema: bool = False,
+) -> int:
+    """Generate texts with a language model: continuations of prompts, or outputs of an encoder-decoder.
+
+    Args:
+        checkpoint: A checkpoint folder, or a run's output folder (its newest checkpoint).
+        prompt: Texts to continue, translate or summarize.
+        file: File with one prompt per line.
+        max_new_tokens: Maximum number of tokens to generate.
+        temperature: Sampling temperature (0: always the most probable token).
+        top_k: Sample from the N most probable tokens (0: from all).
+        num_beams: Beams of a beam search (0: as in the checkpoint, else one).
+        seed: Random seed for sampling.
+        ema: Use the average of the weights that the run keeps (--ema, --ema-half-life, --swa-from).
+    """
+    from shardlaunch.launcher.commands.generate import Sampling, generate_texts
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, num_beams=num_beams, seed=seed)
+    generate_texts(checkpoint, prompts=prompt, file=file, max_new_tokens=max_new_tokens, sampling=sampling, ema=ema)
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {"predict": predict, "generate": generate, "evaluate": evaluate}
