@@ -91,4 +91,26 @@ def generate(
     return 0
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"predict": predict, "generate": generate, "evaluate": evaluate}
+def report(
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")],
+    output: Path | None = None,
+) -> int:
+    """Write one HTML page on runs side by side: curves, what differs, time, memory, faults, samples of outputs.
+
+    The page needs no network and nothing beside it. Long runs are thinned out in it.
+
+    Args:
+        runs: Output folders of runs, finished or not; of a cross-validation, all folds.
+        output: File to write (default: report.html, in the run's folder if there is one run).
+    """
+    from shardlaunch.launcher.commands.report.main import write_report
+
+    return write_report(runs, output=output)
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "predict": predict,
+    "generate": generate,
+    "evaluate": evaluate,
+    "report": report,
+}

@@ -17,7 +17,7 @@ from shardlaunch.launcher.commands.trained import TrainedRun, open_run
 from shardlaunch.launcher.recipe import recipe_name
 from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.reporting.notes import collected
-from shardlaunch.launcher.reporting.tracking import EMA_PREFIX, EVAL_PREFIX
+from shardlaunch.launcher.reporting.tracking import EMA_PREFIX, EVAL_PREFIX, EVALUATIONS
 from shardlaunch.launcher.runs.data import RunData
 from shardlaunch.launcher.runs.ending import confusion_names
 from shardlaunch.launcher.runs.folds import checked_splits
@@ -28,9 +28,6 @@ from shardlaunch.launcher.toolkit.other_data import OtherData, chosen_split, eva
 from shardlaunch.launcher.training.evaluation import Evaluator
 from shardlaunch.sharding.exact_kernels import deterministic_kernels
 from shardlaunch.sharding.precision import apply_precision, convert_model
-
-EVALUATIONS = "evaluations"
-"""Folder in that of a run, with one file per evaluation of this command."""
 
 
 def evaluate_run(

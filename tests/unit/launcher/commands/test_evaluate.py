@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from shardlaunch import UserError
-from shardlaunch.launcher.commands.evaluate import EVALUATIONS, evaluate_run
+from shardlaunch.launcher.commands.evaluate import evaluate_run
+from shardlaunch.launcher.reporting.tracking import EVALUATIONS
 from shardlaunch.recipes.bert_imdb import BertImdb
 from tests.recipes import RankedNet, run_well, save_small_bert, training_lines
 
