@@ -44,13 +44,15 @@ p{{margin:4px 0 12px;max-width:75ch;overflow-wrap:anywhere}}
 table{{border-collapse:collapse;font-size:14px}}
 caption{{text-align:left;padding:0 0 4px}}
 th,td{{text-align:left;padding:5px 18px 5px 0;border-bottom:1px solid var(--grid);vertical-align:top;max-width:46ch;
-overflow-wrap:anywhere}}
+overflow-wrap:break-word}}
 th{{font-weight:600;color:var(--soft);white-space:nowrap}}
 td.n,th.n{{text-align:right}}
 td.n{{white-space:nowrap}}
-tr.warn td:first-child::after{{content:" (rounding)";color:var(--soft)}}
 .key{{display:inline-block;min-width:1.5em;padding:0 .35em;border-radius:4px;color:var(--bg);font-weight:650;
 font-size:12px;line-height:1.6;text-align:center;margin-right:.5em}}
+td:first-child{{min-width:12ch}}
+td.long{{min-width:min(24ch,60vw);overflow-wrap:anywhere}}
+@media (max-width:600px){{td .name{{display:none}}td:has(>.key:first-child){{min-width:0}}}}
 .keys{{position:sticky;top:0;z-index:3;background:var(--bg);padding:8px 0;margin:10px 0 0;display:flex;flex-wrap:wrap;
 gap:4px 18px;font-size:13px;border-bottom:1px solid var(--line)}}
 .keys span{{overflow-wrap:anywhere}}
@@ -80,6 +82,7 @@ border-radius:6px;padding:4px 8px;font-size:12px;line-height:1.45;white-space:no
 .parts span{{white-space:nowrap}}
 .parts i{{display:inline-block;width:10px;height:10px;border-radius:2px;margin:0 5px 0 12px}}
 .matrix td,.matrix th{{padding:4px 9px;text-align:right;border:0;max-width:16ch}}
+.matrix caption{{white-space:nowrap}}
 .matrix td.hit{{outline:1px solid var(--soft);outline-offset:-1px}}
 pre{{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--grid);border-radius:6px;padding:10px 12px;margin:0;
 font:13px/1.45 ui-monospace,SFMono-Regular,Menlo,monospace;max-height:22em;overflow-y:auto}}

@@ -1,6 +1,7 @@
 """Pieces of HTML that several sections have, and numbers as text."""
 
 from collections.abc import Sequence
+from html import escape
 
 from shardlaunch.launcher.commands.report.charts import short
 from shardlaunch.launcher.commands.report.look import NUM_COLORS
@@ -11,18 +12,27 @@ def key(number: int) -> str:
     return f'<span class="key k{number % NUM_COLORS}">{letter(number)}</span>'
 
 
+def named(number: int, name: str) -> str:
+    """Return the letter of a run and its name, which a narrow screen leaves out in tables."""
+    return f'{key(number)}<span class="name">{escape(name)}</span>'
+
+
 def letter(number: int) -> str:
     """Return the letter of a run: A to Z, then A2 and so on."""
     return chr(ord("A") + number % 26) + (str(number // 26 + 1) if number >= 26 else "")
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = ()) -> str:
-    """Return a table of cells that are HTML already; the columns in `numbers` end at the right."""
+def table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = (), long: Sequence[int] = ()
+) -> str:
+    """Return a table of cells that are HTML already.
+
+    The columns in `numbers` end at the right, those in `long` have texts of several lines.
+    """
+    kinds = dict.fromkeys(numbers, " class=n") | dict.fromkeys(long, " class=long")
 
     def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{' class=n' if column in numbers else ''}>{cell}</{tag}>" for column, cell in enumerate(row)
-        )
+        return "".join(f"<{tag}{kinds.get(column, '')}>{cell}</{tag}>" for column, cell in enumerate(row))
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{cells(heads, "th")}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -11,13 +11,13 @@ from typing import Any, Literal
 from shardlaunch.checkpoints.records import RunRecord
 from shardlaunch.launcher.commands.report.charts import Line, chart, short
 from shardlaunch.launcher.commands.report.look import NUM_COLORS
-from shardlaunch.launcher.commands.report.parts import duration, grid, key, letter, table
+from shardlaunch.launcher.commands.report.parts import duration, grid, key, letter, named, table
 from shardlaunch.launcher.commands.report.reading import Medium, RunFacts
 from shardlaunch.launcher.option_fields import flag
 from shardlaunch.launcher.reporting.tracking import EMA_PREFIX, EVAL_PREFIX, EVAL_PREFIXES, TRAIN_PREFIX
 
 _NOT_CURVES = ("samples", "tokens", "step_s")
-_UNITS = {"loss": "loss per target", "lr": "learning rate", "grad_norm": "L2 norm of the gradient"}
+_UNITS = {"loss": "loss per target", "grad_norm": "L2 norm before clipping"}
 _TITLES = {"lr": "learning rate", "grad_norm": "gradient norm"}
 _MOST_CLASSES = 30
 _ABSENT = object()
@@ -44,7 +44,7 @@ def overview(runs: Sequence[RunFacts]) -> str:
         trained = sum(run.series["step_s"].values) if "step_s" in run.series else 0.0
         rows.append(
             [
-                f"{key(number)}{escape(run.name)}",
+                named(number, run.name),
                 escape(recipe),
                 _state(run),
                 best,
@@ -54,7 +54,7 @@ def overview(runs: Sequence[RunFacts]) -> str:
             ]
         )
     heads = ("run", "recipe", "state", "best", "last evaluation", "time in steps", "on")
-    return table(heads, rows, numbers=(5,))
+    return table(heads, rows, numbers=(5,), long=(4,))
 
 
 def _state(run: RunFacts) -> str:
@@ -161,13 +161,13 @@ def faults(runs: Sequence[RunFacts]) -> str:
         said += [escape(text) for text in run.problems]
         rows.append(
             [
-                f"{key(number)}{escape(run.name)}",
+                named(number, run.name),
                 f"{len(run.starts)}" if run.starts else "not recorded",
                 starts,
                 "<br>".join(said) or "none",
             ]
         )
-    return table(("run", "starts", "when", "faults, and what could not be read"), rows)
+    return table(("run", "starts", "when", "faults, and what could not be read"), rows, numbers=(1,), long=(2, 3))
 
 
 def matrices(runs: Sequence[RunFacts]) -> str:

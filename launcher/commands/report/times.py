@@ -7,7 +7,7 @@ from html import escape
 
 from shardlaunch.launcher.commands.report.charts import Line, chart, scaled
 from shardlaunch.launcher.commands.report.look import NUM_COLORS, PART_COLORS
-from shardlaunch.launcher.commands.report.parts import grid, key, letter, seconds, table
+from shardlaunch.launcher.commands.report.parts import grid, key, letter, named, seconds, table
 from shardlaunch.launcher.commands.report.reading import RunFacts, Series
 from shardlaunch.progress import PARTS, WAITING
 
@@ -63,7 +63,7 @@ def _row(number: int, run: RunFacts) -> list[str]:
     counted = sum(run.series.get(unit, Series()).values)
     memory = max(run.memory.values, default=0.0)
     return [
-        f"{key(number)}{escape(run.name)}",
+        named(number, run.name),
         seconds(statistics.median(step_s)),
         seconds(statistics.quantiles(step_s, n=20)[-1]) if len(step_s) >= _LEAST_TIMES else "",
         seconds(max(step_s)),
