@@ -6,6 +6,8 @@ from typing import Annotated
 
 import tyro
 
+from shardlaunch.errors import UserError
+
 _Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 _Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json")]
 
@@ -44,16 +46,33 @@ def predict(
     checkpoint: tyro.conf.Positional[Path],
     text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = (),
     file: Path | None = None,
+    data: str = "",
+    text_column: str = "",
+    output: Path | None = None,
     ema: bool = False,
 ) -> int:
     """Classify texts: print the label and all probabilities, or the number that a regression predicts.
+
+    With --data, write a table with all columns of the data, the label and the score of each class.
 
     Args:
         checkpoint: A checkpoint folder, or a run's output folder (its newest checkpoint).
         text: Texts to classify.
         file: File with one text per line.
+        data: Table of texts, a CSV, JSON lines or parquet file; needs --output.
+        text_column: Column of the texts in --data (default: as in training).
+        output: File to write the rows of --data to: .csv, .jsonl or .parquet.
         ema: Use the average of the weights that the run keeps (--ema, --ema-half-life, --swa-from).
     """
+    if data and (text or file):
+        raise UserError("--data: not with --text and --file; give one of them")
+    if data:
+        from shardlaunch.launcher.commands.predict_file import predict_rows
+
+        predict_rows(checkpoint, data=data, text_column=text_column, output=output, ema=ema)
+        return 0
+    if text_column or output:
+        raise UserError("--text-column, --output: only with --data")
     from shardlaunch.launcher.commands.predict import predict_texts
 
     predict_texts(checkpoint, texts=text, file=file, ema=ema)
