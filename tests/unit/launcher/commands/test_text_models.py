@@ -180,8 +180,8 @@ def test_rows_of_a_table_keep_their_columns(classifier: Path, tmp_path: Path) ->
         ]
 
     def refused(match: str, data: str = "texts.csv", output: str | None = "new.csv", **changed: Any) -> None:
+        out = tmp_path / output if output else None
         with pytest.raises(UserError, match=match):
-            out = tmp_path / output if output else None
             predict_rows(run, data=str(tmp_path / data), output=out, **{**options, **changed})
 
     refused("exists; choose another file", output="out.csv")
