@@ -127,9 +127,37 @@ def report(
     return write_report(runs, output=output)
 
 
+def export(
+    run: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    format_: Annotated[str, tyro.conf.arg(name="format", metavar="FORMAT")],
+    step: int | None = None,
+    ema: _Flag = False,
+    recipe: str = "",
+) -> int:
+    """Write a run's whole model for other tools, load it in a fresh process, and compare its outputs.
+
+    The outputs are those on batches of the run's evaluation data; the largest difference is printed. A model that
+    cannot be written in the format is refused with the reason, and nothing is written then. Sizes that change from
+    batch to batch, such as the number of samples, may be any in the exported model.
+
+    Args:
+        run: A run's output folder (its newest checkpoint, or that of --step), or a checkpoint folder.
+        out: Folder to write, which does not exist yet.
+        format_: hf (transformers models; adapters merged), safetensors (weights), torch-export, onnx or torchscript.
+        step: Step of the checkpoint.
+        ema: Use the average of the weights that the run keeps (--ema, --ema-half-life, --swa-from).
+        recipe: Recipe file or name, where the run's is not where it was.
+    """
+    from shardlaunch.launcher.commands.export.main import export_run
+
+    return export_run(run, out, kind=format_, step=step, ema=ema, recipe=recipe)
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "predict": predict,
     "generate": generate,
     "evaluate": evaluate,
     "report": report,
+    "export": export,
 }

@@ -44,6 +44,7 @@ class TrainedRun:
     recipe: Recipe
     fold: int | None
     warn: Callable[[str], None]
+    on_cpu: bool = False
 
     @property
     def where(self) -> Path:
@@ -57,8 +58,8 @@ class TrainedRun:
     @cached_property
     def world(self) -> World:
         """Return this process alone, on a GPU where there is one."""
-        has_gpu = torch.cuda.is_available() and not read_environment().use_cpu
-        return World(device=torch.device("cuda", 0) if has_gpu else torch.device("cpu"))
+        has_gpu = not self.on_cpu and torch.cuda.is_available() and not read_environment().use_cpu
+        return World(device=torch.device("cuda", 0)) if has_gpu else World()
 
     def load_data(self) -> RunData:
         """Return the run's own data, and warn where they are no longer those that it was trained and evaluated on."""
@@ -115,7 +116,9 @@ class TrainedRun:
             held[name].copy_(weight.read(0, weight.num_elements).view(weight.shape))
 
 
-def open_run(path: Path, *, step: int | None, recipe_path: str, warn: Callable[[str], None]) -> TrainedRun:
+def open_run(
+    path: Path, *, step: int | None, recipe_path: str, warn: Callable[[str], None], on_cpu: bool = False
+) -> TrainedRun:
     """Return the run at a path, at its newest valid checkpoint, or at one that is named, with its recipe and options.
 
     The path is an output folder or a checkpoint, `recipe_path` a recipe file or name in place of the run's. Raises
@@ -136,6 +139,7 @@ def open_run(path: Path, *, step: int | None, recipe_path: str, warn: Callable[[
         recipe=recipe_type(options),
         fold=fold - 1 if isinstance(fold, int) else None,
         warn=warn,
+        on_cpu=on_cpu,
     )
 
 
