@@ -134,4 +134,4 @@ def reason_of(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
-    return text[:_MOST_QUOTED].rstrip(". ")
+    return text[:_MOST_QUOTED].rstrip(".! ")

@@ -60,7 +60,8 @@ def export_run(path: Path, out: Path, *, kind: str, step: int | None, ema: bool,
         data = run.load_data()
         model = run.model(ema=ema)
         calls = _calls(run, data, model)
-        _merge_adapters(model)
+        if run.recipe.options.lora_rank:
+            _merge_adapters(model)
         plain = PlainModel(model, list(calls[0].tensors), calls[0].constants)
         expected = _expected(plain, calls)
         example = Example(inputs=calls[0].tensors, dynamic=_dynamic_axes(calls), output_names=plain.output_names)
@@ -125,8 +126,10 @@ def _calls(run: TrainedRun, data: RunData, model: nn.Module) -> list[Call]:
 
 def _merge_adapters(model: nn.Module) -> None:
     """Merge adapters of peft into the layers that they are beside."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for module in model.modules():
-        if hasattr(module, "merge") and hasattr(module, "lora_A"):
+        if isinstance(module, BaseTunerLayer):
             module.merge()
 
 
@@ -178,14 +181,10 @@ def _compare(
     given = {f"{number}/{name}": one for number, call in enumerate(calls) for name, one in call.tensors.items()}
     save_file({name: tensor.contiguous() for name, tensor in given.items()}, inputs)
     about = {"constants": calls[0].constants, "names": list(calls[0].tensors), "run": json.dumps(run)}
-    module = "shardlaunch.launcher.commands.export.reload"
-    command = [sys.executable, "-m", module, kind, str(folder), str(inputs), str(outputs), json.dumps(about)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        lines = [line for line in ended.stderr.strip().splitlines() if line.strip()]
+    if problem := in_fresh_process([kind, str(folder), str(inputs), str(outputs), json.dumps(about)]):
         raise UserError(
-            f"--format {kind}: the exported model cannot be used: {(lines or ['no message'])[-1][:400]}. It may "
-            f"hold for the shapes of one batch only"
+            f"--format {kind}: the exported model cannot be used: {problem[:400]}. It may hold for the shapes of one "
+            f"batch only"
         )
     found = grouped(load_file(outputs))
     differences = [
@@ -194,6 +193,14 @@ def _compare(
         for position, here in enumerate(outputs_here)
     ]
     return max(differences)
+
+
+def in_fresh_process(words: Sequence[str]) -> str:
+    """Run `export.reload` in a process of its own; return the last line of its error, empty if there is none."""
+    command = [sys.executable, "-m", "shardlaunch.launcher.commands.export.reload", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in ended.stderr.splitlines() if line.strip()] or [f"it ended with {ended.returncode}"]
+    return lines[-1] if ended.returncode else ""
 
 
 def _difference(kind: str, there: torch.Tensor, here: torch.Tensor) -> float:
