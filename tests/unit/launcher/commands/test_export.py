@@ -15,13 +15,14 @@ from shardlaunch import UserError
 from shardlaunch.launcher.commands.export import main as export
 from shardlaunch.launcher.commands.export import reload
 from shardlaunch.launcher.commands.export.formats import FORMATS
+from shardlaunch.launcher.commands.trained import open_run
 from shardlaunch.recipes.bert_imdb import BertImdb
 from tests.recipes import NUM_FEATURES, LinearNet, NetRecipe, run_well, save_small_bert
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of runs: of a net with a branch that depends on values, of one without, and of a small BERT."""
+    """Return a folder of runs: of a net with a branch on values, of one without, of a small BERT with adapters."""
     folder = tmp_path_factory.mktemp("runs")
     steps = ["--max-steps", "2", "--tracker", "none"]
     for recipe_type, name in ((NetRecipe, "branching"), (LinearNet, "linear")):
@@ -31,7 +32,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows.to_csv(folder / "films.csv", index=False)
     bert = ["--model", str(folder / "model"), "--data", str(folder / "films.csv"), "--max-length", "16"]
     sizes = ["--global-batch-size", "8", "--micro-batch-size", "4"]
-    run_well(BertImdb, [*steps, *bert, *sizes, "--output-dir", str(folder / "bert")])
     run_well(BertImdb, [*steps, *bert, *sizes, "--lora-rank", "2", "--output-dir", str(folder / "lora")])
     return folder
 
@@ -96,15 +96,22 @@ def test_a_branch_on_values_is_refused_with_the_reason(runs: Path, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("_in_this_process")
-def test_transformers_models(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("bert", "lora"):
-        out = exported(runs / name, tmp_path / name, "hf")
-        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in out.iterdir()}
-        assert not (out / "adapter_config.json").exists()
-    about = json.loads((exported(runs / "lora", tmp_path / "program", "torch-export") / "export.json").read_text())
-    shapes = {one["name"]: one["shape"] for one in about["inputs"]}
-    assert shapes == dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), [None, None])
-    assert (about["outputs"], about["class_names"]) == (["logits"], ["bad", "good"])
+def test_a_transformers_model_with_adapters_is_a_plain_one(runs: Path, tmp_path: Path) -> None:
+    out = exported(runs / "lora", tmp_path / "out", "hf")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in out.iterdir()}
+    assert not (out / "adapter_config.json").exists()
+
+    run = open_run(runs / "lora", step=None, recipe_path="", warn=pytest.fail, on_cpu=True)
+    data, batch = run.load_data(), {"input_ids": torch.tensor([[101, 2143, 102]])}
+    model = run.model()
+    calls = export._calls(run, data, model)
+    assert export._dynamic_axes(calls) == {name: [0, 1] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    with torch.no_grad():
+        before = model(**batch).logits
+        export._merge_adapters(model)
+        torch.testing.assert_close(model(**batch).logits, before)
+        layer = next(module for name, module in model.named_modules() if name.endswith("query"))
+        assert layer.merged
 
 
 @pytest.mark.usefixtures("_in_this_process")
