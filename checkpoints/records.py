@@ -172,6 +172,15 @@ class OptionRecord(Record):
     mark: Mark
 
 
+class RecipeFile(Record):
+    """Where the class of a run's recipe is declared."""
+
+    path: str
+    class_name: str
+    xxh3_128: str
+    """Of the file's content when the run began or was last resumed."""
+
+
 class RunRecord(IdentityRecord, kw_only=True):
     """run.json of an output folder."""
 
@@ -183,6 +192,26 @@ class RunRecord(IdentityRecord, kw_only=True):
     tracking_id: Annotated[str, Meta(pattern="^[0-9A-Za-z_-]{1,64}$")] | UnsetType = UNSET  # release 0.1.0 has none
     extended_to_steps: Count | UnsetType = UNSET
     left_out: list[LeftOut] = []
+    recipe_file: RecipeFile | UnsetType = UNSET  # a notebook has none, nor have runs of earlier versions
+
+
+class EvaluationRecord(Record):
+    """A file in evaluations/ of a run's folder, which `shardlaunch evaluate` writes."""
+
+    recipe: str
+    checkpoint: str
+    step: Count
+    weights: Literal["trained", "average"]
+    data: str
+    """What --data said; empty: the run's own data."""
+    split: str
+    num_samples: Count
+    fingerprint: str
+    class_names: list[str]
+    confusions: list[str]
+    """Names of the metrics that are confusion matrices."""
+    metrics: dict[str, Any]
+    versions: dict[str, str]
 
 
 _NAMES: Mapping[Any, str] = {
@@ -192,6 +221,7 @@ _NAMES: Mapping[Any, str] = {
     IndexRecord: "index of weights",
     RecipeRecord: "record of a recipe",
     RunRecord: "record of a run",
+    EvaluationRecord: "record of an evaluation",
 }
 
 

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from shardlaunch.launcher.commands.after_training import COMMANDS as AFTER_TRAINING
 from shardlaunch.launcher.commands.installed import find_recipe, list_recipes
 from shardlaunch.launcher.reporting.streams import open_closed_streams
 
@@ -24,6 +24,7 @@ _DESCRIPTION = f"""shardlaunch {version("shardlaunch")}: one run, any shards.
   shardlaunch parity --find my_recipe.py
   shardlaunch predict outputs/bert_imdb-demo --text "a wonderful film"
   shardlaunch generate outputs/gpt_lm-demo --prompt "The film" --temperature 0.8
+  shardlaunch evaluate outputs/bert_imdb-demo --data reviews.csv
   shardlaunch ckpt list outputs/bert_imdb-demo
   shardlaunch doctor bert_imdb --ranks 2 -- --preset demo
   shardlaunch plan gpt_lm --ranks 64 --gpu-memory 80 -- --preset demo
@@ -137,57 +138,6 @@ def main() -> None:
             path, recipe_argv, ranks=counts, steps=steps, strategies=strategies, tolerance=tolerance
         )
 
-    def predict(
-        checkpoint: tyro.conf.Positional[Path],
-        text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = (),
-        file: Path | None = None,
-        ema: bool = False,
-    ) -> int:
-        """Classify texts: print the label and all probabilities, or the number that a regression predicts.
-
-        Args:
-            checkpoint: A checkpoint folder, or a run's output folder (its newest checkpoint).
-            text: Texts to classify.
-            file: File with one text per line.
-            ema: Use the average of the weights that the run keeps (--ema, --ema-half-life, --swa-from).
-        """
-        refuse_recipe_words("predict")
-        from shardlaunch.launcher.commands.predict import predict_texts
-
-        predict_texts(checkpoint, texts=text, file=file, ema=ema)
-        return 0
-
-    def generate(
-        checkpoint: tyro.conf.Positional[Path],
-        prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = (),
-        file: Path | None = None,
-        max_new_tokens: int = 100,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        num_beams: int = 0,
-        seed: int = 0,
-        ema: bool = False,
-    ) -> int:
-        """Generate texts with a language model: continuations of prompts, or outputs of an encoder-decoder.
-
-        Args:
-            checkpoint: A checkpoint folder, or a run's output folder (its newest checkpoint).
-            prompt: Texts to continue, translate or summarize.
-            file: File with one prompt per line.
-            max_new_tokens: Maximum number of tokens to generate.
-            temperature: Sampling temperature (0: always the most probable token).
-            top_k: Sample from the N most probable tokens (0: from all).
-            num_beams: Beams of a beam search (0: as in the checkpoint, else one).
-            seed: Random seed for sampling.
-            ema: Use the average of the weights that the run keeps (--ema, --ema-half-life, --swa-from).
-        """
-        refuse_recipe_words("generate")
-        from shardlaunch.launcher.commands.generate import Sampling, generate_texts
-
-        sampling = Sampling(temperature=temperature, top_k=top_k, num_beams=num_beams, seed=seed)
-        generate_texts(checkpoint, prompts=prompt, file=file, max_new_tokens=max_new_tokens, sampling=sampling, ema=ema)
-        return 0
-
     def ckpt() -> int:
         """List, verify, show, compare, export, average, prune and copy checkpoints; see `shardlaunch ckpt --help`."""
         refuse_recipe_words("ckpt")
@@ -286,13 +236,14 @@ def main() -> None:
         "run": run,
         "recipes": recipes,
         "parity": parity,
-        "predict": predict,
-        "generate": generate,
+        **AFTER_TRAINING,
         "ckpt": ckpt,
         "doctor": doctor,
         "plan": plan,
     }
     try:
+        if argv and argv[0] in AFTER_TRAINING:
+            refuse_recipe_words(argv[0])
         if argv[:1] == ["ckpt"]:  # it has commands of its own
             status = ckpt()
         else:

@@ -1,16 +1,68 @@
-"""`shardlaunch predict`: predictions of a text classification checkpoint."""
+"""`shardlaunch predict`: predictions of a text classification checkpoint, of texts or of the rows of a file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from shardlaunch.checkpoints.reader import Checkpoint
 from shardlaunch.errors import UserError, printable
 from shardlaunch.launcher.commands.adapters import model_of
 from shardlaunch.launcher.commands.text_models import all_texts, in_use, open_text_model
 from shardlaunch.launcher.toolkit.families import CLASSIFIERS
 
 BATCH_SIZE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A text classifier, or a regression, of a checkpoint."""
+
+    checkpoint: Checkpoint
+    tokenizer: Any
+    model: Any
+    max_length: int | None
+
+    @property
+    def is_regression(self) -> bool:
+        return bool(self.model.config.problem_type == "regression")
+
+    @property
+    def labels(self) -> list[str]:
+        """Return the names of the classes by number."""
+        config = self.model.config
+        return [str(config.id2label.get(number, number)) for number in range(config.num_labels)]
+
+    def predictions(self, texts: Sequence[str]) -> Iterator[list[float]]:
+        """Yield the probabilities of each text's classes, or the one number that a regression predicts."""
+        size = (
+            BATCH_SIZE if self.model.config.model_type in CLASSIFIERS else 1
+        )  # padding may change what others predict
+        for first in range(0, len(texts), size):
+            chunk = list(texts[first : first + size])
+            with torch.no_grad(), in_use(self.checkpoint):
+                inputs = self.tokenizer(
+                    chunk, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+                )
+                logits = self.model(**inputs).logits.float()
+                yield from (logits[:, :1] if self.is_regression else logits.softmax(dim=-1)).tolist()
+
+
+def open_classifier(path: Path, *, ema: bool) -> Classifier:
+    """Return the text classifier of a checkpoint, with `ema` with the average of its weights.
+
+    Raises UserError where there is no valid checkpoint of a text classifier.
+    """
+    checkpoint, tokenizer = open_text_model(path, kind="text classifier")
+    from transformers import AutoModelForSequenceClassification
+
+    model = model_of(checkpoint, AutoModelForSequenceClassification, kind="text classifier", ema=ema)
+    max_length = checkpoint.recipe.options.get("max_length")
+    if not (max_length is None or (type(max_length) is int and max_length > 0)):
+        raise UserError(f"{checkpoint.step_dir}: its recipe.json has the max_length {max_length!r}")
+    return Classifier(checkpoint=checkpoint, tokenizer=tokenizer, model=model, max_length=max_length)
 
 
 def predict_texts(path: Path, *, texts: Sequence[str], file: Path | None, ema: bool = False) -> None:
@@ -20,26 +72,11 @@ def predict_texts(path: Path, *, texts: Sequence[str], file: Path | None, ema: b
     Raises UserError when there is no text, or no valid checkpoint of a text classifier.
     """
     texts = all_texts(texts, file, flag="--text")
-    checkpoint, tokenizer = open_text_model(path, kind="text classifier")
-    from transformers import AutoModelForSequenceClassification
-
-    model = model_of(checkpoint, AutoModelForSequenceClassification, kind="text classifier", ema=ema)
-    max_length = checkpoint.recipe.options.get("max_length")
-    if not (max_length is None or (type(max_length) is int and max_length > 0)):
-        raise UserError(f"{checkpoint.step_dir}: its recipe.json has the max_length {max_length!r}")
-    is_regression = model.config.problem_type == "regression"
-    names = (model.config.id2label.get(number, number) for number in range(model.config.num_labels))
-    labels = [printable(str(name), is_name=True) for name in names]
-    size = BATCH_SIZE if model.config.model_type in CLASSIFIERS else 1  # padding may change what others predict
-    for first in range(0, len(texts), size):
-        chunk = texts[first : first + size]
-        with torch.no_grad(), in_use(checkpoint):
-            inputs = tokenizer(chunk, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-            logits = model(**inputs).logits.float()
-            rows = (logits[:, 0] if is_regression else logits.softmax(dim=-1)).tolist()
-        for text, row in zip(chunk, rows, strict=True):
-            found = f"{row:.4f}" if is_regression else _classes(labels, row)
-            print(f"{found}\t{printable(text, is_name=True)}")  # each text on its line, in its column
+    classifier = open_classifier(path, ema=ema)
+    labels = [printable(name, is_name=True) for name in classifier.labels]
+    for text, row in zip(texts, classifier.predictions(texts), strict=True):
+        found = f"{row[0]:.4f}" if classifier.is_regression else _classes(labels, row)
+        print(f"{found}\t{printable(text, is_name=True)}")  # each text on its line, in its column
 
 
 def _classes(labels: Sequence[str], probabilities: Sequence[float]) -> str:

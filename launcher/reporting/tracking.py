@@ -1,7 +1,7 @@
 """Metrics on disk: metrics.jsonl, one JSON object per line."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from shardlaunch.checkpoints.records import DIGESTS, MOST_BYTES, DamagedRecord, 
 from shardlaunch.launcher.reporting.lasting import LastingFile
 
 METRICS_FILE = "metrics.jsonl"
+EVALUATIONS = "evaluations"
+"""Folder in that of a run, with one file per evaluation of `shardlaunch evaluate`."""
 EVAL_PREFIX = "eval/"
 TRAIN_PREFIX = "train/"
 """Of what a recipe logs in training."""
@@ -77,15 +79,19 @@ def is_evaluation(line: Mapping[str, Any]) -> bool:
 
 
 def read_metrics(output_dir: Path, *, warn: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, without a last one that a crash cut short.
+    """Return the lines of a run's metrics.jsonl, as `metrics_lines` yields them."""
+    return list(metrics_lines(output_dir, warn=warn))
+
+
+def metrics_lines(output_dir: Path, *, warn: Callable[[str], None] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a run's metrics.jsonl, without a last one that a crash cut short.
 
     `warn` (default: a Python warning) gets a message on any other line that is damaged, and so left out. Raises
     UserError if it is no regular file.
     """
     path = output_dir / METRICS_FILE
     if not is_there(path):
-        return []
-    lines = []
+        return
     with open_regular(path) as raw, naming(path), open(raw.fileno(), "rb", closefd=False) as file:
         for number in count(1):
             text = file.readline(MOST_BYTES)
@@ -94,10 +100,9 @@ def read_metrics(output_dir: Path, *, warn: Callable[[str], None] | None = None)
                     raise DamagedRecord(f"{path}: line {number} has no end. Move the file away, to go on without it")
                 break
             try:
-                lines.append(read_metrics_line(path, text))
+                yield read_metrics_line(path, text)
             except DamagedRecord as error:
                 (warn or warnings.warn)(f"line {number} is left out: {error}")
-    return lines
 
 
 def recorded_digests(output_dir: Path, *, warn: Callable[[str], None] = lambda text: None) -> dict[int, dict[str, Any]]:

@@ -1,7 +1,8 @@
 """The last lines of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from shardlaunch.checkpoints.files import error_text, is_transient, retried
 from shardlaunch.checkpoints.records import Position
@@ -35,9 +36,14 @@ def show_result(display: Display, result: Result, recipe: Recipe, *, best_step: 
         display,
         evaluation=result.evaluations[-1] if result.evaluations else {},
         class_names=recipe.class_names,
-        confusions=[name for name, metric in metrics.items() if "ConfusionMatrix" in type(metric).__name__],
+        confusions=confusion_names(metrics),
         signatures={name: metric.signature for name, metric in metrics.items() if hasattr(metric, "signature")},
         best=best,
         last=result.last_checkpoint,
         usage=recipe.usage(shown) if shown is not None else "",
     )
+
+
+def confusion_names(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the names of the metrics that are confusion matrices."""
+    return [name for name, metric in metrics.items() if "ConfusionMatrix" in type(metric).__name__]

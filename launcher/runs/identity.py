@@ -2,9 +2,11 @@
 
 import json
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,10 +14,11 @@ import numpy as np
 import torch
 import xxhash
 
-from shardlaunch.checkpoints.records import IdentityRecord, LeftOut, as_written
+from shardlaunch.checkpoints.records import IdentityRecord, LeftOut, RecipeFile, as_written
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.optimization.lora import LoraOptions
 from shardlaunch.launcher.options import Options, flag, marks
+from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.seeding import seeded
 from shardlaunch.launcher.training.fetching import row_of
 
@@ -137,9 +140,10 @@ def run_identity(
 
 
 def run_record(
-    identity: Identity, options: Options, ranks: int, strategy: str, *, extended_to: int, left_out: Sequence[LeftOut]
+    identity: Identity, recipe: Recipe, ranks: int, strategy: str, *, extended_to: int, left_out: Sequence[LeftOut]
 ) -> dict[str, Any]:
     """Return the content of run.json. `extended_to`: the last step of a run that is extended, else 0."""
+    options, file = recipe.options, recipe_file(type(recipe))
     extended = {"extended_to_steps": extended_to} if extended_to else {}
     return {
         **identity.to_json(),
@@ -152,7 +156,20 @@ def run_record(
         "machine": {"python": platform.python_version(), "processor": platform.machine()},
         **extended,
         **({"left_out": msgspec.to_builtins(left_out)} if left_out else {}),
+        **({"recipe_file": msgspec.to_builtins(file)} if file is not None else {}),
     }
+
+
+def recipe_file(recipe_type: type[Recipe]) -> RecipeFile | None:
+    """Return where a recipe is declared, None where that is no file that can be read, as in a notebook."""
+    path = Path(getattr(sys.modules[recipe_type.__module__], "__file__", None) or "")
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    return RecipeFile(
+        path=str(path.absolute()), class_name=recipe_type.__name__, xxh3_128=xxhash.xxh3_128_hexdigest(content)
+    )
 
 
 def option_values(options: Options) -> dict[str, Any]:

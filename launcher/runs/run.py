@@ -270,7 +270,7 @@ class Run:
     def _write_run(self) -> None:
         record = run_record(
             self.identity,
-            self.options,
+            self.recipe,
             self.world.size,
             self.strategy_name,
             extended_to=self.data.extended_to(self.position.step),

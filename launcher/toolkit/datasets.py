@@ -29,6 +29,7 @@ from shardlaunch.launcher.toolkit.files import (
     paths_of,
     refuse_unread,
 )
+from shardlaunch.launcher.toolkit.other_data import with_other_rows
 from shardlaunch.launcher.toolkit.tables import ReadFile, read_file
 
 LONGEST_PATH = 4096
@@ -59,15 +60,22 @@ def load_splits(
     when the source is not found or not readable, and for files that would not be read.
     """
     options = options or FileOptions()
-    paths = paths_of(source)
+    splits = _own_splits(source, columns, options, seed=seed, eval_split=eval_split, of_texts=of_texts)
+    return with_other_rows(splits, columns=columns, options=options, of_texts=of_texts)
+
+
+def _own_splits(
+    source: str,
+    columns: Mapping[str, ColumnKind] | None,
+    options: FileOptions,
+    *,
+    seed: int,
+    eval_split: str,
+    of_texts: bool,
+) -> dict[str, Any]:
     if options.group_column and columns is not None:
         columns = {options.group_column: "text", **columns}
-    if not paths:
-        _refuse_file_options(options, "ignore_files", "delimiter", "encoding", where=f"--data {source} is on the hub")
-        splits = _load_hub(source)
-        current().data.append(f"{source} (Hugging Face Hub)")
-    else:
-        splits = _load_paths(source, paths, columns, options, of_texts=of_texts)
+    splits = load_source(source, columns, options, of_texts=of_texts)
     if "train" not in splits:
         raise UserError(f"--data {source}: no training data; it has {', '.join(splits)}")
     if eval_split and eval_split not in splits:
@@ -91,6 +99,19 @@ def load_splits(
             current().splits[name] = f"{counted(len(split), 'row')}, all of {origin}"
         return chosen
     return _with_held_out(chosen["train"], seed, labels[0] if labels else None, source=source)
+
+
+def load_source(
+    source: str, columns: Mapping[str, ColumnKind] | None, options: FileOptions, *, of_texts: bool = False
+) -> dict[str, Any]:
+    """Return all data sets of a source by the names that they have there. Raises UserError as `load_splits` does."""
+    paths = paths_of(source)
+    if paths:
+        return _load_paths(source, paths, columns, options, of_texts=of_texts)
+    _refuse_file_options(options, "ignore_files", "delimiter", "encoding", where=f"--data {source} is on the hub")
+    splits = _load_hub(source)
+    current().data.append(f"{source} (Hugging Face Hub)")
+    return splits
 
 
 def _refuse_file_options(options: FileOptions, *names: str, where: str) -> None:

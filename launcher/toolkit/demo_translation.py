@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 from shardlaunch.launcher.reporting.notes import current
+from shardlaunch.launcher.toolkit.other_data import with_other_rows
 
 NUM_TRAIN = 8000
 NUM_EVAL = 200
@@ -67,10 +68,8 @@ def toy_translations() -> dict[str, Any]:
     current().data.append("sentences of a small grammar")
     current().splits |= {"train": f"{NUM_TRAIN:,} rows", "eval": f"{NUM_EVAL:,} other rows"}
     rows = datasets.Dataset.from_dict({"de": list(pairs), "en": list(pairs.values())})
-    return {
-        "train": rows.select(range(NUM_TRAIN)),
-        "eval": rows.select(range(NUM_TRAIN, NUM_TRAIN + NUM_EVAL)),
-    }
+    splits = {"train": rows.select(range(NUM_TRAIN)), "eval": rows.select(range(NUM_TRAIN, NUM_TRAIN + NUM_EVAL))}
+    return with_other_rows(splits, columns={"de": "text", "en": "text"})
 
 
 def _sentence(rng: random.Random) -> tuple[str, str]:

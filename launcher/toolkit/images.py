@@ -20,6 +20,7 @@ from shardlaunch.launcher.toolkit.columns import class_names, select_columns
 from shardlaunch.launcher.toolkit.datasets import load_splits
 from shardlaunch.launcher.toolkit.derived import derived
 from shardlaunch.launcher.toolkit.files import FileOptions
+from shardlaunch.launcher.toolkit.other_data import numbered, other_rows
 from shardlaunch.launcher.toolkit.pixels import MODES, WORDS, in_mode, opened, upright
 
 _GRAY = 128
@@ -61,12 +62,9 @@ def load_images(options: ImageOptions, *, size: int, num_channels: int) -> tuple
         ]
         if unused:
             raise UserError(f"{', '.join(unused)}: has no effect with --data demo; remove it")
-        return demo_data.digits(size=size, num_channels=num_channels), [str(digit) for digit in range(10)]
+        return _demo_digits(options, size=size, num_channels=num_channels)
     splits = load_splits(source, seed=options.seed, columns=_columns(options), options=options)
-    names = splits["train"].column_names
-    column = options.image_column or ("img" if "img" in names and "image" not in names else "image")
-    columns = {"image": column, "label": options.label_column, **options.groups()}
-    splits = select_columns(splits, columns, source=source)
+    splits, column = _selected(splits, options, source)
     splits, classes = class_names(splits, source=source, called=options.label_column)
     decoded = {
         name: _decoded(
@@ -79,6 +77,32 @@ def load_images(options: ImageOptions, *, size: int, num_channels: int) -> tuple
         for name, split in splits.items()
     }
     return decoded, classes
+
+
+def _selected(splits: Mapping[str, Any], options: ImageOptions, source: str) -> tuple[dict[str, Any], str]:
+    """Return the splits with the columns `image` and `label`, and what the first is called in the data."""
+    names = splits["train"].column_names
+    column = options.image_column or ("img" if "img" in names and "image" not in names else "image")
+    columns = {"image": column, "label": options.label_column, **options.groups()}
+    return select_columns(splits, columns, source=source), column
+
+
+def _demo_digits(options: ImageOptions, *, size: int, num_channels: int) -> tuple[dict[str, TensorData], list[str]]:
+    """Return the demo's digits, or in an evaluation on other data these as `eval`, and the names of the classes."""
+    classes = [str(digit) for digit in range(10)]
+    digits = demo_data.digits(size=size, num_channels=num_channels)
+    rows = other_rows(columns=_columns(options), options=options)
+    if rows is not None:
+        rows = numbered(rows, options.label_column, classes, source="the evaluation's data")
+        selected, column = _selected({"train": rows}, options, "the evaluation's data")
+        digits["eval"] = _decoded(
+            selected["train"],
+            size=size,
+            num_channels=num_channels,
+            convert=options.convert_images,
+            where=f"--data: column {column!r}",
+        )
+    return digits, classes
 
 
 def _columns(options: ImageOptions) -> dict[str, ColumnKind]:

@@ -24,6 +24,8 @@ from shardlaunch.sharding.heartbeats import Beat, Heartbeats, process_of
 from shardlaunch.sharding.world import World
 
 REPORT = "report.txt"
+HANGS = "hangs"
+"""Folder in that of a run, with a file per rank that came to a stop."""
 MOST_REPORTING_S = 30.0  # also if the disk is what hangs
 OTHERS_KNOW_S = 5.0
 DUMP_S = 0.5

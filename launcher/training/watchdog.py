@@ -16,7 +16,7 @@ from types import FrameType
 import psutil
 
 from shardlaunch.launcher.training.hang import Seen, hung
-from shardlaunch.launcher.training.hang_report import Hang, Memory, end_run, local_stopped, place_of
+from shardlaunch.launcher.training.hang_report import HANGS, Hang, Memory, end_run, local_stopped, place_of
 from shardlaunch.progress import DATA, progress
 from shardlaunch.sharding.heartbeats import (
     Beat,
@@ -235,7 +235,7 @@ def watched(world: World, *, after_s: float, output_dir: Path) -> Iterator[None]
     if not after_s:
         yield
         return
-    watchdog = Watchdog(world, after_s=after_s, hangs_dir=output_dir / "hangs")
+    watchdog = Watchdog(world, after_s=after_s, hangs_dir=output_dir / HANGS)
     watchdog.start()
     try:
         yield

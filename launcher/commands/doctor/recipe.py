@@ -62,6 +62,15 @@ def load_command(path: Path, argv: Sequence[str]) -> tuple[Command | None, list[
     from shardlaunch.launcher.command_line.parsing import parse_options
     from shardlaunch.launcher.recipe import options_type_of, recipe_name
 
+    recipe_type, findings = load_recipe(path)
+    if recipe_type is None:
+        return None, findings
+    options = parse_options(options_type_of(recipe_type), recipe_type.presets, argv, program=path.name, description="")
+    return Command(recipe_type=recipe_type, options=options, name=recipe_name(recipe_type)), []
+
+
+def load_recipe(path: Path, class_name: str = "") -> tuple[type[Recipe] | None, list[Finding]]:
+    """Import a recipe file and return its class: the one of a name, or the last. None with a finding where it fails."""
     spec = importlib.util.spec_from_file_location(_MODULE, path)
     assert spec is not None
     assert spec.loader is not None
@@ -81,10 +90,9 @@ def load_command(path: Path, argv: Sequence[str]) -> tuple[Command | None, list[
     ]
     if not recipes:
         return None, [problem(f"{path}: declares no recipe", "derive a class from shardlaunch.Recipe, and launch it")]
+    named = [one for one in recipes if one.__name__ == class_name]
     leaves = [one for one in recipes if not any(other is not one and issubclass(other, one) for other in recipes)]
-    recipe_type = max(leaves, key=lambda one: inspect.getsourcelines(one)[1])
-    options = parse_options(options_type_of(recipe_type), recipe_type.presets, argv, program=path.name, description="")
-    return Command(recipe_type=recipe_type, options=options, name=recipe_name(recipe_type)), []
+    return max(named or leaves, key=lambda one: inspect.getsourcelines(one)[1]), []
 
 
 def count_parameters(command: Command) -> tuple[int, list[Finding]]:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ from shardlaunch.checkpoints.state import EMA, whole
 from shardlaunch.checkpoints.writer import save
 from shardlaunch.launcher.commands.generate import Sampling, generate_texts
 from shardlaunch.launcher.commands.predict import predict_texts
+from shardlaunch.launcher.commands.predict_file import predict_rows
 from shardlaunch.text import save_config, train_tokenizer
 from tests.faults.records import change_json
 from tests.unit.checkpoints.saved import sign
@@ -152,3 +154,39 @@ def test_a_file_that_says_something_else_is_no_traceback(
         except UserError:
             refused += 1
     assert refused
+
+
+def test_rows_of_a_table_keep_their_columns(classifier: Path, tmp_path: Path) -> None:
+    run = classifier.parents[1] if classifier.name.startswith("step") else classifier
+    rows = pd.DataFrame({"number": ["007", "8"], "text": list(TEXTS), "note": ["a, b", "None"]})
+    rows.to_csv(tmp_path / "texts.csv", index=False)
+    rows.to_json(tmp_path / "texts.jsonl", orient="records", lines=True)
+    rows.to_parquet(tmp_path / "texts.parquet")
+    options: dict[str, Any] = {"text_column": "", "ema": False}
+    for kind in ("csv", "jsonl", "parquet"):
+        predict_rows(run, data=str(tmp_path / f"texts.{kind}"), output=tmp_path / f"out.{kind}", **options)
+    found = [
+        pd.read_csv(tmp_path / "out.csv", dtype={"number": str}, keep_default_na=False),
+        pd.read_json(tmp_path / "out.jsonl", lines=True, dtype={"number": str}),
+        pd.read_parquet(tmp_path / "out.parquet"),
+    ]
+    scores = [f"score_{name}" for name in LABELS.values()]
+    for table in found:
+        assert [*table.columns] == [*rows.columns, "predicted_label", *scores]
+        pd.testing.assert_frame_equal(table[[*rows.columns]], rows, check_dtype=False)
+        assert table[scores].sum(axis=1).tolist() == pytest.approx([1, 1], abs=1e-6)
+        assert table["predicted_label"].tolist() == [
+            LABELS[int(row.to_numpy().argmax())] for _, row in table[scores].iterrows()
+        ]
+
+    def refused(match: str, data: str = "texts.csv", output: str | None = "new.csv", **changed: Any) -> None:
+        out = tmp_path / output if output else None
+        with pytest.raises(UserError, match=match):
+            predict_rows(run, data=str(tmp_path / data), output=out, **{**options, **changed})
+
+    refused("exists; choose another file", output="out.csv")
+    refused("needs --output FILE", output=None)
+    refused("must end in .csv, .jsonl, .parquet", output="out.xlsx")
+    refused("no column 'words'; it has 'number', 'text', 'note'", text_column="words")
+    refused("has a column 'predicted_label' already", data="out.csv")
+    assert not (tmp_path / "new.csv").exists()

@@ -1,0 +1,1 @@
+"""`shardlaunch report`: runs side by side on one page."""
