@@ -21,6 +21,7 @@ from shardlaunch.launcher.optimization.optimizers import OptimizerOptions, build
 from shardlaunch.launcher.optimization.schedules import ScheduleOptions, scheduled
 from shardlaunch.launcher.options import Options, flag
 from shardlaunch.launcher.order import Order
+from shardlaunch.launcher.step import Loss, Step
 from shardlaunch.launcher.tensor_data import TensorData
 
 
@@ -148,8 +149,8 @@ class Recipe(Logs, RunHooks):
         """
         return samples if isinstance(samples, Mapping) else collated(samples)
 
-    def num_targets(self, batch: Any) -> int:
-        """Return the number of targets that the loss of this batch sums over.
+    def num_targets(self, batch: Any) -> int | Mapping[str, int]:
+        """Return the number of targets that the loss of this batch sums over; of several losses, numbers by name.
 
         By default, all integer labels that are not -100 (the `ignore_index` of torch's cross entropy); other labels
         count one per row. Raises UserError for several non-integer labels per row, which may be one target or several.
@@ -168,8 +169,12 @@ class Recipe(Logs, RunHooks):
         """
         return model_outputs(model, batch)
 
-    def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
-        """Return the SUM of the loss over the batch's targets, a scalar. The launcher divides by the target count."""
+    def loss(self, outputs: Any, batch: Any) -> Loss:
+        """Return the SUM of the loss over the batch's targets, a scalar. The launcher divides by the target count.
+
+        Or several sums by name: each is divided by its own count if `num_targets` returns counts by name, and logged
+        under its name; what is trained is their sum.
+        """
         raise NotImplementedError
 
     def metrics(self) -> Mapping[str, Any]:
@@ -181,10 +186,20 @@ class Recipe(Logs, RunHooks):
         for metric in metrics.values():
             metric.update(getattr(outputs, "logits", outputs), batch["labels"])
 
-    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    def step(self, step: Step) -> None:
+        """Train on one global batch: update as often as wanted, by losses and optimizers of your own.
+
+        By default one update by `forward` and `loss`.
+        """
+        step.update()
+
+    def optimizer(
+        self, parameters: Iterable[tuple[str, nn.Parameter]]
+    ) -> torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer]:
         """Return the optimizer of the named trainable parameters; its learning rates are the peak of the schedule.
 
-        By default the optimizer of --optimizer.
+        Or several by name, each of other parameters, for a `step` that names them. By default the optimizer of
+        --optimizer.
         """
         return build_optimizer(parameters, self.options)
 
@@ -220,6 +235,11 @@ def options_type_of(recipe_type: type[Recipe]) -> type[Options]:
     """Return the class of a recipe's options: the annotation of `options`."""
     options_type: type[Options] = get_type_hints(recipe_type)["options"]
     return options_type
+
+
+def has_own_step(recipe_type: type[Recipe]) -> bool:
+    """Return whether a recipe decides itself which updates a step has."""
+    return recipe_type.step is not Recipe.step
 
 
 def check_in_effect(recipe: Recipe) -> None:
