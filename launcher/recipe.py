@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, get_type_hints
 
 import numpy as np
@@ -55,6 +56,8 @@ class Recipe(Logs, RunHooks):
     moment: Moment = Moment()
     """Where the run is, for weights of the loss that ramp up, temperatures and the like: a value derived from it is
     the same after a resume, one that the recipe counts itself is not. Set before each micro-batch."""
+    reference: Mapping[str, nn.Module] = MappingProxyType({})
+    """The models of `references`, once they are built."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named sets of option defaults, selected with --preset."""
     best_metric: str = "loss"
@@ -101,6 +104,14 @@ class Recipe(Logs, RunHooks):
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         """Return pretrained weights by parameter name; other parameters are newly initialized."""
+        return {}
+
+    def references(self) -> Mapping[str, nn.Module]:
+        """Return models that are used and not trained, by name: teachers, reference models.
+
+        Called before `model`. Each rank keeps them whole, as `self.reference[name]`, in evaluation mode and without
+        gradients for their parameters. No checkpoint holds them; their digests are part of what the run is.
+        """
         return {}
 
     def lengths(self, dataset: Any) -> np.ndarray | None:

@@ -23,6 +23,7 @@ from shardlaunch.launcher.runs.model import (
     build_model,
     non_persistent_buffers_digest,
 )
+from shardlaunch.launcher.runs.references import check_references
 from shardlaunch.launcher.runs.start_values import RecordedModel, record_model, start_values
 from shardlaunch.sharding.initial_weights import InitialWeights
 from shardlaunch.sharding.optimizers import Optimizers, optimizers_by_name
@@ -129,6 +130,7 @@ def assemble(
             strategy.keep_average(is_exact=options.exact)
         if initial is not None and not (adapters is not None and is_resumed):
             strategy.restore(initial)
+    check_references(recipe, model, len(strategy.replicas))
     if options.compile:
         for replica in strategy.replicas:
             replica.compile()

@@ -21,6 +21,7 @@ from shardlaunch.launcher.training.batches import Batches, GlobalBatch
 from shardlaunch.launcher.training.clock import Clock
 from shardlaunch.launcher.training.evaluation import Evaluation, Evaluator
 from shardlaunch.launcher.training.log_sums import LogSums
+from shardlaunch.launcher.training.references import ReferencesStay
 from shardlaunch.launcher.training.slow_ranks import PartTimes, slowest, spread
 from shardlaunch.launcher.training.step_sums import CountedBatch, StepSums
 from shardlaunch.launcher.training.stopping import Asked, BrokenOff, Polls, Requests
@@ -121,6 +122,7 @@ class Trainer:
         batches = self.batches.steps(position.step, end)
         upcoming = self.sums.counted(next(batches, None))
         self.updater.judge.restore(position.recent_losses)
+        references = ReferencesStay(self.recipe)
         left_out = {step for each in position.left_out for step in range(each.first, each.last + 1)}
         while upcoming.batch is not None:
             self.requests.time_left.step_begins()
@@ -145,9 +147,11 @@ class Trainer:
                     specs = [fragment.spec for fragment in self.strategy.state()]
                     to_come = self.averaging.bytes_to_come(specs)
                     self.hooks.on_first_state(sum(spec.num_bytes for spec in specs) + to_come)
-                    is_first = False
                 self.requests.time_left.step_took(report.step_s)
                 self.hooks.on_step(position.step, report)
+                if is_first:
+                    references.check()
+                    is_first = False
             cause = self._end_step(position, end, upcoming.asked)
             if cause or position.is_finished:
                 return cause
