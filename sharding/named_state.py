@@ -127,8 +127,9 @@ def named_state(
     """
     for name, tensor in (*model.named_parameters(), *persistent_buffers(model).items()):
         yield fragment(name, tensor, part=part_of(tensor))
+    state = optimizer.state
     for name, parameter in model.named_parameters():
-        for entry, value in optimizer.state.get(optimized(parameter), {}).items():
+        for entry, value in state.get(optimized(parameter), {}).items():
             if isinstance(value, torch.Tensor) and value.dtype in DTYPE_NAMES:
                 part = part_of(parameter) if value.shape == parameter.shape else None
                 yield fragment(name, value, section=OPTIMIZER, entry=entry, part=part)

@@ -1,6 +1,5 @@
 """Several optimizers, each of a part of the parameters, that strategies and checkpoints take for one."""
 
-from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,9 +23,9 @@ class Optimizers(torch.optim.Optimizer):
         return [group for optimizer in self.by_name.values() for group in optimizer.param_groups]
 
     @property
-    def state(self) -> ChainMap[Any, Any]:  # type: ignore[override]
+    def state(self) -> dict[torch.Tensor, Any]:  # type: ignore[override]
         """Return the state of all parameters."""
-        return ChainMap(*(optimizer.state for optimizer in self.by_name.values()))
+        return {parameter: its for one in self.by_name.values() for parameter, its in one.state.items()}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of all parameters."""
