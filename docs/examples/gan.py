@@ -60,7 +60,8 @@ class GanRecipe(Recipe):
         def critic_loss(model, batch):
             real = batch["points"]
             fake, of_fake = model(noise=torch.randn(len(real), 8, device=real.device))
-            between = torch.lerp(real, fake, torch.rand(len(real), 1, device=real.device)).detach().requires_grad_()
+            mixed = real + torch.rand(len(real), 1, device=real.device) * (fake.detach() - real)
+            between = mixed.requires_grad_()
             slope = step.gradient_of(model(points=between)[1], between).norm(dim=1)
             penalty = self.options.penalty * (slope - 1).square().sum()
             return {"distance": (of_fake - model(points=real)[1]).sum(), "penalty": penalty}

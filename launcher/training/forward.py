@@ -58,6 +58,11 @@ def forward(
     Without `denominators`, several losses are added up. Raises UserError when the recipe's loss is not a scalar, or its
     forward() bypasses a sharded model.
     """
+    if loss_of is None and type(recipe).loss is Recipe.loss:
+        raise UserError(
+            "the recipe defines no loss(): it is needed to evaluate, and for updates without a loss of their own. "
+            "Define it, or return no data 'eval' and use no --folds"
+        )
     inputs = to_device(micro_batch.inputs, device)
     outputs: Any = None
     with precision.forward_context(), collecting(recipe) as logged:

@@ -150,6 +150,8 @@ class Updates(Step):
                 "gradient_of(): not under zero3, which has dropped the weights before the second backward pass; use "
                 "--strategy fsdp2, or zero2"
             )
+        if self._run.options.compile:
+            raise UserError("gradient_of(): not with --compile, which cannot differentiate twice; remove it")
         if not inputs.requires_grad:
             raise UserError(
                 "gradient_of(): its inputs need no gradient; call requires_grad_() on them before the model takes them"
@@ -277,6 +279,10 @@ def _explained_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
+        if "double backward" in text:
+            raise UserError(
+                "the loss contains a gradient of the model, which --compile cannot differentiate; remove it"
+            ) from error
         if "storage of size 0" in text:
             raise UserError(
                 "the loss contains a gradient of the model, whose weights are in shards again: compute it by "
