@@ -17,7 +17,6 @@ from shardlaunch.sharding.exact import NUM_PARTS
 from shardlaunch.sharding.world import World
 
 _NOTHING_ASKED = Asked()
-_MOST_CODES = 1 << 20  # their sum over the ranks is exact in float64
 
 
 class CountedBatch(NamedTuple):
@@ -49,15 +48,11 @@ class Sums(NamedTuple):
 class StepSums:
     """The exchanges of a run's steps."""
 
-    def __init__(
-        self, world: World, requests: Requests, part_times: PartTimes, logs: LogSums, *, checks_updates: bool
-    ) -> None:
-        """`checks_updates`: the recipe decides which updates a step has; that all ranks make the same is checked."""
+    def __init__(self, world: World, requests: Requests, part_times: PartTimes, logs: LogSums) -> None:
         self._world = world
         self._requests = requests
         self._part_times = part_times
         self._logs = logs
-        self._num_codes = int(checks_updates)
         self._names: tuple[str, ...] | None = None
 
     def counted(self, batch: GlobalBatch | None) -> CountedBatch:
@@ -71,12 +66,10 @@ class StepSums:
         counts = self._world.sum_of_data(torch.tensor(self._counts(batch), device=self._world.device))
         return self._with_counts(batch, counts.tolist())
 
-    def begin(
-        self, step: int, loss: torch.Tensor | None, following: GlobalBatch | None, update: str = ""
-    ) -> Callable[[], Sums]:
+    def begin(self, step: int, loss: torch.Tensor | None, following: GlobalBatch | None) -> Callable[[], Sums]:
         """Start to sum this step's loss and what is logged, and the next batch's counts. All ranks.
 
-        `update` says which it is. Returns a function to get them.
+        Returns a function to get them.
         """
         counts, asked = self._counts(following), self._requests.now()
         if self._world.size == 1:
@@ -85,7 +78,7 @@ class StepSums:
             upcoming = self._with_counts(following, counts, asked)
             return lambda: Sums(sum(loss.reshape(-1).tolist()), logged(), upcoming)
         times = self._part_times.of_all(step)
-        finish = self._begin(loss, update, counts, [*asked, *times])
+        finish = self._begin(loss, counts, [*asked, *times])
 
         def finish_step() -> Sums:
             sums, of_counts, others = finish()
@@ -95,24 +88,23 @@ class StepSums:
 
         return finish_step
 
-    def begin_further(self, loss: torch.Tensor | None, update: str) -> Callable[[], Sums]:
+    def begin_further(self, loss: torch.Tensor | None) -> Callable[[], Sums]:
         """Start to sum the loss of a step's further update, and what it logs. All ranks."""
         if self._world.size == 1:
             assert loss is not None
             logged = self._logs.of_one_rank()
             return lambda: Sums(sum(loss.reshape(-1).tolist()), logged())
-        finish = self._begin(loss, update, [], [])
+        finish = self._begin(loss, [], [])
         return lambda: finish()[0]
 
     def _begin(
-        self, loss: torch.Tensor | None, update: str, counts: list[int], others: list[float]
+        self, loss: torch.Tensor | None, counts: list[int], others: list[float]
     ) -> Callable[[], tuple[Sums, list[float], list[float]]]:
         """Start to sum over several ranks. Returns a function to get the sums: of the update, `counts` and `others`."""
-        code = crc32(update.encode()) % _MOST_CODES
         logs = slice(first := NUM_PARTS + len(counts), first + self._logs.num_numbers)
         # float64 holds the loss and integers up to 2**53 exactly.
         sums = torch.tensor(
-            [*[0.0] * NUM_PARTS, *counts, *[0.0] * self._logs.num_numbers, *[code] * self._num_codes, *others],
+            [*[0.0] * NUM_PARTS, *counts, *[0.0] * self._logs.num_numbers, *others],
             dtype=torch.float64,
             device=self._world.device,
         )
@@ -128,14 +120,8 @@ class StepSums:
             assert work is not None
             work.wait()
             numbers = sums.tolist()
-            codes, rest = numbers[logs.stop :][: self._num_codes], numbers[logs.stop + self._num_codes :]
-            if any(found != self._world.size * code for found in codes):
-                raise UserError(
-                    f"the ranks do not make the same updates in the recipe's step(); here it is {update}. What decides "
-                    f"on them must be the same on all ranks: self.moment, self.options, what update() returns"
-                )
             of_counts = numbers[NUM_PARTS : logs.start]
-            return Sums(sum(numbers[:NUM_PARTS]), self._logs.values(numbers[logs])), of_counts, rest
+            return Sums(sum(numbers[:NUM_PARTS]), self._logs.values(numbers[logs])), of_counts, numbers[logs.stop :]
 
         return finish
 

@@ -13,7 +13,7 @@ from shardlaunch.checkpoints.state_digests import digests_of_state
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.optimization.freezing import train_mode
 from shardlaunch.launcher.options import Options
-from shardlaunch.launcher.recipe import Recipe, has_own_step
+from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.reporting.recorder import StepReport
 from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX
 from shardlaunch.launcher.training.averaging import Averaging, best_metric_in
@@ -88,7 +88,7 @@ class Trainer:
         self.clock = Clock(recipe=recipe, steps_per_epoch=batches.plan.steps_per_epoch, num_steps=num_steps)
         self.averaging = Averaging(options, strategy, num_steps=num_steps)
         logs = self._logs = LogSums(world)
-        self.sums = StepSums(world, requests, PartTimes(world), logs, checks_updates=has_own_step(type(recipe)))
+        self.sums = StepSums(world, requests, PartTimes(world), logs)
         self.updater = Updater(
             recipe,
             options,
@@ -199,14 +199,17 @@ class Trainer:
         self.recipe.moment = self.updater.clock.at(batch.step)
         step: Callable[[Updates], object] = self.recipe.step
         returned = step(updates)
-        if returned is not None or updates.upcoming is None:
-            raise UserError(_no_step_text(returned))
+        upcoming = updates.end()
+        if returned is not None:
+            raise UserError(
+                f"the recipe's step() returns a {type(returned).__name__}, which nothing would use: it must return "
+                f"None. A loss is what the function given to update() returns"
+            )
         if not updates.is_skipped:
             self.averaging.update(batch.step + 1, num_samples=batch.num_samples)
         every = self.options.digest_every
         is_due = every > 0 and (batch.step + 1) % every == 0
         digests = digests_of_state(self.strategy.state(), self.world.peers) if is_due else {}
-        upcoming = updates.upcoming
         report = StepReport(
             loss=updates.loss,
             lr=updates.lr,
@@ -264,12 +267,3 @@ class Trainer:
         position.num_averaged = self.averaging.num_averaged
         if self.precision.loss_scale is not None:
             position.loss_scale = self.precision.loss_scale.state()
-
-
-def _no_step_text(returned: object) -> str:
-    if returned is None:
-        return "the recipe's step() makes no update: it must call update(...) of what it is given, on all ranks"
-    return (
-        f"the recipe's step() returns a {type(returned).__name__}, which nothing would use: it must return None. A "
-        f"loss is what the function given to update() returns"
-    )

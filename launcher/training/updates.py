@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import nn
 
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.options import Options
-from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.recipe import Recipe, has_own_step
 from shardlaunch.launcher.seeding import derive_seed, seed_model_stream
 from shardlaunch.launcher.step import Embed, LossOf, LossOfRows, Step
 from shardlaunch.launcher.training.bad_numbers import Judge
@@ -59,6 +60,7 @@ class Updater:
         self.logs = logs
         self.poll = poll
         self.takes_logs = has_values
+        self.has_own_step = has_own_step(type(recipe))
         self.forward = forward
         # The first forward pass of each loss is looked into; a compiled one cannot be.
         self.looks_into_passes = has_values and not options.compile
@@ -118,6 +120,7 @@ class Updates(Step):
         """Update once (see `Step`)."""
         run, batch = self._run, self._batch
         self._check(loss, optimizer, embed)
+        self._agree(f"update {self.num_updates + 1}, by {optimizer or 'its optimizer'} of {source_of(loss)}")
         scale = run.precision.loss_scale.value if run.precision.loss_scale is not None else 1.0
         with run.strategy.updating(optimizer):
             divisor, sums = self._accumulate(loss, optimizer, embed, scale)
@@ -204,7 +207,7 @@ class Updates(Step):
                     if done.logged and run.takes_logs:
                         run.logs.add(done.logged)
                 if slot == last and sums is None:
-                    sums = self._begin_sums(total, label)
+                    sums = self._begin_sums(total)
                 progress.begin(BACKWARD)
                 with _explained_errors():
                     run.strategy.backward(done.loss, factor=micro_batch.weight * scale / divisor, last=slot == last)
@@ -219,14 +222,35 @@ class Updates(Step):
         self._run.recipe.moment = self._moment
         return Rows(self._run, self._batch, embed, loss, self._denominators, self._seed, is_looked_into=is_looked_into)
 
-    def _begin_sums(self, total: torch.Tensor | None, label: tuple[str, str]) -> Callable[[], Sums]:
+    def _begin_sums(self, total: torch.Tensor | None) -> Callable[[], Sums]:
         """Start to sum the loss over the ranks; with the first update's, the counts of the next batch. All ranks."""
         sums, step = self._run.sums, self._batch.step
-        name = f"update {self.num_updates + 1} of step {step + 1}, of {label[1]}" + f" by {label[0]!r}" * bool(label[0])
         if self.num_updates:
-            return sums.begin_further(total, name)
+            return sums.begin_further(total)
         progress.begin(DATA)
-        return sums.begin(step, total, next(self._batches, None), name)
+        return sums.begin(step, total, next(self._batches, None))
+
+    def end(self) -> CountedBatch:
+        """End the step and return the next batch. All ranks. Raises UserError if it had no update."""
+        self._agree("the end of the step")
+        if self.upcoming is None:
+            raise UserError(
+                "the recipe's step() makes no update: it must call update(...) of what it is given, on all ranks"
+            )
+        return self.upcoming
+
+    def _agree(self, what: str) -> None:
+        """Raise UserError unless all ranks do the same next, of what a recipe decides. All ranks."""
+        if not self._run.has_own_step:
+            return
+        code = crc32(what.encode())
+        most, least = self._run.world.peers.most([code, -code])
+        if most != code or -least != code:
+            raise UserError(
+                f"step {self._batch.step + 1}: the ranks do not make the same updates in the recipe's step(); here "
+                f"{what} comes. What decides on them must be the same on all ranks: self.moment, self.options, what "
+                f"update() returns"
+            )
 
     def _seed(self, micro_batch: int, device: torch.device) -> None:
         """Seed the generators for a micro-batch: each update of a step draws other numbers."""

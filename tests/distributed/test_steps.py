@@ -1,13 +1,17 @@
 """Steps of a recipe's own: the same on any ranks, exact after a resume on others; the examples of the docs."""
 
 import importlib.util
+import os
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from shardlaunch import Recipe, fit
+from shardlaunch import Options, Recipe, Step, TensorData, UserError, fit
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import bits, final_tensors, losses, training_lines
 
@@ -86,3 +90,41 @@ def test_resumes_have_the_state_of_all_optimizers(runs: Path) -> None:
     _assert_same(runs / "gan-1", runs / "moved")
     updates = {name: int(value) for name, value in final_tensors(runs / "moved").items() if name.startswith("step/")}
     assert sorted(set(updates.values())) == [3, 6], updates
+
+
+class Divided(Recipe):
+    """Ranks that make other updates: what decides on them is the rank."""
+
+    options: Options
+
+    def datasets(self) -> Mapping[str, Any]:
+        return {"train": TensorData(inputs=torch.ones(64, 3), labels=torch.zeros(64, dtype=torch.int64))}
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+    def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return outputs.square().sum()
+
+    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Any:
+        parts: dict[str, list[nn.Parameter]] = {"0": [], "1": []}
+        for name, parameter in parameters:
+            parts[name[0]].append(parameter)
+        return {name: torch.optim.SGD(its, lr=0.1) for name, its in parts.items()}
+
+    def step(self, step: Step) -> None:
+        step.update(optimizer=str(int(self.moment.step and int(os.environ["RANK"]) == 1)))
+
+
+def _refused(folder: Path, strategy: str) -> str:
+    """Return the error of a run that goes wrong. All ranks."""
+    with pytest.raises(UserError) as raised:
+        fit(Divided, **{**COMMON, **SMALL}, output_dir=folder, strategy=strategy)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_that_make_other_updates_are_found(strategy: str, tmp_path: Path) -> None:
+    for found in run_on_ranks(2, _refused, tmp_path, strategy):
+        assert "the ranks do not make the same updates" in found
+        assert "step 2" in found
