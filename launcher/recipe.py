@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, get_type_hints
 
 import numpy as np
@@ -21,6 +22,7 @@ from shardlaunch.launcher.optimization.optimizers import OptimizerOptions, build
 from shardlaunch.launcher.optimization.schedules import ScheduleOptions, scheduled
 from shardlaunch.launcher.options import Options, flag
 from shardlaunch.launcher.order import Order
+from shardlaunch.launcher.step import Loss, Step
 from shardlaunch.launcher.tensor_data import TensorData
 
 
@@ -54,6 +56,8 @@ class Recipe(Logs, RunHooks):
     moment: Moment = Moment()
     """Where the run is, for weights of the loss that ramp up, temperatures and the like: a value derived from it is
     the same after a resume, one that the recipe counts itself is not. Set before each micro-batch."""
+    reference: Mapping[str, nn.Module] = MappingProxyType({})
+    """The models of `references`, once they are built."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named sets of option defaults, selected with --preset."""
     best_metric: str = "loss"
@@ -102,6 +106,14 @@ class Recipe(Logs, RunHooks):
         """Return pretrained weights by parameter name; other parameters are newly initialized."""
         return {}
 
+    def references(self) -> Mapping[str, nn.Module]:
+        """Return models that are used and not trained, by name: teachers, reference models.
+
+        Called before `model`. Each rank keeps them whole, as `self.reference[name]`, in evaluation mode and without
+        gradients for their parameters. No checkpoint holds them; their digests are part of what the run is.
+        """
+        return {}
+
     def lengths(self, dataset: Any) -> np.ndarray | None:
         """Return one length per sample, to batch samples of similar length; None: no such batching.
 
@@ -148,8 +160,8 @@ class Recipe(Logs, RunHooks):
         """
         return samples if isinstance(samples, Mapping) else collated(samples)
 
-    def num_targets(self, batch: Any) -> int:
-        """Return the number of targets that the loss of this batch sums over.
+    def num_targets(self, batch: Any) -> int | Mapping[str, int]:
+        """Return the number of targets that the loss of this batch sums over; of several losses, numbers by name.
 
         By default, all integer labels that are not -100 (the `ignore_index` of torch's cross entropy); other labels
         count one per row. Raises UserError for several non-integer labels per row, which may be one target or several.
@@ -168,8 +180,12 @@ class Recipe(Logs, RunHooks):
         """
         return model_outputs(model, batch)
 
-    def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
-        """Return the SUM of the loss over the batch's targets, a scalar. The launcher divides by the target count."""
+    def loss(self, outputs: Any, batch: Any) -> Loss:
+        """Return the SUM of the loss over the batch's targets, a scalar. The launcher divides by the target count.
+
+        Or several sums by name: each is divided by its own count if `num_targets` returns counts by name, and logged
+        under its name; what is trained is their sum.
+        """
         raise NotImplementedError
 
     def metrics(self) -> Mapping[str, Any]:
@@ -181,10 +197,20 @@ class Recipe(Logs, RunHooks):
         for metric in metrics.values():
             metric.update(getattr(outputs, "logits", outputs), batch["labels"])
 
-    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    def step(self, step: Step) -> None:
+        """Train on one global batch: update as often as wanted, by losses and optimizers of your own.
+
+        By default one update by `forward` and `loss`.
+        """
+        step.update()
+
+    def optimizer(
+        self, parameters: Iterable[tuple[str, nn.Parameter]]
+    ) -> torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer]:
         """Return the optimizer of the named trainable parameters; its learning rates are the peak of the schedule.
 
-        By default the optimizer of --optimizer.
+        Or several by name, each of other parameters, for a `step` that names them. By default the optimizer of
+        --optimizer.
         """
         return build_optimizer(parameters, self.options)
 
@@ -220,6 +246,11 @@ def options_type_of(recipe_type: type[Recipe]) -> type[Options]:
     """Return the class of a recipe's options: the annotation of `options`."""
     options_type: type[Options] = get_type_hints(recipe_type)["options"]
     return options_type
+
+
+def has_own_step(recipe_type: type[Recipe]) -> bool:
+    """Return whether a recipe decides itself which updates a step has."""
+    return recipe_type.step is not Recipe.step
 
 
 def check_in_effect(recipe: Recipe) -> None:

@@ -5,6 +5,7 @@ masks. Here each replica runs whole micro-batches, so the results stay the same.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.errors import UserError
 from shardlaunch.sharding.gradients import GradientBuckets
+from shardlaunch.sharding.optimizers import Optimizers
 from shardlaunch.sharding.replicated import Replicated, make_contiguous
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
@@ -27,6 +29,7 @@ class DataParallel(Strategy):
     for_one_process = True
     is_sharded = False
     can_be_exact = True
+    takes_several_optimizers = True
     planned_as = "single"
 
     def __init__(
@@ -47,6 +50,8 @@ class DataParallel(Strategy):
         make_contiguous(model)
         self._copies = [deepcopy(model).to(device) for device in devices[1:]]
         self._main = Replicated(model, build_optimizer, world=world, settings=settings)
+        if self._copies and isinstance(self._main.optimizer, Optimizers):
+            raise UserError("several optimizers: not under dp on several GPUs; use --strategy ddp")
         self._copied_gradients = [GradientBuckets(copy.parameters(), world=world) for copy in self._copies]
         self.optimizer = self._main.optimizer
         self.replicas: list[nn.Module] = [self._main.model, *self._copies]
@@ -56,6 +61,10 @@ class DataParallel(Strategy):
         """Return the number of replicas."""
         on_cpu = " (on CPU there is only one)" if self.devices[0].type == "cpu" else ""
         return f"{len(self.replicas)} replica{'s' if len(self.replicas) > 1 else ''} in one process{on_cpu}"
+
+    def updating(self, name: str) -> AbstractContextManager[None]:
+        """Update the first replica."""
+        return self._main.updating(name)
 
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
         """Accumulate on the replica that computed the loss."""

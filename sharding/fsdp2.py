@@ -4,17 +4,17 @@ The same code runs on gloo (CPU) and NCCL (GPUs). HSDP keeps several replicas of
 ranks.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import gcd
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from shardlaunch.checkpoints.state import Fragment, StateReader
 from shardlaunch.errors import UserError, some
@@ -32,8 +32,16 @@ from shardlaunch.sharding.layers import (
     refuse_sparse_gradients,
 )
 from shardlaunch.sharding.lockstep import Lockstep
-from shardlaunch.sharding.named_state import check_optimizer, named_state, optimized, restore_named_state, stand_in
+from shardlaunch.sharding.named_state import (
+    check_optimizer,
+    named_state,
+    optimized,
+    restore_named_state,
+    trained_by,
+)
+from shardlaunch.sharding.optimizers import Optimizers, only_needing_gradients, optimizers_by_name
 from shardlaunch.sharding.parts import Part, mark, part_of
+from shardlaunch.sharding.sharded_parameters import copy_attributes, materialise, whole_scalars
 from shardlaunch.sharding.shards import local_shard
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, ONE_RANK, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.tensor_parallel import divide
@@ -53,6 +61,7 @@ class Fsdp2(Strategy):
 
     gathers_weights = True
     can_be_exact = True
+    takes_several_optimizers = True
     is_choice_of_one_rank = True  # which may keep shards in host memory
     starts_empty = True
 
@@ -73,13 +82,13 @@ class Fsdp2(Strategy):
         parts, mesh = self._divide(model, world, settings)
         self._num_replicas = mesh.size() // mesh.size(mesh.ndim - 1)
         self._wrap(model, mesh, settings)
-        _materialise(model, world.device, offload=settings.cpu_offload)
+        materialise(model, world.device, offload=settings.cpu_offload)
         for name, parameter in model.named_parameters() if parts else ():
             mark(parameter, parts[name])
-        self._scalars = _whole_scalars(model, mesh, world.device)
+        self._scalars = whole_scalars(model, mesh, world.device)
         for name, parameter in model.named_parameters():
-            _copy_attributes(attributes[name], parameter)
-            _copy_attributes(attributes[name], optimized(parameter))
+            copy_attributes(attributes[name], parameter)
+            copy_attributes(attributes[name], optimized(parameter))
         self.model = model
         self.replicas = [model]
         self.devices = [world.device]
@@ -88,11 +97,8 @@ class Fsdp2(Strategy):
         self._trainable = [p for p in trainable.values() if p.ndim]
         self.optimizer = build_optimizer([(name, optimized(p)) for name, p in trainable.items()])
         check_optimizer(model, self.optimizer)
-        if type(self.optimizer).__name__ in FULL_MATRIX_OPTIMIZERS:
-            raise UserError(
-                f"{type(self.optimizer).__name__} needs full weight matrices, but FSDP2 shards them; use an "
-                f"elementwise optimizer such as AdamW, or --strategy ddp"
-            )
+        self._updated = self.optimizer
+        _check_elementwise(self.optimizer)
         scalars = {name: p for name, p in trainable.items() if not p.ndim}
         self._exact = ExactShards(model, self._blocks, scalars, world=world) if settings.exact else None
         self._lockstep = Lockstep(model, world=world)
@@ -166,6 +172,35 @@ class Fsdp2(Strategy):
         if self._world.model_ranks > 1:
             words.insert(1, f"each over {self._world.model_ranks} ranks by tensor parallelism")
         return ", ".join(words + ["shards in host memory"] * self._offload)
+
+    @contextmanager
+    def updating(self, name: str) -> Iterator[None]:
+        """Reduce the gradients of this optimizer's parameters alone."""
+        self._lockstep.name_pass(name)
+        if not isinstance(self.optimizer, Optimizers):
+            yield
+            return
+        self._updated = self.optimizer.by_name[name]
+        chosen = trained_by(self._updated, self._trained.values())
+        self._trainable, self._scalars = [p for p in chosen if p.ndim], [p for p in chosen if not p.ndim]
+        self._reshard()  # whether a gathered parameter needs a gradient is set as it is gathered
+        with only_needing_gradients(chosen, self._trained.values()):
+            yield
+            self._reshard()
+
+    @contextmanager
+    def keeping_graph(self) -> Iterator[None]:
+        """Keep what is gathered, which the second backward pass needs, and reduce nothing."""
+        self._set_ends_backward(False)
+        try:
+            yield
+        finally:
+            self._set_ends_backward(True)
+
+    def _set_ends_backward(self, value: bool) -> None:
+        for block in self._blocks:
+            block.set_reshard_after_backward(value, recurse=False)
+            block.set_requires_gradient_sync(value, recurse=False)
 
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
         """Accumulate into the shards; the all-reduce over replicas waits for the last micro-batch."""
@@ -254,9 +289,9 @@ class Fsdp2(Strategy):
     def optimizer_step(self) -> None:
         """Apply the optimizer to the shards."""
         if self._exact is not None:
-            step_exactly(self.optimizer)
+            step_exactly(self._updated)
         else:
-            self.optimizer.step()
+            self._updated.step()
         self.discard()
 
     def discard(self) -> None:
@@ -319,6 +354,15 @@ class Hsdp(Fsdp2):
         return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicas", "shards"))
 
 
+def _check_elementwise(optimizer: torch.optim.Optimizer) -> None:
+    for one in optimizers_by_name(optimizer).values():
+        if type(one).__name__ in FULL_MATRIX_OPTIMIZERS:
+            raise UserError(
+                f"{type(one).__name__} needs full weight matrices, but FSDP2 shards them; use an elementwise optimizer "
+                f"such as AdamW, or --strategy ddp"
+            )
+
+
 def _check_shapes(model: nn.Module) -> None:
     """Raise UserError for parameters that cannot be sharded."""
     empty = [name for name, parameter in model.named_parameters() if parameter.numel() == 0]
@@ -331,38 +375,3 @@ def _check_shapes(model: nn.Module) -> None:
             f"FSDP2 gathers the parameters of a module together, which must be of one dtype: {some(found)}; "
             f"convert them in model(), or use --strategy ddp"
         )
-
-
-def _whole_scalars(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> list[nn.Parameter]:
-    """Return the trained parameters without dimensions, which every rank keeps whole on its device.
-
-    Fused optimizers take either plain tensors or distributed ones, so theirs is a replicated view of each.
-    """
-    scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
-    for parameter in scalars:
-        parameter.data = parameter.data.to(device)
-    trained = [parameter for parameter in scalars if parameter.requires_grad]
-    for parameter in trained:
-        view = DTensor.from_local(parameter.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
-        stand_in(parameter, nn.Parameter(view))
-    return trained
-
-
-def _copy_attributes(attributes: Mapping[str, Any], parameter: nn.Parameter) -> None:
-    """Give a parameter the attributes of the one that it replaces, by which recipes choose how it is optimized."""
-    parameter.__dict__.update({name: value for name, value in attributes.items() if name not in parameter.__dict__})
-
-
-def _materialise(model: nn.Module, device: torch.device, *, offload: bool) -> None:
-    """Allocate the parameters' shards without values, and move the buffers with their values to the device."""
-    scalars = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.ndim == 0}
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    moved = {id(buffer): buffer.to(device) for buffer in buffers.values()}
-    model.to_empty(device=torch.device("cpu") if offload else device)
-    for name, buffer in buffers.items():
-        module, _, own_name = name.rpartition(".")
-        setattr(model.get_submodule(module), own_name, moved[id(buffer)])
-    first: dict[int, nn.Parameter] = {}
-    for name, scalar in scalars.items():  # FSDP2 keeps the ties of those that it shards
-        module, _, own_name = name.rpartition(".")
-        setattr(model.get_submodule(module), own_name, first.setdefault(id(scalar), model.get_parameter(name)))

@@ -32,6 +32,7 @@ class Lockstep:
         self._world = world
         self._group = new_group(backend=world.host_backend) if world.size > 1 else None
         self._training: list[int] = []
+        self._passes = {"": self._training}  # of each optimizer, which may run other modules
         self._evaluating: list[int] = []
         self._steps = self._training
         self._positions = {id(self._training): 0, id(self._evaluating): 0}
@@ -44,6 +45,11 @@ class Lockstep:
         if not self._steps and self._world.size > 1:  # one rank may reach the first pass much later
             progress.mark()
             dist.barrier(group=self._world.host_group)
+
+    def name_pass(self, name: str) -> None:
+        """Say of which optimizer the training passes are that follow. All ranks."""
+        self._training = self._passes.setdefault(name, [])
+        self._positions[id(self._training)] = 0
 
     def begin_backward(self) -> None:
         """Count the steps that follow as part of the training pass."""

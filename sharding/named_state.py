@@ -3,7 +3,7 @@
 A tensor is whole (a plain tensor) or sharded along dimension 0 over a mesh of ranks (a DTensor, see `shards`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ from shardlaunch.checkpoints.tensorfile import DTYPE_NAMES
 from shardlaunch.errors import UserError, some
 from shardlaunch.sharding.averages import Average
 from shardlaunch.sharding.buffers import persistent_buffers
+from shardlaunch.sharding.optimizers import optimizers_by_name
 from shardlaunch.sharding.parts import part_of
 from shardlaunch.sharding.shards import fill_shard, fragment, read_shard, shard_like
 
@@ -39,18 +40,36 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             seen[id(parameter)] = seen.get(id(parameter), 0) + 1
-    if isinstance(optimizer, torch.optim.SparseAdam):
+    each = optimizers_by_name(optimizer)
+    if any(isinstance(one, torch.optim.SparseAdam) for one in each.values()):
         raise UserError("SparseAdam takes sparse gradients only, but gradients are summed densely here; use Adam")
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if any(isinstance(one, torch.optim.LBFGS) for one in each.values()):
         raise UserError(
             "LBFGS evaluates the loss several times per step, which is not supported; use another optimizer"
         )
+    owners = {
+        name: {id(parameter) for group in one.param_groups for parameter in group["params"]}
+        for name, one in each.items()
+    }
+    for name, parameter in model.named_parameters():
+        several = [owner for owner, ids in owners.items() if id(optimized(parameter)) in ids]
+        if len(several) > 1:
+            raise UserError(
+                f"the recipe's optimizer() gives {name} to {' and '.join(map(repr, several))}; each parameter must be "
+                f"in one optimizer"
+            )
     wrong = [name for name, p in model.named_parameters() if p.requires_grad and seen.pop(id(optimized(p)), 0) != 1]
     if wrong:
         raise UserError(
             f"the recipe's optimizer() must include every trainable parameter exactly once; {some(wrong)} "
             f"{'is' if len(wrong) == 1 else 'are'} missing or duplicated"
         )
+
+
+def trained_by(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return those of some parameters that an optimizer updates, in their order."""
+    ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [parameter for parameter in parameters if id(optimized(parameter)) in ids]
 
 
 def group_hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -108,8 +127,9 @@ def named_state(
     """
     for name, tensor in (*model.named_parameters(), *persistent_buffers(model).items()):
         yield fragment(name, tensor, part=part_of(tensor))
+    state = optimizer.state
     for name, parameter in model.named_parameters():
-        for entry, value in optimizer.state.get(optimized(parameter), {}).items():
+        for entry, value in state.get(optimized(parameter), {}).items():
             if isinstance(value, torch.Tensor) and value.dtype in DTYPE_NAMES:
                 part = part_of(parameter) if value.shape == parameter.shape else None
                 yield fragment(name, value, section=OPTIMIZER, entry=entry, part=part)

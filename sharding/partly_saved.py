@@ -1,6 +1,7 @@
 """A strategy of which checkpoints hold a part of the state only: what is trained, beside a base model that is not."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -24,10 +25,19 @@ class PartlySaved(Strategy):
         self.devices = strategy.devices
         self.average = strategy.average
         self.is_sharded = strategy.is_sharded  # type: ignore[misc]
+        self.differentiates_twice = strategy.differentiates_twice  # type: ignore[misc]
 
     def describe(self) -> str:
         """Return the strategy's own details."""
         return self._strategy.describe()
+
+    def updating(self, name: str) -> AbstractContextManager[None]:
+        """Update what one optimizer does. All ranks."""
+        return self._strategy.updating(name)
+
+    def keeping_graph(self) -> AbstractContextManager[None]:
+        """Let a backward pass be differentiated again."""
+        return self._strategy.keeping_graph()
 
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
         """Accumulate. All ranks."""

@@ -1,6 +1,7 @@
 """The full model on every rank: a single device, or distributed data parallel (DDP) over several."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,7 +11,8 @@ from shardlaunch.sharding.exact import ExactGradients
 from shardlaunch.sharding.exact_step import step_exactly
 from shardlaunch.sharding.gradients import GradientBuckets, clip_factor
 from shardlaunch.sharding.layers import check_gradient_hooks
-from shardlaunch.sharding.named_state import check_optimizer, named_state, restore_named_state
+from shardlaunch.sharding.named_state import check_optimizer, named_state, restore_named_state, trained_by
+from shardlaunch.sharding.optimizers import Optimizers, only_needing_gradients, optimizers_by_name
 from shardlaunch.sharding.strategy import DEFAULT_SETTINGS, BuildOptimizer, Settings, Strategy
 from shardlaunch.sharding.world import World
 
@@ -20,6 +22,7 @@ class Replicated(Strategy):
 
     is_sharded = False
     can_be_exact = True
+    takes_several_optimizers = True
 
     def __init__(
         self, model: nn.Module, build_optimizer: BuildOptimizer, *, world: World, settings: Settings = DEFAULT_SETTINGS
@@ -35,15 +38,30 @@ class Replicated(Strategy):
         self.optimizer = build_optimizer(list(self._trained.items()))
         check_optimizer(self.model, self.optimizer)
         self.world = world
-        self.gradients: GradientBuckets | ExactGradients = (
-            ExactGradients(dict(self.model.named_parameters()), world=world)
-            if settings.exact
-            else GradientBuckets(self.model.parameters(), world=world)
-        )
+        self.gradients: GradientBuckets | ExactGradients
+        self._buckets: dict[str, GradientBuckets] = {}
+        if settings.exact:
+            assert not isinstance(self.optimizer, Optimizers)
+            self.gradients = ExactGradients(dict(self.model.named_parameters()), world=world)
+        else:
+            for name, optimizer in optimizers_by_name(self.optimizer).items():
+                self._buckets[name] = GradientBuckets(trained_by(optimizer, self._trained.values()), world=world)
+            self.gradients = next(iter(self._buckets.values()))
+        self._updated = self.optimizer
 
     def describe(self) -> str:
         """Say so when there is nothing to sum."""
         return "one rank: no gradients to sum" if self.world.size == 1 else ""
+
+    @contextmanager
+    def updating(self, name: str) -> Iterator[None]:
+        """Sum the gradients of this optimizer's parameters alone."""
+        self._updated = optimizers_by_name(self.optimizer)[name]
+        if not isinstance(self.gradients, ExactGradients):
+            self.gradients = self._buckets[name]
+        trained = self._trained.values()
+        with only_needing_gradients(trained_by(self._updated, trained), trained):
+            yield
 
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:
         """Accumulate; on the last micro-batch, sum each bucket over the ranks as soon as it is complete."""
@@ -75,9 +93,9 @@ class Replicated(Strategy):
     def optimizer_step(self) -> None:
         """Apply the optimizer."""
         if isinstance(self.gradients, ExactGradients):
-            step_exactly(self.optimizer)
+            step_exactly(self._updated)
         else:
-            self.optimizer.step()
+            self._updated.step()
         self.gradients.zero()
 
     def discard(self) -> None:

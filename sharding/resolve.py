@@ -60,10 +60,12 @@ def check_settings(name: str, settings: Settings) -> None:
         raise UserError(f"--shard-ranks: {name} has no sharded replicas; use --strategy hsdp")
 
 
-def check_exact(name: str, world: World, *, num_micro_batches: int, compiles: bool) -> None:
+def check_exact(name: str, world: World, *, num_micro_batches: int, compiles: bool, has_own_step: bool) -> None:
     """Raise UserError where sums cannot be exact."""
     if not STRATEGIES[name].can_be_exact:
         raise UserError(f"--exact: not under {name}, which sums by itself; use --strategy ddp, fsdp2 or hsdp")
+    if has_own_step:
+        raise UserError("--exact: not with a recipe's own step(); remove it")
     if world.model_ranks > 1:
         raise UserError("--exact: not with --tensor-parallel; remove one of the two")
     if compiles:

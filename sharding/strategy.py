@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,8 +41,8 @@ ONE_RANK = "one rank: nothing is sharded"
 class Strategy(ABC):
     """Spread a model and its optimizer over the ranks, run backward passes, save and restore state.
 
-    A step: for each slot a forward pass of `replicas[slot % len(replicas)]` and `backward(...)`; then
-    `finish_gradients(...)`; then `optimizer_step()` or, to skip the update, `discard()`.
+    An update, within `updating(...)`: for each slot a forward pass of `replicas[slot % len(replicas)]` and
+    `backward(...)`; then `finish_gradients(...)`; then `optimizer_step()` or, to skip the update, `discard()`.
     """
 
     for_one_process: ClassVar[bool] = False
@@ -57,6 +58,10 @@ class Strategy(ABC):
     """One rank alone may run under it for its own sake, so that a plan for one rank compares it with others."""
     planned_as: ClassVar[str] = ""
     """The strategy that keeps on one device, in one process, what this one keeps on each."""
+    takes_several_optimizers: ClassVar[bool] = False
+    """Its optimizer may be several (`Optimizers`), of which an update is one's."""
+    differentiates_twice: ClassVar[bool] = True
+    """A loss may contain gradients (`keeping_graph`)."""
     starts_empty: ClassVar[bool] = False
     """The model is built with its parameters on the meta device; `restore` fills them, also at the start of a run.
 
@@ -84,6 +89,19 @@ class Strategy(ABC):
     def describe(self) -> str:
         """Return details for the start-up summary, or an empty string."""
         return ""
+
+    def updating(self, name: str) -> AbstractContextManager[None]:
+        """Let gradients, norm and update be those of one of several optimizers, by name, and of its parameters.
+
+        Others need no gradient within. All ranks.
+        """
+        assert not name, "there is one optimizer"
+        return nullcontext()
+
+    def keeping_graph(self) -> AbstractContextManager[None]:
+        """Let a backward pass be differentiated again: within, it leaves gradients and weights where they are."""
+        assert self.differentiates_twice
+        return nullcontext()
 
     @abstractmethod
     def backward(self, loss: torch.Tensor, *, factor: float, last: bool) -> None:

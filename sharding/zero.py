@@ -187,6 +187,7 @@ class Zero3(Zero):
 
     stage = 3
     gathers_weights = True
+    differentiates_twice = False  # weights are dropped after the first backward pass
     starts_empty = True
 
 

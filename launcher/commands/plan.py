@@ -19,7 +19,7 @@ from shardlaunch.launcher.planning.plans import (
     suggest,
 )
 from shardlaunch.launcher.planning.report import assumptions, document, lines_of, table_of
-from shardlaunch.launcher.recipe import check_in_effect
+from shardlaunch.launcher.recipe import Recipe, check_in_effect, has_own_step
 from shardlaunch.launcher.runs.data import load_data
 from shardlaunch.launcher.runs.session import preserved_process, silent_libraries
 from shardlaunch.sharding.precision import resolve_precision
@@ -49,6 +49,10 @@ def plan_run(path: Path, recipe_argv: Sequence[str], cluster: Cluster, *, strate
                 raise UserError(f"{flag}: is not planned; remove it to plan the run without")
         recipe = command.recipe_type(command.options)
         check_in_effect(recipe)
+        if has_own_step(type(recipe)) or type(recipe).references is not Recipe.references:
+            raise UserError(
+                "plan: not for a recipe with a step() or references() of its own, whose steps are not known beforehand"
+            )
         say = _quiet if as_json else _say
         say("reading data")
         fold = 0 if command.options.folds else None

@@ -29,7 +29,8 @@ from shardlaunch.launcher.runs.data import RunData
 from shardlaunch.launcher.runs.lora import add_adapters
 from shardlaunch.launcher.runs.model import build_empty_model, origins_of
 from shardlaunch.launcher.training.batches import GlobalBatch, MicroBatch
-from shardlaunch.launcher.training.trainer import CountedBatch, Hooks, Trainer
+from shardlaunch.launcher.training.step_sums import CountedBatch
+from shardlaunch.launcher.training.trainer import Hooks, Trainer
 from shardlaunch.sharding.fsdp2 import Fsdp2, Hsdp
 from shardlaunch.sharding.precision import apply_precision
 from shardlaunch.sharding.resolve import STRATEGIES

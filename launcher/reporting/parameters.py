@@ -24,7 +24,7 @@ def parameter_rows(
 ) -> list[ParameterRow]:
     """Return one row per part of the model and settings. `numels` has the number of elements of each parameter."""
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    settings = {name: groups[id(parameter)] for name, parameter in trained}
+    settings = {name: groups.get(id(parameter), {}) for name, parameter in trained}  # a missing one is refused later
     rows: dict[tuple[str, float | None, float], list[str]] = {}
     for name in numels:
         group = settings.get(name, {})

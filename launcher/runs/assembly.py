@@ -1,7 +1,8 @@
 """A run's model, its strategy, and its initial weights. Built again when parameters are unfrozen."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import xxhash
@@ -11,7 +12,7 @@ from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.optimization.freezing import freeze
 from shardlaunch.launcher.optimization.optimizers import check_lr_factors, separate
 from shardlaunch.launcher.options import Options
-from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.recipe import Recipe, has_own_step
 from shardlaunch.launcher.reporting.parameters import ParameterRow, parameter_rows
 from shardlaunch.launcher.reporting.phases import phase
 from shardlaunch.launcher.runs.init_from import InitFrom
@@ -22,8 +23,10 @@ from shardlaunch.launcher.runs.model import (
     build_model,
     non_persistent_buffers_digest,
 )
+from shardlaunch.launcher.runs.references import check_references
 from shardlaunch.launcher.runs.start_values import RecordedModel, record_model, start_values
 from shardlaunch.sharding.initial_weights import InitialWeights
+from shardlaunch.sharding.optimizers import Optimizers, optimizers_by_name
 from shardlaunch.sharding.partly_saved import HeldWeights, PartlySaved
 from shardlaunch.sharding.precision import convert_model
 from shardlaunch.sharding.resolve import STRATEGIES
@@ -110,6 +113,11 @@ def assemble(
     def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         trained = list(parameters)
         optimizer = recipe_optimizer(recipe, trained)
+        if isinstance(optimizer, Optimizers) and not STRATEGIES[strategy_name].takes_several_optimizers:
+            raise UserError(
+                f"the recipe's optimizer() returns several optimizers, of which {strategy_name} takes one; use "
+                f"--strategy ddp or fsdp2"
+            )
         rows.extend(parameter_rows(numels, trained, optimizer))
         return optimizer
 
@@ -122,6 +130,7 @@ def assemble(
             strategy.keep_average(is_exact=options.exact)
         if initial is not None and not (adapters is not None and is_resumed):
             strategy.restore(initial)
+    check_references(recipe, model, len(strategy.replicas))
     if options.compile:
         for replica in strategy.replicas:
             replica.compile()
@@ -152,15 +161,40 @@ def trained_names(model: nn.Module) -> frozenset[str]:
 def recipe_optimizer(recipe: Recipe, trained: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
     """Return the recipe's optimizer of some parameters. Raises UserError if it returns something else."""
     optimizer = recipe.optimizer(trained)
+    if isinstance(optimizer, Mapping):
+        _check_several(recipe, optimizer)
+        optimizer = Optimizers(optimizer)
     if not isinstance(optimizer, torch.optim.Optimizer):
         several = isinstance(optimizer, list | tuple) and f"a {type(optimizer).__name__} of {len(optimizer)}"
         raise UserError(
-            f"the recipe's optimizer() must return one torch.optim.Optimizer; it returned "
-            f"{several or type(optimizer).__name__}. For other settings of some parameters give it groups: "
-            f"AdamW([{{'params': some, 'lr': 1e-4}}, {{'params': others}}]); a learning-rate schedule is schedule()"
+            f"the recipe's optimizer() must return one torch.optim.Optimizer, or a dictionary of several for a step() "
+            f"that names them; it returned {several or type(optimizer).__name__}. For other settings of some "
+            f"parameters give one optimizer groups: AdamW([{{'params': some, 'lr': 1e-4}}, {{'params': others}}]); a "
+            f"learning-rate schedule is schedule()"
         )
-    separate(optimizer, (parameter for name, parameter in trained if recipe.options.is_frozen(name)))
+    for one in optimizers_by_name(optimizer).values():
+        separate(one, (parameter for name, parameter in trained if recipe.options.is_frozen(name)))
     return optimizer
+
+
+def _check_several(recipe: Recipe, optimizers: Mapping[Any, Any]) -> None:
+    """Raise UserError for several optimizers that are none, or that nothing tells apart."""
+    wrong = [
+        f"{name!r}: {type(one).__name__}"
+        for name, one in optimizers.items()
+        if not (isinstance(one, torch.optim.Optimizer) and isinstance(name, str) and name)
+    ]
+    if wrong or not optimizers:
+        raise UserError(
+            f"the recipe's optimizer() must return optimizers by name; it returned {some(wrong) or 'none at all'}"
+        )
+    if not has_own_step(type(recipe)):
+        raise UserError(
+            f"the recipe's optimizer() returns several optimizers ({some(map(str, optimizers))}), but it has no step() "
+            f"that says when each updates: def step(self, step): step.update(self.its_loss, optimizer=...)"
+        )
+    if recipe.options.on_spike != "off":
+        raise UserError("--on-spike: not with several optimizers, whose losses are not one sequence; remove it")
 
 
 def _build(

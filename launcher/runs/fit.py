@@ -14,7 +14,7 @@ import torch
 from shardlaunch.launcher.command_line.parsing import naming_origins, options_from_keywords
 from shardlaunch.launcher.launched import mark_launched
 from shardlaunch.launcher.options import Options
-from shardlaunch.launcher.recipe import Recipe, check_in_effect, options_type_of, recipe_name
+from shardlaunch.launcher.recipe import Recipe, check_in_effect, has_own_step, options_type_of, recipe_name
 from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.reporting.phases import phase, shown_by
 from shardlaunch.launcher.runs.folder import run_folder
@@ -156,7 +156,13 @@ def run_recipe_on(
     settings = settings_of(recipe_type, options, choice.precision, env)
     check_settings(choice.strategy, settings)
     if options.exact:
-        check_exact(choice.strategy, world, num_micro_batches=options.micro_batches, compiles=options.compile)
+        check_exact(
+            choice.strategy,
+            world,
+            num_micro_batches=options.micro_batches,
+            compiles=options.compile,
+            has_own_step=has_own_step(recipe_type),
+        )
     if world.model_ranks > 1:
         check_tensor_parallel(choice.strategy, world.model_ranks, world.size, compiles=options.compile)
 

@@ -107,6 +107,7 @@ def run_identity(
     former_digest: Callable[[], str],
     fold: int | None,
     init_digest: str | None,
+    references: Mapping[str, str],
     in_effect: Mapping[str, Any],
 ) -> Identity:
     """Return the identity of a run. `in_effect` gives resolved values of `warn` options (precision, threads, ...).
@@ -133,6 +134,7 @@ def run_identity(
         "number of steps (--epochs, --max-steps)": num_steps,
         **({"fold": fold + 1} if fold is not None else {}),
         **({_INIT_DIGEST: init_digest} if init_digest is not None else {}),
+        **{f"digest of the reference model {name!r}": digest for name, digest in references.items()},
         **{f"fingerprint of the {name} data": digest for name, digest in data.items()},
         _ORDER: order,
     }

@@ -16,6 +16,7 @@ from shardlaunch.launcher.runs.assembly import Assembly
 from shardlaunch.launcher.runs.data import RunData
 from shardlaunch.launcher.runs.recorded_digests import check_recorded
 from shardlaunch.sharding.named_state import group_hyperparameters, restore_group_hyperparameters
+from shardlaunch.sharding.optimizers import optimizers_by_name
 
 
 def restore(
@@ -63,11 +64,12 @@ def restore(
     if options.digest_every:
         check_recorded(checkpoint, strategy, peers=peers)
     if position.step and not any(spec.section == OPTIMIZER for spec in checkpoint.specs()):
-        kind = type(strategy.optimizer)
-        if kind is not torch.optim.SGD or any(group["momentum"] for group in strategy.optimizer.param_groups):
+        kinds = {type(one) for one in optimizers_by_name(strategy.optimizer).values()}
+        if kinds != {torch.optim.SGD} or any(group["momentum"] for group in strategy.optimizer.param_groups):
+            names = " and ".join(sorted(kind.__name__ for kind in kinds))
             warn(
-                f"{checkpoint.step_dir}: holds no optimizer state, so that {kind.__name__} starts anew; this is "
-                f"right only if it keeps none"
+                f"{checkpoint.step_dir}: holds no optimizer state, so that {names} starts anew; this is right only if "
+                f"it keeps none"
             )
     if position.step != options.unfreeze_at_step:  # there, the parameter groups change
         restore_group_hyperparameters(strategy.optimizer, position.group_hyperparameters)

@@ -125,7 +125,7 @@ class Run:
             self.options.first_averaged(self.data.num_steps)  # raises
             self.init, self.identity = identify(
                 self.name,
-                self.options,
+                self.recipe,
                 self.data,
                 world=self.world,
                 precision_name=self.precision.name,

@@ -5,8 +5,8 @@ No rank or loader keeps a position: the run's position is the step t, the number
 
 import os
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -68,6 +68,8 @@ class MicroBatch:
     inputs: Any
     num_targets: int
     num_tokens: int
+    targets: Mapping[str, int] = field(default_factory=dict)
+    """The numbers of targets by loss, if the recipe counts them so; their sum is `num_targets`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,7 @@ class Batches:
         plan: BatchPlan,
         *,
         collate: Callable[[Any, np.ndarray | None], Any],
-        num_targets: Callable[[Any], int],
+        num_targets: Callable[[Any], int | Mapping[str, int]],
         num_tokens: Callable[[Any], int],
         rank: int,
         num_ranks: int,
@@ -164,12 +166,15 @@ class Batches:
             # For a collate() that draws from the global generators; not the first row's seed, to draw other numbers.
             seed_generators(int(seeds[0]) ^ _OF_COLLATE)
         inputs = self._collate(rows, seeds if self._training else None)
+        counted = self._num_targets(inputs)
+        targets = {name: int(number) for name, number in counted.items()} if isinstance(counted, Mapping) else {}
         micro_batch = MicroBatch(
             index=slot.micro_batch,
             weight=slot.weight,
             inputs=inputs,
-            num_targets=int(self._num_targets(inputs)),
+            num_targets=sum(targets.values()) if isinstance(counted, Mapping) else int(counted),
             num_tokens=int(self._num_tokens(inputs)),
+            targets=targets,
         )
         loading[STEP] = 0
         progress.advance()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardlaunch.errors import UserError
+from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.logged import collecting
 from shardlaunch.launcher.optimization.freezing import train_mode
 from shardlaunch.launcher.recipe import Recipe
@@ -38,6 +38,7 @@ class Evaluator:
         self._metrics = {name: metric.to(world.device) for name, metric in recipe.metrics().items()}
         self._is_exact = recipe.options.exact
         self._logs = LogSums(world)
+        self._loss_names: tuple[str, ...] | None = None
 
     @property
     def higher_is_better(self) -> bool:
@@ -116,6 +117,8 @@ class Evaluator:
         loss = sum(loss_parts)
         results: Evaluation = {"loss": loss / num_targets if num_targets else math.nan}
         logged = self._logs.values(numbers[NUM_PARTS + 1 :])
+        if self._loss_names:
+            results["loss"] = sum(logged.get(name, 0.0) for name in self._loss_names)
         for name, metric in self._metrics.items():
             try:
                 value = metric.compute()
@@ -130,6 +133,16 @@ class Evaluator:
         if both := logged.keys() & self._metrics.keys():
             raise UserError(f"self.log({min(both)!r}, ...): is the name of a metric of the recipe too; choose another")
         return results | logged
+
+    def _note_names(self, names: tuple[str, ...]) -> None:
+        """Note the names of several losses, each of which is a mean of its own. Raises UserError if they change."""
+        if self._loss_names is None:
+            self._loss_names = names
+        elif names != self._loss_names:
+            raise UserError(
+                f"the recipe's loss() must return the same losses for each batch; it returned {some(self._loss_names)} "
+                f"for one and {some(names)} for another"
+            )
 
     def _predict(
         self,
@@ -153,9 +166,10 @@ class Evaluator:
             for slot, micro_batch in enumerate(batch.micro_batches):
                 progress.begin_slot(EVALUATION, batch.step + 1, slot, len(batch.micro_batches))
                 seed_model_stream(self._seed, batch.step, micro_batch.index, self._world.device)
-                inputs, outputs, loss, logged = forward(
+                inputs, outputs, loss, logged, names = forward(
                     self._recipe, model, micro_batch, self._precision, self._world.device
                 )
+                self._note_names(names)
                 if micro_batch.weight:
                     if exact is None:
                         sums[0] += loss

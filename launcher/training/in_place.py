@@ -68,7 +68,7 @@ def changed_parameters(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _sums(parameters: Mapping[str, nn.Parameter]) -> _Sums:
-    return {name: (parameter, parameter.numel(), _sum_of_bits(parameter)) for name, parameter in parameters.items()}
+    return {name: (parameter, parameter.numel(), sum_of_bits(parameter)) for name, parameter in parameters.items()}
 
 
 def _changed(before: _Sums, parameters: Mapping[str, nn.Parameter]) -> list[str]:
@@ -78,12 +78,12 @@ def _changed(before: _Sums, parameters: Mapping[str, nn.Parameter]) -> list[str]
         for name, (parameter, size, total) in before.items()
         if parameters.get(name) is parameter
         and parameter.numel() == size
-        and not torch.equal(_sum_of_bits(parameter), total)
+        and not torch.equal(sum_of_bits(parameter), total)
     ]
 
 
 @torch.no_grad()
-def _sum_of_bits(parameter: nn.Parameter) -> torch.Tensor:
+def sum_of_bits(parameter: torch.Tensor) -> torch.Tensor:
     """Return the sum of the bits of this rank's part of a parameter, as integers."""
     values = local_shard(parameter).contiguous().reshape(-1)
     per_integer = 8 // values.element_size()

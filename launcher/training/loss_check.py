@@ -12,7 +12,7 @@ from torch import nn
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.optimization.freezing import train_mode
-from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.recipe import Recipe, has_own_step
 from shardlaunch.launcher.seeding import derive_seed, seed_model_stream, seeded
 from shardlaunch.launcher.training.batches import Batches, MicroBatch, Slot
 from shardlaunch.launcher.training.forward import forward
@@ -42,7 +42,7 @@ def check_loss(
     does not. Then some of them with different others: sums are additive. All ranks evaluate the same samples. Changes
     neither the model, nor its buffers, nor the generators. An error of the recipe in evaluation mode ends the check.
     """
-    if recipe.loss_couples_samples:
+    if recipe.loss_couples_samples or has_own_step(type(recipe)):
         return
     samples = batches.plan.micro_batch(epoch=0, first=0)[:MOST_SAMPLES]
     load = lambda chosen: batches.load(Slot(step=0, epoch=0, micro_batch=0, weight=1, samples=chosen))  # noqa: E731

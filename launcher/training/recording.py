@@ -21,7 +21,8 @@ from shardlaunch.launcher.reporting.recorder import StepReport
 from shardlaunch.launcher.training.batches import GlobalBatch, MicroBatch
 from shardlaunch.launcher.training.forward import Forward
 from shardlaunch.launcher.training.module_record import CALLER, ModuleRecord, place_of
-from shardlaunch.launcher.training.trainer import CountedBatch, Trainer
+from shardlaunch.launcher.training.step_sums import CountedBatch
+from shardlaunch.launcher.training.trainer import Trainer
 from shardlaunch.launcher.training.value_digests import digest_of, leaves_of
 from shardlaunch.sharding.gradient_leaves import gradient_leaves
 from shardlaunch.sharding.named_state import optimized
@@ -77,7 +78,7 @@ class Recording:
         self._has_begun = False
         self._modules = ModuleRecord(self._strategy.replicas, self._add)
         trainer.train_step = partial(self._step, trainer.train_step)  # type: ignore[method-assign]
-        trainer.forward = partial(self._forward, trainer.forward)
+        trainer.updater.forward = partial(self._forward, trainer.updater.forward)
         finish = partial(self._finish_gradients, self._strategy.finish_gradients)
         self._strategy.finish_gradients = finish  # type: ignore[method-assign]
 
@@ -99,7 +100,13 @@ class Recording:
         return report, upcoming
 
     def _forward(
-        self, forward: Callable[..., Forward], recipe: Any, model: nn.Module, micro_batch: MicroBatch, *others: Any
+        self,
+        forward: Callable[..., Forward],
+        recipe: Any,
+        model: nn.Module,
+        micro_batch: MicroBatch,
+        *others: Any,
+        **settings: Any,
     ) -> Forward:
         assert self._batch is not None
         if self._num_slots == len(self._batch.micro_batches):  # the step is run again
@@ -111,7 +118,7 @@ class Recording:
         self._add("num_targets() of the batch", "num_targets()", crc64nvme(repr(micro_batch.num_targets).encode()))
         self._stage = FORWARD
         self._modules.begin()
-        done = forward(recipe, model, micro_batch, *others)
+        done = forward(recipe, model, micro_batch, *others, **settings)
         self._add_values("the outputs", CALLER, done.outputs)
         self._add_values("the loss", "loss()", done.loss)
         self._stage = BACKWARD

@@ -3,34 +3,30 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from shardlaunch.checkpoints.records import Position
 from shardlaunch.checkpoints.state_digests import digests_of_state
+from shardlaunch.errors import UserError
 from shardlaunch.launcher.optimization.freezing import train_mode
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.reporting.recorder import StepReport
 from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX
-from shardlaunch.launcher.seeding import seed_model_stream
 from shardlaunch.launcher.training.averaging import Averaging, best_metric_in
-from shardlaunch.launcher.training.bad_numbers import Judge
 from shardlaunch.launcher.training.batches import Batches, GlobalBatch
 from shardlaunch.launcher.training.clock import Clock
 from shardlaunch.launcher.training.evaluation import Evaluation, Evaluator
-from shardlaunch.launcher.training.forward import forward
-from shardlaunch.launcher.training.in_place import parameters_stay
 from shardlaunch.launcher.training.log_sums import LogSums
-from shardlaunch.launcher.training.slow_ranks import PartTimes, RankTimes, slowest, spread
+from shardlaunch.launcher.training.references import ReferencesStay
+from shardlaunch.launcher.training.slow_ranks import PartTimes, slowest, spread
+from shardlaunch.launcher.training.step_sums import CountedBatch, StepSums
 from shardlaunch.launcher.training.stopping import Asked, BrokenOff, Polls, Requests
-from shardlaunch.progress import BACKWARD, BETWEEN_STEPS, DATA, FORWARD, WAITING, progress
-from shardlaunch.sharding.buffers import BufferMean
-from shardlaunch.sharding.exact import NUM_PARTS, summands
+from shardlaunch.launcher.training.updates import Updater, Updates
+from shardlaunch.progress import BETWEEN_STEPS, DATA, progress
 from shardlaunch.sharding.precision import Precision
 from shardlaunch.sharding.strategy import Strategy
 from shardlaunch.sharding.world import World
@@ -83,26 +79,28 @@ class Trainer:
         self.evaluator = evaluator
         self.world = world
         self.precision = precision
-        self.forward = forward
-        # The first forward pass is looked into; a compiled one cannot be.
-        self._is_forward_checked = options.compile or not has_values
         self.num_steps = num_steps
         self.last_step = last_step or num_steps
         self.hooks = hooks
-        self.judge = Judge(options, has_loss_scale=precision.loss_scale is not None)
         requests = self.requests = requests or Requests()
-        self._step_polls = Polls(world.peers, lambda: requests.now().stop and not requests.may_finish_step())
+        step_polls = Polls(world.peers, lambda: requests.now().stop and not requests.may_finish_step())
         self._evaluation_polls = Polls(world.peers, lambda: requests.now().stop)
         self.clock = Clock(recipe=recipe, steps_per_epoch=batches.plan.steps_per_epoch, num_steps=num_steps)
-        self.part_times = PartTimes(world)
         self.averaging = Averaging(options, strategy, num_steps=num_steps)
-        self.buffers = BufferMean(strategy.replicas, world=world, exact=options.exact)
-        self._summands = summands if options.exact else _as_one
-        self._logs = LogSums(world)
-        self._takes_logs = has_values
-        self.peak_lrs = [group["lr"] for group in strategy.optimizer.param_groups]
-        # Report the run's own learning rate, not that of a single parameter group.
-        self.peak_lr = options.lr if options.lr in self.peak_lrs else float(max(self.peak_lrs))
+        logs = self._logs = LogSums(world)
+        self.sums = StepSums(world, requests, PartTimes(world), logs)
+        self.updater = Updater(
+            recipe,
+            options,
+            strategy,
+            world=world,
+            precision=precision,
+            clock=self.clock,
+            sums=self.sums,
+            logs=logs,
+            poll=step_polls,
+            has_values=has_values,
+        )
 
     def run(self, position: Position, *, end: int) -> str:
         """Train from `position` to step `end` and save there. All ranks.
@@ -122,14 +120,18 @@ class Trainer:
         start, is_first = position.step, True
         progress.begin(DATA)
         batches = self.batches.steps(position.step, end)
-        upcoming = self._counted(next(batches, None))
-        self.judge.restore(position.recent_losses)
+        upcoming = self.sums.counted(next(batches, None))
+        self.updater.judge.restore(position.recent_losses)
+        references = ReferencesStay(self.recipe)
         left_out = {step for each in position.left_out for step in range(each.first, each.last + 1)}
         while upcoming.batch is not None:
             self.requests.time_left.step_begins()
             if position.step + 1 in left_out:
                 self._logs.begin()
-                upcoming = self._begin_sums(position.step, torch.zeros(()), next(batches, None))().upcoming
+                left_out_loss = torch.zeros(())
+                following = self.sums.begin(position.step, left_out_loss, next(batches, None))().upcoming
+                assert following is not None
+                upcoming = following
                 position.step += 1
                 self.hooks.on_left_out(position.step)
             else:
@@ -145,9 +147,11 @@ class Trainer:
                     specs = [fragment.spec for fragment in self.strategy.state()]
                     to_come = self.averaging.bytes_to_come(specs)
                     self.hooks.on_first_state(sum(spec.num_bytes for spec in specs) + to_come)
-                    is_first = False
                 self.requests.time_left.step_took(report.step_s)
                 self.hooks.on_step(position.step, report)
+                if is_first:
+                    references.check()
+                    is_first = False
             cause = self._end_step(position, end, upcoming.asked)
             if cause or position.is_finished:
                 return cause
@@ -181,146 +185,46 @@ class Trainer:
         return cause if asked.stop and not position.is_finished else ""
 
     def train_step(
-        self, counted: "CountedBatch", batches: Iterator[GlobalBatch], begun: float
-    ) -> tuple[StepReport, "CountedBatch"]:
+        self, counted: CountedBatch, batches: Iterator[GlobalBatch], begun: float
+    ) -> tuple[StepReport, CountedBatch]:
         """Train on one global batch and load the next. All ranks.
 
-        The next batch's counts are summed over the ranks with this batch's loss: one small collective per step. Raises
-        UserError or RollBack on all ranks when the loss or gradient is bad, BrokenOff between two micro-batches if the
-        run has no time left to finish the step; the state is then that before the step.
+        The next batch's counts are summed over the ranks with this batch's loss: one small collective per update.
+        Raises UserError or RollBack on all ranks when the loss or gradient is bad, BrokenOff between two micro-batches
+        if the run has no time left to finish the step; the state is then that before the step.
         """
-        batch, num_targets = counted.batch, max(1, counted.num_targets)
+        batch = counted.batch
         assert batch is not None
-        last = len(batch.micro_batches) - 1
-        scale = self.precision.loss_scale.value if self.precision.loss_scale is not None else 1.0
-        replicas, devices = self.strategy.replicas, self.strategy.devices
-        moment = self.clock.at(batch.step)
-        sums: Callable[[], Sums] | None = None
-        while True:
-            total: torch.Tensor | None = None
-            self._logs.begin()
-            self.buffers.begin_step()
-            for slot, micro_batch in enumerate(batch.micro_batches):
-                if slot:
-                    self._step_polls()
-                model, device = replicas[slot % len(replicas)], devices[slot % len(replicas)]
-                progress.begin_slot(FORWARD, batch.step + 1, slot, last + 1)
-                seed_model_stream(self.options.seed, batch.step, micro_batch.index, device)
-                self.recipe.moment = moment
-                with nullcontext() if self._is_forward_checked else parameters_stay(model):
-                    _, _, loss, logged = self.forward(self.recipe, model, micro_batch, self.precision, device)
-                self._is_forward_checked = True
-                if micro_batch.weight:
-                    summand = self._summands(loss.detach())
-                    total = summand if total is None else total + summand.to(total.device)
-                    if logged and self._takes_logs:
-                        self._logs.add(logged)
-                if slot == last and sums is None:
-                    progress.begin(DATA)
-                    following = next(batches, None)
-                    sums = self._begin_sums(batch.step, total, following)
-                factor = micro_batch.weight * scale / num_targets
-                progress.begin(BACKWARD)
-                self.strategy.backward(loss, factor=factor, last=slot == last)
-                self.buffers.end_micro_batch(model, index=micro_batch.index, weight=micro_batch.weight)
-            progress.begin(WAITING)
-            if not self.strategy.must_repeat():
-                break
-        norm = self.strategy.finish_gradients(unscale=1.0 / scale, max_norm=self.options.max_grad_norm)
-        assert sums is not None
-        loss_sum, upcoming, logged_values = sums()
-        loss_value = loss_sum / num_targets
-        is_bad = self.judge.skips(batch.step + 1, loss_value, norm)
-        is_skipped = is_bad or self._is_scaled_too_high(norm)
-        lr = self._set_lr(batch.step)
-        if is_skipped:
-            self.strategy.discard()
-        else:
-            self.strategy.optimizer_step()
-        if not is_bad:  # buffers too would be
-            self.buffers.end_step(num_micro_batches=batch.num_micro_batches)
-        if not is_skipped:
+        updates = Updates(self.updater, counted, batches)
+        self.recipe.moment = self.updater.clock.at(batch.step)
+        step: Callable[[Updates], object] = self.recipe.step
+        returned = step(updates)
+        upcoming = updates.end()
+        if returned is not None:
+            raise UserError(
+                f"the recipe's step() returns a {type(returned).__name__}, which nothing would use: it must return "
+                f"None. A loss is what the function given to update() returns"
+            )
+        if not updates.is_skipped:
             self.averaging.update(batch.step + 1, num_samples=batch.num_samples)
         every = self.options.digest_every
         is_due = every > 0 and (batch.step + 1) % every == 0
         digests = digests_of_state(self.strategy.state(), self.world.peers) if is_due else {}
         report = StepReport(
-            loss=loss_value,
-            lr=lr,
-            grad_norm=norm,
+            loss=updates.loss,
+            lr=updates.lr,
+            grad_norm=updates.norm,
             samples=batch.num_samples,
             tokens=counted.num_tokens,
             step_s=time.perf_counter() - begun,
-            is_skipped=is_skipped,
+            is_skipped=updates.is_skipped,
             ranks=spread(upcoming.times),
             slowest=slowest(upcoming.times, is_sharded=self.strategy.is_sharded),
             digests=digests,
-            logged=logged_values,
+            logged=updates.logged,
         )
         progress.begin(BETWEEN_STEPS)
         return report, upcoming
-
-    def _begin_sums(self, step: int, loss: torch.Tensor | None, following: GlobalBatch | None) -> Callable[[], "Sums"]:
-        """Start to sum this step's loss and what is logged, and the next batch's counts. All ranks.
-
-        Returns a function to get them.
-        """
-        counts = _counts(following)
-        asked = self.requests.now()
-        if self.world.size == 1:
-            assert loss is not None
-            logged = self._logs.of_one_rank()
-            return lambda: Sums(sum(loss.reshape(-1).tolist()), CountedBatch(following, *counts, asked), logged())
-        # float64 holds the loss and integers up to 2**53 exactly.
-        times = self.part_times.of_all(step)
-        logs = slice(first := NUM_PARTS + len(counts) + len(asked), first + self._logs.num_numbers)
-        sums = torch.tensor(
-            [*[0.0] * NUM_PARTS, *counts, *asked, *[0.0] * self._logs.num_numbers, *times],
-            dtype=torch.float64,
-            device=self.world.device,
-        )
-        if self.world.is_counted:
-            if loss is not None:
-                sums[: loss.numel()] = loss
-            self._logs.put(sums[logs])
-        else:
-            sums[: NUM_PARTS + len(counts)] = 0
-        work = self.world.begin_sum(sums)
-
-        def finish() -> Sums:
-            assert work is not None
-            work.wait()
-            numbers = sums.tolist()
-            num_targets, num_tokens, *asked = numbers[NUM_PARTS : logs.start]
-            counted = CountedBatch(
-                following,
-                int(num_targets),
-                int(num_tokens),
-                Asked(*(each > 0 for each in asked)),
-                self.part_times.by_part(numbers[logs.stop :]),
-            )
-            return Sums(sum(numbers[:NUM_PARTS]), counted, self._logs.values(numbers[logs]))
-
-        return finish
-
-    def _counted(self, batch: GlobalBatch | None) -> "CountedBatch":
-        """Return the first batch with its counts over all ranks. All ranks."""
-        counts = self.world.sum_of_data(torch.tensor(_counts(batch), device=self.world.device))
-        return CountedBatch(batch, *counts.tolist())
-
-    def _is_scaled_too_high(self, norm: float) -> bool:
-        """Return whether the loss scale is too high for this step, and adapt it. The same on all ranks."""
-        if self.precision.loss_scale is None:
-            return False
-        overflow = not math.isfinite(norm)
-        self.precision.loss_scale.update(overflow=overflow)
-        return overflow
-
-    def _set_lr(self, step: int) -> float:
-        factor = self.recipe.schedule(step, self.num_steps)
-        for group, peak in zip(self.strategy.optimizer.param_groups, self.peak_lrs, strict=True):
-            group["lr"] = peak * factor
-        return self.peak_lr * factor
 
     def _is_evaluation_due(self, position: Position) -> bool:
         every = self.options.eval_every or self.batches.plan.steps_per_epoch
@@ -357,43 +261,9 @@ class Trainer:
         self.hooks.save(position)
 
     def _note_state(self, position: Position) -> None:
-        position.recent_losses = self.judge.recent
+        position.recent_losses = self.updater.judge.recent
         position.callbacks = self.hooks.states()
         position.exact_exponents = dict(sorted(self.strategy.exact_exponents.items()))
         position.num_averaged = self.averaging.num_averaged
         if self.precision.loss_scale is not None:
             position.loss_scale = self.precision.loss_scale.state()
-
-
-def _as_one(loss: torch.Tensor) -> torch.Tensor:
-    """Return a loss as what it adds to a sum."""
-    return loss
-
-
-class CountedBatch(NamedTuple):
-    """This rank's micro-batches of a global batch (None: the run is over), and what all ranks know of it."""
-
-    batch: GlobalBatch | None
-    num_targets: int
-    num_tokens: int
-    asked: Asked = Asked()
-    """What any rank has been asked for, before this batch."""
-    times: RankTimes = MappingProxyType({})
-    """Times of the ranks until this batch, where a report is due."""
-
-
-class Sums(NamedTuple):
-    """What a step sums over the ranks: its loss, the counts of the next batch, and the values logged, by name."""
-
-    loss: float
-    upcoming: CountedBatch
-    logged: dict[str, float]
-
-
-def _counts(batch: GlobalBatch | None) -> tuple[int, int]:
-    """Return this rank's (num_targets, num_tokens)."""
-    micro_batches = batch.micro_batches if batch is not None else []
-    return (
-        sum(m.weight * m.num_targets for m in micro_batches),
-        sum(m.weight * m.num_tokens for m in micro_batches),
-    )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from shardlaunch.launcher.options import Options, option
     from shardlaunch.launcher.recipe import Recipe
     from shardlaunch.launcher.runs.fit import fit
+    from shardlaunch.launcher.step import Step
     from shardlaunch.launcher.tensor_data import TensorData
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Event",
     "Options",
     "Recipe",
+    "Step",
     "TensorData",
     "UserError",
     "fit",
@@ -36,6 +38,7 @@ _HOMES = {
     "Event": "launcher.callbacks",
     "Options": "launcher.options",
     "Recipe": "launcher.recipe",
+    "Step": "launcher.step",
     "TensorData": "launcher.tensor_data",
     "UserError": "errors",
     "fit": "launcher.runs.fit",

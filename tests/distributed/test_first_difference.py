@@ -15,7 +15,7 @@ from torch import nn
 
 from shardlaunch import Options, Recipe, TensorData, fit
 from shardlaunch.launcher.commands.first_difference import first_difference, num_recorded
-from shardlaunch.launcher.training import recording, trainer
+from shardlaunch.launcher.training import recording, updates
 from shardlaunch.launcher.training.batches import Batches, MicroBatch, Slot
 from shardlaunch.sharding.exact import Units
 from tests.distributed.ranks import run_on_ranks
@@ -123,7 +123,7 @@ class Faulty(Recipe):
 def _run_all(faults: list[str], folder: Path, options: dict[str, Any]) -> None:
     """Run once with each fault, in a folder of its name. All ranks."""
     global _fault
-    seed, load, gradient = trainer.seed_model_stream, Batches.load, Units.gradient
+    seed, load, gradient = updates.seed_model_stream, Batches.load, Units.gradient
 
     def seed_here(run_seed: int, step: int, index: int, device: torch.device) -> None:
         global _now
@@ -141,7 +141,7 @@ def _run_all(faults: list[str], folder: Path, options: dict[str, Any]) -> None:
         if _is_here("sum", micro_batch=False) and self._names[number] == "block.last.weight":
             out.mul_(1 + 2**-23 * int(os.environ["WORLD_SIZE"]))  # a float sum, say, whose bits depend on the ranks
 
-    trainer.seed_model_stream, Batches.load, Units.gradient = seed_here, load_here, gradient_here  # type: ignore
+    updates.seed_model_stream, Batches.load, Units.gradient = seed_here, load_here, gradient_here  # type: ignore
     os.environ[recording.RECORD_VARIABLE] = "1"
     os.environ["DRIFTS"] = str(int(os.environ["WORLD_SIZE"]) - 1)
     common = {"max_steps": 3, "global_batch_size": 16, "micro_batch_size": 4, "tracker": "none", "exact": True}

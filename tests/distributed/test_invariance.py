@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shardlaunch import Recipe
-from shardlaunch.launcher.training import trainer
+from shardlaunch.launcher.training import updates
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import FewReviews, NetRecipe, final_tensors, losses, run_well, save_small_bert, training_lines
 
@@ -71,12 +71,12 @@ def _run_with_own_seed(argv: list[str]) -> None:
     """Run a rank that is wrong: it seeds its model by its rank."""
     import os
 
-    seed = trainer.seed_model_stream
+    seed = updates.seed_model_stream
 
     def seed_by_rank(run_seed: int, step: int, micro_batch: int, device: torch.device) -> None:
         seed(run_seed + int(os.environ["RANK"]), step, micro_batch, device)
 
-    trainer.seed_model_stream = seed_by_rank
+    updates.seed_model_stream = seed_by_rank
     run_well(NetRecipe, argv)
 
 
