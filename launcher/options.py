@@ -91,7 +91,7 @@ class DataOptions:
     """Samples per optimizer step, over all ranks; a multiple of --micro-batch-size."""
     micro_batch_size: int = option(8, minimum=1)
     """Samples per forward pass, on any number of ranks."""
-    # The three are free, because what the order follows from is compared instead.
+    # These are free, because what the order follows from is compared instead.
     order: Literal["shuffled", "sequential", "weighted", "balanced", "per-class"] = option("shuffled", mark="free")
     """Order of the training samples: shuffled, that of the data, drawn by the column `weight`, as many of each class,
     or micro-batches of some classes with --samples-per-class each."""
@@ -99,6 +99,8 @@ class DataOptions:
     """Samples of each class in a micro-batch, for --order per-class."""
     samples_per_epoch: int = option(0, mark="free", minimum=0)
     """Samples of an epoch, for --order weighted, balanced and per-class (0: as many as the data has)."""
+    shuffle_window: int = option(0, mark="free", minimum=0)
+    """Samples that are shuffled together, of data that is read block by block (0: 16,384)."""
     num_workers: int = option(0, mark="free", minimum=0)
     """Data-loading worker processes per rank (0: load in the main process)."""
 

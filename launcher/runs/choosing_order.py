@@ -10,8 +10,9 @@ from torch.utils.data import Subset
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
-from shardlaunch.launcher.order import Order
+from shardlaunch.launcher.order import Order, OrderedData
 from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.reporting.notes import current
 from shardlaunch.launcher.seeding import derive_seed, seeded
 from shardlaunch.launcher.training import orders
 
@@ -58,7 +59,7 @@ def _of_options(recipe: Recipe, options: Options, dataset: Any) -> Order | None:
     match options.order:
         case "sequential":
             _check_unused(options)
-            return orders.sequential(len(dataset))
+            found = orders.sequential(len(dataset))
         case "weighted":
             _check_unused(options, may_be="samples_per_epoch")
             weights = _each(recipe.weights_of, dataset)
@@ -83,9 +84,38 @@ def _of_options(recipe: Recipe, options: Options, dataset: Any) -> Order | None:
             )
         case _:
             _check_unused(options)
-            return None
+            return _of_data(options, dataset)
     _check(found, options, dataset)
     return found
+
+
+def _of_data(options: Options, dataset: Any) -> Order | None:
+    """Return the shuffled order of the data itself, if it has one. Raises UserError for a part of such data."""
+    if isinstance(dataset, OrderedData):
+        return dataset.shuffled_order(options)
+    if options.shuffle_window:
+        raise UserError("--shuffle-window: has no effect, because the data is not read block by block; remove it")
+    inner = dataset
+    while isinstance(inner, Subset):
+        inner = inner.dataset
+    if isinstance(inner, OrderedData):
+        raise UserError(
+            "the training data is a Subset of data that is read block by block, whose rows are no longer known by "
+            "blocks: divide the files instead, such as train-*.parquet and eval-*.parquet"
+        )
+    return None
+
+
+def _check_blocks(dataset: Any, order: Order, options: Options) -> None:
+    """Warn of another order than its own for data that is read block by block, unless it is sequential."""
+    if options.shuffle_window:
+        raise UserError("--shuffle-window: has no effect with this order of samples; remove it")
+    takes_from_anywhere = not hasattr(order, "samples_at_once") and getattr(order, "name", "") != "sequential"
+    if isinstance(dataset, OrderedData) and takes_from_anywhere:
+        current().warnings.append(
+            "the training data is read block by block, but its samples come in an order that takes them from anywhere, "
+            "so that each may cost the reading of a block; --order shuffled with --shuffle-window does not"
+        )
 
 
 def _check_unused(options: Options, may_be: str = "") -> None:
@@ -135,6 +165,7 @@ def _check_kind(found: Any) -> None:
 
 def _check(found: Order, options: Options, dataset: Any) -> None:
     """Raise UserError for an order that does not fit data or options, or is no function of seed and epoch."""
+    _check_blocks(dataset, found, options)
     count = found.num_samples
     if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
         raise UserError(f"the recipe's order: num_samples must be a whole number from 1, not {count!r}")

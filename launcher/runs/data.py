@@ -9,6 +9,7 @@ import numpy as np
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.optimization.schedules import require_extendable
 from shardlaunch.launcher.options import flag
+from shardlaunch.launcher.order import OrderedData
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.runs.choosing_order import chosen_order
 from shardlaunch.launcher.runs.folds import checked_splits
@@ -83,7 +84,8 @@ class RunData:
             global_batch_size=recipe.options.global_batch_size,
             micro_batch_size=recipe.options.micro_batch_size,
             seed=recipe.options.seed,
-            lengths=_lengths(recipe, split),
+            # Not of data that is read block by block: a sorted order would need a million samples at a time.
+            lengths=None if isinstance(split, OrderedData) else _lengths(recipe, split),
         )
         return _batches(recipe, world, split, plan)
 
@@ -128,6 +130,8 @@ def _training_plan(recipe: Recipe, split: Any) -> BatchPlan:
         lengths=lengths,
         **sizes,
     )
+    if isinstance(split, OrderedData) and hasattr(order, "samples_at_once"):
+        split.hold_samples(order, 1 if lengths is None else plan.block(0)[1])
     plan.check()
     return plan
 

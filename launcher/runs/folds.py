@@ -6,6 +6,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Subset
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.order import OrderedData
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.splitting import fold_of_samples
 
@@ -28,6 +29,11 @@ def checked_splits(recipe: Recipe, fold: int | None) -> dict[str, Any]:
                 f"map-style data set, with __len__ and __getitem__"
             )
     if fold is not None:
+        if isinstance(splits["train"], OrderedData):
+            raise UserError(
+                "--folds: the training data is read block by block, and a fold would take samples from all of them; "
+                "divide its files into training and evaluation data instead"
+            )
         options, train = recipe.options, splits["train"]
         classes, groups = recipe.classes_of(train), recipe.groups_of(train)
         folds = fold_of_samples(len(train), options.folds, seed=options.seed, classes=classes, groups=groups)

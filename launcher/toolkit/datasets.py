@@ -213,7 +213,7 @@ def _paths_in(splits: Iterable[Any], columns: Mapping[str, ColumnKind] | None) -
     return named
 
 
-def _files_by_split(listing: Listing) -> dict[str, list[DataFile]]:
+def files_by_split(listing: Listing) -> dict[str, list[DataFile]]:
     """Return the files of each split. Raises UserError if just some have a split's name, or of tables none has."""
     files = listing.files
     if len(files) == 1:
@@ -238,7 +238,7 @@ def _files_by_split(listing: Listing) -> dict[str, list[DataFile]]:
 
 def _load_tables(listing: Listing, columns: Mapping[str, ColumnKind] | None, options: FileOptions) -> dict[str, Any]:
     names = None if columns is None else tuple(dict.fromkeys(n for name in columns for n in (name, name.split(".")[0])))
-    by_split = _files_by_split(listing)
+    by_split = files_by_split(listing)
     read: dict[str, list[ReadFile]] = {}
     for word, files in by_split.items():
         read[word] = []

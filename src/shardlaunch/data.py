@@ -5,15 +5,18 @@ from shardlaunch.launcher.toolkit.columns import class_names, class_weights, col
 from shardlaunch.launcher.toolkit.datasets import load_splits
 from shardlaunch.launcher.toolkit.derived import derived
 from shardlaunch.launcher.toolkit.files import FileOptions
+from shardlaunch.launcher.toolkit.shards.dataset import Shards, load_shards
 from shardlaunch.launcher.toolkit.stored_weights import stored_weights
 
 __all__ = [
     "ColumnKind",
     "FileOptions",
+    "Shards",
     "class_names",
     "class_weights",
     "column_kinds",
     "derived",
+    "load_shards",
     "load_splits",
     "require_texts",
     "select_columns",
