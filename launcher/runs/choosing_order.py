@@ -15,6 +15,7 @@ from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.reporting.notes import current
 from shardlaunch.launcher.seeding import derive_seed, seeded
 from shardlaunch.launcher.training import orders
+from shardlaunch.launcher.training.block_orders import BlockOrder
 
 _INSTEAD: Mapping[str, str] = {
     "WeightedRandomSampler": "orders.weighted(weights)",
@@ -93,6 +94,7 @@ def _of_data(options: Options, dataset: Any) -> Order | None:
     """Return the shuffled order of the data itself, if it has one. Raises UserError for a part of such data."""
     if isinstance(dataset, OrderedData):
         return dataset.shuffled_order(options)
+    _check_no_weights(options, "the data is no mixture of sources")
     if options.shuffle_window:
         raise UserError("--shuffle-window: has no effect, because the data is not read block by block; remove it")
     inner = dataset
@@ -100,18 +102,24 @@ def _of_data(options: Options, dataset: Any) -> Order | None:
         inner = inner.dataset
     if isinstance(inner, OrderedData):
         raise UserError(
-            "the training data is a Subset of data that is read block by block, whose rows are no longer known by "
-            "blocks: divide the files instead, such as train-*.parquet and eval-*.parquet"
+            "the training data is a Subset of data that is read block by block, or mixed, whose order it does not "
+            "have: divide the files instead (train-*.parquet and eval-*.parquet), or mix the Subsets"
         )
     return None
 
 
+def _check_no_weights(options: Options, why: str) -> None:
+    if options.data_weights:
+        raise UserError(f"--data-weights: has no effect, because {why}; remove it")
+
+
 def _check_blocks(dataset: Any, order: Order, options: Options) -> None:
     """Warn of another order than its own for data that is read block by block, unless it is sequential."""
+    _check_no_weights(options, f"samples come in another order ({getattr(order, 'name', 'the recipe has its own')})")
     if options.shuffle_window:
         raise UserError("--shuffle-window: has no effect with this order of samples; remove it")
-    takes_from_anywhere = not hasattr(order, "samples_at_once") and getattr(order, "name", "") != "sequential"
-    if isinstance(dataset, OrderedData) and takes_from_anywhere:
+    is_near = isinstance(order, BlockOrder) or getattr(order, "name", "") == "sequential"
+    if getattr(dataset, "has_blocks", False) and not is_near:
         current().warnings.append(
             "the training data is read block by block, but its samples come in an order that takes them from anywhere, "
             "so that each may cost the reading of a block; --order shuffled with --shuffle-window does not"
@@ -136,11 +144,21 @@ def _classes(recipe: Recipe, options: Options, dataset: Any) -> np.ndarray:
 
 def _each(of: Any, dataset: Any) -> np.ndarray | None:
     """Return what a recipe's method says of each sample, also of a part of a data set."""
-    found = of(dataset)
+    found = of_parts(of, dataset)
     if found is None and isinstance(dataset, Subset):
         found = _each(of, dataset.dataset)
-        return None if found is None else np.asarray(found)[np.asarray(dataset.indices)]
-    return None if found is None else np.asarray(found)
+        return None if found is None else found[np.asarray(dataset.indices)]
+    return found
+
+
+def of_parts(of: Any, dataset: Any) -> np.ndarray | None:
+    """Return what a recipe's method says of each sample of a data set, or of the data sets that it is a mixture of."""
+    if not hasattr(dataset, "parts_at"):
+        found = of(dataset)
+        return None if found is None else np.asarray(found)
+    each = [of_parts(of, part) for part in dataset.parts]
+    known = [one for one in each if one is not None]
+    return np.concatenate(known) if len(known) == len(each) else None
 
 
 def _check_kind(found: Any) -> None:

@@ -11,7 +11,7 @@ from shardlaunch.launcher.optimization.schedules import require_extendable
 from shardlaunch.launcher.options import flag
 from shardlaunch.launcher.order import OrderedData
 from shardlaunch.launcher.recipe import Recipe
-from shardlaunch.launcher.runs.choosing_order import chosen_order
+from shardlaunch.launcher.runs.choosing_order import chosen_order, of_parts
 from shardlaunch.launcher.runs.folds import checked_splits
 from shardlaunch.launcher.runs.second_look import check_second_look
 from shardlaunch.launcher.seeding import derive_seed, seeded
@@ -85,7 +85,7 @@ class RunData:
             micro_batch_size=recipe.options.micro_batch_size,
             seed=recipe.options.seed,
             # Not of data that is read block by block: a sorted order would need a million samples at a time.
-            lengths=None if isinstance(split, OrderedData) else _lengths(recipe, split),
+            lengths=None if getattr(split, "has_blocks", False) else _lengths(recipe, split),
         )
         return _batches(recipe, world, split, plan)
 
@@ -130,7 +130,7 @@ def _training_plan(recipe: Recipe, split: Any) -> BatchPlan:
         lengths=lengths,
         **sizes,
     )
-    if isinstance(split, OrderedData) and hasattr(order, "samples_at_once"):
+    if isinstance(split, OrderedData):
         split.hold_samples(order, 1 if lengths is None else plan.block(0)[1])
     plan.check()
     return plan
@@ -138,10 +138,9 @@ def _training_plan(recipe: Recipe, split: Any) -> BatchPlan:
 
 def _lengths(recipe: Recipe, split: Any) -> np.ndarray | None:
     """Return the recipe's lengths, which are read in the course of the run. Raises UserError if they do not fit."""
-    lengths = recipe.lengths(split)
-    if lengths is None:
+    found = of_parts(recipe.lengths, split)
+    if found is None:
         return None
-    found = np.asarray(lengths)
     if found.shape != (len(split),) or found.dtype.kind not in "biuf":
         raise UserError(
             f"the recipe's lengths() must return one number per sample, for {len(split):,} samples; it returned "

@@ -31,8 +31,8 @@ def checked_splits(recipe: Recipe, fold: int | None) -> dict[str, Any]:
     if fold is not None:
         if isinstance(splits["train"], OrderedData):
             raise UserError(
-                "--folds: the training data is read block by block, and a fold would take samples from all of them; "
-                "divide its files into training and evaluation data instead"
+                "--folds: the training data is read block by block, or mixed, and has an order of its own that a part "
+                "of it has not; divide its files into training and evaluation data instead"
             )
         options, train = recipe.options, splits["train"]
         classes, groups = recipe.classes_of(train), recipe.groups_of(train)

@@ -29,6 +29,7 @@ from shardlaunch.launcher.toolkit.files import (
     paths_of,
     refuse_unread,
 )
+from shardlaunch.launcher.toolkit.mixture import sources_of
 from shardlaunch.launcher.toolkit.tables import ReadFile, read_file
 
 LONGEST_PATH = 4096
@@ -59,6 +60,8 @@ def load_splits(
     when the source is not found or not readable, and for files that would not be read.
     """
     options = options or FileOptions()
+    if sources_of(source):
+        raise UserError(f"--data {source}: weights of several sources, which this recipe does not mix; give one source")
     paths = paths_of(source)
     if options.group_column and columns is not None:
         columns = {options.group_column: "text", **columns}

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from shardlaunch import Recipe, fit
+from shardlaunch import Recipe, TensorData, fit
+from shardlaunch.data import Mixture
 from tests.distributed.ranks import run_on_ranks
-from tests.recipes import final_tensors, losses, run_quietly
+from tests.recipes import (
+    NUM_CLASSES,
+    NUM_FEATURES,
+    NetRecipe,
+    final_tensors,
+    losses,
+    recipe_class,
+    run_quietly,
+    save_small_bert,
+)
 from tests.shard_files import write_parquet
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "stream_parquet.py"
@@ -45,6 +56,65 @@ def _recipe() -> type[Recipe]:
     spec.loader.exec_module(module)
     recipe_type: type[Recipe] = module.StreamParquet
     return recipe_type
+
+
+class Mixed(NetRecipe):
+    """Points of three sources, of which one comes again and again; the weights change at a step."""
+
+    def datasets(self) -> Mapping[str, Any]:
+        sources = [(_tensors(count, seed), weight) for seed, (count, weight) in enumerate(((90, 5), (12, 3), (40, 2)))]
+        return {"train": Mixture(sources), "eval": Mixture([(data, 1) for data, _ in sources])}
+
+    def lengths(self, dataset: Any) -> np.ndarray | None:
+        return None
+
+
+def _tensors(count: int, seed: int) -> TensorData:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(NUM_CLASSES, (count,), generator=generator)
+    return TensorData(inputs=torch.rand(count, NUM_FEATURES, generator=generator) + labels[:, None], labels=labels)
+
+
+def _mixed_runs(folder: Path, jobs: list[tuple[str, dict[str, Any]]]) -> None:
+    for name, options in jobs:
+        given = {**OPTIONS, "shuffle_window": 0, "data_weights": ("4:1,1,0", "6:0.2,0.2,0.6"), **options}
+        fit(Mixed, output_dir=folder / name, **given)
+
+
+def test_mixtures_are_the_same_on_any_ranks_and_after_a_resume(tmp_path: Path) -> None:
+    resumed = [("resumed", {"stop_at_step": 5}), ("resumed", {"num_workers": 1})]
+    run_on_ranks(1, _mixed_runs, tmp_path, [("one", {}), *resumed, ("other", {"data_weights": ()})])
+    run_on_ranks(2, _mixed_runs, tmp_path, [("2", {}), ("fsdp2", {"strategy": "fsdp2"})])
+    run_on_ranks(3, _mixed_runs, tmp_path, [("3", {})])
+    expected = losses(tmp_path / "one")
+    assert losses(tmp_path / "resumed") == expected
+    tensors = final_tensors(tmp_path / "resumed")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in final_tensors(tmp_path / "one").items())
+    for name in ("2", "fsdp2", "3"):
+        assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-6), name
+    other = losses(tmp_path / "other")
+    assert [other[step] == expected[step] for step in range(1, 6)] == [True] * 4 + [False], "from step 4 on"
+
+
+def test_text_recipes_mix_sources(tmp_path: Path) -> None:
+    for name, words in (("a", "one two three four five"), ("b", "uno dos tres cuatro cinco")):
+        (tmp_path / f"{name}.txt").write_text(f"{words}\n" * 200)
+        rows = [f"{words.split()[n % 5]} {n},{name}{n % 2}" for n in range(60)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *rows]))
+    common = ["--max-steps", "2", "--global-batch-size", "10", "--micro-batch-size", "5", "--tracker", "none"]
+    data = f"{tmp_path}/a.{{0}}:0.7 {tmp_path}/b.{{0}}:0.3"
+    small = ["--layers", "1", "--heads", "1", "--width", "16", "--context-length", "16", "--vocab-size", "300"]
+    argv = [*common, *small, "--data", data.format("txt"), "--output-dir", str(tmp_path / "gpt")]
+    status, output = run_quietly(recipe_class("gpt_lm"), argv)
+    assert status == 0, output
+    assert "order mixed" in " ".join(output.split())
+    assert "a.txt 0.7 (" in " ".join(output.split())
+    save_small_bert(tmp_path / "model")
+    argv = [*common, "--data", data.format("csv"), "--model", str(tmp_path / "model"), "--lr", "1e-3"]
+    status, output = run_quietly(recipe_class("bert_imdb"), [*argv, "--output-dir", str(tmp_path / "bert")])
+    assert status == 0, output
+    assert "a0" in output, "classes of both sources"
+    assert "b1" in output
 
 
 def _runs(folder: Path, jobs: list[tuple[str, dict[str, Any]]]) -> None:

@@ -118,6 +118,8 @@ class Shards:
                 f"start a new run"
             )
 
+    has_blocks = True
+
     @property
     def is_stored(self) -> bool:
         """Whether rows are as they are stored, so that they need not be looked at twice."""
@@ -143,8 +145,9 @@ class Shards:
         return order
 
     def hold_samples(self, order: Any, span: int) -> None:
-        """Keep the blocks in memory that any `span` consecutive positions of an order are in."""
-        self._most_held = order.samples_at_once(span)
+        """Keep the blocks in memory that any `span` consecutive positions are in, of an order of blocks."""
+        if isinstance(order, BlockOrder):
+            self._most_held = order.samples_at_once(span)
 
 
 def load_shards(
