@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Subset
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.order import OrderedData
 from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.runs.iterables import Stream, is_stream
 from shardlaunch.launcher.splitting import fold_of_samples
 
 
@@ -16,17 +17,20 @@ def checked_splits(recipe: Recipe, fold: int | None) -> dict[str, Any]:
     splits = dict(recipe.datasets())
     if "train" not in splits:
         raise UserError(f"the recipe's datasets() must have 'train'; it has {', '.join(splits)}")
-    for name, split in splits.items():
+    for name, split in [*splits.items()]:
         if isinstance(split, DataLoader):
             raise UserError(
                 f"the {name} data is a DataLoader: return its data set (loader.dataset). Batches are made here "
                 f"(--global-batch-size, --micro-batch-size, collate(), --num-workers), and what a sampler does is "
                 f"--order, or order() of the recipe"
             )
-        if not hasattr(split, "__len__") or not hasattr(split, "__getitem__"):
+        if is_stream(split) and name == "train" and fold is None:
+            splits[name] = Stream(split, recipe.options)
+        elif is_stream(split) or not hasattr(split, "__len__") or not hasattr(split, "__getitem__"):
             raise UserError(
-                f"the {name} data is a {type(split).__name__}, which can only be read in order; a run needs a "
-                f"map-style data set, with __len__ and __getitem__"
+                f"the {name} data is a {type(split).__name__}, which can only be read in order; evaluations and "
+                f"--folds need a map-style data set, with __len__ and __getitem__, such as "
+                f"list(itertools.islice(stream, 1000))"
             )
     if fold is not None:
         if isinstance(splits["train"], OrderedData):

@@ -4,13 +4,14 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from shardlaunch import Recipe, TensorData, fit
 from shardlaunch.data import Mixture
@@ -115,6 +116,44 @@ def test_text_recipes_mix_sources(tmp_path: Path) -> None:
     assert status == 0, output
     assert "a0" in output, "classes of both sources"
     assert "b1" in output
+
+
+class Stream(IterableDataset[dict[str, Any]]):
+    """Points with noise from the global generators, which workers of torch would share among them."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        for number in range(worker.id if worker else 0, 50, worker.num_workers if worker else 1):
+            yield {"inputs": torch.rand(NUM_FEATURES) + number % 3, "labels": number % 3}
+
+
+class Streamed(Mixed):
+    """Data that can only be read in order, which comes to its end and begins anew."""
+
+    def datasets(self) -> Mapping[str, Any]:
+        return {"train": Stream(), "eval": _tensors(20, 1)}
+
+    def collate(self, samples: Any, seeds: Any) -> Any:
+        return super().collate(default_collate(samples) if isinstance(samples, list) else samples, seeds)
+
+
+def _streamed_runs(folder: Path, jobs: list[tuple[str, dict[str, Any]]]) -> None:
+    for name, options in jobs:
+        fit(Streamed, output_dir=folder / name, **{**OPTIONS, "shuffle_window": 0, **options})
+
+
+def test_iterables_are_the_same_on_any_ranks_and_after_a_resume(tmp_path: Path) -> None:
+    resumed = [("resumed", {"stop_at_step": 5}), ("resumed", {"num_workers": 2})]
+    run_on_ranks(1, _streamed_runs, tmp_path, [("one", {}), *resumed])
+    run_on_ranks(2, _streamed_runs, tmp_path, [("2", {"num_workers": 1}), ("fsdp2", {"strategy": "fsdp2"})])
+    run_on_ranks(3, _streamed_runs, tmp_path, [("3", {})])
+    expected = losses(tmp_path / "one")
+    assert len(expected) == 9
+    assert losses(tmp_path / "resumed") == expected
+    tensors = final_tensors(tmp_path / "resumed")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in final_tensors(tmp_path / "one").items())
+    for name in ("2", "fsdp2", "3"):
+        assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-6), name
 
 
 def _runs(folder: Path, jobs: list[tuple[str, dict[str, Any]]]) -> None:

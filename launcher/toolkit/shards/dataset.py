@@ -53,6 +53,7 @@ class Shards:
         self._form = form
         self._transform = transform
         self._starts = np.cumsum(index.sizes) - index.sizes
+        self._num_samples = int(index.sizes.sum())
         self._file_starts = {
             int(file): int(self._starts[block]) for block, file in reversed(list(enumerate(index.blocks[:, 0])))
         }
@@ -60,13 +61,13 @@ class Shards:
         self._most_held = 0
 
     def __len__(self) -> int:
-        return int(self._index.sizes.sum())
+        return self._num_samples
 
     def __getitem__(self, sample: int) -> Any:
-        if not -len(self) <= sample < len(self):
+        if not -self._num_samples <= sample < self._num_samples:
             raise IndexError(sample)
-        sample %= len(self)
-        number = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        sample %= self._num_samples
+        number = int(self._starts.searchsorted(sample, side="right")) - 1
         file = int(self._index.blocks[number, 0])
         path = self._index.files[file]
         rows = self._block(number)
