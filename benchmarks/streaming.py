@@ -3,9 +3,9 @@
     python benchmarks/streaming.py --result streaming       # 300 MB of tokens, an epoch per arm and round
 
 No model is trained: an arm makes the micro-batches of an epoch, shuffled, in a process of its own. Arms take turns.
-Memory is what the process and its workers do not share with others (USS), at its peak beyond what the process had when
-the libraries were loaded; pages of mapped files, which the system may take back, are not counted. The arm `map-style`
-starts each time with an empty cache, into which it copies the data.
+Memory is that of the process and its workers (PSS of what is not of files), at its peak beyond what the process had
+when the libraries were loaded; pages of mapped files, which the system may take back, are not counted. The map-style
+arms start each time with an empty cache, into which they copy the data.
 """
 
 import argparse
@@ -159,13 +159,16 @@ class _Peak:
 
     def _now(self) -> int:
         process = psutil.Process()
-        total = 0
-        for one in (process, *process.children()):
-            try:
-                total += one.memory_full_info().uss
-            except psutil.NoSuchProcess:
-                continue
-        return total
+        return sum(_own_bytes(one.pid) for one in (process, *process.children()))
+
+
+def _own_bytes(pid: int) -> int:
+    """Return a process's memory that is not of files; what it shares with forked ones, divided among them."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has ended
+        return 0
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

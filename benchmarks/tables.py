@@ -28,6 +28,7 @@ from ema_table import titles_and_rows
 from lora_beside_full import table as lora_table
 from plots import all_plots
 from record import RESULTS
+from streaming import table as streaming_table
 from survival import judging
 
 DOCS = RESULTS.parents[1] / "docs"
@@ -386,6 +387,7 @@ _KINDS = {
     "starts": lambda results: _table(*speed_tables.starts(results)),
     "attention": lambda results: _table(*speed_tables.attention(results)),
     "lora": lora_table,
+    "streaming": streaming_table,
     "exact": _exact,
     "curves": _curves,
     "digest": _digest,

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tarfile import TarError
 from typing import NamedTuple
@@ -12,13 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from shardlaunch.checkpoints.files import is_transient
+from shardlaunch.checkpoints.files import is_transient, retried
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.reporting.notes import current
 from shardlaunch.launcher.reporting.phases import phase
 from shardlaunch.launcher.toolkit.cache import READ_THREADS, cache_dir, filled
 from shardlaunch.launcher.toolkit.files import MOST_FILES
 from shardlaunch.launcher.toolkit.shards.formats import Block, ShardFormat, unreadable
+from shardlaunch.progress import progress
 
 _END_BYTES = 1 << 16
 _PIECES, _PIECE_BYTES = 32, 1 << 12
@@ -113,14 +115,20 @@ def _stored(path: Path) -> np.ndarray:
 
 def _readable_stamp(path: Path) -> Stamp:
     try:
-        stamp = stamp_of(path)
+        stamp = retried(partial(stamp_of, path))
     except OSError as error:
-        if is_transient(error):
-            raise
         raise unreadable(path, "cannot be read: ", error) from error
     if not stamp.size:
         raise UserError(f"--data {path}: the file is empty, which a shard without samples is not; remove it")
     return stamp
+
+
+def _numbered_blocks(number: int, path: Path, form: ShardFormat) -> list[tuple[int, int, int, int]]:
+    blocks = []
+    for block in form.blocks(path):
+        progress.advance()
+        blocks.append((number, *block))
+    return blocks
 
 
 def _found_blocks(files: Sequence[Path], form: ShardFormat) -> np.ndarray:
@@ -128,7 +136,7 @@ def _found_blocks(files: Sequence[Path], form: ShardFormat) -> np.ndarray:
     with phase(f"indexing {form.kind} files", num_rows=len(files)) as advance:
         for number, path in enumerate(files):
             with naming(path):
-                found += [(number, *block) for block in form.blocks(path)]
+                found += retried(partial(_numbered_blocks, number, path, form))
             advance(1)
     return np.array(found, dtype=np.int64).reshape(-1, 4)
 
