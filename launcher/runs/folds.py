@@ -7,8 +7,9 @@ from torch.utils.data import DataLoader, Subset
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.order import OrderedData
-from shardlaunch.launcher.recipe import Recipe
-from shardlaunch.launcher.runs.iterables import Stream, is_stream
+from shardlaunch.launcher.recipe import Recipe, recipe_name
+from shardlaunch.launcher.runs.folder import run_folder
+from shardlaunch.launcher.runs.iterables import BOOKMARKS, Stream, is_stream
 from shardlaunch.launcher.splitting import fold_of_samples
 
 
@@ -25,7 +26,9 @@ def checked_splits(recipe: Recipe, fold: int | None) -> dict[str, Any]:
                 f"--order, or order() of the recipe"
             )
         if is_stream(split) and name == "train" and fold is None:
-            splits[name] = Stream(split, recipe.options)
+            splits[name] = Stream(
+                split, recipe.options, folder=run_folder(recipe.options, recipe_name(type(recipe))) / BOOKMARKS
+            )
         elif is_stream(split) or not hasattr(split, "__len__") or not hasattr(split, "__getitem__"):
             raise UserError(
                 f"the {name} data is a {type(split).__name__}, which can only be read in order; evaluations and "

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from shardlaunch import Options, Recipe, UserError
+from shardlaunch.launcher.runs import bookmarks
 from shardlaunch.launcher.runs.folds import checked_splits
 from shardlaunch.launcher.runs.identity import data_fingerprint
 from shardlaunch.launcher.runs.iterables import Stream
@@ -134,6 +136,40 @@ def test_orders_that_would_go_back_are_refused() -> None:
         _stream().hold_samples(object(), 1)
     with pytest.raises(UserError, match="--shuffle-window: has no effect"):
         _stream().shuffled_order(Options(shuffle_window=3))
+
+
+@pytest.mark.parametrize("buffer_size", [0, 7])
+def test_a_resume_goes_on_at_a_bookmark_if_that_is_the_right_place(
+    buffer_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(bookmarks, "EVERY_ROWS", 25)
+    given: list[int] = []
+
+    def numbered(shards: list[int]) -> Iterator[dict[str, Any]]:
+        for shard in shards:
+            for number in range(10 * shard, 10 * shard + 10):
+                given.append(number)
+                yield {"number": number}
+
+    def stream() -> Stream:
+        rows = datasets.IterableDataset.from_generator(numbered, gen_kwargs={"shards": list(range(6))})
+        rows = rows.shuffle(seed=3, buffer_size=buffer_size) if buffer_size else rows
+        return Stream(rows, Options(max_steps=40, global_batch_size=4, micro_batch_size=2), folder=tmp_path)
+
+    first = stream()
+    whole = [first[n] for n in range(150)]
+    assert len({row["number"] for row in whole[:60]}) == 60
+    names = sorted(path.name for path in tmp_path.glob("*/*.json"))
+    assert names == [f"{row:012}.json" for row in range(25, 150, 25)]
+    again = stream()
+    given.clear()
+    assert [again[n] for n in range(140, 150)] == whole[140:150]
+    assert (len(given) < 70) == (not buffer_size), "a shuffle buffer is no part of the state"
+    for path in tmp_path.glob("*/*.json"):
+        path.write_text("{")
+    assert [stream()[n] for n in (140, 149)] == [whole[140], whole[149]]
 
 
 def test_streams_of_the_datasets_library() -> None:
