@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from torch.utils.data import IterableDataset
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
@@ -32,8 +33,10 @@ class Mixture:
         self._weights = tuple(str(weight) for _, weight in sources)
         self._names = names or [f"source {number}" for number in range(1, len(sources) + 1)]
         for name, part in zip(self._names, self.parts, strict=True):
-            if not hasattr(part, "__len__") or not hasattr(part, "__getitem__"):
-                raise UserError(f"{name} of the Mixture is a {type(part).__name__}: mixed are data sets with a length")
+            has_rows = hasattr(part, "__len__") and hasattr(part, "__getitem__")
+            if not has_rows or isinstance(part, IterableDataset):
+                kind = type(part).__name__
+                raise UserError(f"{name} of the Mixture is a {kind}: it needs a length, and rows by number")
             if not len(part):
                 raise UserError(f"{name} of the Mixture has no rows")
         pattern_of(self._weights)  # raises

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 
 from shardlaunch import Options, TensorData, UserError
 from shardlaunch.data import Mixture, load_shards, load_splits
@@ -85,6 +86,9 @@ def test_what_is_no_mixture_is_refused() -> None:
         Mixture([(_Rows(0, 3), 1)])
     with pytest.raises(UserError, match="source 2 of the Mixture has no rows"):
         Mixture([(_Rows(0, 3), 1), (_Rows(0, 0), 1)])
+    stream = type("Sized", (IterableDataset,), {"__len__": lambda self: 3, "__iter__": iter})()
+    with pytest.raises(UserError, match="source 2 of the Mixture is a Sized: it needs"):
+        Mixture([(_Rows(0, 3), 1), (stream, 1)])
     with pytest.raises(UserError, match="a generator"):
         Mixture([((n for n in range(3)), 1), (_Rows(0, 0), 1)])
     with pytest.raises(UserError, match="--shuffle-window: has no effect"):
