@@ -66,3 +66,6 @@ def times_to_accuracy(results: Sequence[dict[str, Any]]) -> tuple[list[str], lis
 def _shown(figures: Sequence[float], *, digits: int) -> str:
     """Return median, least and most."""
     return _RANGE.format(digits).format(*figures)
+
+
+KINDS = {"attention": attention, "equal_work": equal_work, "starts": starts, "times_to_accuracy": times_to_accuracy}

@@ -8,9 +8,9 @@ A page says between two comments what stands there, and this command fills it in
 Kinds: `runs` (a row per result), `commands` (the command of each run), `benchmark` (a column per result), `memory`
 (peaks of host memory), `start` (those while a run starts, before a change and now), `plan` (planning batches),
 `plan_memory` (planned memory beside published), `scale` (planning saves), `startup` (starts, by number of ranks),
-`starts` (of a run beside the Trainer), `attention` (steps with dropout in attention), `lora` (beside full fine-tuning),
-`exact` (steps with exact sums), `digest` (digests of states), `ema` (averages of weights), `survival` (how many faults
-went well), `faults` (what became of each), `machine` (where the figures were measured).
+those of speed_tables.py, `streaming` (loading block by block), `lora` (beside full fine-tuning), `exact` (steps with
+exact sums), `digest` (digests of states), `ema` (averages of weights), `survival` (how many faults went well), `faults`
+(what became of each), `machine` (where the figures were measured).
 `<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0.
 The plots of plots.py are written too. `--check` writes nothing and fails when a page or a plot differs from its
 sources.
@@ -21,6 +21,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import speed_tables
@@ -28,6 +29,7 @@ from ema_table import titles_and_rows
 from lora_beside_full import table as lora_table
 from plots import all_plots
 from record import RESULTS
+from streaming import table as streaming_table
 from survival import judging
 
 DOCS = RESULTS.parents[1] / "docs"
@@ -371,6 +373,10 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _filled(rows_of: Callable[[Sequence[Result]], Any], results: Sequence[Result]) -> str:
+    return _table(*rows_of(results))
+
+
 _KINDS = {
     "runs": _runs,
     "commands": _commands,
@@ -383,15 +389,13 @@ _KINDS = {
     "plan_memory": _plan_memory,
     "scale": _scale,
     "startup": _startup,
-    "starts": lambda results: _table(*speed_tables.starts(results)),
-    "attention": lambda results: _table(*speed_tables.attention(results)),
-    "equal_work": lambda results: _table(*speed_tables.equal_work(results)),
-    "times_to_accuracy": lambda results: _table(*speed_tables.times_to_accuracy(results)),
+    **{kind: partial(_filled, rows_of) for kind, rows_of in speed_tables.KINDS.items()},
     "lora": lora_table,
+    "streaming": streaming_table,
     "exact": _exact,
     "curves": _curves,
     "digest": _digest,
-    "ema": lambda results: _table(*titles_and_rows(results)),
+    "ema": partial(_filled, titles_and_rows),
     "machine": _machine,
 }
 

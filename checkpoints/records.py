@@ -181,6 +181,16 @@ class RecipeFile(Record):
     """Of the file's content when the run began or was last resumed."""
 
 
+class BookmarkRecord(Record):
+    """The state of an iterable at a row, and digests of the rows from there on, by which it is known to be right."""
+
+    row: Count
+    num_passes: Count
+    first_of_pass: Count
+    rows: list[str]
+    state: dict[str, Any]
+
+
 class RunRecord(IdentityRecord, kw_only=True):
     """run.json of an output folder."""
 

@@ -102,6 +102,10 @@ class DataOptions:
     equal_work: bool = option(False, mark="free")
     """Put more short samples than long ones into a micro-batch, so that ranks finish together: each global batch has
     both. Needs lengths, as text recipes have them; --micro-batch-size is then an average."""
+    shuffle_window: int = option(0, mark="free", minimum=0)
+    """Samples that are shuffled together, of data that is read block by block (0: 16,384)."""
+    data_weights: tuple[str, ...] = option((), mark="free")
+    """Weights of mixed sources from a step on: STEP:WEIGHT,WEIGHT,..., such as 1000:0.5,0.5; several words."""
     num_workers: int = option(0, mark="free", minimum=0)
     """Data-loading worker processes per rank (0: load in the main process)."""
 

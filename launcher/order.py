@@ -1,6 +1,6 @@
 """What decides the order of training samples, where it is not the usual shuffle."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,4 +22,17 @@ class Order(Protocol):
 
     def samples(self, seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:
         """Return the samples (integers from 0) at some positions of an epoch (int64), each time the same."""
+        ...
+
+
+@runtime_checkable
+class OrderedData(Protocol):
+    """Training data that has a shuffled order of its own, such as data that is read block by block."""
+
+    def shuffled_order(self, options: Any) -> Order:
+        """Return the order of a run with these options, unless the recipe or --order chooses another."""
+        ...
+
+    def hold_samples(self, order: Any, span: int) -> None:
+        """Prepare for an order, of which any `span` consecutive positions are read in any order."""
         ...

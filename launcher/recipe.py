@@ -92,7 +92,7 @@ class Recipe(Logs, RunHooks):
         ]
 
     def datasets(self) -> Mapping[str, Any]:
-        """Return the map-style data sets `train` and, optionally, `eval`.
+        """Return the map-style data sets `train` and, optionally, `eval`; `train` may be an iterable.
 
         Called on rank 0 first and then on the others, which find what it cached on disk. Called before `model`.
         """

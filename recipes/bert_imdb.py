@@ -19,7 +19,10 @@ from shardlaunch.data import (
     class_weights,
     column_kinds,
     derived,
+    load_sources,
     load_splits,
+    mixed,
+    of_training,
     require_texts,
     select_columns,
 )
@@ -123,7 +126,10 @@ class BertImdb(Recipe):
         splits = (
             demo.film_reviews()
             if options.data == DEMO
-            else load_splits(options.data, seed=options.seed, columns=kinds, options=options)
+            else load_sources(
+                options.data,
+                lambda source: load_splits(source, seed=options.seed, columns=kinds, options=options),
+            )
         )
         splits = select_columns(splits, {**columns, **options.groups()}, source=options.data)
         require_texts(splits, source=options.data, called=options.text_column)
@@ -132,9 +138,9 @@ class BertImdb(Recipe):
             splits = {name: _numbers(split, name, options) for name, split in splits.items()}
         else:
             splits, self.class_names = class_names(splits, source=options.data, called=options.label_column)
-            labels = np.asarray(splits["train"].with_format("numpy")["label"][:])
+            labels = np.concatenate([split.with_format("numpy")["label"][:] for split in of_training(splits)])
             self.class_weights = class_weights(options.class_weights, labels, self.class_names)
-        return {name: self._tokenized(split) for name, split in splits.items()}
+        return mixed({name: self._tokenized(split) for name, split in splits.items()}, options.data)
 
     def _tokenized(self, split: Any) -> Any:
         def tokenize(texts: list[str]) -> dict[str, Any]:

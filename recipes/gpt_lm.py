@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardlaunch import Recipe, UserError, demo, launch, option
-from shardlaunch.data import FileOptions, derived, load_splits, require_texts, select_columns
+from shardlaunch.data import (
+    FileOptions,
+    derived,
+    load_sources,
+    load_splits,
+    mixed,
+    of_training,
+    require_texts,
+    role_of,
+    select_columns,
+)
 from shardlaunch.text import (
     NO_TARGET,
     causal_config,
@@ -149,12 +160,15 @@ class GptLm(Recipe):
         splits = (
             demo.film_reviews()
             if options.data == DEMO
-            else load_splits(
+            else load_sources(
                 options.data,
-                seed=options.seed,
-                columns={column: "any" if self.chats else "text"},
-                options=options,
-                of_texts=not self.chats,
+                lambda source: load_splits(
+                    source,
+                    seed=options.seed,
+                    columns={column: "any" if self.chats else "text"},
+                    options=options,
+                    of_texts=not self.chats,
+                ),
             )
         )
         splits = select_columns(splits, {role: column}, source=options.data)
@@ -163,18 +177,24 @@ class GptLm(Recipe):
             self.tokenizer = self._tokenizer([], framed=False)
             splits = tokenized_chats(splits, self.tokenizer, unit=self.unit, source=options.data, called=column)
             note_longer(splits, options.context_length)
-            return {name: self._rows(split) for name, split in splits.items()}
+            return mixed({name: self._rows(split) for name, split in splits.items()}, options.data)
         require_texts(splits, source=options.data, called=options.text_column)
         is_one_text = all(len(split) == 1 for split in splits.values())  # excerpts of it have no beginning or end
-        self.tokenizer = self._tokenizer(splits["train"]["text"], framed=not is_one_text)
+        self.tokenizer = self._tokenizer(
+            chain.from_iterable(split["text"] for split in of_training(splits)), framed=not is_one_text
+        )
         splits = {name: self._tokenized(split, framed=not is_one_text) for name, split in splits.items()}
         if options.no_packing:
-            return {name: self._rows(split) for name, split in splits.items()}
+            return mixed({name: self._rows(split) for name, split in splits.items()}, options.data)
         length = options.context_length
-        train = pack(splits["train"], block_length=length, window=length * (2 if options.shift_blocks else 1))
-        if (train.columns["labels"][0, :length] < 0).any():
+        window = length * (2 if options.shift_blocks else 1)
+        packed = {
+            name: pack(split, block_length=length, window=window if role_of(name) == "train" else 0)
+            for name, split in splits.items()
+        }
+        if any((train.columns["labels"][0, :length] < 0).any() for train in of_training(packed)):
             raise UserError(f"--context-length {length}: all the training data is shorter. Choose a smaller one.")
-        return {"train": train, "eval": pack(splits["eval"], block_length=length)}
+        return mixed(packed, options.data)
 
     def _rows(self, split: Any) -> Any:
         return rows_of_documents(split, block_length=self.options.context_length, key=())

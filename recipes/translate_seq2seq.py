@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,7 +14,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardlaunch import Recipe, UserError, demo, launch, option
-from shardlaunch.data import FileOptions, column_kinds, derived, load_splits, select_columns
+from shardlaunch.data import (
+    FileOptions,
+    column_kinds,
+    derived,
+    load_sources,
+    load_splits,
+    mixed,
+    of_training,
+    select_columns,
+)
 from shardlaunch.demo import toy_translations
 from shardlaunch.metrics import TEXT_METRICS, text_metrics
 from shardlaunch.text import (
@@ -148,8 +158,11 @@ class TranslateSeq2Seq(Recipe):
             splits = toy_translations()
         else:
             kinds = column_kinds(columns, source="text", target="text")
-            splits = load_splits(
-                options.data, seed=options.seed, eval_split=options.eval_split, columns=kinds, options=options
+            splits = load_sources(
+                options.data,
+                lambda source: load_splits(
+                    source, seed=options.seed, eval_split=options.eval_split, columns=kinds, options=options
+                ),
             )
         splits = {name: split.flatten() for name, split in splits.items()}
         splits = select_columns(splits, {**columns, **options.groups()}, source=options.data)
@@ -157,7 +170,7 @@ class TranslateSeq2Seq(Recipe):
             self._pretrained_tokenizer()
             if options.model
             else train_tokenizer(
-                _texts(splits["train"]),
+                chain.from_iterable(map(_texts, of_training(splits))),
                 vocab_size=options.vocab_size,
                 pad_token="<pad>",
                 eos_token="</s>",
@@ -167,7 +180,7 @@ class TranslateSeq2Seq(Recipe):
         require_room(self.tokenizer, "--max-source-length", options.max_source_length)
         require_room(self.tokenizer, "--max-target-length", options.max_target_length)
         key = tokenizer_key(self.tokenizer) + options.source_language + options.target_language
-        return {name: self._tokenized(split, name, key) for name, split in splits.items()}
+        return mixed({name: self._tokenized(split, name, key) for name, split in splits.items()}, options.data)
 
     def _pretrained_tokenizer(self) -> Any:
         from transformers import AutoConfig, AutoTokenizer

@@ -12,6 +12,7 @@ from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.reporting.notes import Notes
 from shardlaunch.launcher.reporting.summary import batch_text, say_init, say_start
 from shardlaunch.launcher.runs.assembly import Assembly
+from shardlaunch.launcher.runs.choosing_order import of_parts
 from shardlaunch.launcher.runs.data import RunData
 from shardlaunch.launcher.runs.init_from import InitFrom
 from shardlaunch.launcher.runs.preflight import bytes_text
@@ -130,7 +131,7 @@ def _average_row(recipe: Recipe, data: RunData, strategy: Strategy) -> dict[str,
 def _data_rows(recipe: Recipe, data: RunData, notes: Notes, *, fold: int | None) -> dict[str, str]:
     """Return what was noted while the data was read."""
     splits = data.splits if recipe.class_names else {}
-    found = {name: recipe.classes_of(split) for name, split in splits.items()}
+    found = {name: of_parts(recipe.classes_of, split) for name, split in splits.items()}
     classes = {name: numbers for name, numbers in found.items() if numbers is not None}
     return notes.rows(classes, recipe.class_names, fold=(fold + 1, recipe.options.folds) if fold is not None else None)
 

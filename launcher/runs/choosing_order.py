@@ -10,10 +10,12 @@ from torch.utils.data import Subset
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
-from shardlaunch.launcher.order import Order
+from shardlaunch.launcher.order import Order, OrderedData
 from shardlaunch.launcher.recipe import Recipe
+from shardlaunch.launcher.reporting.notes import current
 from shardlaunch.launcher.seeding import derive_seed, seeded
 from shardlaunch.launcher.training import orders
+from shardlaunch.launcher.training.block_orders import BlockOrder
 
 _INSTEAD: Mapping[str, str] = {
     "WeightedRandomSampler": "orders.weighted(weights)",
@@ -58,7 +60,7 @@ def _of_options(recipe: Recipe, options: Options, dataset: Any) -> Order | None:
     match options.order:
         case "sequential":
             _check_unused(options)
-            return orders.sequential(len(dataset))
+            found = orders.sequential(len(dataset))
         case "weighted":
             _check_unused(options, may_be="samples_per_epoch")
             weights = _each(recipe.weights_of, dataset)
@@ -83,9 +85,45 @@ def _of_options(recipe: Recipe, options: Options, dataset: Any) -> Order | None:
             )
         case _:
             _check_unused(options)
-            return None
+            return _of_data(options, dataset)
     _check(found, options, dataset)
     return found
+
+
+def _of_data(options: Options, dataset: Any) -> Order | None:
+    """Return the shuffled order of the data itself, if it has one. Raises UserError for a part of such data."""
+    if isinstance(dataset, OrderedData):
+        return dataset.shuffled_order(options)
+    _check_no_weights(options, "the data is no mixture of sources")
+    if options.shuffle_window:
+        raise UserError("--shuffle-window: has no effect, because the data is not read block by block; remove it")
+    inner = dataset
+    while isinstance(inner, Subset):
+        inner = inner.dataset
+    if isinstance(inner, OrderedData):
+        raise UserError(
+            "the training data is a Subset of data that is read block by block, or mixed, whose order it does not "
+            "have: divide the files instead (train-*.parquet and eval-*.parquet), or mix the Subsets"
+        )
+    return None
+
+
+def _check_no_weights(options: Options, why: str) -> None:
+    if options.data_weights:
+        raise UserError(f"--data-weights: has no effect, because {why}; remove it")
+
+
+def _check_blocks(dataset: Any, order: Order, options: Options) -> None:
+    """Warn of another order than its own for data that is read block by block, unless it is sequential."""
+    _check_no_weights(options, f"samples come in another order ({getattr(order, 'name', 'the recipe has its own')})")
+    if options.shuffle_window:
+        raise UserError("--shuffle-window: has no effect with this order of samples; remove it")
+    is_near = isinstance(order, BlockOrder) or getattr(order, "name", "") == "sequential"
+    if getattr(dataset, "has_blocks", False) and not is_near:
+        current().warnings.append(
+            "the training data is read block by block, but its samples come in an order that takes them from anywhere, "
+            "so that each may cost the reading of a block; --order shuffled with --shuffle-window does not"
+        )
 
 
 def _check_unused(options: Options, may_be: str = "") -> None:
@@ -106,11 +144,21 @@ def _classes(recipe: Recipe, options: Options, dataset: Any) -> np.ndarray:
 
 def _each(of: Any, dataset: Any) -> np.ndarray | None:
     """Return what a recipe's method says of each sample, also of a part of a data set."""
-    found = of(dataset)
+    found = of_parts(of, dataset)
     if found is None and isinstance(dataset, Subset):
         found = _each(of, dataset.dataset)
-        return None if found is None else np.asarray(found)[np.asarray(dataset.indices)]
-    return None if found is None else np.asarray(found)
+        return None if found is None else found[np.asarray(dataset.indices)]
+    return found
+
+
+def of_parts(of: Any, dataset: Any) -> np.ndarray | None:
+    """Return what a recipe's method says of each sample of a data set, or of the data sets that it is a mixture of."""
+    if not hasattr(dataset, "parts_at"):
+        found = of(dataset)
+        return None if found is None else np.asarray(found)
+    each = [of_parts(of, part) for part in dataset.parts]
+    known = [one for one in each if one is not None]
+    return np.concatenate(known) if len(known) == len(each) else None
 
 
 def _check_kind(found: Any) -> None:
@@ -135,6 +183,7 @@ def _check_kind(found: Any) -> None:
 
 def _check(found: Order, options: Options, dataset: Any) -> None:
     """Raise UserError for an order that does not fit data or options, or is no function of seed and epoch."""
+    _check_blocks(dataset, found, options)
     count = found.num_samples
     if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
         raise UserError(f"the recipe's order: num_samples must be a whole number from 1, not {count!r}")

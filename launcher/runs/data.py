@@ -9,8 +9,9 @@ import numpy as np
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.optimization.schedules import require_extendable
 from shardlaunch.launcher.options import flag
+from shardlaunch.launcher.order import OrderedData
 from shardlaunch.launcher.recipe import Recipe
-from shardlaunch.launcher.runs.choosing_order import chosen_order
+from shardlaunch.launcher.runs.choosing_order import chosen_order, of_parts
 from shardlaunch.launcher.runs.folds import checked_splits
 from shardlaunch.launcher.runs.second_look import check_second_look
 from shardlaunch.launcher.seeding import derive_seed, seeded
@@ -85,7 +86,8 @@ class RunData:
             global_batch_size=size * -(-options.global_batch_size // size),
             micro_batch_size=size,
             seed=options.seed,
-            lengths=_lengths(recipe, split),
+            # Not of data that is read block by block: a sorted order would need a million samples at a time.
+            lengths=None if getattr(split, "has_blocks", False) else _lengths(recipe, split),
         )
         return _batches(recipe, world, split, plan)
 
@@ -137,16 +139,17 @@ def _training_plan(recipe: Recipe, split: Any) -> BatchPlan:
         equal_work=options.equal_work,
         **sizes,
     )
+    if isinstance(split, OrderedData):
+        split.hold_samples(order, 1 if lengths is None else plan.block(0)[1])
     plan.check()
     return plan
 
 
 def _lengths(recipe: Recipe, split: Any) -> np.ndarray | None:
     """Return the recipe's lengths, which are read in the course of the run. Raises UserError if they do not fit."""
-    lengths = recipe.lengths(split)
-    if lengths is None:
+    found = of_parts(recipe.lengths, split)
+    if found is None:
         return None
-    found = np.asarray(lengths)
     if found.shape != (len(split),) or found.dtype.kind not in "biuf":
         raise UserError(
             f"the recipe's lengths() must return one number per sample, for {len(split):,} samples; it returned "

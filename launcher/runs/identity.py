@@ -25,6 +25,7 @@ from shardlaunch.launcher.training.fetching import row_of
 _PACKAGES = ("shardlaunch", "torch", "accelerate", "transformers", "datasets", "numpy", "safetensors")
 # Number of rows to digest, evenly spaced, of a data set without a fingerprint() method.
 SAMPLED_ROWS = 4096
+FEW_ROWS = 8  # of one whose stored form has a fingerprint, but whose rows are made of it
 FULL_DIGEST_BYTES = 1 << 30
 _INIT_DIGEST = "digest of the weights of --init-from"
 _ABSENT = {
@@ -199,13 +200,19 @@ def versions() -> dict[str, str]:
 def data_fingerprint(dataset: Any, *, seed: int = 0) -> str:
     """Return a digest of a data set's content, whatever its path.
 
-    Calls the data set's `fingerprint()` if it has one. Digests all rows of Hugging Face data sets, those above 1 GiB in
-    the order in which they are stored, which is faster; of others the number of rows and 4,096 evenly spaced rows, as
-    the first epoch of a run with this seed has them.
+    Calls the data set's `fingerprint()` if it has one, and digests a few rows too if they are not as they are stored.
+    Digests all rows of Hugging Face data sets, those above 1 GiB in the order in which they are stored, which is
+    faster; of others the number of rows and 4,096 evenly spaced rows, as the first epoch of a run with this seed has
+    them.
     """
-    if hasattr(dataset, "fingerprint"):
-        return str(dataset.fingerprint())
+    num_rows = SAMPLED_ROWS
     digest = xxhash.xxh3_128(str(len(dataset)).encode())
+    if hasattr(dataset, "fingerprint"):
+        stored = str(dataset.fingerprint())
+        if getattr(dataset, "is_stored", True):
+            return stored
+        digest.update(stored.encode())
+        num_rows = FEW_ROWS
     if hasattr(dataset, "with_format") and hasattr(dataset, "data"):
         if dataset.data.nbytes > FULL_DIGEST_BYTES and dataset._indices is not None:
             digest_value(digest, dataset._indices.column(0).to_numpy())
@@ -213,13 +220,13 @@ def data_fingerprint(dataset: Any, *, seed: int = 0) -> str:
         _digest_arrow(digest, dataset)
     else:
         with seeded(seed):
-            for row in _spread(len(dataset)):
+            for row in _spread(len(dataset), num_rows):
                 digest_value(digest, row_of(dataset, int(row), seed))
     return digest.hexdigest()
 
 
-def _spread(num_rows: int) -> np.ndarray:
-    return np.unique(np.linspace(0, num_rows - 1, min(num_rows, SAMPLED_ROWS)).astype(np.int64))
+def _spread(num_rows: int, most: int) -> np.ndarray:
+    return np.unique(np.linspace(0, num_rows - 1, min(num_rows, most)).astype(np.int64))
 
 
 def _digest_arrow(digest: xxhash.xxh3_128, dataset: Any) -> None:

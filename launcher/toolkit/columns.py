@@ -12,6 +12,7 @@ from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.reporting.notes import MOST_EXAMPLES, current, excerpt
 from shardlaunch.launcher.toolkit.column_types import ColumnKind
 from shardlaunch.launcher.toolkit.derived import derived
+from shardlaunch.launcher.toolkit.mixture import of_training
 
 
 def column_kinds(columns: Mapping[str, str], **kinds: ColumnKind) -> dict[str, ColumnKind]:
@@ -115,6 +116,7 @@ def class_names(
     if None in kinds.values():
         raise UserError(refusal)
     values = {name: _unique(split, column) for name, split in splits.items()}
+    in_training = [*dict.fromkeys(value for found in of_training(values) for value in found)]
     for name, found in values.items():
         if any(value is None for value in found):
             raise UserError(f"--data {source}: the {name} data has rows without a {called!r}")
@@ -125,15 +127,15 @@ def class_names(
                 f"--data {source}: the classes differ: column {called!r} is {feature} in the training data, "
                 f"{other} in the {name} data"
             )
-    if len(values["train"]) < 2:
+    if len(in_training) < 2:
         raise UserError(
-            f"--data {source}: all rows of the training data have the {called!r} {values['train'][0]!r}; at least two "
+            f"--data {source}: all rows of the training data have the {called!r} {in_training[0]!r}; at least two "
             f"classes are required"
         )
-    if not all(isinstance(value, str | int | np.integer) for value in values["train"]):
+    if not all(isinstance(value, str | int | np.integer) for value in in_training):
         raise UserError(refusal)
     has_names = isinstance(feature, datasets.ClassLabel)
-    classes = list(range(len(feature.names))) if has_names else sorted(values["train"])
+    classes = list(range(len(feature.names))) if has_names else sorted(in_training)
     known = set(classes)
     for name, found in values.items():
         unknown = [value for value in found if value not in known or (not isinstance(value, str) and value < 0)]

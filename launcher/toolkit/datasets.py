@@ -29,6 +29,7 @@ from shardlaunch.launcher.toolkit.files import (
     paths_of,
     refuse_unread,
 )
+from shardlaunch.launcher.toolkit.mixture import sources_of
 from shardlaunch.launcher.toolkit.other_data import with_other_rows
 from shardlaunch.launcher.toolkit.tables import ReadFile, read_file
 
@@ -73,6 +74,8 @@ def _own_splits(
     eval_split: str,
     of_texts: bool,
 ) -> dict[str, Any]:
+    if sources_of(source):
+        raise UserError(f"--data {source}: weights of several sources, which this recipe does not mix; give one source")
     if options.group_column and columns is not None:
         columns = {options.group_column: "text", **columns}
     splits = load_source(source, columns, options, of_texts=of_texts)
@@ -234,7 +237,7 @@ def _paths_in(splits: Iterable[Any], columns: Mapping[str, ColumnKind] | None) -
     return named
 
 
-def _files_by_split(listing: Listing) -> dict[str, list[DataFile]]:
+def files_by_split(listing: Listing) -> dict[str, list[DataFile]]:
     """Return the files of each split. Raises UserError if just some have a split's name, or of tables none has."""
     files = listing.files
     if len(files) == 1:
@@ -259,7 +262,7 @@ def _files_by_split(listing: Listing) -> dict[str, list[DataFile]]:
 
 def _load_tables(listing: Listing, columns: Mapping[str, ColumnKind] | None, options: FileOptions) -> dict[str, Any]:
     names = None if columns is None else tuple(dict.fromkeys(n for name in columns for n in (name, name.split(".")[0])))
-    by_split = _files_by_split(listing)
+    by_split = files_by_split(listing)
     read: dict[str, list[ReadFile]] = {}
     for word, files in by_split.items():
         read[word] = []

@@ -3,6 +3,7 @@
 No rank or loader keeps a position: the run's position is the step t, the number of global batches consumed.
 """
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -150,7 +151,13 @@ class Batches:
             worker_init_fn=partial(_begin_worker, notes),
             generator=torch.Generator(),  # its own, so that it does not draw from the model's stream
         )
-        return map(_raised, loader)
+        # Garbage of this process, such as the process group of an earlier run, is not to be collected by those that are
+        # forked here: gloo's destructor would wait there for threads that only this process has.
+        gc.freeze()
+        try:
+            return map(_raised, loader)  # forks
+        finally:
+            gc.unfreeze()
 
     def load(self, slot: Slot) -> MicroBatch:
         """Fetch and collate one micro-batch."""

@@ -1,14 +1,16 @@
 """Fetch samples from a data set, with the generators that its transforms draw from seeded by (seed, epoch, sample)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from operator import getitem
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Subset
 
 from shardlaunch.checkpoints.files import retried
+from shardlaunch.errors import UserError
 from shardlaunch.launcher.seeding import sample_seeds, seed_generators
 from shardlaunch.launcher.tensor_data import TensorData
 from shardlaunch.progress import COUNT, SAMPLE, STEP, progress
@@ -25,6 +27,8 @@ def fetched(dataset: Any, samples: np.ndarray, seeds: np.ndarray) -> Any:
     """
     if isinstance(dataset, TensorData):
         return dataset.rows_at(samples)
+    if hasattr(dataset, "parts_at"):
+        return _of_parts(dataset, samples, seeds)
     if hasattr(dataset, "rows_at"):
         return _seeded(seeds[0], lambda: dataset.rows_at(samples))
     by_row = isinstance(dataset, Subset) and not hasattr(dataset.dataset, "__getitems__")
@@ -38,6 +42,25 @@ def fetched(dataset: Any, samples: np.ndarray, seeds: np.ndarray) -> Any:
         progress.advance()
         rows.append(_seeded(seed, partial(getitem, dataset, sample)))
     return rows
+
+
+def _of_parts(dataset: Any, samples: np.ndarray, seeds: np.ndarray) -> Any:
+    """Return rows of a data set of several, in the order of the samples: a list, or columns if all parts have these."""
+    found = [(places, fetched(part, inner, seeds[places])) for part, inner, places in dataset.parts_at(samples)]
+    have_columns = [isinstance(rows, Mapping) for _, rows in found]
+    if len(found) == 1:
+        return found[0][1]
+    if all(have_columns):
+        order = torch.from_numpy(np.argsort(np.concatenate([places for places, _ in found])))
+        names = found[0][1].keys()
+        return {name: torch.cat([rows[name] for _, rows in found]).index_select(0, order) for name in names}
+    if any(have_columns):
+        raise UserError("data sets that are mixed must be alike: some have columns of tensors, and some have rows")
+    in_order: list[Any] = [None] * len(samples)
+    for places, rows in found:
+        for place, row in zip(places.tolist(), rows, strict=True):
+            in_order[place] = row
+    return in_order
 
 
 def _seeded(seed: int, fetch: Callable[[], Any]) -> Any:

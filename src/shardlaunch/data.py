@@ -5,17 +5,26 @@ from shardlaunch.launcher.toolkit.columns import class_names, class_weights, col
 from shardlaunch.launcher.toolkit.datasets import load_splits
 from shardlaunch.launcher.toolkit.derived import derived
 from shardlaunch.launcher.toolkit.files import FileOptions
+from shardlaunch.launcher.toolkit.mixture import Mixture, load_sources, mixed, of_training, role_of
+from shardlaunch.launcher.toolkit.shards.dataset import Shards, load_shards
 from shardlaunch.launcher.toolkit.stored_weights import stored_weights
 
 __all__ = [
     "ColumnKind",
     "FileOptions",
+    "Mixture",
+    "Shards",
     "class_names",
     "class_weights",
     "column_kinds",
     "derived",
+    "load_shards",
+    "load_sources",
     "load_splits",
+    "mixed",
+    "of_training",
     "require_texts",
+    "role_of",
     "select_columns",
     "stored_weights",
 ]

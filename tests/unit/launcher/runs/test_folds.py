@@ -84,8 +84,8 @@ class _Streamed(Recipe):
 
 
 def test_data_that_is_read_in_its_own_order_only() -> None:
-    with pytest.raises(UserError, match=r"the train data is a _Stream, .* needs a map-style data set"):
-        checked_splits(_Streamed(Options()), None)
+    with pytest.raises(UserError, match=r"the train data is a _Stream, .* --folds need a map-style data set"):
+        checked_splits(_Streamed(Options(folds=2)), 0)
 
 
 def test_fold_options() -> None:

@@ -1,6 +1,8 @@
 """The batch plan: every sample once, for any sizes; similar lengths together; ranks in step."""
 
+import gc
 import itertools
+import os
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -217,6 +219,31 @@ def _batches(num_workers: int) -> Batches:
         training=True,
         num_workers=num_workers,
     )
+
+
+class _Garbage:
+    """An object in a cycle, which only the collector of garbage finds; it notes which process that is in."""
+
+    def __init__(self, notes: Path) -> None:
+        self.itself = self
+        self.notes = notes
+
+    def __del__(self) -> None:
+        with open(self.notes, "a") as file:
+            print(os.getpid(), file=file)
+
+
+def test_workers_leave_the_garbage_of_the_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = tmp_path / "notes"
+    monkeypatch.setattr(_Squares, "__getitem__", lambda self, index: index + 0 * gc.collect())
+    gc.disable()
+    try:
+        _Garbage(notes)
+        list(_batches(1).steps(0, 1))
+    finally:
+        gc.enable()
+    gc.collect()
+    assert notes.read_text().split() == [str(os.getpid())]
 
 
 def test_loading_in_workers_gives_the_same_batches() -> None:
