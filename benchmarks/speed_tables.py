@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+from record import markdown_table
+
 _RANGE = "{{:.{0}f}} ({{:.{0}f}} to {{:.{0}f}})"
 
 
-def attention(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return titles, and a row per length: milliseconds of a step in each arm."""
+def attention(results: Sequence[dict[str, Any]]) -> str:
+    """Return a row per length: milliseconds of a step in each arm."""
     arms = list(results[0]["rows"][0]["ms"])
     rows = [
         [
@@ -18,22 +20,22 @@ def attention(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[s
         for result in results
         for row in result["rows"]
     ]
-    return ["tokens", *(f"{arm}, ms" for arm in arms), "plain / ours"], rows
+    return markdown_table(["tokens", *(f"{arm}, ms" for arm in arms), "plain / ours"], rows)
 
 
-def starts(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return titles, and a row per arm: seconds to the first step and of CPU time, also as ratios to the Trainer's."""
+def starts(results: Sequence[dict[str, Any]]) -> str:
+    """Return a row per arm: seconds to the first step and of CPU time, also as ratios to the Trainer's."""
     columns = {"first_step_s": 1, "first_step_over_trainer": 2, "cpu_s": 1, "cpu_over_trainer": 2}
     rows = [
         [row["arm"], *(_shown(row[name], digits=digits) for name, digits in columns.items())]
         for result in results
         for row in result["rows"]
     ]
-    return ["", "first step, s", "x Trainer", "CPU of the whole command, s", "x Trainer"], rows
+    return markdown_table(["", "first step, s", "x Trainer", "CPU of the whole command, s", "x Trainer"], rows)
 
 
-def equal_work(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return titles, and a row per number of tokens and ranks: the work of the slowest rank in each arm."""
+def equal_work(results: Sequence[dict[str, Any]]) -> str:
+    """Return a row per number of tokens and ranks: the work of the slowest rank in each arm."""
     arms = list(results[0]["rows"][0]["work"])
     rows = [
         [
@@ -44,11 +46,11 @@ def equal_work(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[
         for result in results
         for row in result["rows"]
     ]
-    return ["tokens, at most", "ranks x micro-batches", *arms], rows
+    return markdown_table(["tokens, at most", "ranks x micro-batches", *arms], rows)
 
 
-def times_to_accuracy(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return titles, and a row per length and arm: seconds, as ratios to this project's, and the accuracy."""
+def times_to_accuracy(results: Sequence[dict[str, Any]]) -> str:
+    """Return a row per length and arm: seconds, as ratios to this project's, and the accuracy."""
     rows = [
         [
             str(row["length"]),
@@ -60,7 +62,7 @@ def times_to_accuracy(results: Sequence[dict[str, Any]]) -> tuple[list[str], lis
         for result in results
         for row in result["rows"]
     ]
-    return ["tokens, at most", "", "training, s", "x shardlaunch", "accuracy"], rows
+    return markdown_table(["tokens, at most", "", "training, s", "x shardlaunch", "accuracy"], rows)
 
 
 def _shown(figures: Sequence[float], *, digits: int) -> str:

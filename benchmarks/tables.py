@@ -21,7 +21,6 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import speed_tables
@@ -29,6 +28,7 @@ from ema_table import titles_and_rows
 from lora_beside_full import table as lora_table
 from plots import all_plots
 from record import RESULTS
+from record import markdown_table as _table
 from streaming import table as streaming_table
 from survival import judging
 
@@ -368,15 +368,6 @@ def _title(result: Result) -> str:
     return f"{result['benchmark']}{on}"
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _filled(rows_of: Callable[[Sequence[Result]], Any], results: Sequence[Result]) -> str:
-    return _table(*rows_of(results))
-
-
 _KINDS = {
     "runs": _runs,
     "commands": _commands,
@@ -389,13 +380,13 @@ _KINDS = {
     "plan_memory": _plan_memory,
     "scale": _scale,
     "startup": _startup,
-    **{kind: partial(_filled, rows_of) for kind, rows_of in speed_tables.KINDS.items()},
+    **speed_tables.KINDS,
     "lora": lora_table,
     "streaming": streaming_table,
     "exact": _exact,
     "curves": _curves,
     "digest": _digest,
-    "ema": partial(_filled, titles_and_rows),
+    "ema": lambda results: _table(*titles_and_rows(results)),
     "machine": _machine,
 }
 
