@@ -83,7 +83,7 @@ class RunData:
         size = options.eval_micro_batch_size or options.micro_batch_size
         plan = EvaluationPlan(
             num_samples=len(split),
-            global_batch_size=size * -(-options.global_batch_size // size),
+            global_batch_size=size * options.micro_batches,  # as many micro-batches for the ranks as in training
             micro_batch_size=size,
             seed=options.seed,
             # Not of data that is read block by block: a sorted order would need a million samples at a time.

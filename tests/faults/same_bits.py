@@ -37,6 +37,7 @@ NUM_STEPS, MICRO_BATCHES, SAMPLES = 50, 7, 2
 OPTIONS = (
     *("--preset", "demo", "--exact", "--tracker", "none", "--log-every", "1", "--hang-after-s", "120"),
     *("--global-batch-size", str(MICRO_BATCHES * SAMPLES), "--micro-batch-size", str(SAMPLES)),
+    *("--eval-micro-batch-size", "32"),
 )
 CHAIN_STEPS_PER_KILL = 4
 
