@@ -56,9 +56,10 @@ class Replicated(Strategy):
     @contextmanager
     def updating(self, name: str) -> Iterator[None]:
         """Sum the gradients of this optimizer's parameters alone."""
-        self._updated = optimizers_by_name(self.optimizer)[name]
-        if not isinstance(self.gradients, ExactGradients):
-            self.gradients = self._buckets[name]
+        if not isinstance(self.optimizer, Optimizers):  # nothing to choose, in each step
+            yield
+            return
+        self._updated, self.gradients = self.optimizer.by_name[name], self._buckets[name]
         trained = self._trained.values()
         with only_needing_gradients(trained_by(self._updated, trained), trained):
             yield
