@@ -92,9 +92,10 @@ def _of_options(recipe: Recipe, options: Options, dataset: Any) -> Order | None:
 
 def _of_data(options: Options, dataset: Any) -> Order | None:
     """Return the shuffled order of the data itself, if it has one. Raises UserError for a part of such data."""
+    if not hasattr(dataset, "parts_at"):
+        _check_no_weights(options, "the data is no mixture of sources")
     if isinstance(dataset, OrderedData):
         return dataset.shuffled_order(options)
-    _check_no_weights(options, "the data is no mixture of sources")
     if options.shuffle_window:
         raise UserError("--shuffle-window: has no effect, because the data is not read block by block; remove it")
     inner = dataset

@@ -1,4 +1,4 @@
-"""Data that is read block by block: the same losses on any ranks, exact after a resume and a kill, changes refused."""
+"""Data read block by block, mixed or streamed: the same on any ranks, exact after a resume and a kill; refusals."""
 
 import importlib.util
 import os
@@ -30,7 +30,7 @@ from tests.shard_files import write_parquet
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "stream_parquet.py"
 OPTIONS: dict[str, Any] = {
-    **{"max_steps": 9, "eval_every": 100, "threads_per_rank": 1, "tracker": "none", "lr": 0.05, "shuffle_window": 40},
+    **{"max_steps": 9, "eval_every": 100, "threads_per_rank": 1, "tracker": "none", "lr": 0.05},
     **{"global_batch_size": 16, "micro_batch_size": 4, "save_every": 2},
 }
 
@@ -76,27 +76,6 @@ def _tensors(count: int, seed: int) -> TensorData:
     return TensorData(inputs=torch.rand(count, NUM_FEATURES, generator=generator) + labels[:, None], labels=labels)
 
 
-def _mixed_runs(folder: Path, jobs: list[tuple[str, dict[str, Any]]]) -> None:
-    for name, options in jobs:
-        given = {**OPTIONS, "shuffle_window": 0, "data_weights": ("4:1,1,0", "6:0.2,0.2,0.6"), **options}
-        fit(Mixed, output_dir=folder / name, **given)
-
-
-def test_mixtures_are_the_same_on_any_ranks_and_after_a_resume(tmp_path: Path) -> None:
-    resumed = [("resumed", {"stop_at_step": 5}), ("resumed", {"num_workers": 1})]
-    run_on_ranks(1, _mixed_runs, tmp_path, [("one", {}), *resumed, ("other", {"data_weights": ()})])
-    run_on_ranks(2, _mixed_runs, tmp_path, [("2", {}), ("fsdp2", {"strategy": "fsdp2"})])
-    run_on_ranks(3, _mixed_runs, tmp_path, [("3", {})])
-    expected = losses(tmp_path / "one")
-    assert losses(tmp_path / "resumed") == expected
-    tensors = final_tensors(tmp_path / "resumed")
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in final_tensors(tmp_path / "one").items())
-    for name in ("2", "fsdp2", "3"):
-        assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-6), name
-    other = losses(tmp_path / "other")
-    assert [other[step] == expected[step] for step in range(1, 6)] == [True] * 4 + [False], "from step 4 on"
-
-
 def test_text_recipes_mix_sources(tmp_path: Path) -> None:
     for name, words in (("a", "one two three four five"), ("b", "uno dos tres cuatro cinco")):
         (tmp_path / f"{name}.txt").write_text(f"{words}\n" * 200)
@@ -137,29 +116,19 @@ class Streamed(Mixed):
         return super().collate(default_collate(samples) if isinstance(samples, list) else samples, seeds)
 
 
-def _streamed_runs(folder: Path, jobs: list[tuple[str, dict[str, Any]]]) -> None:
-    for name, options in jobs:
-        fit(Streamed, output_dir=folder / name, **{**OPTIONS, "shuffle_window": 0, **options})
+KINDS: dict[str, dict[str, Any]] = {
+    "blocks": {"shuffle_window": 40},
+    "mixed": {"data_weights": ("4:1,1,0", "6:0.2,0.2,0.6")},
+    "streamed": {},
+}
 
 
-def test_iterables_are_the_same_on_any_ranks_and_after_a_resume(tmp_path: Path) -> None:
-    resumed = [("resumed", {"stop_at_step": 5}), ("resumed", {"num_workers": 2})]
-    run_on_ranks(1, _streamed_runs, tmp_path, [("one", {}), *resumed])
-    run_on_ranks(2, _streamed_runs, tmp_path, [("2", {"num_workers": 1}), ("fsdp2", {"strategy": "fsdp2"})])
-    run_on_ranks(3, _streamed_runs, tmp_path, [("3", {})])
-    expected = losses(tmp_path / "one")
-    assert len(expected) == 9
-    assert losses(tmp_path / "resumed") == expected
-    tensors = final_tensors(tmp_path / "resumed")
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in final_tensors(tmp_path / "one").items())
-    for name in ("2", "fsdp2", "3"):
-        assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-6), name
-
-
-def _runs(folder: Path, jobs: list[tuple[str, dict[str, Any]]]) -> None:
-    recipe_type = _recipe()
-    for name, options in jobs:
-        fit(recipe_type, data=str(folder / "data"), output_dir=folder / name, **{**OPTIONS, **options})
+def _runs(folder: Path, jobs: list[tuple[str, str, dict[str, Any]]]) -> None:
+    """Run jobs of (kind, name, options)."""
+    recipes = {"blocks": _recipe(), "mixed": Mixed, "streamed": Streamed}
+    for kind, name, options in jobs:
+        given = {**OPTIONS, **KINDS[kind], "data": str(folder / "data"), **options}
+        fit(recipes[kind], output_dir=folder / f"{kind}-{name}", **given)
 
 
 def _killed(folder: Path, name: str) -> None:
@@ -168,24 +137,36 @@ def _killed(folder: Path, name: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     killed = type("Killed", (_recipe(),), {"after_update": after_update, "__module__": EXAMPLE.stem})
-    fit(killed, data=str(folder / "data"), output_dir=folder / name, async_save="off", **OPTIONS)
+    given = {**OPTIONS, **KINDS["blocks"], "data": str(folder / "data")}
+    fit(killed, output_dir=folder / name, async_save="off", **given)
 
 
-def test_blocks_are_the_same_on_any_ranks_and_after_a_resume_and_a_kill(tmp_path: Path) -> None:
+def test_runs_are_the_same_on_any_ranks_and_after_a_resume_and_a_kill(tmp_path: Path) -> None:
     _write(tmp_path / "data")
-    resumed = [("resumed", {"stop_at_step": 3}), ("resumed", {"stop_at_step": 8, "num_workers": 2}), ("resumed", {})]
-    run_on_ranks(1, _runs, tmp_path, [("one", {}), *resumed])
-    run_on_ranks(2, _runs, tmp_path, [("2", {"num_workers": 2}), ("fsdp2", {"strategy": "fsdp2"})])
+    alone = [
+        job
+        for kind in KINDS
+        for job in (
+            (kind, "one", {}),
+            (kind, "resumed", {"stop_at_step": 3}),
+            (kind, "resumed", {"num_workers": 2}),
+        )
+    ]
+    run_on_ranks(1, _runs, tmp_path, alone)
     with pytest.raises(AssertionError, match="ended without an answer"):
-        run_on_ranks(2, _killed, tmp_path, "killed")
-    run_on_ranks(3, _runs, tmp_path, [("3", {}), ("killed", {})])
-    expected = losses(tmp_path / "one")
-    assert len(expected) == 9, "into the second epoch"
-    assert losses(tmp_path / "resumed") == expected
-    tensors = final_tensors(tmp_path / "resumed")
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in final_tensors(tmp_path / "one").items())
-    for name in ("2", "fsdp2", "3", "killed"):
-        assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-6), name
+        run_on_ranks(2, _killed, tmp_path, "blocks-killed")
+    two = [("blocks", "2", {"strategy": "fsdp2"}), ("mixed", "2", {}), ("streamed", "2", {"num_workers": 1})]
+    run_on_ranks(2, _runs, tmp_path, two)
+    run_on_ranks(3, _runs, tmp_path, [("blocks", "killed", {}), ("mixed", "3", {"strategy": "fsdp2"})])
+    for kind in KINDS:
+        expected = losses(tmp_path / f"{kind}-one")
+        assert len(expected) == 9, "into the second epoch"
+        assert losses(tmp_path / f"{kind}-resumed") == expected
+        tensors = final_tensors(tmp_path / f"{kind}-resumed")
+        of_one = final_tensors(tmp_path / f"{kind}-one")
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in of_one.items())
+        for folder in tmp_path.glob(f"{kind}-*"):
+            assert losses(folder) == pytest.approx(expected, abs=1e-6), folder.name
 
 
 def test_other_data_or_another_window_is_another_run(tmp_path: Path) -> None:
