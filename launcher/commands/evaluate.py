@@ -78,14 +78,14 @@ def _other_data(run: TrainedRun, source: str, split: str) -> RunData:
     """Return the run's data with other data as `eval`. Raises UserError where classes or vocabulary would differ."""
     other = OtherData(source=source, split=split)
     with evaluated_on(other):
-        data = run.load_data()
-        if not other.is_used:
-            return replace(data, splits={**data.splits, "eval": _data_of_recipe(run, data, other)})
+        data = run.load_data(own=())
         if changed := run.changed_fingerprint("train", data.splits["train"]):
             raise UserError(
                 f"--data {source}: the training data are not those of the run any more ({changed}), from which its "
                 f"classes and vocabulary come; bring them back"
             )
+        if not other.is_used:
+            return replace(data, splits={**data.splits, "eval": _data_of_recipe(run, data, other)})
         if run.fold is not None:  # of whose data the held-out part is of the training data
             with seeded(derive_seed(run.recipe.options.seed, "data")):
                 data = replace(data, splits={**data.splits, "eval": checked_splits(run.recipe, None)["eval"]})

@@ -1,6 +1,6 @@
 """A run that was trained before: its checkpoint, the recipe and options that made it, its data and its model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -61,11 +61,11 @@ class TrainedRun:
         has_gpu = not self.on_cpu and torch.cuda.is_available() and not read_environment().use_cpu
         return World(device=torch.device("cuda", 0)) if has_gpu else World()
 
-    def load_data(self) -> RunData:
-        """Return the run's own data, and warn where they are no longer those that it was trained and evaluated on."""
+    def load_data(self, *, own: Collection[str] = ("train", "eval")) -> RunData:
+        """Return the run's data, and warn where those that are its `own` are no longer what it was trained on."""
         data = load_data(self.recipe, self.world, self.fold)
         for name, split in data.splits.items():
-            if changed := self.changed_fingerprint(name, split):
+            if name in own and (changed := self.changed_fingerprint(name, split)):
                 self.warn(f"the {name} data are not those of the run any more ({changed}); its log is of others")
         return data
 
