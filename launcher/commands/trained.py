@@ -1,6 +1,7 @@
 """A run that was trained before: its checkpoint, the recipe and options that made it, its data and its model."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from msgspec import UnsetType
 from torch import nn
 
 from shardlaunch.checkpoints.exporting import Weight, weights_of
+from shardlaunch.checkpoints.files import error_text
 from shardlaunch.checkpoints.finding import checkpoint_at
 from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.peers import Peers
@@ -63,7 +65,8 @@ class TrainedRun:
 
     def load_data(self, *, own: Collection[str] = ("train", "eval")) -> RunData:
         """Return the run's data, and warn where those that are its `own` are no longer what it was trained on."""
-        data = load_data(self.recipe, self.world, self.fold)
+        with reading_data():
+            data = load_data(self.recipe, self.world, self.fold)
         for name, split in data.splits.items():
             if name in own and (changed := self.changed_fingerprint(name, split)):
                 self.warn(f"the {name} data are not those of the run any more ({changed}); its log is of others")
@@ -114,6 +117,15 @@ class TrainedRun:
             )
         for name, weight in weights.items():
             held[name].copy_(weight.read(0, weight.num_elements).view(weight.shape))
+
+
+@contextmanager
+def reading_data() -> Iterator[None]:
+    """Raise UserError where data cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the data cannot be read: {error_text(error)}") from error
 
 
 def open_run(
