@@ -54,7 +54,8 @@ const request = async () => {
 };
 const show = answer => {
   out.textContent = '';
-  if (answer.error !== undefined || answer.text !== undefined) { out.textContent = answer.error ?? answer.text; return; }
+  const text = answer.error ?? answer.text;
+  if (text !== undefined) { out.textContent = text; return; }
   const found = answer.predictions[0];
   if (found.value !== undefined) { out.textContent = found.value; return; }
   for (const [label, score] of Object.entries(found.scores).sort((one, other) => other[1] - one[1]).slice(0, 20)) {
