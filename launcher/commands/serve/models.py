@@ -54,7 +54,9 @@ class Image(msgspec.Struct, forbid_unknown_fields=True):
 class Served(Protocol):
     """A model that answers requests."""
 
-    kind: Kind
+    @property
+    def kind(self) -> Kind:
+        """What it takes."""
 
     def answer(self, request: bytes) -> dict[str, Any]:
         """Return the answer to a request in JSON. Raises UserError, and msgspec's errors for what is no request."""
