@@ -1,6 +1,7 @@
 """The server: a page at /, and POST /predict with JSON. One request is answered at a time."""
 
 import json
+import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -102,6 +103,12 @@ class Server(ThreadingHTTPServer):
         self.served, self.title = served, title
         self.in_turn = InTurn(served=served)
         self.is_open = address[0] not in LOCAL
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say what went wrong with a connection, unless the other side has left."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError | TimeoutError):
+            warn(f"a connection failed: {type(error).__name__}: {error}")
 
 
 def new_server(path: Path, *, host: str, port: int, ema: bool, recipe: str) -> Server:
