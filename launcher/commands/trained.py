@@ -179,7 +179,8 @@ def _recipe_type(
         try:
             path = find_recipe(name)
         except UserError:
-            raise UserError(f"the run is one of the recipe {name}{gone}; say where it is with --recipe FILE") from None
+            named = f"{name}{gone}"
+            raise UserError(f"the run is one of the recipe {named}; say where it is with --recipe FILE") from None
         if gone:
             warn(f"{recorded.path if recorded else ''} is gone; using the installed recipe {name}")
     if recorded is not None and xxhash.xxh3_128_hexdigest(path.read_bytes()) != recorded.xxh3_128:
