@@ -158,7 +158,7 @@ class GptLm(Recipe):
             raise UserError("--text-column: --messages-column replaces it; remove one of the two")
         role, column = ("messages", options.messages_column) if self.chats else ("text", options.text_column)
         splits = (
-            demo.film_reviews()
+            demo.film_reviews(used=("text",))
             if options.data == DEMO
             else load_sources(
                 options.data,

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,12 +35,14 @@ def _as_found() -> Iterator[None]:
     environment = dict(os.environ)
     threads = torch.get_num_threads()
     folder = os.getcwd()
+    path = sys.path[:]  # to which the folder of a recipe is added
     before = set(psutil.Process().children(recursive=True))  # that a module's fixture has started
     yield
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(threads)
     os.chdir(folder)
+    sys.path[:] = path
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         pytest.fail("left a process group")

@@ -154,10 +154,35 @@ def export(
     return export_run(run, out, kind=format_, step=step, ema=ema, recipe=recipe)
 
 
+def serve(
+    run: tyro.conf.Positional[Path],
+    port: int = 8000,
+    host: str = "127.0.0.1",
+    ema: _Flag = False,
+    recipe: str = "",
+) -> int:
+    """Serve a model on this machine, to try it: a page, and POST /predict with JSON.
+
+    For classifiers of texts and of pictures, and language models. One request is answered at a time; it is no server
+    for many users.
+
+    Args:
+        run: A run's output folder (its newest checkpoint), or a checkpoint folder.
+        port: Port (0: any that is free).
+        host: Address to listen at; others than that of this machine alone let everyone use the model.
+        ema: Use the average of the weights that the run keeps (--ema, --ema-half-life, --swa-from).
+        recipe: Recipe file or name, where that of a model of pictures is not where it was.
+    """
+    from shardlaunch.launcher.commands.serve.main import serve_run
+
+    return serve_run(run, host=host, port=port, ema=ema, recipe=recipe)
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "predict": predict,
     "generate": generate,
     "evaluate": evaluate,
     "report": report,
     "export": export,
+    "serve": serve,
 }

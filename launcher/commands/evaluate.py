@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shardlaunch.checkpoints.files import error_text, make_folder, replace_file
 from shardlaunch.checkpoints.records import DamagedRecord, EvaluationRecord, read_record, to_json
 from shardlaunch.errors import UserError, printable, some
 from shardlaunch.launcher.commands.ckpt.output import print_json, warn
-from shardlaunch.launcher.commands.trained import TrainedRun, open_run
+from shardlaunch.launcher.commands.trained import TrainedRun, open_run, reading_data
 from shardlaunch.launcher.recipe import recipe_name
 from shardlaunch.launcher.reporting.display import Display
 from shardlaunch.launcher.reporting.notes import collected
@@ -78,14 +80,14 @@ def _other_data(run: TrainedRun, source: str, split: str) -> RunData:
     """Return the run's data with other data as `eval`. Raises UserError where classes or vocabulary would differ."""
     other = OtherData(source=source, split=split)
     with evaluated_on(other):
-        data = run.load_data()
-        if not other.is_used:
-            return replace(data, splits={**data.splits, "eval": _data_of_recipe(run, data, other)})
+        data = run.load_data(own=())
         if changed := run.changed_fingerprint("train", data.splits["train"]):
             raise UserError(
                 f"--data {source}: the training data are not those of the run any more ({changed}), from which its "
                 f"classes and vocabulary come; bring them back"
             )
+        if not other.is_used:
+            return replace(data, splits={**data.splits, "eval": _data_of_recipe(run, data, other)})
         if run.fold is not None:  # of whose data the held-out part is of the training data
             with seeded(derive_seed(run.recipe.options.seed, "data")):
                 data = replace(data, splits={**data.splits, "eval": checked_splits(run.recipe, None)["eval"]})
@@ -97,7 +99,7 @@ def _data_of_recipe(run: TrainedRun, own: RunData, other: OtherData) -> Any:
     recipe = copy(run.recipe)
     recipe.options = copy(recipe.options)
     recipe.options.data = other.source
-    with seeded(derive_seed(recipe.options.seed, "data")):
+    with reading_data(), seeded(derive_seed(recipe.options.seed, "data")):
         splits = checked_splits(recipe, None)
     if list(recipe.class_names) != list(run.recipe.class_names):
         raise UserError(
@@ -124,6 +126,8 @@ def _evaluated(run: TrainedRun, data: RunData, *, ema: bool, display: Display) -
     evaluator = Evaluator(recipe, batches, world=world, precision=precision)
     total = len(data.splits["eval"])
     display.say(f"evaluating {run.where} on {total:,} samples ...")
+    if recipe.options.exact:  # as in the run: the number of threads changes the bits
+        torch.set_num_threads(recipe.options.threads_per_rank or 1)
     with deterministic_kernels() if recipe.options.exact else nullcontext():
         return evaluator.evaluate(model, lambda done, of: None, lambda: None)
 

@@ -54,17 +54,39 @@ def generate_texts(
     A text does not depend on the prompts before it. With `ema`, the model has the average of its weights. Raises
     UserError when there is no prompt, or no valid checkpoint of a language model.
     """
+    check_length(max_new_tokens)
+    prompts = all_texts(prompts, file, flag="--prompt")
+    writer = open_writer(path, ema=ema)
+    for prompt in prompts:
+        print(writer.text(prompt, max_new_tokens, sampling))
+
+
+def check_length(max_new_tokens: int) -> None:
+    """Raise UserError for a number of tokens that is none."""
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
-    prompts = all_texts(prompts, file, flag="--prompt")
-    checkpoint, tokenizer = open_text_model(path, kind="language model")
-    model = _language_model(checkpoint, ema=ema)
-    generate = _transform if model.config.is_encoder_decoder else _continue
-    for prompt in prompts:
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writer:
+    """A language model of a checkpoint."""
+
+    checkpoint: Checkpoint
+    tokenizer: Any
+    model: Any
+
+    def text(self, prompt: str, max_new_tokens: int, sampling: Sampling) -> str:
+        """Return a prompt's continuation, or the output of an encoder-decoder for it."""
+        generate = _transform if self.model.config.is_encoder_decoder else _continue
         torch.manual_seed(sampling.seed)
-        with torch.no_grad(), in_use(checkpoint):
-            text = generate(model, tokenizer, prompt, max_new_tokens, sampling.arguments())
-        print(text)
+        with torch.no_grad(), in_use(self.checkpoint):
+            return generate(self.model, self.tokenizer, prompt, max_new_tokens, sampling.arguments())
+
+
+def open_writer(path: Path, *, ema: bool) -> Writer:
+    """Return the language model of a checkpoint. Raises UserError where there is none."""
+    checkpoint, tokenizer = open_text_model(path, kind="language model")
+    return Writer(checkpoint=checkpoint, tokenizer=tokenizer, model=_language_model(checkpoint, ema=ema))
 
 
 def _language_model(checkpoint: Checkpoint, *, ema: bool) -> Any:

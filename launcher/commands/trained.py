@@ -1,6 +1,7 @@
 """A run that was trained before: its checkpoint, the recipe and options that made it, its data and its model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from msgspec import UnsetType
 from torch import nn
 
 from shardlaunch.checkpoints.exporting import Weight, weights_of
+from shardlaunch.checkpoints.files import error_text
 from shardlaunch.checkpoints.finding import checkpoint_at
 from shardlaunch.checkpoints.layout import CHECKPOINTS
 from shardlaunch.checkpoints.peers import Peers
@@ -61,11 +63,12 @@ class TrainedRun:
         has_gpu = not self.on_cpu and torch.cuda.is_available() and not read_environment().use_cpu
         return World(device=torch.device("cuda", 0)) if has_gpu else World()
 
-    def load_data(self) -> RunData:
-        """Return the run's own data, and warn where they are no longer those that it was trained and evaluated on."""
-        data = load_data(self.recipe, self.world, self.fold)
+    def load_data(self, *, own: Collection[str] = ("train", "eval")) -> RunData:
+        """Return the run's data, and warn where those that are its `own` are no longer what it was trained on."""
+        with reading_data():
+            data = load_data(self.recipe, self.world, self.fold)
         for name, split in data.splits.items():
-            if changed := self.changed_fingerprint(name, split):
+            if name in own and (changed := self.changed_fingerprint(name, split)):
                 self.warn(f"the {name} data are not those of the run any more ({changed}); its log is of others")
         return data
 
@@ -114,6 +117,15 @@ class TrainedRun:
             )
         for name, weight in weights.items():
             held[name].copy_(weight.read(0, weight.num_elements).view(weight.shape))
+
+
+@contextmanager
+def reading_data() -> Iterator[None]:
+    """Raise UserError where data cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the data cannot be read: {error_text(error)}") from error
 
 
 def open_run(
@@ -167,7 +179,8 @@ def _recipe_type(
         try:
             path = find_recipe(name)
         except UserError:
-            raise UserError(f"the run is one of the recipe {name}{gone}; say where it is with --recipe FILE") from None
+            named = f"{name}{gone}"
+            raise UserError(f"the run is one of the recipe {named}; say where it is with --recipe FILE") from None
         if gone:
             warn(f"{recorded.path if recorded else ''} is gone; using the installed recipe {name}")
     if recorded is not None and xxhash.xxh3_128_hexdigest(path.read_bytes()) != recorded.xxh3_128:

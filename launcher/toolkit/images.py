@@ -20,7 +20,7 @@ from shardlaunch.launcher.toolkit.columns import class_names, select_columns
 from shardlaunch.launcher.toolkit.datasets import load_splits
 from shardlaunch.launcher.toolkit.derived import derived
 from shardlaunch.launcher.toolkit.files import FileOptions
-from shardlaunch.launcher.toolkit.other_data import numbered, other_rows
+from shardlaunch.launcher.toolkit.other_data import numbered, other_rows, other_source
 from shardlaunch.launcher.toolkit.pixels import MODES, WORDS, in_mode, opened, upright
 
 _GRAY = 128
@@ -93,14 +93,15 @@ def _demo_digits(options: ImageOptions, *, size: int, num_channels: int) -> tupl
     digits = demo_data.digits(size=size, num_channels=num_channels)
     rows = other_rows(columns=_columns(options), options=options)
     if rows is not None:
-        rows = numbered(rows, options.label_column, classes, source="the evaluation's data")
-        selected, column = _selected({"train": rows}, options, "the evaluation's data")
+        source = other_source()
+        rows = numbered(rows, options.label_column, classes, source=source)
+        selected, column = _selected({"train": rows}, options, source)
         digits["eval"] = _decoded(
             selected["train"],
             size=size,
             num_channels=num_channels,
             convert=options.convert_images,
-            where=f"--data: column {column!r}",
+            where=f"--data {source}: column {column!r}",
         )
     return digits, classes
 

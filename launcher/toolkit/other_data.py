@@ -56,7 +56,7 @@ def with_other_rows(
     rows = other_rows(columns=columns, options=options, of_texts=of_texts)
     if rows is None:
         return dict(splits)
-    source, train = _source(), splits["train"]
+    source, train = other_source(), splits["train"]
     for name, kind in (columns or {}).items():
         if name not in rows.column_names or name not in train.column_names:
             continue
@@ -146,7 +146,8 @@ def _values(rows: Any, column: str) -> list[Any]:
     return found
 
 
-def _source() -> str:
+def other_source() -> str:
+    """Return what --data of the evaluation says."""
     other = _CURRENT.get()
     assert other is not None
     return other.source

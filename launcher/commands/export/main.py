@@ -70,7 +70,9 @@ def export_run(path: Path, out: Path, *, kind: str, step: int | None, ema: bool,
                 write_format(kind, plain, example, staging)
             else:
                 _write_weights(run, staging, ema=ema)
-            difference = _compare(kind, staging, calls, expected, Path(scratch), run=_origin(run, recipe))
+            difference = _compare(
+                kind, staging, calls, expected, Path(scratch), run={"path": str(run.where), "recipe": recipe}
+            )
             if kind in FORMATS:
                 about = _about(run, kind, example, calls[0], ema=ema, difference=difference)
                 (staging / ABOUT).write_bytes(to_json(about, indent=1) + b"\n")
@@ -163,10 +165,6 @@ def _write_weights(run: TrainedRun, staging: Path, *, ema: bool) -> None:
     )
 
 
-def _origin(run: TrainedRun, recipe: str) -> dict[str, str]:
-    return {"path": str(run.where), "recipe": recipe}
-
-
 def _compare(
     kind: str,
     folder: Path,
@@ -209,7 +207,7 @@ def _difference(kind: str, there: torch.Tensor, here: torch.Tensor) -> float:
     if not here.numel():
         return 0.0
     difference = (there.double() - here.double()).abs()
-    difference = difference.masked_fill(here.isnan() & there.isnan(), 0)
+    difference = difference.masked_fill((here == there) | (here.isnan() & there.isnan()), 0)  # also of infinities
     most = float(difference.max())
     scale = max(1.0, float(here.double().abs().nan_to_num(posinf=1.0).max()))
     if not most <= MOST_DIFFERENCE * scale:

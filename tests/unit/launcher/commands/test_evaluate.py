@@ -136,6 +136,8 @@ def test_a_recipe_that_reads_its_data_itself(tmp_path: Path) -> None:
     assert evaluated(run)["num_samples"] == 16
     record = evaluated(run, data=(str(tmp_path / "there.csv"),))
     assert record["num_samples"] == 3
+    with pytest.raises(UserError, match=r"the data cannot be read: .*gone\.csv"):
+        evaluated(run, data=(str(tmp_path / "gone.csv"),))
     recipe.write_text(OWN_RECIPE.replace("nn.Linear(1, 1)", "nn.Linear(1, 2)"))
     with pytest.raises(UserError, match=r"another model than .*weight is \[1, 1\] there, \[2, 1\] here"):
         evaluated(run)
