@@ -63,7 +63,7 @@ class LogSums:
             new = self._agree()
             extra = self._of(new)
             found |= self._known_values(new, self._world.sum_of_data(extra).tolist())
-        return found
+        return dict(sorted(found.items()))  # which rank was the first to log a name depends on the number of ranks
 
     def of_one_rank(self) -> Callable[[], dict[str, float]]:
         """Return a function to get the values by name, of a run on one rank. Does not wait for the device."""

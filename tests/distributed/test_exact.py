@@ -161,7 +161,7 @@ def test_other_kernels_at_a_resume_are_said(tmp_path: Path) -> None:
 def test_a_fault_in_the_sums_is_seen(change: Callable[[], None], tmp_path: Path) -> None:
     _on_ranks(1, ExactNet, tmp_path / "single")
     run_on_ranks(3, _fit_wrongly, change, tmp_path / "wrong")
-    assert losses(tmp_path / "wrong") == pytest.approx(losses(tmp_path / "single"), rel=1e-3), "the fault is small"
+    assert losses(tmp_path / "wrong") == pytest.approx(losses(tmp_path / "single"), rel=5e-3), "the fault is small"
     assert bits(tmp_path / "wrong") != bits(tmp_path / "single")
 
 
