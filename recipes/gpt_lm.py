@@ -186,15 +186,17 @@ class GptLm(Recipe):
         splits = {name: self._tokenized(split, framed=not is_one_text) for name, split in splits.items()}
         if options.no_packing:
             return mixed({name: self._rows(split) for name, split in splits.items()}, options.data)
-        length = options.context_length
-        window = length * (2 if options.shift_blocks else 1)
-        packed = {
-            name: pack(split, block_length=length, window=window if role_of(name) == "train" else 0)
-            for name, split in splits.items()
-        }
-        if any((train.columns["labels"][0, :length] < 0).any() for train in of_training(packed)):
-            raise UserError(f"--context-length {length}: all the training data is shorter. Choose a smaller one.")
+        packed = {name: self._packed(split, trains=role_of(name) == "train") for name, split in splits.items()}
         return mixed(packed, options.data)
+
+    def _packed(self, split: Any, *, trains: bool) -> Any:
+        length = self.options.context_length
+        if not trains:
+            return pack(split, block_length=length)
+        packed = pack(split, block_length=length, window=length * (2 if self.options.shift_blocks else 1))
+        if (packed.columns["labels"][0, :length] < 0).any():
+            raise UserError(f"--context-length {length}: all the training data is shorter. Choose a smaller one.")
+        return packed
 
     def _rows(self, split: Any) -> Any:
         return rows_of_documents(split, block_length=self.options.context_length, key=())
