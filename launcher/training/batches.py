@@ -46,15 +46,15 @@ class Slot(NamedTuple):
 def slots_of_rank(plan: BatchPlan, step: int, *, rank: int, num_ranks: int) -> Iterator[Slot]:
     """Yield the slots of one rank: micro-batches with its share of the work, equally many slots on every rank.
 
-    A rank with fewer micro-batches repeats the first one with weight 0, so that all take part in the same collectives.
+    A rank with fewer micro-batches begins with the first one of the step, of weight 0, so that all take part in the same
+    collectives: before its own, because some data can only be read in order.
     """
     epoch, _, _ = plan.batch(step)
     bounds = plan.bounds(step)
     num_micro_batches = len(bounds) - 1
     mine = shares(plan.work(step), num_ranks)[rank] if num_ranks > 1 else range(num_micro_batches)
-    for number in range(-(-num_micro_batches // num_ranks)):
-        weight = int(number < len(mine))
-        j = mine[number] if weight else 0
+    num_spare = -(-num_micro_batches // num_ranks) - len(mine)
+    for weight, j in [*[(0, 0)] * num_spare, *((1, each) for each in mine)]:
         samples = plan.between(epoch, bounds[j], bounds[j + 1])
         keys = plan.keys(bounds[j], samples)
         yield Slot(step=step, epoch=epoch, micro_batch=j, weight=weight, samples=samples, keys=keys)

@@ -16,7 +16,7 @@ from shardlaunch.launcher.runs.folds import checked_splits
 from shardlaunch.launcher.runs.identity import data_fingerprint
 from shardlaunch.launcher.runs.iterables import Stream
 from shardlaunch.launcher.runs.second_look import check_second_look
-from shardlaunch.launcher.training.batches import Batches
+from shardlaunch.launcher.training.batches import Batches, slots_of_rank
 from shardlaunch.launcher.training.ordered_plan import OrderedPlan
 
 
@@ -54,6 +54,34 @@ def test_samples_are_the_same_wherever_reading_begins_and_over_the_end() -> None
     for places in ([3, 7, 23], [22], [9, 10, 2, 2, 19]):
         other = _stream()
         assert [other[n] for n in places] == [whole[n] for n in places]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_no_rank_reads_a_row_twice(num_ranks: int) -> None:
+    """Also where the seven micro-batches of a step are not divisible, so that a rank runs one without effect."""
+    num_read = 0
+
+    class Counted:
+        def __iter__(self) -> Iterator[int]:
+            nonlocal num_read
+            for number in range(1000):
+                num_read += 1
+                yield number
+
+    options = Options(max_steps=10, global_batch_size=14, micro_batch_size=2)
+    stream = Stream(Counted(), options)
+    plan = OrderedPlan(
+        num_samples=140,
+        num_in_data=140,
+        global_batch_size=14,
+        micro_batch_size=2,
+        seed=0,
+        chosen=stream.shuffled_order(options),
+    )
+    for step in range(10):
+        for slot in slots_of_rank(plan, step, rank=num_ranks - 1, num_ranks=num_ranks):
+            assert [stream[int(sample)] for sample in slot.samples] == slot.samples.tolist()
+    assert num_read <= 140
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
