@@ -24,7 +24,7 @@ from torch.distributed.launcher import api
 
 from shardlaunch.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_OTHER_ERROR, EXIT_STOPPED, EXIT_USER_ERROR
 from shardlaunch.launcher.commands.fork_server import ForkServer, start_rank
-from shardlaunch.launcher.signals import handled_signals
+from shardlaunch.launcher.training.stopping import handled_signals
 from shardlaunch.sharding.environment import PROGRESS_VARIABLE, RANKS_VARIABLE, STRATEGY_VARIABLE
 from shardlaunch.sharding.resolve import fitting
 

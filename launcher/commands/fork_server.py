@@ -1,11 +1,10 @@
 """The process from which the ranks of a run on the CPU are forked: it loads the libraries once, for all of them.
 
-It is forked before this process loads any library, so that both load at the same time, and before it has threads, since
-a process with threads cannot be forked safely. On GPUs each rank starts anew: CUDA does not survive a fork.
+Forked before the agent has threads, since a process with threads cannot be forked safely. On GPUs each rank starts
+anew: CUDA does not survive a fork.
 """
 
 import ast
-import ctypes
 import gc
 import importlib
 import io
@@ -23,12 +22,13 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from shardlaunch.launcher.signals import handled_signals
-from shardlaunch.sharding.environment import read_environment
+import torch
+from threadpoolctl import threadpool_limits
+from torch.distributed.elastic.multiprocessing.subprocess_handler import get_subprocess_handler
 
-_IS_POSSIBLE = sys.platform == "linux"  # pidfd_open, and libraries that survive a fork
-_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of GPUs: NVIDIA, NVIDIA under WSL, AMD
-_PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
+from shardlaunch.launcher.training.stopping import handled_signals
+
+IS_POSSIBLE = sys.platform == "linux"  # pidfd_open, and libraries that survive a fork
 _POLL_S = 0.05
 # Of what a recipe imports: these do nothing of their own as they are loaded.
 _LIBRARIES = (
@@ -51,34 +51,27 @@ _ON_USE = {  # what modules of ours load once they are used
 }
 
 
-def may_fork() -> bool:
-    """Return whether ranks can be forked here, as far as can be seen without torch: on Linux, if there is no GPU."""
-    return _IS_POSSIBLE and (read_environment().use_cpu or not any(map(os.path.exists, _DEVICES)))
-
-
 class ForkServer:
     """Forks ranks, and says how they have ended."""
 
     def __init__(self, recipe: Path) -> None:
-        """Fork the process that forks ranks. It loads what a recipe file imports, and is ready then."""
+        """Load what a recipe file imports, and fork the process that forks its ranks."""
         self._ended: dict[int, int] = {}
         self._running: set[int] = set()
-        self._is_ready = False
+        _load(recipe)
         ours, its = Pipe(duplex=True)
         _flush()
         self._pid = os.fork()
         if self._pid == 0:
             ours.close()
-            _serve(recipe, its)
+            _serve(its)
         its.close()
         self._connection = ours
 
     def close(self) -> None:
         """End the server, once its ranks have ended: those that have not are asked to stop."""
         self._connection.close()
-        with suppress(ChildProcessError, ProcessLookupError):
-            if not self._is_ready:  # it has no ranks, and may still be loading
-                os.kill(self._pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
             os.waitpid(self._pid, 0)
 
     @property
@@ -91,9 +84,6 @@ class ForkServer:
 
         Raises EOFError or OSError if the server was killed, or has no memory or process for it.
         """
-        if not self._is_ready:
-            self._connection.recv()
-            self._is_ready = True
         former = signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals())  # a handler must find the rank in the list
         try:
             self._connection.send((list(words), dict(environment)))
@@ -160,8 +150,6 @@ def start_rank(server: ForkServer, entrypoint: str, args: Sequence[str], env: di
     assert args[0] == "-u"
     with suppress(EOFError, OSError):
         return ForkedRank(server, server.start(args[1:], {**os.environ, **env}))
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import get_subprocess_handler
-
     return get_subprocess_handler(entrypoint=entrypoint, args=tuple(args), env=env, **its_own)
 
 
@@ -195,8 +183,8 @@ def _imports(recipe: Path) -> list[tuple[str, list[str]]]:
     return [(module, names) for module, names in found if module.partition(".")[0] in _LIBRARIES]
 
 
-def _serve(recipe: Path, connection: Connection) -> NoReturn:
-    """Load the libraries, and fork ranks when asked to, until the agent is gone and all have ended. Does not return.
+def _serve(connection: Connection) -> NoReturn:
+    """Fork ranks when asked to, until the agent is gone and all have ended. The process that this runs in ends here.
 
     A rank, which is forked here too, leaves with the recipe's own SystemExit.
     """
@@ -204,23 +192,12 @@ def _serve(recipe: Path, connection: Connection) -> NoReturn:
     signals = handled_signals()
     for number in signals:
         signal.signal(number, signal.SIG_IGN)
-    os.environ["OMP_NUM_THREADS"] = "1"  # libraries that make threads as they are loaded make none
-    _end_with_parent(signal.SIGKILL)
-    _load(recipe)
-    _end_with_parent(0)  # from here on the connection tells of its end, and the ranks are asked to stop
-    with suppress(OSError):
-        connection.send(None)
     request = _forked(connection)
     if request is None:
         os._exit(0)
     for number in signals:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     _run(*request)
-
-
-def _end_with_parent(number: int) -> None:
-    """Get a signal when the process that has forked this one ends; 0: none."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _forked(connection: Connection) -> tuple[list[str], dict[str, str]] | None:
@@ -289,9 +266,6 @@ def _run(words: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
-    import torch
-    from threadpoolctl import threadpool_limits
-
     threads = int(environment["OMP_NUM_THREADS"])
     torch.set_num_threads(threads)
     threadpool_limits(limits=threads)

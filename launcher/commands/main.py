@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable
-from contextlib import closing, nullcontext
 from importlib.metadata import version
 from typing import Annotated
 
@@ -71,22 +70,18 @@ def main() -> None:
             rendezvous: HOST:PORT where the machines meet; one of them is HOST.
         """
         path = find_recipe(recipe)
-        from shardlaunch.launcher.commands.fork_server import ForkServer, may_fork
+        from shardlaunch.launcher.commands.start import run_recipe
 
-        with closing(ForkServer(path)) if may_fork() else nullcontext() as fork_server:
-            from shardlaunch.launcher.commands.start import run_recipe
-
-            return run_recipe(
-                path,
-                recipe_argv,
-                ranks=ranks,
-                strategy=strategy,
-                max_restarts=max_restarts,
-                min_ranks=min_ranks,
-                hosts=hosts,
-                rendezvous=rendezvous,
-                fork_server=fork_server,
-            )
+        return run_recipe(
+            path,
+            recipe_argv,
+            ranks=ranks,
+            strategy=strategy,
+            max_restarts=max_restarts,
+            min_ranks=min_ranks,
+            hosts=hosts,
+            rendezvous=rendezvous,
+        )
 
     def recipes() -> int:
         """List the installed recipes with their presets."""

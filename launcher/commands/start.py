@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -28,9 +28,6 @@ from shardlaunch.sharding.environment import (
 from shardlaunch.sharding.resolve import STRATEGIES, check_strategy_name
 from shardlaunch.sharding.world import available_cores
 
-if TYPE_CHECKING:
-    from shardlaunch.launcher.commands.fork_server import ForkServer
-
 COMMAND = (sys.executable, "-c", "from shardlaunch.launcher.commands.main import main; main()")
 LAST_CALL_S = 10  # how long the least number of machines waits for more
 KEEP_ALIVE_S = 2  # a machine that has been silent for three times as long is lost
@@ -47,12 +44,11 @@ def run_recipe(
     min_ranks: int = 0,
     hosts: str = "",
     rendezvous: str = "",
-    fork_server: "ForkServer | None" = None,
 ) -> int:
     """Start a recipe on `ranks` processes of this machine, print the command, and return its exit status.
 
-    Without a GPU, the ranks use the CPU and divide its cores; `fork_server`, if there is one, forks them. Raises
-    UserError for an unknown strategy, and for more ranks than the strategy or the machine supports.
+    Without a GPU, the ranks use the CPU and divide its cores. Raises UserError for an unknown strategy, and for more
+    ranks than the strategy or the machine supports.
     """
     if ranks < 0:
         raise UserError(f"--ranks {ranks}: must be at least 1, or 0 for one per GPU")
@@ -93,15 +89,21 @@ def run_recipe(
     print(f"$ {shlex.join([*settings, 'torchrun', *agent_argv, *worker_argv])}", flush=True)
     os.environ.update(environment)
     from shardlaunch.launcher.commands.agent import run_agent
+    from shardlaunch.launcher.commands.fork_server import IS_POSSIBLE, ForkServer
 
-    return run_agent(
-        [*agent_argv, *worker_argv],
-        ranks=ranks,
-        max_restarts=max_restarts,
-        min_ranks=min_ranks,
-        uses_gpus=bool(num_gpus),
-        fork_server=None if num_gpus else fork_server,
-    )
+    fork_server = ForkServer(recipe) if IS_POSSIBLE and not num_gpus else None
+    try:
+        return run_agent(
+            [*agent_argv, *worker_argv],
+            ranks=ranks,
+            max_restarts=max_restarts,
+            min_ranks=min_ranks,
+            uses_gpus=bool(num_gpus),
+            fork_server=fork_server,
+        )
+    finally:
+        if fork_server is not None:
+            fork_server.close()
 
 
 def _meeting_words(hosts: str, rendezvous: str) -> list[str]:

@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.seeding import sample_seeds, seed_generators
-from shardlaunch.launcher.signals import SIGNALS
 from shardlaunch.launcher.tensor_data import TensorData
 from shardlaunch.launcher.training.batch_plan import BatchPlan
 from shardlaunch.launcher.training.clock import Clock
 from shardlaunch.launcher.training.equal_work import shares
 from shardlaunch.launcher.training.fetching import EVALUATION, fetched
+from shardlaunch.launcher.training.stopping import SIGNALS
 from shardlaunch.progress import COUNT, PID, SAMPLE, STEP, progress
 
 _OF_COLLATE = 0x2545F4914F6CDD1D

@@ -16,14 +16,19 @@ from typing import NamedTuple
 from shardlaunch.checkpoints.files import retried
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_STOPPED
-from shardlaunch.launcher.signals import SIGNALS, handled_signals
 from shardlaunch.launcher.training.time_left import TimeLeft
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 STOP_FILE, SAVE_FILE = "stop", "save-now"
 INTERRUPTED = "interrupted; the same command resumes from the last checkpoint, if there is one"
 POLL_INTERVAL_S = 1.0  # an output folder may be on a network
 SAME_S = 1.0  # a launcher and a cluster may both pass on one signal
 INTERRUPTION_S = 5.0  # the main thread may be in a library that waits for a rank that is gone, or drops exceptions
+
+
+def handled_signals() -> list[signal.Signals]:
+    """Return the signals that stop a run: not SIGHUP where it is ignored, as nohup has it."""
+    return [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
 
 
 def interrupted_status(name: str = "SIGINT") -> int:
