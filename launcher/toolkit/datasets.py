@@ -93,8 +93,7 @@ def _own_splits(
                 f"data ({held_out}) and there are no --folds; remove it"
             )
         chosen = {name: _with_groups(split, options.group_column, source) for name, split in chosen.items()}
-    unused = [name for name in splits if name not in ("train", held_out)]
-    for name in unused:
+    for name in [name for name in splits if name not in ("train", held_out)]:
         current().data.append(f"split {name} not used ({counted(len(splits[name]), 'row')})")
     if held_out is not None:
         for name, split in chosen.items():

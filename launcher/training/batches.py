@@ -46,8 +46,8 @@ class Slot(NamedTuple):
 def slots_of_rank(plan: BatchPlan, step: int, *, rank: int, num_ranks: int) -> Iterator[Slot]:
     """Yield the slots of one rank: micro-batches with its share of the work, equally many slots on every rank.
 
-    A rank with fewer micro-batches begins with the first one of the step, of weight 0, so that all take part in the same
-    collectives: before its own, because some data can only be read in order.
+    A rank with fewer micro-batches begins with the first one of the step, of weight 0, so that all take part in the
+    same collectives: before its own, because some data can only be read in order.
     """
     epoch, _, _ = plan.batch(step)
     bounds = plan.bounds(step)
