@@ -49,6 +49,27 @@ def model() -> Any:
     return AutoModelForSequenceClassification.from_pretrained(demo.bert_dir(), num_labels=len(NAMES))
 
 
+def loop_parts() -> tuple[Any, Any, Any, Any]:
+    """Return what a loop written by hand needs: model, optimizer, and loaders of training and test data."""
+    import torch
+    from torch.utils.data import DataLoader
+    from transformers import DataCollatorWithPadding
+
+    collate = DataCollatorWithPadding(tokenizer())
+    new = model()
+    torch.manual_seed(SEED)
+    loader = DataLoader(rows("train"), BATCH_SIZE // RANKS, shuffle=True, collate_fn=collate)
+    test_loader = DataLoader(rows("test"), 32, collate_fn=collate)
+    return new, torch.optim.AdamW(new.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY), loader, test_loader
+
+
+def schedule_of(optimizer: Any, num_steps: int) -> Any:
+    """Return the schedule of the learning rate."""
+    from transformers import get_linear_schedule_with_warmup
+
+    return get_linear_schedule_with_warmup(optimizer, int(WARMUP * num_steps), num_steps)
+
+
 def tell(training_s: float, accuracy: float) -> None:
     """Print what came out."""
     print(json.dumps({"training_s": training_s, "accuracy": accuracy}), flush=True)

@@ -5,21 +5,13 @@ import time
 import task
 import torch
 from lightning.fabric import Fabric
-from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup
 
 fabric = Fabric(accelerator="cpu", devices=task.RANKS, strategy="ddp")
 fabric.launch()
-collate = DataCollatorWithPadding(task.tokenizer())
-model = task.model()
-torch.manual_seed(task.SEED)
-loader = DataLoader(task.rows("train"), task.BATCH_SIZE // task.RANKS, shuffle=True, collate_fn=collate)
-test_loader = DataLoader(task.rows("test"), 32, collate_fn=collate)
-optimizer = torch.optim.AdamW(model.parameters(), task.LEARNING_RATE, weight_decay=task.WEIGHT_DECAY)
+model, optimizer, loader, test_loader = task.loop_parts()
 model, optimizer = fabric.setup(model, optimizer)
 loader, test_loader = fabric.setup_dataloaders(loader, test_loader)
-num_steps = len(loader)
-schedule = get_linear_schedule_with_warmup(optimizer, int(task.WARMUP * num_steps), num_steps)
+schedule = task.schedule_of(optimizer, len(loader))
 model.train()
 begun = time.perf_counter()
 for batch in loader:
