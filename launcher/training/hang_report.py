@@ -152,7 +152,9 @@ def _where(beat: Beat) -> str:
 class Memory:
     """Files in memory that others can read while this process is stuck: its notes, and the stacks of its threads.
 
-    A signal has it write the stacks, also where Python is stuck, and so do processes that it forks.
+    A signal has it write the stacks, also where Python is stuck, and so do processes that it forks. The signal is for
+    others: its handler reads the frames of threads that may run on meanwhile, and where one does, the process may end
+    with a segmentation fault.
     """
 
     def __init__(self, source: Progress) -> None:
@@ -162,6 +164,11 @@ class Memory:
             os.truncate(self.notes, 8 * NUM_NOTES)
             source.keep_in(memoryview(mmap.mmap(self.notes, 8 * NUM_NOTES)))
             faulthandler.register(DUMP_SIGNAL, file=self.stacks, all_threads=True, chain=False)
+
+    def write_own_stacks(self) -> None:
+        """Write the stacks of this process, whose other threads wait meanwhile."""
+        if DUMP_SIGNAL is not None:
+            faulthandler.dump_traceback(self.stacks, all_threads=True)
 
     def close(self) -> None:
         """Let the signal have its usual effect again. The notes go on, for this process alone."""
@@ -270,7 +277,8 @@ class _End:
 
     def _write_own(self) -> None:
         workers = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
-        stacks = _stacks_of([os.getpid(), *workers], f"/proc/self/fd/{self._memory.stacks}")
+        self._memory.write_own_stacks()
+        stacks = _stacks_of(workers, f"/proc/self/fd/{self._memory.stacks}")
         self._write(f"rank-{self._world.rank}.txt", f"{_where(self._hang.ranks[self._world.rank].beat)}\n\n{stacks}")
 
     def _write(self, name: str, text: str) -> None:

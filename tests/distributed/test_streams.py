@@ -30,7 +30,7 @@ from tests.shard_files import write_parquet
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "stream_parquet.py"
 OPTIONS: dict[str, Any] = {
-    **{"max_steps": 9, "eval_every": 100, "threads_per_rank": 1, "tracker": "none", "lr": 0.05},
+    **{"max_steps": 9, "eval_every": 100, "threads_per_rank": 1, "tracker": "none", "lr": 0.01},
     **{"global_batch_size": 16, "micro_batch_size": 4, "save_every": 2},
 }
 
