@@ -1,4 +1,4 @@
-"""The tables of benchmarks/attention.py, equal_work.py, startup.py and time_to_accuracy.py for the docs."""
+"""Tables for the docs, of the benchmarks of speed whose results have shapes of their own."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +21,24 @@ def attention(results: Sequence[dict[str, Any]]) -> str:
         for row in result["rows"]
     ]
     return markdown_table(["tokens", *(f"{arm}, ms" for arm in arms), "plain / ours"], rows)
+
+
+def comm_volume(results: Sequence[dict[str, Any]]) -> str:
+    """Return a row per strategy, ranks and micro-batches: megabytes sent per step, and those of the theory."""
+    rows = [
+        [
+            f"`{row['strategy']}`",
+            f"{row['ranks']} x {row['micro_batches']}",
+            f"{row['mb']:.2f}",
+            f"{row['theory_mb']:.2f}",
+            f"{row['ratio']:.4f}",
+        ]
+        for result in results
+        for row in result["rows"]
+    ]
+    return markdown_table(
+        ["strategy", "ranks x micro-batches", "sent per step, MB", "theory, MB", "sent / theory"], rows
+    )
 
 
 def starts(results: Sequence[dict[str, Any]]) -> str:
@@ -65,9 +83,32 @@ def times_to_accuracy(results: Sequence[dict[str, Any]]) -> str:
     return markdown_table(["tokens, at most", "", "training, s", "x shardlaunch", "accuracy"], rows)
 
 
+def head_loss(results: Sequence[dict[str, Any]]) -> str:
+    """Return a row per size: memory and CPU time in each arm, and their ratios."""
+    arms = list(results[0]["rows"][0]["mb"])
+    rows = [
+        [
+            f"{row['vocabulary']:,}, {row['width']:,}, {row['tokens']:,}",
+            *(_shown(row["mb"][arm], digits=0) for arm in arms),
+            _shown(row["memory"], digits=2),
+            _shown(row["time"], digits=2),
+        ]
+        for result in results
+        for row in result["rows"]
+    ]
+    return markdown_table(["vocabulary, width, tokens", *(f"{arm}, MB" for arm in arms), "memory", "CPU time"], rows)
+
+
 def _shown(figures: Sequence[float], *, digits: int) -> str:
     """Return median, least and most."""
     return _RANGE.format(digits).format(*figures)
 
 
-KINDS = {"attention": attention, "equal_work": equal_work, "starts": starts, "times_to_accuracy": times_to_accuracy}
+KINDS = {
+    "attention": attention,
+    "comm_volume": comm_volume,
+    "equal_work": equal_work,
+    "head_loss": head_loss,
+    "starts": starts,
+    "times_to_accuracy": times_to_accuracy,
+}

@@ -155,6 +155,12 @@ class StrategyOptions:
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = option(False, mark="warn")
     """Recompute activations in the backward pass to save memory."""
+    gradient_checkpointing_every: int = option(1, mark="warn", minimum=1)
+    """With --gradient-checkpointing, recompute those of one of N layers only: less memory saved, less time spent."""
+
+    def __post_init__(self) -> None:
+        if self.gradient_checkpointing_every > 1 and not self.gradient_checkpointing:
+            raise UserError("--gradient-checkpointing-every: only with --gradient-checkpointing; add it")
 
 
 @dataclass(kw_only=True)

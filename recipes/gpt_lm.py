@@ -33,9 +33,12 @@ from shardlaunch.text import (
     pack,
     padded,
     positions,
+    prepare_head,
     pretrained_weights,
+    require_logits_of_head,
     rows_of_documents,
     save_config,
+    sum_of_losses,
     tokenized,
     tokenized_chats,
     tokenizer_key,
@@ -80,6 +83,8 @@ class GptOptions(FileOptions):
     """Dropout of a model from scratch, on embeddings and residual branches."""
     shift_blocks: bool = False
     """Start each training block at a random offset in each epoch; useful over many epochs."""
+    chunked_loss: bool = option(False, mark="warn")
+    """Compute the loss some tokens at a time, inside the output layer, so that logits take little memory."""
     lr: float = 1e-3
     betas: tuple[float, float] | None = (0.9, 0.99)
     weight_decay: float = 0.1
@@ -100,6 +105,8 @@ class GptOptions(FileOptions):
             raise UserError(f"--shift-blocks: {one_per_row} has no blocks to shift; remove one of the two")
         if self.messages_column and not (self.model or self.tokenizer not in ("", *TRAINED)):
             raise UserError("--messages-column: needs a tokenizer with a chat template; give --model or --tokenizer")
+        if self.chunked_loss and self.tensor_parallel > 1:
+            raise UserError("--chunked-loss: not with --tensor-parallel, which divides its layer; remove one")
         if self.folds and self.shift_blocks:
             raise UserError(
                 "--shift-blocks: shifted blocks would overlap those that --folds holds out; remove one of the two"
@@ -251,6 +258,9 @@ class GptLm(Recipe):
                 eos_token_id=self.tokenizer.eos_token_id,
             )
         model: nn.Module = from_config(AutoModelForCausalLM, config, options.model)
+        self.is_head_known = False
+        if options.chunked_loss:
+            prepare_head(model)
         return model
 
     def weights(self) -> Mapping[str, torch.Tensor]:
@@ -281,11 +291,18 @@ class GptLm(Recipe):
     def forward(self, model: nn.Module, batch: Any) -> torch.Tensor:
         # Position ids that restart separate the documents; this only works without a cache.
         which = "position_ids" if self.is_packed else "attention_mask"
-        outputs = model(input_ids=batch["input_ids"], **{which: batch[which]}, use_cache=False)
-        logits: torch.Tensor = outputs.logits
+        inputs = {"input_ids": batch["input_ids"], which: batch[which]}
+        if self.options.chunked_loss:
+            if not self.is_head_known:
+                require_logits_of_head(model, **inputs)
+                self.is_head_known = True
+            return sum_of_losses(model, batch["labels"], **inputs)
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
         return logits
 
     def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        if self.options.chunked_loss:
+            return outputs
         return F.cross_entropy(outputs.float().flatten(0, 1), batch["labels"].flatten(), reduction="sum")
 
     def metrics(self) -> Mapping[str, Any]:

@@ -137,7 +137,7 @@ def simulate(
         new = [] if options.init_from else origins_of(model, recipe.weights(), ()).new
         adapters, _ = add_adapters(model, options, new=new, is_empty=True)
     if options.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+        enable_gradient_checkpointing(model, every=options.gradient_checkpointing_every)
     freeze(model, options, step=0)
     ledger = Ledger()
 

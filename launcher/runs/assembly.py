@@ -102,7 +102,7 @@ def assemble(
     buffers_digest = non_persistent_buffers_digest(model)
     convert_model(model, precision_name)
     if options.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+        enable_gradient_checkpointing(model, every=options.gradient_checkpointing_every)
     numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
     freeze(model, options, step=step)
     is_frozen = options.is_frozen if not options.unfreeze_at_step else lambda name: False
@@ -270,12 +270,21 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Let a model recompute its activations in the backward pass. Raises UserError if it cannot."""
+def enable_gradient_checkpointing(model: nn.Module, *, every: int = 1) -> None:
+    """Let one of `every` layers of a model recompute its activations. Raises UserError if the model cannot."""
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is None:
         raise UserError(f"--gradient-checkpointing: not supported by {type(model).__name__}; remove it")
     try:
-        enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        enable(activation_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=every)
     except ValueError as error:
         raise UserError(f"--gradient-checkpointing: {error}") from error
+    if every > 1 and all(module.gradient_checkpointing for module in model.modules() if _is_recomputed(module)):
+        raise UserError(
+            f"--gradient-checkpointing-every {every}: {type(model).__name__} has no layers to choose from or just one. "
+            "Remove it."
+        )
+
+
+def _is_recomputed(module: nn.Module) -> bool:
+    return hasattr(module, "gradient_checkpointing")

@@ -9,6 +9,7 @@ from shardlaunch.launcher.toolkit.families import (
     require_vocabulary,
 )
 from shardlaunch.launcher.toolkit.generation import generate, set_search
+from shardlaunch.launcher.toolkit.head_loss import prepare_head, require_logits_of_head, sum_of_losses
 from shardlaunch.launcher.toolkit.languages import language_arguments, write_language
 from shardlaunch.launcher.toolkit.packing import (
     NO_TARGET,
@@ -47,8 +48,10 @@ __all__ = [
     "pack",
     "padded",
     "positions",
+    "prepare_head",
     "prepare_padding",
     "pretrained_weights",
+    "require_logits_of_head",
     "require_no_effect_of_padding",
     "require_room",
     "require_vocabulary",
@@ -56,6 +59,7 @@ __all__ = [
     "save_config",
     "set_search",
     "shifted_right",
+    "sum_of_losses",
     "tokenized",
     "tokenized_chats",
     "tokenizer_key",
