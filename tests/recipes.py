@@ -187,6 +187,18 @@ def save_small_bert(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def save_small_convnext(folder: Path) -> None:
+    """Write the model folder of a small ConvNeXt with random weights, which expects images of 24 x 24."""
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    config = ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ConvNextForImageClassification(config).save_pretrained(folder)
+    expected = {"size": {"shortest_edge": 24}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(expected))
+
+
 def save_small_t5(folder: Path) -> None:
     """Write the model folder of a small encoder-decoder: 1 layer each, 32 wide, random weights, a BPE tokenizer."""
     from transformers import T5Config, T5ForConditionalGeneration

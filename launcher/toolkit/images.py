@@ -25,7 +25,7 @@ from shardlaunch.launcher.toolkit.pixels import MODES, WORDS, in_mode, opened, u
 
 _GRAY = 128
 # Of ImageNet's training images scaled to 0..1, as pretrained nets expect.
-_MEAN, _STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(kw_only=True)
@@ -261,9 +261,12 @@ def _reflected(positions: torch.Tensor, length: int) -> torch.Tensor:
     return last - (last - positions.abs()).abs()
 
 
-def normalized(pixels: torch.Tensor) -> torch.Tensor:
+def normalized(
+    pixels: torch.Tensor, *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> torch.Tensor:
     """Return RGB images (uint8, [n, height, width, 3]) as normalized floats, [n, 3, height, width].
 
+    `mean` and `std` are of the channels, scaled to 0..1, in the data that a pretrained net was trained on.
     They stay in channels-last memory order, in which convolutions on CPU are 20 % faster.
     """
-    return ((pixels.float() / 255 - _MEAN) / _STD).permute(0, 3, 1, 2)
+    return ((pixels.float() / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)

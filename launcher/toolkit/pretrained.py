@@ -1,7 +1,7 @@
 """Hugging Face models, configurations and tokenizers from a hub id or a local folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -91,6 +91,17 @@ def pretrained_weights(auto_class: Any, source: str | Path, **options: Any) -> M
     if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in found.tensors.values()):
         found = loaded(torch.float32)
     return replace(found, dtype=torch.float32)
+
+
+def num_labels_to_load(config: Any, names: Sequence[str]) -> int:
+    """Return the number of labels to load the weights of a classifier with: `len(names)`, if its head is to be kept.
+
+    Else another one, so that `pretrained_weights` leaves the head out: the head of a classifier of as many other
+    classes would begin with what it says of those.
+    """
+    known = [str(config.id2label[number]) for number in sorted(config.id2label)]
+    unnamed = [f"LABEL_{number}" for number in range(len(known))]
+    return len(names) if known in (list(names), unnamed) else len(names) + 1
 
 
 def save_config(model: Any, folder: Path) -> None:

@@ -14,7 +14,15 @@ from safetensors import safe_open
 from shardlaunch import Recipe, TensorData
 from shardlaunch.checkpoints.layout import step_dir_name
 from tests.distributed.ranks import run_on_ranks
-from tests.recipes import final_tensors, losses, recipe_class, run_well, save_small_bert, save_small_t5
+from tests.recipes import (
+    final_tensors,
+    losses,
+    recipe_class,
+    run_well,
+    save_small_bert,
+    save_small_convnext,
+    save_small_t5,
+)
 
 STEPS, STOP = 4, 2
 NUM_TRAIN, NUM_EVAL = 40, 10  # samples that are left of the recipe's data
@@ -69,6 +77,18 @@ CASES = (
         ),
         prepare=save_features,
         bound=1e-5,
+    ),
+    Case(
+        recipe="image_classifier",
+        words=("--architecture", "vit", "--layers", "1", "--width", "24", "--patch-size", "8", "--dropout", "0.1"),
+        auto_class="AutoModelForImageClassification",
+    ),
+    Case(
+        recipe="image_classifier",
+        name="pretrained convnext",
+        words=("--model", "{folder}", "--image-size", "16"),
+        prepare=save_small_convnext,
+        auto_class="AutoModelForImageClassification",
     ),
     Case(
         recipe="bert_imdb",
