@@ -6,6 +6,8 @@ from typing import Annotated
 
 import tyro
 
+from shardlaunch.launcher.commands.installed import find_recipe
+
 _Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json")]
 
 
@@ -69,4 +71,45 @@ def searching_commands(recipe_argv: Sequence[str]) -> dict[str, Callable[..., in
         )
         return run_sweep(recipe, recipe_argv, space=space, request=request)
 
-    return {"sweep": sweep}
+    def find_lr(
+        recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")],
+        ranks: int = 0,
+        strategy: str = "auto",
+        low: float = 1e-6,
+        high: float = 10.0,
+        steps: int = 100,
+        output_dir: Path | None = None,
+        as_json: _Json = False,
+    ) -> int:
+        """Suggest a learning rate: train a few steps at a rising rate, on the training data, and look at the loss.
+
+        The rate rises by the same factor in each step, in place of --lr and the schedule, until the loss diverges.
+        Nothing of that training is kept. Words after ` -- ` are options of the recipe. The exit status is 1 when the
+        loss does not fall at any rate.
+
+        Args:
+            recipe: A recipe file, or the name of an installed recipe (see `shardlaunch recipes`).
+            ranks: Number of processes on this machine (0: one per GPU, or one without GPUs); the losses are the same.
+            strategy: As of `shardlaunch run`.
+            low: First rate.
+            high: Last rate.
+            steps: Number of steps.
+            output_dir: Folder of find-lr.json and find-lr.html (default: outputs/RECIPE-find-lr).
+            as_json: Print one JSON document, and what the run prints on stderr.
+        """
+        path = find_recipe(recipe)
+        from shardlaunch.launcher.commands.find_lr.curve import Request
+        from shardlaunch.launcher.commands.find_lr.main import find_lr as find
+
+        request = Request(low=low, high=high, steps=steps)
+        return find(
+            path,
+            recipe_argv,
+            ranks=ranks,
+            strategy=strategy,
+            request=request,
+            output_dir=output_dir,
+            as_json=as_json,
+        )
+
+    return {"sweep": sweep, "find-lr": find_lr}
