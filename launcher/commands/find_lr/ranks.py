@@ -14,7 +14,6 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.commands.doctor.recipe import load_recipe
 from shardlaunch.launcher.commands.find_lr.curve import Curve, Request
 from shardlaunch.launcher.launch import run_and_exit
-from shardlaunch.launcher.recipe import Recipe
 from shardlaunch.launcher.runs.folder import claim
 from shardlaunch.launcher.runs.result import Result
 
@@ -26,23 +25,17 @@ VARIABLE = "SHARDLAUNCH_FIND_LR"
 SAY_EVERY_S = 10
 
 
-def rising(recipe_type: type[Recipe], request: Request) -> type[Recipe]:
-    """Return a recipe whose learning rate rises; the option --lr is the highest."""
-
-    def schedule(self: Recipe, step: int, num_steps: int) -> float:
-        return request.rate(step) / request.high
-
-    # Its name and module are those of the recipe, from which caches and seeds take theirs.
-    members = {"schedule": schedule, "__module__": recipe_type.__module__, "__doc__": recipe_type.__doc__}
-    return type(recipe_type.__name__, (recipe_type,), members)
-
-
 def train_rising(run: "Run", request: Request, target: Path) -> Result:
-    """Train steps until the loss has diverged, and write their rates and losses. All ranks. Nothing else is saved."""
+    """Train steps until the loss has diverged, and write their rates and losses. All ranks. Nothing else is saved.
+
+    The option --lr is the highest rate.
+    """
     world, warn = run.world, run.display.warn
     with ExitStack() as stack:
         world.peers.together(lambda: stack.enter_context(claim(run.output_dir, warn=warn)) if world.is_main else None)
         run.prepare()
+        # In place of the recipe's own, or that of --schedule.
+        run.recipe.schedule = lambda step, num_steps: request.rate(step) / request.high  # type: ignore[method-assign]
         curve = _losses(run, request)
         if world.is_main:
             replace_file(target, to_json(curve.record(), indent=1))
@@ -72,7 +65,7 @@ def main() -> None:
     recipe_type, findings = load_recipe(path)
     if recipe_type is None:
         raise UserError("; ".join(finding.text for finding in findings))
-    run_and_exit(rising(recipe_type, request), lambda run: train_rising(run, request, Path(asked["target"])))
+    run_and_exit(recipe_type, lambda run: train_rising(run, request, Path(asked["target"])))
 
 
 if __name__ == "__main__":

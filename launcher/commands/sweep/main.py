@@ -1,8 +1,9 @@
 """`shardlaunch sweep`: check the request, run the trials, show what they have found."""
 
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,11 @@ from shardlaunch.launcher.commands.sweep.record import (
 )
 from shardlaunch.launcher.commands.sweep.results import show
 from shardlaunch.launcher.commands.sweep.search import DATABASE, PRUNERS, SAMPLERS, Search, check_optuna, describe
-from shardlaunch.launcher.commands.sweep.space import grid, read_space
+from shardlaunch.launcher.commands.sweep.space import Parameter, grid, read_space
 from shardlaunch.launcher.commands.sweep.trials import Trials
 from shardlaunch.launcher.option_fields import flag
 from shardlaunch.launcher.options import Options
-from shardlaunch.launcher.recipe import Recipe, options_type_of, recipe_name
+from shardlaunch.launcher.recipe import Recipe, check_in_effect, options_type_of, recipe_name
 from shardlaunch.launcher.reporting.tracking import EVAL_PREFIX, EVAL_PREFIXES
 from shardlaunch.launcher.runs.folder import run_folder
 from shardlaunch.sharding.environment import read_environment
@@ -89,6 +90,12 @@ def sweep(recipe: str, recipe_argv: Sequence[str], *, space: Path | None, reques
     fixed = parsed(recipe_argv)
     _check_fixed(fixed)
     parameters = read_space(space, options_type, fixed.explicitly_set)
+
+    def check(words: Sequence[str]) -> None:
+        check_in_effect(recipe_type(parsed([*recipe_argv, *words])))
+
+    check([])
+    _check_choices(space, parameters, lambda one, choice: check(one.words(choice, options_type)))
     num_trials = request.trials
     if request.sampler == "grid":
         size = 1
@@ -131,7 +138,7 @@ def sweep(recipe: str, recipe_argv: Sequence[str], *, space: Path | None, reques
 
         def words_of(values: Mapping[str, Any]) -> list[str]:
             words = [word for name, one in parameters.items() for word in one.words(values[name], options_type)]
-            parsed([*recipe_argv, *words])  # raises
+            check(words)
             return words
 
         trials = Trials(
@@ -184,6 +191,24 @@ def _check_fixed(options: Options) -> None:
         for name, why in _NOT_FIXED.items()
         if name in options.explicitly_set
     ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _check_choices(path: Path, parameters: Mapping[str, Parameter], check: Callable[[Parameter, str], None]) -> None:
+    """Raise UserError for choices that no trial can have, all of them at once.
+
+    `check` raises for a choice beside the options after ` -- `. An error that names another option too may be none
+    beside another value of that.
+    """
+    problems = []
+    for one in parameters.values():
+        for choice in one.choices:
+            try:
+                check(one, choice)
+            except UserError as error:
+                if {*re.findall(r"--[a-z0-9-]+", str(error))} == {flag(one.name)}:
+                    problems.append(f"--space {path}: {error}")
     if problems:
         raise UserError("\n".join(problems))
 

@@ -171,9 +171,9 @@ def _range(name: str, node: Any, options_type: type[Options]) -> Parameter:
     is_log = given.get("log", "false").lower() == "true"
     if is_log and low <= 0:
         raise UserError(f"{flag(name)}: a logarithmic range must begin above 0, not at {given['low']}")
-    step = _step(name, given, is_int=hint is int)
-    if is_log and step is not None:
+    if is_log and "step" in given:
         raise UserError(f"{flag(name)}: a logarithmic range has no step; remove one of the two")
+    step = _step(name, given, is_int=hint is int)
     return Parameter(name=name, low=low, high=high, is_log=is_log, step=step, is_int=hint is int)
 
 
