@@ -101,6 +101,8 @@ class Follower:
         self._folder = folder
         self._file: tuple[int, int] = (0, 0)  # its inode, and how far it is read
         self._found: dict[int, Mapping[str, Any]] = {}
+        self._of_folds: list[Mapping[str, Any]] = []  # last evaluations of those that are complete
+        self._steps: int | None = None
 
     def evaluations(self) -> Iterator[Evaluated]:
         """Yield the evaluations so far. Of a resumed run, those up to its checkpoint are as they were."""
@@ -132,20 +134,21 @@ class Follower:
                     self._found[line["step"]] = line
 
     def _last_step(self) -> int | None:
-        with suppress(UserError):
-            found = read_record(self._folder / RUN, RunRecord).identity.get(_STEPS)
-            return found if isinstance(found, int) else None
-        return None
+        if self._steps is None:
+            with suppress(UserError):
+                self._steps = read_record(self._folder / RUN, RunRecord).identity.get(_STEPS)
+        return self._steps
 
     def _folds(self) -> Iterator[Evaluated]:
         """Yield, per fold that is complete, the metrics of all folds so far as lists."""
         is_complete = (self._folder / FOLDS).exists()
-        lines: list[Mapping[str, Any]] = []
         number = 1
         while (self._folder / f"fold-{number}").is_dir():
             if not (is_complete or (self._folder / f"fold-{number + 1}").is_dir()):
                 return
-            lines.append(last_evaluation(self._folder / f"fold-{number}"))
+            if len(self._of_folds) < number:
+                self._of_folds.append(last_evaluation(self._folder / f"fold-{number}"))
+            lines = self._of_folds[:number]
             names = [name for name in lines[0] if all(name in line for line in lines)]
             metrics = {name: [line[name] for line in lines] for name in names}
             is_last = is_complete and not (self._folder / f"fold-{number + 1}").is_dir()

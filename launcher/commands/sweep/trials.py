@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 POLL_S = 0.1
+FOLLOW_EVERY_S = 0.5
 FIRST_FEW = 3
 """Trials that fail for one reason, before any other ends, end the sweep."""
 _PID, _BEGUN = "pid", "begun"
@@ -48,6 +49,7 @@ class Running:
     follower: Follower
     is_pruned: bool = False
     best: Evaluated | None = None
+    followed_at: float = 0.0
     before_s: float = 0.0
     """Seconds of its former starts."""
     reported: int = 0
@@ -185,7 +187,9 @@ class Trials:
     def _look_at(self, one: Running) -> None:
         """Note what a trial has found, prune it, and note its end."""
         status = one.process.status()
-        if not one.is_pruned:
+        is_due = time.monotonic() - one.followed_at > FOLLOW_EVERY_S or status is not None
+        if is_due and not one.is_pruned:
+            one.followed_at = time.monotonic()
             self._follow(one)
         if status is None:
             return
