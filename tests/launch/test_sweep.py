@@ -12,7 +12,7 @@ import pytest
 
 from shardlaunch.checkpoints.records import read_record
 from shardlaunch.launcher.commands.sweep.record import SWEEP, SweepRecord
-from tests.launch.command import STUCK_S, end_of, environment
+from tests.launch.command import PYTHON, STUCK_S, end_of, environment, forked_end_of
 from tests.recipes import training_lines
 
 COMMAND = (sys.executable, "-m", "shardlaunch")
@@ -102,15 +102,15 @@ def test_a_sweep_that_is_killed_and_stopped_goes_on_with_its_trials_where_they_w
     assert log.count("starts at     step 0") == 1
     # The run is what it would have been without the sweep.
     plain = folder / "plain"
-    run = ["run", str(folder / "points.py"), "--", "--width", "4", "--output-dir", str(plain)]
-    assert end_of([*COMMAND, *run], env).status == 0
+    run = forked_end_of([*PYTHON, str(folder / "points.py"), "--width", "4", "--output-dir", str(plain)], env)
+    assert run.status == 0, run.both
     assert training_lines(trial) == training_lines(plain)
     assert len([line for line in training_lines(trial) if "loss" in line]) == STEPS
     best = found["trials"][0]
     evaluations = [line["eval/loss"] for line in training_lines(plain) if "eval/loss" in line]
     assert best["objective"] == min(evaluations) == min(best["evaluations"])
     page = (folder / "killed" / "sweep.html").read_text()
-    assert "http" not in page
+    assert "://" not in page
     assert "no width of 13" in page
 
 

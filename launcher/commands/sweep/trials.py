@@ -225,7 +225,7 @@ class Trials:
             if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
                 continue
             value = sum(values) / len(values)
-            if self._is_better(value, one.best) or isinstance(found, list):
+            if isinstance(found, list) or self._is_better(value, one.best):  # of folds, all so far
                 one.best = evaluated
             if evaluated.number > one.reported:
                 one.trial.report(value, evaluated.number)
@@ -260,6 +260,9 @@ class Trials:
             return
         found = best.metrics[self._objective]
         values = found if isinstance(found, list) else [found]
+        if isinstance(found, list) and not best.is_last:
+            self._fail(trial, f"{self._objective} is missing or not finite in fold {len(values) + 1}")
+            return
         value = sum(values) / len(values)
         trial.set_user_attr(STEP, best.step)
         spread = spread_of(values)
