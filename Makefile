@@ -57,7 +57,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --no-build-isolation --editable '.[deepspeed,lora,onnx,text,trackers,test,dev]'
+	$(PIP) --no-build-isolation --editable '.[deepspeed,lora,onnx,sweep,text,trackers,test,dev]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.demo

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NoReturn
 
 from shardlaunch.checkpoints.files import COME_AGAIN, error_text
 from shardlaunch.errors import EXIT_OTHER_ERROR, EXIT_STOPPED, EXIT_USER_ERROR, UserError
@@ -22,6 +22,7 @@ from shardlaunch.launcher.training.stopping import INTERRUPTED, Stopped, interru
 from shardlaunch.sharding.environment import has_agent, is_main_process, read_environment
 
 if TYPE_CHECKING:
+    from shardlaunch.launcher.runs.fit import Work
     from shardlaunch.sharding.world import World
 
 # Before the ranks are connected, rank 0 prints for all. If another rank exited first, the launcher would end rank 0
@@ -48,9 +49,14 @@ def launch(recipe_type: type[Recipe]) -> None:
             f"launch({recipe_type.__name__}) reads a command line and exits; in a notebook or an interactive session "
             f"call shardlaunch.fit({recipe_type.__name__}, lr=..., ...) instead"
         )
+    run_and_exit(recipe_type)
+
+
+def run_and_exit(recipe_type: type[Recipe], work: "Work | None" = None) -> NoReturn:
+    """Run the recipe with the options on the command line, then exit. `work`: see `main`."""
     survive_closed_output()
     try:
-        status = main(recipe_type, sys.argv[1:])
+        status = main(recipe_type, sys.argv[1:], work)
     except SystemExit as exit_:  # from --help or the recipe's own code
         if not isinstance(exit_.code, int | None):
             print(exit_.code, file=sys.stderr)
@@ -67,8 +73,10 @@ def launch(recipe_type: type[Recipe]) -> None:
     os._exit(status)
 
 
-def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
+def main(recipe_type: type[Recipe], argv: Sequence[str], work: "Work | None" = None) -> int:
     """Run a recipe with the given command-line words and return the exit status. All ranks.
+
+    `work` does something else with the run than to train it to its end.
 
     0: success; 1: lost contact with another rank, or an error of the file system; 2: UserError, printed as one message;
     75: stopped when asked to; 130: interrupted. Other errors are raised.
@@ -96,7 +104,7 @@ def main(recipe_type: type[Recipe], argv: Sequence[str]) -> int:
             world = stack.enter_context(joined_ranks(env, options, choice, display, is_watched=after_s > 0))
             output_dir = run_folder(options, recipe_name(recipe_type))
             stack.enter_context(watched(world, after_s=after_s, output_dir=output_dir))
-            result = run_recipe_on(recipe_type, options, env, world, choice, display)
+            result = run_recipe_on(recipe_type, options, env, world, choice, display, work=work)
             if env.result_file and world.is_main:
                 with open(env.result_file, "w") as file:
                     json.dump({"run_dir": str(result.run_dir.absolute())}, file)

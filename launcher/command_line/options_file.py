@@ -44,15 +44,36 @@ class Given(NamedTuple):
 
 def read_options_file(path: Path) -> dict[str, Given]:
     """Return the values of a YAML file by option name (with underscores). Raises UserError that names file and line."""
+    return {key.name: _given(key.text, key.line, node) for key, node in read_mapping(path, "--config")}
+
+
+class Key(NamedTuple):
+    """Key of a mapping in a file."""
+
+    text: str
+    """As it is written."""
+    line: int
+
+    @property
+    def name(self) -> str:
+        """Return the option's name, with underscores."""
+        return self.text.replace("-", "_")
+
+
+def read_mapping(path: Path, option: str) -> list[tuple[Key, Any]]:
+    """Return keys and nodes of the mapping in a YAML file, which `option` names; no key stands there twice.
+
+    Raises UserError that names file and line.
+    """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
     from ruamel.yaml.nodes import MappingNode
 
-    where = f"--config {path}"
+    where = f"{option} {path}"
     try:
         data = read_bytes(path, most_bytes=MOST_BYTES, follows_links=True)
     except UserError as error:
-        raise UserError(f"--config {error}") from error
+        raise UserError(f"{option} {error}") from error
     try:
         yaml = YAML(typ="safe", pure=True)
         yaml.composer.warn_double_anchors = False  # an anchor may be defined anew
@@ -62,20 +83,20 @@ def read_options_file(path: Path) -> dict[str, Given]:
     except (YAMLError, ValueError) as error:
         raise UserError(f"{where}: not valid YAML: {_reason(error)}") from error
     if root is None or root.value == "":
-        return {}
+        return []
     if not isinstance(root, MappingNode):
         raise UserError(f"{where}: must be a mapping of option names to values")
-    found: dict[str, Given] = {}
-    for key_node, value_node in root.value:
+    found: dict[str, Key] = {}
+    for key_node, _ in root.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node.value, str) or not key_node.value:
             raise UserError(f"{where}: line {line}: an option's name must be a word")
-        key = key_node.value
-        name = key.replace("-", "_")
-        if name in found:
-            raise UserError(f"{where}: {key}: is set in line {found[name].line} and in line {line}; remove one of them")
-        found[name] = _given(key, line, value_node)
-    return found
+        key = Key(key_node.value, line)
+        if key.name in found:
+            first = found[key.name].line
+            raise UserError(f"{where}: {key.text}: is set in line {first} and in line {line}; remove one of them")
+        found[key.name] = key
+    return list(zip(found.values(), (node for _, node in root.value), strict=True))
 
 
 def _given(key: str, line: int, node: Any) -> Given:

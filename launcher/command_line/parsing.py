@@ -225,6 +225,19 @@ def _value_of_file(options_type: type[Options], name: str, given: "Given") -> An
 _NON_FINITE = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
 
 
+def option_value(options_type: type[Options], name: str, texts: Sequence[str]) -> Any:
+    """Return an option's value from its words, as on the command line. Raises UserError that names the option."""
+    if option_types(options_type)[name] is bool:
+        switch = _SWITCH.get(" ".join(texts).lower())
+        if switch is None:
+            raise UserError(f"{flag(name)} {' '.join(texts)}: must be true or false")
+        return switch
+    return check_value(options_type, name, _value(options_type, name, _one_text(name, texts)))
+
+
+_SWITCH = {"true": True, "false": False}
+
+
 def _value(options_type: type[Options], name: str, texts: Sequence[str], *, where: str = "") -> Any:
     """Return an option's value, parsed from its words by tyro's rule for its type."""
     key: Any = options_type

@@ -11,6 +11,7 @@ import tyro
 from shardlaunch.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from shardlaunch.launcher.commands.after_training import COMMANDS as AFTER_TRAINING
 from shardlaunch.launcher.commands.installed import find_recipe, list_recipes
+from shardlaunch.launcher.commands.searching import searching_commands
 from shardlaunch.launcher.reporting.streams import open_closed_streams
 
 _DESCRIPTION = f"""shardlaunch {version("shardlaunch")}: one run, any shards.
@@ -21,6 +22,7 @@ _DESCRIPTION = f"""shardlaunch {version("shardlaunch")}: one run, any shards.
   shardlaunch parity bert_imdb --ranks 2 --steps 20 -- --preset demo
   shardlaunch parity my_recipe.py --exact --ranks 2,3,4
   shardlaunch parity --find my_recipe.py
+  shardlaunch sweep bert_imdb --space space.yaml --trials 20 -- --preset demo
   shardlaunch predict outputs/bert_imdb-demo --text "a wonderful film"
   shardlaunch generate outputs/gpt_lm-demo --prompt "The film" --temperature 0.8
   shardlaunch evaluate outputs/bert_imdb-demo --data reviews.csv
@@ -231,6 +233,7 @@ def main() -> None:
         "run": run,
         "recipes": recipes,
         "parity": parity,
+        **searching_commands(recipe_argv),
         **AFTER_TRAINING,
         "ckpt": ckpt,
         "doctor": doctor,

@@ -3,11 +3,11 @@
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,11 @@ from shardlaunch.sharding.environment import (
 )
 from shardlaunch.sharding.precision import resolve_precision
 from shardlaunch.sharding.world import World, abandon, connect, disconnect, threads_per_rank
+
+if TYPE_CHECKING:
+    from shardlaunch.launcher.runs.run import Run
+
+    Work = Callable[[Run], Result]
 
 
 def fit(recipe: Recipe | type[Recipe], *, show: bool = False, callbacks: Sequence[Any] = (), **options: Any) -> Result:
@@ -140,8 +145,12 @@ def run_recipe_on(
     choice: Choice,
     display: Display,
     callbacks: Sequence[Any] = (),
+    work: "Work | None" = None,
 ) -> Result:
-    """Run a recipe, or each of its folds, on connected ranks, and return the outcome. All ranks. Raises UserError."""
+    """Run a recipe, or each of its folds, on connected ranks, and return the outcome. All ranks. Raises UserError.
+
+    `work` takes the run in the place of all that.
+    """
     from shardlaunch.launcher.reporting.planned import comparison, planned_peak
     from shardlaunch.launcher.runs.callbacks import Callbacks
     from shardlaunch.launcher.runs.cross_validation import cross_validate
@@ -189,6 +198,8 @@ def run_recipe_on(
 
     planned = world.peers.together(lambda: planned_peak(options.plan, choice.strategy, world) if options.plan else 0)
     with deterministic_kernels() if options.exact else nullcontext():
+        if work is not None:
+            return work(run_of())
         if options.check:
             check_resume(new_run, options, display)
         result = cross_validate(run_of, options.folds) if options.folds else run_of().run()

@@ -19,7 +19,7 @@ from shardlaunch.launcher.commands.report.times import times
 
 GENERATOR = "shardlaunch report"
 # Nothing may be asked of the network, whatever stands in a run.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 def page(runs: Sequence[RunFacts]) -> str:
@@ -41,7 +41,7 @@ def page(runs: Sequence[RunFacts]) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{GENERATOR}">'
         f'<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<title>{escape(title)}: training report</title><style>{STYLE}</style></head><body><main>"
         f'<header><h1>{escape(title)}</h1><p class="soft">Training report, made {made}</p></header>'
         f'<nav class="keys" aria-label="Runs">{keys}</nav>{body}</main><script>{SCRIPT}</script></body></html>'

@@ -45,6 +45,11 @@ def test_classes_of_metrics_are_there_when_they_are_asked_for() -> None:
     assert "torchmetrics" in imported("from shardlaunch.metrics import BitsPer, Perplexity")
 
 
+def test_only_a_sweep_imports_optuna() -> None:
+    modules = "from shardlaunch.launcher.commands import main, start, sweep; from shardlaunch.launcher.runs import fit"
+    assert not imported(modules) & {"optuna", "sqlalchemy", "alembic"}
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     import shardlaunch
     import shardlaunch.metrics

@@ -1,0 +1,1 @@
+"""`shardlaunch sweep`: a search over options, whose trials are ordinary runs."""
