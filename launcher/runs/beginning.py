@@ -89,7 +89,7 @@ def show_start(
         )
     if assembly.whole_model_because and world.size > 1:
         display.say(
-            f"one process of each machine held the whole model while this run started: {assembly.whole_model_because}"
+            f"{assembly.whole_model_on} held the whole model while this run started: {assembly.whole_model_because}"
         )
     if init is not None and init.match is not None and checkpoint is None:
         match = init.match
