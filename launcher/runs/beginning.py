@@ -17,6 +17,7 @@ from shardlaunch.launcher.runs.data import RunData
 from shardlaunch.launcher.runs.init_from import InitFrom
 from shardlaunch.launcher.runs.preflight import bytes_text
 from shardlaunch.launcher.training.ordered_plan import OrderedPlan
+from shardlaunch.sharding.layers import with_sparse_gradients
 from shardlaunch.sharding.strategy import Strategy
 from shardlaunch.sharding.world import World
 
@@ -86,6 +87,11 @@ def show_start(
         display.warn(
             f"the constructor copied values that weights() has replaced since: {some(assembly.origins.stale)}; "
             f"return these from weights() too, or load the pretrained weights in model() before the copy"
+        )
+    if sparse := with_sparse_gradients(assembly.model):
+        display.warn(
+            f"the sparse gradients of {some(sparse)} are added up as dense ones, and each step updates all rows, by "
+            f"weight decay and momentum also those that no sample has; sparse=False computes the same"
         )
     if assembly.whole_model_because and world.size > 1:
         display.say(
