@@ -22,8 +22,7 @@ def sentences(count: int, first_name: int):
         for word in draw.choice(FRAMES).split():
             kind = {"P": 1, "L": 3}.get(word, 0)
             name = [f"Name{first_name + draw.randrange(500)}" for _ in range(draw.choice((1, 2)))]
-            words += name if kind else [word]
-            tags += [kind, kind + 1][: len(name)] if kind else [0]
+            words, tags = words + (name if kind else [word]), tags + ([kind, kind + 1][: len(name)] if kind else [0])
         yield {"words": words, "tags": tags}
 
 
@@ -64,10 +63,10 @@ class NerRecipe(Recipe):
 
     def collate(self, samples, seeds):
         words = [torch.tensor([self.ids.get(word, NEW) for word in row["words"]]) for row in samples]
-        if seeds is not None:  # in training: some words are taken for new ones
-            words = [ids.where(torch.rand(len(ids)) < 0.8, NEW) for ids in words]
-        tags = pad_sequence([torch.tensor(row["tags"]) for row in samples], True, -100)
-        return {"inputs": pad_sequence(words, True), "labels": tags}
+        known = 0.8 if seeds is not None else 1.0  # in training, some words are taken for new ones
+        words = [ids.where(torch.rand(len(ids)) < known, NEW) for ids in words]
+        tags = [torch.tensor(row["tags"]) for row in samples]
+        return {"inputs": pad_sequence(words, True), "labels": pad_sequence(tags, True, -100)}
 
     def loss(self, outputs, batch):
         return F.cross_entropy(outputs, batch["labels"], reduction="sum")
