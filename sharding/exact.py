@@ -286,6 +286,8 @@ class ExactGradients:
         gradient = parameter.grad
         assert gradient is not None
         parameter.grad = None
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
         is_first = number in self._unset
         self._unset.discard(number)
         self.units.add_multiples(number, gradient.reshape(-1), self._views[number][0], is_first=is_first)

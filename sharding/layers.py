@@ -94,16 +94,20 @@ def _declared(model: nn.Module) -> set[str]:
     return {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
 
 
-def refuse_sparse_gradients(model: nn.Module, who: str) -> None:
-    """Raise UserError for embeddings with sparse gradients, which `who` cannot reduce."""
-    names = [
+def with_sparse_gradients(model: nn.Module) -> list[str]:
+    """Return the names of the trained embeddings with sparse gradients."""
+    return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad
     ]
-    if names:
+
+
+def refuse_sparse_gradients(model: nn.Module, who: str) -> None:
+    """Raise UserError for embeddings with sparse gradients, which `who` cannot reduce."""
+    if names := with_sparse_gradients(model):
         raise UserError(
-            f"{who} cannot reduce sparse gradients, which {some(names)} has; build it with sparse=False, or use "
+            f"{who} cannot reduce the sparse gradients of {some(names)}; build with sparse=False, or use "
             f"--strategy ddp, which makes them dense"
         )
 

@@ -1,12 +1,15 @@
 """Recipes for tests: small nets with everything that could make a run depend on its ranks."""
 
 import contextlib
+import importlib.util
 import io
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,7 @@ from shardlaunch.recipes.bert_imdb import BertImdb
 from shardlaunch.recipes.translate_seq2seq import TranslateSeq2Seq
 from shardlaunch.text import train_tokenizer
 
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 NUM_FEATURES = 12
 NUM_CLASSES = 3
 
@@ -227,7 +231,21 @@ def save_small_t5(folder: Path) -> None:
 
 def recipe_class(name: str) -> type[Recipe]:
     """Return the recipe of a file of recipes/."""
-    module = import_module(f"shardlaunch.recipes.{name}")
+    return _only_recipe(import_module(f"shardlaunch.recipes.{name}"))
+
+
+def example(name: str) -> type[Recipe]:
+    """Return the recipe of an example of the docs."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return _only_recipe(module)
+
+
+def _only_recipe(module: ModuleType) -> type[Recipe]:
     (recipe_type,) = [
         value
         for value in vars(module).values()

@@ -57,7 +57,8 @@ class DistillationRecipe(Recipe):
         if not self.options.teacher:
             return {}
         teacher = net(self.options.teacher_width)
-        teacher.load_state_dict(dict(stored_weights(self.options.teacher, teacher.state_dict())))
+        stored = stored_weights(self.options.teacher, teacher.state_dict(), option="--teacher")
+        teacher.load_state_dict(dict(stored))
         return {"teacher": teacher}
 
     def loss(self, outputs, batch):

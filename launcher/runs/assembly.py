@@ -45,7 +45,9 @@ class Assembly:
     origins: Origins
     """Where the initial values of the parameters come from."""
     whole_model_because: str
-    """Why one rank of each machine built the whole model for ranks that keep shards; empty: none did."""
+    """Why one rank of each machine built the whole model for ranks that keep shards, or each did; empty: none did."""
+    whole_model_on: str
+    """Which processes did."""
     aliases: dict[str, str]
     """Other names of tied parameters, each with the name that it is saved under."""
     non_persistent_buffers: str
@@ -94,7 +96,7 @@ def assemble(
     """
     options = recipe.options
     with phase("building the model"):
-        model, origins, initial, reason, adapters = _build(
+        model, origins, initial, reason, built_on, adapters = _build(
             recipe, world, strategy_name, run_digest, is_resumed=is_resumed, init=init
         )
     if adapters is not None and precision_name == "fp8":
@@ -142,6 +144,7 @@ def assemble(
         strategy=strategy,
         origins=origins,
         whole_model_because=reason,
+        whole_model_on=built_on,
         aliases=adapters.saved_aliases(aliases) if adapters else aliases,
         non_persistent_buffers=buffers_digest,
         rows=rows,
@@ -199,11 +202,12 @@ def _check_several(recipe: Recipe, optimizers: Mapping[Any, Any]) -> None:
 
 def _build(
     recipe: Recipe, world: World, strategy_name: str, run_digest: int, *, is_resumed: bool, init: InitFrom | None
-) -> tuple[nn.Module, Origins, InitialWeights | None, str, Adapters | None]:
+) -> tuple[nn.Module, Origins, InitialWeights | None, str, str, Adapters | None]:
     """Build the model, whole or (if the strategy requires it) empty; return it, its weights' origins, and its weights.
 
     All ranks. The weights are those to restore: none if the model has them. Then follow why a whole model was built
-    besides an empty one, and the model's adapters, which have no base model in a checkpoint to be resumed from.
+    besides an empty one, on which processes, and the model's adapters, which have no base model in a checkpoint to be
+    resumed from.
     """
     options, seed = recipe.options, recipe.options.seed
     is_resumed = is_resumed and not options.lora_rank
@@ -213,11 +217,12 @@ def _build(
         _check_ranks_agree(world, run_digest, _weights_digest(model))
         if options.lora_rank:
             adapters, _ = world.peers.together(lambda: add_adapters(model, options, new=origins.new, init=init))
-        return model, origins, None, "", adapters
+        return model, origins, None, "", "", adapters
     if is_resumed:
-        empty = world.peers.together(lambda: build_empty_model(recipe, seed))
+        whole: list[str] = []
+        empty = world.peers.together(lambda: build_empty_model(recipe, seed, on_whole=whole.append))
         _check_ranks_agree(world, run_digest, -1)
-        return empty, Origins(), None, "", None
+        return empty, Origins(), None, "".join(whole), "each process", None
 
     def built() -> tuple[nn.Module, RecordedModel | None]:
         recorded = record_model(recipe, seed) if world.is_local_main else None
@@ -236,7 +241,8 @@ def _build(
         adapters, values = world.peers.together(
             lambda: add_adapters(empty, options, new=new, values=values, is_empty=True, init=init)
         )
-    return empty, origins, InitialWeights(empty, values, world=world), reason, adapters
+    built_on = "each process" if recorded and recorded.was_whole else "one process of each machine"
+    return empty, origins, InitialWeights(empty, values, world=world), reason, built_on, adapters
 
 
 def _check_ranks_agree(world: World, run_digest: int, weights_here: int) -> None:

@@ -17,6 +17,7 @@ from shardlaunch.launcher.runs.data import RunData
 from shardlaunch.launcher.runs.init_from import InitFrom
 from shardlaunch.launcher.runs.preflight import bytes_text
 from shardlaunch.launcher.training.ordered_plan import OrderedPlan
+from shardlaunch.sharding.layers import with_sparse_gradients
 from shardlaunch.sharding.strategy import Strategy
 from shardlaunch.sharding.world import World
 
@@ -87,9 +88,14 @@ def show_start(
             f"the constructor copied values that weights() has replaced since: {some(assembly.origins.stale)}; "
             f"return these from weights() too, or load the pretrained weights in model() before the copy"
         )
+    if sparse := with_sparse_gradients(assembly.model):
+        display.warn(
+            f"the sparse gradients of {some(sparse)} are added up as dense ones, and each step updates all rows, by "
+            f"weight decay and momentum also those that no sample has; sparse=False computes the same"
+        )
     if assembly.whole_model_because and world.size > 1:
         display.say(
-            f"one process of each machine held the whole model while this run started: {assembly.whole_model_because}"
+            f"{assembly.whole_model_on} held the whole model while this run started: {assembly.whole_model_because}"
         )
     if init is not None and init.match is not None and checkpoint is None:
         match = init.match

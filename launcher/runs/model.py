@@ -112,18 +112,46 @@ def _stale(model: nn.Module, constructed: list[str], weights: Mapping[str, torch
     return [name for name in constructed if value_digest(tensors[name]) in digests]
 
 
+class ReadsValues(Exception):
+    """A constructor that needs values of parameters, which has none on the meta device, with the reason."""
+
+
 def build_empty_model(
     recipe: Recipe,
     seed: int,
     *,
     programs: Programs | None = None,
     on_built: Callable[[nn.Module], object] | None = None,
+    on_whole: Callable[[str], object] | None = None,
 ) -> nn.Module:
     """Return the recipe's model with its parameters on the meta device (no values); its buffers have values.
 
-    `programs` record how the parameters get their values. `on_built` gets the model as model() returned it, before its
-    dtypes are changed. Raises UserError if the model's constructor needs values of parameters.
+    A model whose constructor needs values of parameters, as some parametrizations do, is built as a whole before it is
+    emptied; `on_whole` is told why. `programs` record how the parameters get their values, which raises ReadsValues
+    for such a model. `on_built` gets the model as model() returned it, before its dtypes are changed.
     """
+    try:
+        model = _built_without_values(recipe, seed, programs, on_built)
+    except ReadsValues as error:
+        if programs is not None:
+            raise
+        reason = str(error)
+    else:
+        return model
+    with seeded(derive_seed(seed, "model")):
+        model = checked_model(recipe.model())
+        if on_built is not None:
+            on_built(model)
+        widen(model)
+    _remove_values(model)
+    if on_whole is not None:
+        on_whole(reason)
+    return model
+
+
+def _built_without_values(
+    recipe: Recipe, seed: int, programs: Programs | None, on_built: Callable[[nn.Module], object] | None
+) -> nn.Module:
     with ExitStack() as stack:
         stack.enter_context(seeded(derive_seed(seed, "model")))
         stack.enter_context(_parameters_on_meta(programs))
@@ -134,21 +162,32 @@ def build_empty_model(
         except (NotImplementedError, RuntimeError) as error:
             if not str(error):
                 raise
-            raise UserError(
-                f"the recipe's model() cannot be built with parameters on the meta device, which this strategy "
-                f"requires: {str(error).splitlines()[0]}. It may create and initialize parameters, but not read them "
-                f"or set their data; return your own values from weights(), or use --strategy ddp"
-            ) from error
+            raise ReadsValues(f"the constructor needs values of parameters ({str(error).splitlines()[0]})") from error
         if on_built is not None:
             on_built(model)
         widen(model)
     lost = [name for name, buffer in model.named_buffers() if _is_on_meta(buffer)]
     if lost:
-        raise UserError(
-            f"the recipe's model() computes buffers from values of parameters, but this strategy builds it with "
-            f"parameters on the meta device, without values: {some(lost)}; use --strategy ddp"
-        )
+        raise ReadsValues(f"the constructor computes buffers from values of parameters: {some(lost)}")
     return model
+
+
+def _remove_values(model: nn.Module) -> None:
+    """Move the parameters of a model to the meta device; tied ones stay one parameter."""
+    empty: dict[int, nn.Parameter] = {}
+    for module in list(model.modules()):
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                empty.setdefault(id(parameter), _without_value(parameter))
+                setattr(module, name, empty[id(parameter)])
+
+
+def _without_value(parameter: nn.Parameter) -> nn.Parameter:
+    empty = type(parameter)(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    empty.__dict__.update(parameter.__dict__)
+    empty._backward_hooks = parameter._backward_hooks
+    empty._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
+    return empty
 
 
 def check_non_persistent_buffers(found: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> None:
@@ -189,10 +228,7 @@ def _parameters_on_meta(programs: Programs | None) -> Iterator[None]:
     def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and not _is_on_meta(param) and not is_lazy(param):
             if param not in seen:
-                seen[param] = type(param)(param.detach().to("meta"), requires_grad=param.requires_grad)
-                seen[param].__dict__.update(param.__dict__)
-                seen[param]._backward_hooks = param._backward_hooks
-                seen[param]._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks
+                seen[param] = _without_value(param)
                 if programs is not None:
                     programs.register(seen[param], param)
             param = seen[param]

@@ -49,6 +49,8 @@ class RecordedModel:
     """Parameters that a Hugging Face model drew, and nobody has changed since."""
     has_drawn: bool
     """Whether the constructor has drawn values of something else."""
+    was_whole: bool = False
+    """Whether the model had to be built as a whole first."""
 
 
 @dataclass(kw_only=True)
@@ -112,6 +114,7 @@ def record_model(recipe: Recipe, seed: int, *, draws: bool = False) -> RecordedM
     programs = Programs(draws=draws)
     untouched: set[str] = set()
     states: list[torch.Tensor] = []
+    whole: list[str] = []
 
     def on_built(model: nn.Module) -> None:
         untouched.update(drawn.untouched(model))
@@ -123,11 +126,14 @@ def record_model(recipe: Recipe, seed: int, *, draws: bool = False) -> RecordedM
         with recorded_draws(mark=programs.mark) as drawn:
             model = build_empty_model(recipe, seed, programs=programs, on_built=on_built)
     except Exception as error:  # of the recipe's own, which comes again; or of what the recording does not know
-        model = build_empty_model(recipe, seed)
+        model = build_empty_model(recipe, seed, on_whole=whole.append)
         reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
-        programs.problem = programs.problem or f"what the constructor does cannot be recorded ({reason})"
+        cannot = f"what the constructor does cannot be recorded ({reason})"
+        programs.problem = programs.problem or next(iter(whole), cannot)
     has_drawn = not torch.equal(states[0], states[-1])
-    return RecordedModel(model=model, programs=programs, untouched=untouched, has_drawn=has_drawn)
+    return RecordedModel(
+        model=model, programs=programs, untouched=untouched, has_drawn=has_drawn, was_whole=bool(whole)
+    )
 
 
 def _one_at_a_time(recipe: Recipe, seed: int, recorded: RecordedModel, init: InitFrom | None) -> StartValues:

@@ -138,8 +138,8 @@ def test_dtypes_and_sparse_gradients_work_or_are_refused(tmp_path: Path) -> None
 
     well = [(kind, name) for kind in (DoubleNet, SparseNet, MixedNet) for name in ("ddp", "fsdp2", "zero2")]
     refused = {
-        (SparseNet, "fsdp2"): "FSDP2 cannot reduce sparse gradients, which 1.table has",
-        (SparseNet, "zero2"): "ZeRO cannot reduce sparse gradients",
+        (SparseNet, "fsdp2"): "FSDP2 cannot reduce the sparse gradients of 1.table",
+        (SparseNet, "zero2"): "ZeRO cannot reduce the sparse gradients",
         (DoubleNet, "zero2"): "ZeRO by DeepSpeed trains in float32, but these have another dtype: weight, bias",
         (MixedNet, "zero2"): "another dtype: unused",
         (MixedNet, "fsdp2"): "of one dtype: bias (float32), unused (float64)",
@@ -149,5 +149,7 @@ def test_dtypes_and_sparse_gradients_work_or_are_refused(tmp_path: Path) -> None
         status, output = answers[0][number][0], answers[0][number][1] + answers[1][number][1]
         assert status == (2 if pair in refused else 0), output
         assert refused.get(pair, "") in output
+    said = " ".join(answers[0][well.index((SparseNet, "ddp"))][1].split())
+    assert "warning: the sparse gradients of 1.table are added up as dense ones, and each step updates all" in said
     assert losses(tmp_path / "DoubleNet-fsdp2") == pytest.approx(losses(tmp_path / "DoubleNet-ddp"), abs=1e-12)
     assert final_tensors(tmp_path / "DoubleNet-fsdp2")["weight"].dtype == torch.float64

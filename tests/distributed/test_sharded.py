@@ -96,21 +96,26 @@ def test_pretrained_weights_reach_every_shard(tmp_path: Path) -> None:
 
 
 class PeekingNet(NetRecipe):
-    """A net whose constructor reads values of its parameters."""
+    """A net whose constructor reads a value of a parameter, and computes a buffer from another."""
 
     def model(self) -> nn.Module:
         model = super().model()
-        assert next(model.parameters()).abs().max().item() >= 0
+        model.scale = nn.Parameter(torch.tensor(1.0 + model.middle.weight.abs().max().item()))
+        model.register_buffer("start", model.first.weight.detach().sum())
+        model.register_forward_hook(lambda module, _, output: output * module.scale + module.start)
         return model
 
 
-class CountingNet(NetRecipe):
-    """A net with a buffer that is computed from a parameter."""
-
-    def model(self) -> nn.Module:
-        model = super().model()
-        model.register_buffer("sum", next(model.parameters()).detach().sum())
-        return model
+def test_a_constructor_that_needs_values_has_them_and_is_named(tmp_path: Path) -> None:
+    one = _run(1, PeekingNet, tmp_path / "one")
+    argv = [*STEPS, "--strategy", "fsdp2", "--output-dir", str(tmp_path / "two")]
+    for stop in (["--stop-at-step", "2"], []):
+        answers = run_on_ranks(2, run_quietly, PeekingNet, [*argv, *stop])
+        assert answers[0][0] == 0, answers[0][1]
+        said = " ".join(answers[0][1].split())
+        assert "each process held the whole model while this run started: the constructor needs values of" in said
+    assert _loss_difference(one, tmp_path / "two") <= 1e-6
+    assert final_tensors(one)["start"] == final_tensors(tmp_path / "two")["start"]
 
 
 class DroppedBert(MaskedBert):
@@ -265,12 +270,6 @@ REFUSED: list[tuple[type[Recipe], tuple[str, ...], tuple[str, ...]]] = [
     (Factored, ("--strategy", "fsdp2"), ("Adafactor needs full weight matrices",)),
     (SubmoduleNet, ("--strategy", "fsdp2"), ("must call the model itself",)),
     (NetRecipe, ("--strategy", "fsdp2", "--shard-ranks", "2"), ("use --strategy hsdp",)),
-    (
-        PeekingNet,
-        ("--strategy", "fsdp2"),
-        ("parameters on the meta device, which this strategy requires", "--strategy ddp"),
-    ),
-    (CountingNet, ("--strategy", "fsdp2"), ("computes buffers from values of parameters", "sum")),
 ]
 
 

@@ -1,8 +1,6 @@
 """Steps of a recipe's own: the same on any ranks, exact after a resume on others; the examples of the docs."""
 
-import importlib.util
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,31 +11,13 @@ from torch import nn
 
 from shardlaunch import Options, Recipe, Step, TensorData, UserError, fit
 from tests.distributed.ranks import run_on_ranks
-from tests.recipes import bits, final_tensors, losses, training_lines
+from tests.recipes import EXAMPLES, bits, example, final_tensors, losses, training_lines
 
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 COMMON = {"tracker": "none", "log_every": 1, "track_every": 1, "eval_every": 100, "max_grad_norm": 1.0}
-NAMES = ("distillation", "gan", "preferences", "two_tower", "vae")  # test_streams.py runs the other
+NAMES = ("distillation", "gan", "preferences", "two_tower", "vae")  # test_streams.py and test_examples.py run others
 SHARDED = ("distillation", "gan", "two_tower")
 SMALL = {"max_steps": 3, "global_batch_size": 28, "micro_batch_size": 4}
 """Seven micro-batches, which neither 2 nor 3 ranks divide evenly."""
-
-
-def example(name: str) -> type[Recipe]:
-    """Return the recipe of an example of the docs."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    (found,) = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == name
-    ]
-    return found
 
 
 def _run(name: str, folder: Path, **options: Any) -> None:

@@ -56,6 +56,13 @@ def test_python_on_the_pages_is_python() -> None:
         compile(block, str(page), "exec")
 
 
+def test_examples_stand_on_a_page() -> None:
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
+    examples = [f'\n--8<-- "docs/examples/{path.name}"\n' for path in (ROOT / "docs" / "examples").glob("*.py")]
+    assert examples
+    assert not [line for line in examples if line not in pages]
+
+
 def _check_tables(root: Path) -> subprocess.CompletedProcess[str]:
     words = (sys.executable, str(root / "benchmarks" / "tables.py"), "--check")
     return subprocess.run(words, capture_output=True, text=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
 from shardlaunch import Options, Recipe
 from shardlaunch.checkpoints.stored import StoredTensors
@@ -106,6 +107,12 @@ def _student_and_teacher() -> nn.Module:
     return nn.ModuleDict({"student": student, "teacher": deepcopy(student), "head": nn.Linear(3, 2)})
 
 
+def _tied_and_orthogonal() -> nn.Module:
+    layers = nn.Sequential(nn.Linear(3, 3), orthogonal(nn.Linear(3, 3)), nn.Linear(3, 3))
+    layers[2].weight = layers[0].weight
+    return layers
+
+
 def _drawn_weights() -> Mapping[str, torch.Tensor]:
     return {"student.0.weight": torch.rand(3, 3)}
 
@@ -117,6 +124,8 @@ def _drawn_weights() -> Mapping[str, torch.Tensor]:
         (_student_and_teacher, lambda: {"student.0.weight": torch.ones(3, 3)}, "takes teacher.0.weight from"),
         (_student_and_teacher, _drawn_weights, "weights() draws random numbers"),
         (_set_by_data, dict, "cannot be recorded"),
+        (_tied_and_orthogonal, dict, "the constructor needs values of parameters (Tensor.item()"),
+        (lambda: spectral_norm(nn.Linear(3, 3)), dict, "computes buffers from values of parameters: parametrizations."),
         (_by_numpy, dict, ""),
     ],
 )
