@@ -177,7 +177,10 @@ def _digest_damage(path: Path, record: ManifestRecord, file: FileRecord) -> str:
     crcs = [(int(crc, 16), prod(one.shape) * NUM_BYTES[one.dtype]) for one, crc in tensors if isinstance(crc, str)]
     if not crcs:
         return ""
-    header = header_bytes(path)
+    try:
+        header = header_bytes(path)
+    except (UserError, OSError) as error:
+        return _without_path(error, path)
     whole = joined([(crc64nvme(header), len(header)), *crcs])
     return "" if f"{whole:016x}" == file.digest else "its digest in the manifest is not that of its tensors there"
 

@@ -128,9 +128,7 @@ class ImageClassifier(Recipe):
         from transformers import AutoModelForImageClassification
 
         source = self.options.model
-        return (
-            pretrained_weights(AutoModelForImageClassification, source, num_labels=self.num_labels) if source else {}
-        )
+        return pretrained_weights(AutoModelForImageClassification, source, num_labels=self.num_labels) if source else {}
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
         pixels = images.augmented(samples["pixels"], seeds, self.options)

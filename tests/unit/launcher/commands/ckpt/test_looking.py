@@ -6,9 +6,11 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from shardlaunch.checkpoints import verifying
 from shardlaunch.checkpoints.retention import prune
 from shardlaunch.checkpoints.verifying import Verdict, verify
 from shardlaunch.launcher.commands.ckpt import looking
@@ -248,6 +250,26 @@ def test_a_run_that_goes_on_is_not_disturbed_and_not_damaged(tmp_path: Path, ckp
         saving.join()
     assert not failures
     assert ckpt("verify", run).status == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["read_listing", "regular_size", "digest_file", "read_stored", "header_bytes", "read_position", "read_record"],
+)
+def test_a_checkpoint_that_is_deleted_while_it_is_verified_is_not_damaged(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_dir = make_run(tmp_path / "run") / "checkpoints" / "step-00000002"
+    read = getattr(verifying, name)
+
+    def gone(*args: Any, **options: Any) -> Any:
+        shutil.rmtree(step_dir, ignore_errors=True)
+        return read(*args, **options)
+
+    monkeypatch.setattr(verifying, name, gone)
+    verdict = verify(step_dir)
+    assert not step_dir.exists()
+    assert (verdict.is_gone, verdict.damages) == (True, ())
 
 
 def test_a_checkpoint_that_is_deleted_after_it_was_verified_is_not_damaged(
