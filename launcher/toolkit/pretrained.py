@@ -108,6 +108,17 @@ def save_config(model: Any, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
+def without_dropout(config: Any) -> dict[str, float]:
+    """Set the rates of dropout of a model's configuration to 0, and return what they were, by name."""
+    rates = {
+        name: value
+        for name, value in config.to_dict().items()
+        if isinstance(value, float) and value > 0 and ("dropout" in name or name.endswith("pdrop"))
+    }
+    config.update(dict.fromkeys(rates, 0.0))
+    return rates
+
+
 def require_room(tokenizer: Any, flag: str, num_tokens: int) -> None:
     """Raise UserError when a length limit has no room for text besides the tokenizer's special tokens."""
     least = tokenizer.num_special_tokens_to_add() + 1

@@ -1,6 +1,7 @@
 """Texts: tokenizers, Hugging Face models and their weights, packing, padding, generation."""
 
-from shardlaunch.launcher.toolkit.chats import note_longer, tokenized_chats
+from shardlaunch.launcher.toolkit.adapters import adapters_off
+from shardlaunch.launcher.toolkit.chats import contents_of, note_longer, set_chat_template, tokenized_chats
 from shardlaunch.launcher.toolkit.families import (
     CLASSIFIERS,
     TRANSLATORS,
@@ -20,6 +21,7 @@ from shardlaunch.launcher.toolkit.packing import (
     shifted_right,
     tokenized,
 )
+from shardlaunch.launcher.toolkit.preferences import tokenized_pairs, usable_pairs
 from shardlaunch.launcher.toolkit.pretrained import (
     causal_config,
     from_config,
@@ -29,6 +31,7 @@ from shardlaunch.launcher.toolkit.pretrained import (
     require_room,
     save_config,
     tokenizer_key,
+    without_dropout,
 )
 from shardlaunch.launcher.toolkit.tokenizers import train_tokenizer
 
@@ -36,7 +39,9 @@ __all__ = [
     "CLASSIFIERS",
     "NO_TARGET",
     "TRANSLATORS",
+    "adapters_off",
     "causal_config",
+    "contents_of",
     "cut_blocks",
     "from_config",
     "from_source",
@@ -54,11 +59,15 @@ __all__ = [
     "require_vocabulary",
     "rows_of_documents",
     "save_config",
+    "set_chat_template",
     "set_search",
     "shifted_right",
     "tokenized",
     "tokenized_chats",
+    "tokenized_pairs",
     "tokenizer_key",
     "train_tokenizer",
+    "usable_pairs",
+    "without_dropout",
     "write_language",
 ]
