@@ -106,7 +106,7 @@ class DpoLm(Recipe):
         has_prompt = all(options.prompt_column in split.column_names for split in splits.values())
         if not has_prompt and not self.explicitly_set_flags("prompt_column"):
             del columns["prompt"]
-        splits = select_columns(splits, columns, source=options.data)
+        splits = select_columns(splits, {**columns, **options.groups()}, source=options.data)
         splits = tokenized_pairs(
             splits, self.tokenizer, chat_template=options.chat_template, source=options.data, called=columns
         )

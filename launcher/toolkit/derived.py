@@ -58,18 +58,20 @@ def by_row(
     split: Any,
     function: Callable[..., Mapping[str, Any]],
     *,
+    columns: Sequence[str],
     key: Sequence[object],
     where: str,
 ) -> Any:
-    """Return a data set of what `function` returns for each row's values, columns by name; cached under `key`.
+    """Return a data set with what `function` returns for each row's `columns` in place of these; cached under `key`.
 
+    It returns columns by name, and is given values in the order of `columns`. Other columns stay.
     A UserError that it raises is raised with `where` in front, in which {row} is the number of the row, from 1.
     """
 
     def tokenize(*batch: Any) -> dict[str, Any]:
-        *columns, rows = batch
+        *of_columns, rows = batch
         found: list[Mapping[str, Any]] = []
-        for row, *values in zip(rows, *columns, strict=True):
+        for row, *values in zip(rows, *of_columns, strict=True):
             try:
                 found.append(function(*values))
             except UserError as error:
@@ -82,6 +84,6 @@ def by_row(
         key=key,
         doing="tokenizing",
         with_indices=True,
-        input_columns=split.column_names,
-        remove_columns=split.column_names,
+        input_columns=list(columns),
+        remove_columns=list(columns),
     )

@@ -45,8 +45,9 @@ def tokenized_pairs(
         )
     return {
         name: by_row(
-            split.select_columns([*called]),
+            split,
             _PairTokens(tokenizer, [*called], are_chats=are_chats),
+            columns=[*called],
             key=("pairs", 1, [*called], are_chats, *template_key(tokenizer)),
             where=f"--data {source}: row {{row}} of the {name} data",
         )

@@ -119,6 +119,18 @@ def without_dropout(config: Any) -> dict[str, float]:
     return rates
 
 
+def word_tokenizer(source: str | Path) -> Any:
+    """Return the tokenizer of a model, for texts that are lists of words. Raises UserError for one without offsets."""
+    from transformers import AutoTokenizer
+
+    tokenizer = from_source(AutoTokenizer, source)
+    if not tokenizer.is_fast:
+        raise UserError(f"--model {source}: its tokenizer has no fast version, which is needed here; choose another")
+    if getattr(tokenizer, "add_prefix_space", None) is False:  # without it, a word would be one that begins a text
+        tokenizer = from_source(AutoTokenizer, source, add_prefix_space=True)
+    return tokenizer
+
+
 def require_room(tokenizer: Any, flag: str, num_tokens: int) -> None:
     """Raise UserError when a length limit has no room for text besides the tokenizer's special tokens."""
     least = tokenizer.num_special_tokens_to_add() + 1

@@ -32,7 +32,9 @@ from shardlaunch.launcher.toolkit.pretrained import (
     save_config,
     tokenizer_key,
     without_dropout,
+    word_tokenizer,
 )
+from shardlaunch.launcher.toolkit.tags import numbered_tags, tagged_tokens
 from shardlaunch.launcher.toolkit.tokenizers import train_tokenizer
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "language_arguments",
     "longest_input",
     "note_longer",
+    "numbered_tags",
     "pack",
     "padded",
     "positions",
@@ -62,6 +65,7 @@ __all__ = [
     "set_chat_template",
     "set_search",
     "shifted_right",
+    "tagged_tokens",
     "tokenized",
     "tokenized_chats",
     "tokenized_pairs",
@@ -69,5 +73,6 @@ __all__ = [
     "train_tokenizer",
     "usable_pairs",
     "without_dropout",
+    "word_tokenizer",
     "write_language",
 ]

@@ -108,6 +108,13 @@ CASES = (
         ranks=3,
         auto_class="AutoModelForCausalLM",
     ),
+    Case(
+        recipe="bert_tagger",
+        words=("--model", "{folder}", "--max-length", "24"),
+        prepare=save_small_bert,
+        ranks=3,
+        auto_class="AutoModelForTokenClassification",
+    ),
     Case(recipe="translate_seq2seq", words=SMALL_TRANSLATION, auto_class="AutoModelForSeq2SeqLM"),
     Case(
         recipe="translate_seq2seq",
