@@ -64,7 +64,7 @@ class BertTagger(Recipe):
     """Fine-tune an encoder (BERT, RoBERTa, DistilBERT, MiniLM, ...) to tag each word of a sentence."""
 
     options: TaggerOptions
-    presets = {DEMO: {"model": DEMO, "data": DEMO, "max_length": 128, "epochs": 5, "lr": 2e-4, "micro_batch_size": 16}}
+    presets = {DEMO: {"model": DEMO, "data": DEMO, "max_length": 128, "epochs": 2, "lr": 2e-4, "micro_batch_size": 16}}
 
     def datasets(self) -> Mapping[str, Any]:
         from transformers import AutoConfig  # what takes long to import is not imported for --help

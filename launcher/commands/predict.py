@@ -30,6 +30,11 @@ class Classifier:
         return bool(self.model.config.problem_type == "regression")
 
     @property
+    def has_several_labels(self) -> bool:
+        """Return whether a text may have any number of labels, each with a probability of its own."""
+        return bool(self.model.config.problem_type == "multi_label_classification")
+
+    @property
     def labels(self) -> list[str]:
         """Return the names of the classes by number."""
         config = self.model.config
@@ -47,7 +52,16 @@ class Classifier:
                     chunk, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
                 )
                 logits = self.model(**inputs).logits.float()
-                yield from (logits[:, :1] if self.is_regression else logits.softmax(dim=-1)).tolist()
+                if self.is_regression:
+                    yield from logits[:, :1].tolist()
+                else:
+                    yield from (logits.sigmoid() if self.has_several_labels else logits.softmax(dim=-1)).tolist()
+
+    def chosen(self, probabilities: Sequence[float]) -> list[str]:
+        """Return the most probable class; of several labels those that are more probable than not."""
+        if self.has_several_labels:
+            return [label for label, value in zip(self.labels, probabilities, strict=True) if value > 0.5]
+        return [self.labels[max(range(len(probabilities)), key=probabilities.__getitem__)]]
 
 
 def open_classifier(path: Path, *, ema: bool) -> Classifier:
@@ -92,12 +106,12 @@ def predict_texts(path: Path, *, texts: Sequence[str], file: Path | None, ema: b
     classifier = _classifier(checkpoint, tokenizer, ema=ema)
     labels = [printable(name, is_name=True) for name in classifier.labels]
     for text, row in zip(texts, classifier.predictions(texts), strict=True):
-        found = f"{row[0]:.4f}" if classifier.is_regression else _classes(labels, row)
+        chosen = [] if classifier.is_regression else classifier.chosen(row)
+        found = f"{row[0]:.4f}" if classifier.is_regression else _classes(chosen, labels, row)
         print(f"{found}\t{printable(text, is_name=True)}")  # each text on its line, in its column
 
 
-def _classes(labels: Sequence[str], probabilities: Sequence[float]) -> str:
-    """Return the most probable label and all probabilities."""
-    best = max(range(len(labels)), key=lambda number: probabilities[number])
+def _classes(chosen: Sequence[str], labels: Sequence[str], probabilities: Sequence[float]) -> str:
+    """Return what is chosen, - if that is nothing, and all probabilities."""
     listed = "  ".join(f"{label} {value:.4f}" for label, value in zip(labels, probabilities, strict=True))
-    return f"{labels[best]}\t{listed}"
+    return f"{', '.join(printable(name, is_name=True) for name in chosen) or '-'}\t{listed}"

@@ -37,6 +37,19 @@ def film_preferences() -> dict[str, Any]:
     return _splits("preferences", rows, dict.fromkeys(("prompt", "chosen", "rejected"), "any"))
 
 
+def film_labels() -> dict[str, Any]:
+    """Return snippets and plots with lists of labels: plot, or review and fresh or rotten."""
+    rows = {
+        name: [
+            {"text": text, "label": ["review", kind] if kind in CLASSES else [kind]}
+            for _, kind, text in snippets
+            if text
+        ]
+        for name, snippets in _by_split().items()
+    }
+    return _splits("labels", rows, {"text": "text", "label": "any"})
+
+
 def film_titles() -> dict[str, Any]:
     """Return snippets that name their film, as `tokens` and `tags`: B-FILM and I-FILM on its title, O elsewhere."""
     rows: dict[str, Rows] = {}

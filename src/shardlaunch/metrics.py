@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardlaunch.launcher.toolkit.metrics import (
     CLASSIFICATION,
+    MULTI_LABEL,
     REGRESSION,
     TEXT_METRICS,
     named_metrics,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CLASSIFICATION",
+    "MULTI_LABEL",
     "REGRESSION",
     "TEXT_METRICS",
     "BitsPer",

@@ -115,6 +115,14 @@ CASES = (
         ranks=3,
         auto_class="AutoModelForTokenClassification",
     ),
+    Case(
+        recipe="bert_imdb",
+        name="several labels",
+        words=("--model", "{folder}", "--max-length", "32", "--task", "multi-label"),
+        prepare=save_small_bert,
+        ranks=3,
+        auto_class="AutoModelForSequenceClassification",
+    ),
     Case(recipe="translate_seq2seq", words=SMALL_TRANSLATION, auto_class="AutoModelForSeq2SeqLM"),
     Case(
         recipe="translate_seq2seq",
