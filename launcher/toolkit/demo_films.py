@@ -50,6 +50,19 @@ def film_labels() -> dict[str, Any]:
     return _splits("labels", rows, {"text": "text", "label": "any"})
 
 
+def film_pairs() -> dict[str, Any]:
+    """Return plots of films in two: `beginning`, about half of the words, and `end`."""
+    rows: dict[str, Rows] = {}
+    for name, snippets in _by_split().items():
+        plots = [text.split() for _, kind, text in snippets if kind == "plot" and text]
+        rows[name] = [
+            {"beginning": " ".join(words[: len(words) // 2]), "end": " ".join(words[len(words) // 2 :])}
+            for words in plots
+            if len(words) > 20
+        ]
+    return _splits("pairs", rows, {"beginning": "text", "end": "text"})
+
+
 def film_titles() -> dict[str, Any]:
     """Return snippets that name their film, as `tokens` and `tags`: B-FILM and I-FILM on its title, O elsewhere."""
     rows: dict[str, Rows] = {}

@@ -13,6 +13,7 @@ from shardlaunch.launcher.toolkit.metrics import (
 )
 
 if TYPE_CHECKING:
+    from shardlaunch.launcher.toolkit.retrieval_metrics import retrieval_metrics
     from shardlaunch.launcher.toolkit.tag_metrics import tag_metrics
     from shardlaunch.launcher.toolkit.text_metrics import BitsPer, Perplexity
 
@@ -24,12 +25,18 @@ __all__ = [
     "BitsPer",
     "Perplexity",
     "named_metrics",
+    "retrieval_metrics",
     "tag_metrics",
     "text_metrics",
 ]
 
 
-_MODULES = {"BitsPer": "text_metrics", "Perplexity": "text_metrics", "tag_metrics": "tag_metrics"}
+_MODULES = {
+    "BitsPer": "text_metrics",
+    "Perplexity": "text_metrics",
+    "retrieval_metrics": "retrieval_metrics",
+    "tag_metrics": "tag_metrics",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -35,6 +35,7 @@ from shardlaunch.launcher.toolkit.pretrained import (
     word_tokenizer,
 )
 from shardlaunch.launcher.toolkit.tags import numbered_tags, tagged_tokens
+from shardlaunch.launcher.toolkit.text_pairs import pooled, ranking_loss, tokenized_texts
 from shardlaunch.launcher.toolkit.tokenizers import train_tokenizer
 
 __all__ = [
@@ -54,9 +55,11 @@ __all__ = [
     "numbered_tags",
     "pack",
     "padded",
+    "pooled",
     "positions",
     "prepare_padding",
     "pretrained_weights",
+    "ranking_loss",
     "require_no_effect_of_padding",
     "require_room",
     "require_vocabulary",
@@ -69,6 +72,7 @@ __all__ = [
     "tokenized",
     "tokenized_chats",
     "tokenized_pairs",
+    "tokenized_texts",
     "tokenizer_key",
     "train_tokenizer",
     "usable_pairs",

@@ -123,6 +123,13 @@ CASES = (
         ranks=3,
         auto_class="AutoModelForSequenceClassification",
     ),
+    Case(
+        recipe="embed_pairs",
+        words=("--model", "{folder}", "--max-length", "32", "--lr", "1e-3"),
+        prepare=save_small_bert,
+        ranks=3,
+        auto_class="AutoModel",
+    ),
     Case(recipe="translate_seq2seq", words=SMALL_TRANSLATION, auto_class="AutoModelForSeq2SeqLM"),
     Case(
         recipe="translate_seq2seq",
