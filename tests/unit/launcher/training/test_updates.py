@@ -299,10 +299,10 @@ def test_whole_numbers_among_rows_may_be_large(tmp_path: Path) -> None:
     seen: list[torch.Tensor] = []
 
     def embed(model: nn.Module, batch: Any) -> Any:
-        return model(batch["inputs"]), batch["labels"] + 2**62
+        return model(batch["inputs"]), batch["labels"] + 2**61
 
     def loss(rows: Any, all_rows: Any, first: int) -> torch.Tensor:
-        seen.append(all_rows[1] - 2**62)
+        seen.append(all_rows[1] - 2**61)
         return rows[0].square().sum()
 
     fit(_stepping(loss, embed=embed), output_dir=tmp_path, **FEW)
