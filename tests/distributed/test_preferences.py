@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shardlaunch.recipes.dpo_lm import DpoLm
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import final_tensors, losses, run_quietly, run_well, save_small_gpt, training_lines
+from tests.unit.launcher.commands.test_evaluate import evaluated
 
 ARGV = ["--global-batch-size", "8", "--micro-batch-size", "4", "--tracker", "none", "--threads-per-rank", "1"]
 FIVE = [*ARGV, "--max-steps", "5", "--lr", "0.01", "--save-every", "0", "--context-length", "96"]
@@ -103,6 +104,8 @@ def test_losses_are_those_of_transformers(make: Any, model: Path, tmp_path: Path
     assert last["eval/accuracy"] == pytest.approx(accuracy)
     assert json.loads((checkpoint / "config.json").read_text())["resid_pdrop"] == 0.1
     assert not [name for name in final_tensors(tmp_path / "run") if "start" in name]
+    again = evaluated(tmp_path / "run")["metrics"]
+    assert {f"eval/{name}": value for name, value in again.items()}.items() <= last.items()
     if make is chats:  # the same conversations, whole and without a column of prompts
         whole_data = _write(tmp_path / "whole", [whole(row) for row in rows], [whole(row) for row in held_out])
         run_well(DpoLm, [*argv, "--data", str(whole_data), "--output-dir", str(tmp_path / "again")])
