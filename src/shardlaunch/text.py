@@ -11,6 +11,7 @@ from shardlaunch.launcher.toolkit.families import (
 )
 from shardlaunch.launcher.toolkit.generation import generate, set_search
 from shardlaunch.launcher.toolkit.languages import language_arguments, write_language
+from shardlaunch.launcher.toolkit.masking import Masking, rows_of_words, seed_of_row
 from shardlaunch.launcher.toolkit.packing import (
     NO_TARGET,
     cut_blocks,
@@ -42,6 +43,7 @@ __all__ = [
     "CLASSIFIERS",
     "NO_TARGET",
     "TRANSLATORS",
+    "Masking",
     "adapters_off",
     "causal_config",
     "contents_of",
@@ -64,7 +66,9 @@ __all__ = [
     "require_room",
     "require_vocabulary",
     "rows_of_documents",
+    "rows_of_words",
     "save_config",
+    "seed_of_row",
     "set_chat_template",
     "set_search",
     "shifted_right",

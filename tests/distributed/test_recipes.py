@@ -130,6 +130,13 @@ CASES = (
         ranks=3,
         auto_class="AutoModel",
     ),
+    Case(
+        recipe="bert_mlm",
+        words=("--model", "{folder}", "--max-length", "24", "--lr", "1e-3", "--whole-words"),
+        prepare=save_small_bert,
+        ranks=3,
+        auto_class="AutoModelForMaskedLM",
+    ),
     Case(recipe="translate_seq2seq", words=SMALL_TRANSLATION, auto_class="AutoModelForSeq2SeqLM"),
     Case(
         recipe="translate_seq2seq",
