@@ -29,6 +29,7 @@ def set_chat_template(tokenizer: Any, template: str) -> None:
 
     Raises UserError for a file that cannot be read, and where the tokenizer has no template or no end-of-text token.
     """
+    own = tokenizer.chat_template
     if template == PLAIN:
         if tokenizer.eos_token is None:
             raise UserError(
@@ -47,6 +48,8 @@ def set_chat_template(tokenizer: Any, template: str) -> None:
             f"the tokenizer has no chat template, which conversations need; use that of a chat model, or give one: "
             f"--chat-template {PLAIN}, or a file"
         )
+    if own and own != tokenizer.chat_template:
+        current().remarks.append(f"chat template: --chat-template {template} in place of the tokenizer's own")
 
 
 def template_key(tokenizer: Any) -> tuple[str, ...]:

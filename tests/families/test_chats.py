@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardlaunch import UserError
 from shardlaunch.launcher.commands.generate import Sampling, generate_texts
-from shardlaunch.launcher.toolkit.chats import chat_tokens
+from shardlaunch.launcher.reporting.notes import collected
+from shardlaunch.launcher.toolkit.chats import chat_tokens, set_chat_template
 from tests.families.comparing import Refused, loaded, trained
 from tests.families.models import save_model, save_tokenizer
 
@@ -173,6 +174,15 @@ def test_what_a_template_loses_is_said(template: str, says: str, tmp_path: Path)
     output = run_well(GptLm, [*argv, *few, "--global-batch-size", "2", "--output-dir", str(tmp_path / "other")])
     assert says in " ".join(output.split())
     assert ("conversations of the train data" in output) == bool(says)
+
+
+def test_another_template_is_said(tmp_path: Path) -> None:
+    own = _tokenizer(tmp_path, CHATML)
+    with collected() as notes:
+        set_chat_template(own, "")
+        assert not notes.remarks
+        set_chat_template(own, "plain")
+    assert notes.remarks == ["chat template: --chat-template plain in place of the tokenizer's own"]
 
 
 def test_the_plain_template_and_answers_to_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
