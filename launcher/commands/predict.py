@@ -76,8 +76,8 @@ def _tags_words(checkpoint: Checkpoint) -> bool:
     """Return whether a checkpoint's model tags words."""
     from transformers import AutoConfig
 
-    architectures = loaded(checkpoint, AutoConfig, kind="text classifier").architectures or [""]
-    return bool(architectures[0].endswith("ForTokenClassification"))
+    architectures = loaded(checkpoint, AutoConfig, kind="text classifier").architectures
+    return isinstance(architectures, list) and str(*architectures[:1]).endswith("ForTokenClassification")
 
 
 def _classifier(checkpoint: Checkpoint, tokenizer: Any, *, ema: bool) -> Classifier:
