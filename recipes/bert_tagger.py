@@ -12,7 +12,6 @@ from torch import nn
 
 from shardlaunch import Recipe, UserError, demo, launch, option
 from shardlaunch.data import FileOptions, load_sources, load_splits, mixed, select_columns
-from shardlaunch.metrics import tag_metrics
 from shardlaunch.text import (
     CLASSIFIERS,
     NO_TARGET,
@@ -138,6 +137,8 @@ class BertTagger(Recipe):
         return F.cross_entropy(outputs.float().flatten(0, 1), batch["labels"].flatten(), reduction="sum")
 
     def metrics(self) -> Mapping[str, Any]:
+        from shardlaunch.metrics import tag_metrics  # needs torchmetrics, which takes long to import
+
         self.count, metrics = tag_metrics(self.tags)
         self.best_metric = next(iter(metrics))
         return metrics

@@ -20,7 +20,6 @@ from shardlaunch.data import (
     require_texts,
     select_columns,
 )
-from shardlaunch.metrics import retrieval_metrics
 from shardlaunch.text import (
     CLASSIFIERS,
     from_config,
@@ -190,6 +189,8 @@ class EmbedPairs(Recipe):
         return self._compare(outputs, outputs, 0)
 
     def metrics(self) -> Mapping[str, Any]:
+        from shardlaunch.metrics import retrieval_metrics  # needs torchmetrics, which takes long to import
+
         return retrieval_metrics()
 
     def update_metrics(self, metrics: Mapping[str, Any], outputs: Any, batch: Any) -> None:
