@@ -56,7 +56,9 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PIP) --no-deps $(DEMO_PACKAGES)
 	@touch $@
 
+# seqeval, which tests compare with, is built with setuptools-scm.
 $(VENV)/.dev: $(VENV)/.demo
+	$(PIP) setuptools-scm
 	$(PIP) --no-build-isolation --editable '.[deepspeed,lora,onnx,sweep,text,trackers,test,dev]'
 	@touch $@
 

@@ -43,6 +43,15 @@ _METRICS: dict[str, Callable[[float], str]] = {
     "loss": lambda value: f"{value:.3f} nats per character",
     "bleu": lambda value: f"BLEU {value:.1f}",
     "chrf": lambda value: f"chrF {value:.1f}",
+    "f1": lambda value: f"F1 {100 * value:.1f} %",
+    "f1_micro": lambda value: f"F1 micro {100 * value:.1f} %",
+    "f1_macro": lambda value: f"F1 macro {100 * value:.1f} %",
+    "precision": lambda value: f"precision {100 * value:.1f} %",
+    "recall": lambda value: f"recall {100 * value:.1f} %",
+    "exact_match": lambda value: f"all labels right {100 * value:.1f} %",
+    "recall_1": lambda value: f"recall@1 {100 * value:.1f} %",
+    "ndcg_10": lambda value: f"nDCG@10 {value:.3f}",
+    "perplexity": lambda value: f"perplexity {value:.1f}",
 }
 _ROWS = {  # what a page calls the rows of a benchmark
     "raw": "raw write and fsync, or read, of the same bytes",

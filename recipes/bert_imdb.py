@@ -14,19 +14,23 @@ from torch import nn
 
 from shardlaunch import Recipe, UserError, demo, launch, option
 from shardlaunch.data import (
+    ColumnKind,
     FileOptions,
     class_names,
     class_weights,
     column_kinds,
     derived,
+    labels_of_columns,
+    labels_of_lists,
     load_sources,
     load_splits,
     mixed,
     of_training,
+    require_columns,
     require_texts,
     select_columns,
 )
-from shardlaunch.metrics import CLASSIFICATION, REGRESSION, named_metrics
+from shardlaunch.metrics import CLASSIFICATION, MULTI_LABEL, REGRESSION, named_metrics
 from shardlaunch.text import (
     CLASSIFIERS,
     from_config,
@@ -43,10 +47,20 @@ from shardlaunch.text import (
 )
 
 DEMO = demo.DEMO
+KINDS_OF_TASK: Mapping[str, ColumnKind] = {"classification": "label", "regression": "number", "multi-label": "any"}
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 GROW = "Make room with resize_token_embeddings(len(tokenizer)) of transformers, and save both anew"
-DEFAULT_METRICS = {"classification": ("accuracy",), "regression": ("mse", "r2")}
-METRICS_OF_TASK = {"classification": CLASSIFICATION, "regression": REGRESSION}
+DEFAULT_METRICS = {
+    "classification": ("accuracy",),
+    "regression": ("mse", "r2"),
+    "multi-label": ("f1_micro", "f1_macro", "exact_match"),
+}
+METRICS_OF_TASK = {"classification": CLASSIFICATION, "regression": REGRESSION, "multi-label": MULTI_LABEL}
+PROBLEM_TYPES = {
+    "classification": "single_label_classification",
+    "regression": "regression",
+    "multi-label": "multi_label_classification",
+}
 
 
 @dataclass(kw_only=True)
@@ -60,14 +74,18 @@ class BertOptions(FileOptions):
     text_column: str = option("text", mark="free")
     """Column of the texts."""
     label_column: str = option("label", mark="free")
-    """Column of the classes (names or whole numbers) or of the numbers to predict."""
-    task: Literal["classification", "regression"] = "classification"
-    """Predict a class of the training data, or one number (regression)."""
+    """Column of the classes (names or whole numbers), of numbers to predict, or of lists of labels (multi-label)."""
+    task: Literal["classification", "regression", "multi-label"] = "classification"
+    """Predict a class of the training data, one number (regression), or any number of labels (multi-label)."""
+    label_columns: tuple[str, ...] = option((), mark="free")
+    """Columns of 0 and 1, one per label, in place of --label-column (multi-label)."""
+    label_separator: str = option("", mark="free")
+    """What is between the labels of a row, where they are one text, such as ';' (multi-label)."""
     class_weights: tuple[str, ...] = ()
     """Weights of the classes in the loss: one number per class, or balanced (default: all equal)."""
     metrics: tuple[str, ...] = option((), mark="free")
     """Metrics besides the loss, the first one decides which checkpoint is best: accuracy, f1_macro, confusion_matrix,
-    ...; for regression mse, mae, r2."""
+    ...; for regression mse, mae, r2; for multi-label f1_micro, f1_macro, exact_match, f1_per_label, ..."""
     max_length: int = option(256, minimum=1)
     """Maximum number of tokens per text; longer texts are truncated."""
     epochs: int = 2
@@ -79,12 +97,20 @@ class BertOptions(FileOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.metrics and self.metrics[0] == "confusion_matrix":
+        if self.metrics and self.metrics[0] in ("confusion_matrix", "f1_per_label"):
             raise UserError(
-                "--metrics confusion_matrix: is not a single number to choose the best by; put another metric first"
+                f"--metrics {self.metrics[0]}: is not a single number to choose the best by; put another metric first"
             )
         if self.class_weights and self.task == "regression":
             raise UserError("--class-weights: a regression has no classes; remove the option")
+        if self.class_weights and self.task == "multi-label":
+            raise UserError("--class-weights: only for --task classification; remove the option")
+        for name in ("label_columns", "label_separator"):
+            if getattr(self, name) and self.task != "multi-label":
+                raise UserError(f"--{name.replace('_', '-')}: only for --task multi-label; remove the option")
+        columns = self.label_columns
+        if columns and (self.label_separator or len(columns) < 2 or len(set(columns)) < len(columns)):
+            raise UserError("--label-columns: must be two different columns or more, without --label-separator")
 
 
 class BertImdb(Recipe):
@@ -122,25 +148,41 @@ class BertImdb(Recipe):
         prepare_padding(self.tokenizer, self.config, source=options.model)
         require_room(self.tokenizer, "--max-length", options.max_length)
         columns = {"text": options.text_column, "label": options.label_column}
-        kinds = column_kinds(columns, text="text", label="number" if options.task == "regression" else "label")
+        if options.label_columns:
+            columns = {"text": options.text_column, **{column: column for column in options.label_columns}}
+        kind: ColumnKind = "number" if options.label_columns else KINDS_OF_TASK[options.task]
+        kinds = column_kinds(columns, **{name: "text" if name == "text" else kind for name in columns})
         splits = (
-            demo.film_reviews()
+            (demo.film_labels if options.task == "multi-label" else demo.film_reviews)()
             if options.data == DEMO
             else load_sources(
                 options.data,
                 lambda source: load_splits(source, seed=options.seed, columns=kinds, options=options),
             )
         )
+        require_columns(splits, options.label_columns, source=options.data)
         splits = select_columns(splits, {**columns, **options.groups()}, source=options.data)
         require_texts(splits, source=options.data, called=options.text_column)
         if options.task == "regression":
             self.class_names, self.class_weights = ["value"], None
             splits = {name: _numbers(split, name, options) for name, split in splits.items()}
+        elif options.task == "multi-label":
+            splits, self.class_names = self._with_labels(splits)
+            self.class_weights = None
         else:
             splits, self.class_names = class_names(splits, source=options.data, called=options.label_column)
             labels = np.concatenate([split.with_format("numpy")["label"][:] for split in of_training(splits)])
             self.class_weights = class_weights(options.class_weights, labels, self.class_names)
         return mixed({name: self._tokenized(split) for name, split in splits.items()}, options.data)
+
+    def _with_labels(self, splits: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        options = self.options
+        if options.label_columns:
+            labelled = labels_of_columns(splits, options.label_columns, source=options.data)
+            return labelled, list(options.label_columns)
+        return labels_of_lists(
+            splits, source=options.data, called=options.label_column, separator=options.label_separator
+        )
 
     def _tokenized(self, split: Any) -> Any:
         def tokenize(texts: list[str]) -> dict[str, Any]:
@@ -167,7 +209,7 @@ class BertImdb(Recipe):
             AutoConfig, self.source, id2label=names, label2id={name: number for number, name in names.items()}
         )
         config.pad_token_id = self.config.pad_token_id  # some models look for the first padding token
-        config.problem_type = "regression" if self.options.task == "regression" else "single_label_classification"
+        config.problem_type = PROBLEM_TYPES[self.options.task]
         model: nn.Module = from_config(AutoModelForSequenceClassification, config, self.source)
         longest = longest_input(model)
         if longest and self.options.max_length > longest:
@@ -195,9 +237,14 @@ class BertImdb(Recipe):
         ).logits
         return logits.squeeze(-1) if self.options.task == "regression" else logits
 
+    def num_targets(self, batch: Any) -> int:
+        return int(batch["labels"].numel())  # with several labels per row, each is one
+
     def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
         if self.options.task == "regression":
             return F.mse_loss(outputs.float(), batch["labels"], reduction="sum")
+        if self.options.task == "multi-label":
+            return F.binary_cross_entropy_with_logits(outputs.float(), batch["labels"], reduction="sum")
         weight = self.class_weights.to(outputs.device) if self.class_weights is not None else None
         return F.cross_entropy(outputs.float(), batch["labels"], weight, reduction="sum")
 
@@ -205,6 +252,11 @@ class BertImdb(Recipe):
         names = self.options.metrics or DEFAULT_METRICS[self.options.task]
         self.best_metric = names[0]
         return named_metrics(*names, num_classes=len(self.class_names), among=METRICS_OF_TASK[self.options.task])
+
+    def update_metrics(self, metrics: Mapping[str, Any], outputs: torch.Tensor, batch: Any) -> None:
+        if self.options.task == "multi-label":  # torchmetrics takes logits for probabilities where all are in 0 to 1
+            outputs, batch = outputs.float().sigmoid(), {"labels": batch["labels"].long()}
+        super().update_metrics(metrics, outputs, batch)
 
     def export(self, folder: Path, model: Any) -> None:
         save_config(model, folder)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from shardlaunch.data import (
 from shardlaunch.text import (
     NO_TARGET,
     causal_config,
+    contents_of,
     cut_blocks,
     from_config,
     from_source,
@@ -38,6 +40,7 @@ from shardlaunch.text import (
     require_logits_of_head,
     rows_of_documents,
     save_config,
+    set_chat_template,
     sum_of_losses,
     tokenized,
     tokenized_chats,
@@ -73,6 +76,8 @@ class GptOptions(FileOptions):
     messages_column: str = option("", mark="free")
     """Column of conversations, as lists of messages with role and content: rendered by the tokenizer's chat template,
     one per row; the loss is on the assistant's answers only."""
+    chat_template: str = option("", mark="free")
+    """Chat template of --messages-column: plain (role, line break, text), or a file (default: the tokenizer's own)."""
     layers: int = option(6, minimum=1)
     """Layers of a model from scratch."""
     heads: int = option(6, minimum=1)
@@ -103,8 +108,13 @@ class GptOptions(FileOptions):
         one_per_row = "--no-packing" if self.no_packing else "--messages-column" if self.messages_column else ""
         if one_per_row and self.shift_blocks:
             raise UserError(f"--shift-blocks: {one_per_row} has no blocks to shift; remove one of the two")
-        if self.messages_column and not (self.model or self.tokenizer not in ("", *TRAINED)):
-            raise UserError("--messages-column: needs a tokenizer with a chat template; give --model or --tokenizer")
+        is_new = not self.model and self.tokenizer in ("", *TRAINED)
+        if self.messages_column and is_new and not self.chat_template:
+            raise UserError(
+                "--messages-column: needs a tokenizer with a chat template (--model or --tokenizer), or --chat-template"
+            )
+        if self.chat_template and not self.messages_column:
+            raise UserError("--chat-template: only for conversations; give --messages-column, or remove it")
         if self.chunked_loss and self.tensor_parallel > 1:
             raise UserError("--chunked-loss: not with --tensor-parallel, which divides its layer; remove one")
         if self.folds and self.shift_blocks:
@@ -142,6 +152,19 @@ class GptLm(Recipe):
             "global_batch_size": 16,
             "epochs": 3,
         },
+        "chat": {
+            "data": DEMO,
+            "messages_column": "messages",
+            "chat_template": "plain",
+            "vocab_size": 2048,
+            "context_length": 160,
+            "layers": 4,
+            "heads": 4,
+            "width": 128,
+            "lr": 3e-3,
+            "global_batch_size": 16,
+            "epochs": 3,
+        },
         "characters": {
             "tokenizer": "characters",
             "width": 192,
@@ -164,8 +187,9 @@ class GptLm(Recipe):
         if self.chats and self.explicitly_set_flags("text_column"):
             raise UserError("--text-column: --messages-column replaces it; remove one of the two")
         role, column = ("messages", options.messages_column) if self.chats else ("text", options.text_column)
+        made = demo.film_chats if self.chats else partial(demo.film_reviews, used=("text",))
         splits = (
-            demo.film_reviews(used=("text",))
+            made()
             if options.data == DEMO
             else load_sources(
                 options.data,
@@ -181,7 +205,9 @@ class GptLm(Recipe):
         splits = select_columns(splits, {role: column}, source=options.data)
         self.unit: Unit = "character" if options.tokenizer == "characters" else "byte"
         if self.chats:
-            self.tokenizer = self._tokenizer([], framed=False)
+            talks = chain.from_iterable(split["messages"] for split in of_training(splits))
+            self.tokenizer = self._tokenizer(contents_of(talks), framed=True)
+            set_chat_template(self.tokenizer, options.chat_template)
             splits = tokenized_chats(splits, self.tokenizer, unit=self.unit, source=options.data, called=column)
             note_longer(splits, options.context_length)
             return mixed({name: self._rows(split) for name, split in splits.items()}, options.data)
@@ -320,7 +346,8 @@ class GptLm(Recipe):
         self.tokenizer.save_pretrained(folder)
 
     def usage(self, checkpoint: Path) -> str:
-        return f'shardlaunch generate {checkpoint} --prompt "The " --temperature 0.8 --max-new-tokens 200'
+        prompt = '--chat --prompt "Hello"' if self.chats else '--prompt "The "'
+        return f"shardlaunch generate {checkpoint} {prompt} --temperature 0.8 --max-new-tokens 200"
 
 
 launch(GptLm)

@@ -22,14 +22,14 @@ from torchmetrics.utilities import dim_zero_cat
 
 from shardlaunch import Options, Recipe, TensorData, UserError, option
 from shardlaunch.checkpoints.layout import CHECKPOINTS, TRAINER_STATE
-from shardlaunch.demo import toy_translations
+from shardlaunch.demo import film_chats, toy_translations
 from shardlaunch.launcher.launch import main
 from shardlaunch.launcher.toolkit.demo_data import bert_dir
 from shardlaunch.launcher.toolkit.metrics import CLASSIFICATION
 from shardlaunch.metrics import named_metrics
 from shardlaunch.recipes.bert_imdb import BertImdb
 from shardlaunch.recipes.translate_seq2seq import TranslateSeq2Seq
-from shardlaunch.text import train_tokenizer
+from shardlaunch.text import contents_of, set_chat_template, train_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 NUM_FEATURES = 12
@@ -226,6 +226,20 @@ def save_small_t5(folder: Path) -> None:
         model = T5ForConditionalGeneration(config)
     model.generation_config.update(length_penalty=2.5, num_beams=2)
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_small_gpt(folder: Path) -> None:
+    """Write the model folder of a small language model: 2 layers, 32 wide, random weights, plain chat template."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    texts = [*contents_of(film_chats()["eval"]["messages"])]
+    tokenizer = train_tokenizer(texts, vocab_size=300, bos_token="<|end|>", eos_token="<|end|>")
+    set_chat_template(tokenizer, "plain")
+    config = GPT2Config(vocab_size=300, n_positions=160, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -89,8 +89,9 @@ def generate(
     num_beams: int = 0,
     seed: int = 0,
     ema: bool = False,
+    chat: bool = False,
 ) -> int:
-    """Generate texts with a language model: continuations of prompts, or outputs of an encoder-decoder.
+    """Generate texts with a language model: continuations of prompts, answers, or outputs of an encoder-decoder.
 
     Args:
         checkpoint: A checkpoint folder, or a run's output folder (its newest checkpoint).
@@ -102,11 +103,14 @@ def generate(
         num_beams: Beams of a beam search (0: as in the checkpoint, else one).
         seed: Random seed for sampling.
         ema: Use the average of the weights that the run keeps (--ema, --ema-half-life, --swa-from).
+        chat: Take each prompt as the message of a user, through the tokenizer's chat template, and print the answer.
     """
     from shardlaunch.launcher.commands.generate import Sampling, generate_texts
 
     sampling = Sampling(temperature=temperature, top_k=top_k, num_beams=num_beams, seed=seed)
-    generate_texts(checkpoint, prompts=prompt, file=file, max_new_tokens=max_new_tokens, sampling=sampling, ema=ema)
+    generate_texts(
+        checkpoint, prompts=prompt, file=file, max_new_tokens=max_new_tokens, sampling=sampling, ema=ema, chat=chat
+    )
     return 0
 
 

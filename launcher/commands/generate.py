@@ -47,9 +47,16 @@ class Sampling:
 
 
 def generate_texts(
-    path: Path, *, prompts: Sequence[str], file: Path | None, max_new_tokens: int, sampling: Sampling, ema: bool = False
+    path: Path,
+    *,
+    prompts: Sequence[str],
+    file: Path | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    ema: bool = False,
+    chat: bool = False,
 ) -> None:
-    """Print each prompt's continuation, or the output of an encoder-decoder for it.
+    """Print each prompt's continuation, with `chat` the answer to it, or the output of an encoder-decoder for it.
 
     A text does not depend on the prompts before it. With `ema`, the model has the average of its weights. Raises
     UserError when there is no prompt, or no valid checkpoint of a language model.
@@ -58,7 +65,7 @@ def generate_texts(
     prompts = all_texts(prompts, file, flag="--prompt")
     writer = open_writer(path, ema=ema)
     for prompt in prompts:
-        print(writer.text(prompt, max_new_tokens, sampling))
+        print((writer.answer if chat else writer.text)(prompt, max_new_tokens, sampling))
 
 
 def check_length(max_new_tokens: int) -> None:
@@ -81,6 +88,22 @@ class Writer:
         torch.manual_seed(sampling.seed)
         with torch.no_grad(), in_use(self.checkpoint):
             return generate(self.model, self.tokenizer, prompt, max_new_tokens, sampling.arguments())
+
+    def answer(self, prompt: str, max_new_tokens: int, sampling: Sampling) -> str:
+        """Return the answer to a user's message. Raises UserError for a model without a chat template."""
+        if self.model.config.is_encoder_decoder or not self.tokenizer.chat_template:
+            raise UserError(
+                f"--chat: the tokenizer of {self.checkpoint.step_dir} has no chat template; remove it, or tune the "
+                f"model on conversations (gpt_lm --messages-column)"
+            )
+        torch.manual_seed(sampling.seed)
+        with torch.no_grad(), in_use(self.checkpoint):
+            message = [{"role": "user", "content": prompt}]
+            tokens = self.tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+            written = _written(self.model, self.tokenizer, tokens, max_new_tokens, sampling.arguments())
+            return str(self.tokenizer.decode(written[len(tokens) :], skip_special_tokens=True))
 
 
 def open_writer(path: Path, *, ema: bool) -> Writer:
@@ -110,8 +133,8 @@ def _transform(model: Any, tokenizer: Any, text: str, max_new_tokens: int, argum
 
 
 def _continue(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, arguments: dict[str, Any]) -> str:
-    """Return the prompt and its continuation. When the context is full, continue from its second half."""
-    start, end = document_frame(tokenizer)
+    """Return the prompt and its continuation."""
+    start, _ = document_frame(tokenizer)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     unknown = tokenizer.unk_token_id  # for GPT-2's tokenizer, which knows all text, it is the end-of-text token
     if unknown in ids and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
@@ -119,6 +142,15 @@ def _continue(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, argu
     tokens = [*start, *ids]
     if not tokens:
         raise UserError("the prompt is empty, and the model has no token that starts a text: give a non-empty prompt")
+    tokens = _written(model, tokenizer, tokens, max_new_tokens, arguments)
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _written(
+    model: Any, tokenizer: Any, prompt: Sequence[int], max_new_tokens: int, arguments: dict[str, Any]
+) -> list[int]:
+    """Return a prompt's tokens and those that follow. When the context is full, continue from its second half."""
+    tokens, (_, end) = [*prompt], document_frame(tokenizer)
     longest = _num_positions(model, len(tokens) + max_new_tokens)
     num_left = max_new_tokens
     while num_left:
@@ -130,7 +162,7 @@ def _continue(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, argu
         num_left -= num_new
         if len(new) < num_new or tokens[-1:] == end:
             break
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    return tokens
 
 
 def _num_positions(model: Any, default: int) -> int:

@@ -23,7 +23,8 @@ def find_recipe(recipe: str) -> Path:
     name = recipe.replace("-", "_")
     if name in installed:
         return installed[name]
-    near = get_close_matches(path.stem.replace("-", "_"), installed, n=2)
+    name = path.stem.replace("-", "_")
+    near = [name] if name in installed else get_close_matches(name, installed, n=2)
     advice = f"did you mean {' or '.join(near)}?" if near else "`shardlaunch recipes` lists the installed ones"
     if path.suffix == ".py" or len(path.parts) > 1:
         raise UserError(

@@ -50,8 +50,9 @@ def predict_rows(path: Path, *, data: str, text_column: str, output: Path | None
         if classifier.is_regression:
             rows = rows.add_column(VALUE, [row[0] for row in found])
         else:
-            best = [max(range(len(row)), key=row.__getitem__) for row in found]
-            rows = rows.add_column(LABEL, [classifier.labels[number] for number in best])
+            chosen = [classifier.chosen(row) for row in found]
+            is_list = classifier.has_several_labels and target.suffix.lower() != ".csv"  # whose cells are text
+            rows = rows.add_column(LABEL, chosen if is_list else [", ".join(labels) for labels in chosen])
             for number, name in enumerate(added[1:]):
                 rows = rows.add_column(name, [row[number] for row in found])
         _write(rows, target)

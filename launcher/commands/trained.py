@@ -27,10 +27,11 @@ from shardlaunch.launcher.options import Options, flag
 from shardlaunch.launcher.recipe import Recipe, options_type_of, recipe_name
 from shardlaunch.launcher.runs.data import RunData, load_data
 from shardlaunch.launcher.runs.folder import RUN
-from shardlaunch.launcher.runs.identity import data_fingerprint
+from shardlaunch.launcher.runs.identity import data_fingerprint, reference_key
 from shardlaunch.launcher.runs.init_from import InitFrom
 from shardlaunch.launcher.runs.lora import add_adapters
 from shardlaunch.launcher.runs.model import build_model
+from shardlaunch.launcher.runs.references import place_references
 from shardlaunch.sharding.buffers import persistent_buffers
 from shardlaunch.sharding.environment import read_environment
 from shardlaunch.sharding.world import World
@@ -84,6 +85,7 @@ class TrainedRun:
         Raises UserError where the recipe builds another model than the checkpoint's.
         """
         recipe, options = self.recipe, self.recipe.options
+        self._place_references()
         weights = {weight.name: weight for weight in weights_of(self.checkpoint, is_average=ema)}
         saved_names: Mapping[str, str] = {}
         if options.lora_rank:
@@ -99,6 +101,17 @@ class TrainedRun:
             held = {name: tensor for name, tensor in held.items() if name in saved_names}
         self._fill({saved_names.get(name, name): tensor for name, tensor in held.items()}, weights)
         return model.eval().to(self.world.device)
+
+    def _place_references(self) -> None:
+        """Build the recipe's reference models, and warn of one that is not that of the run."""
+        identity = self.checkpoint.recipe.run.identity
+        for name, digest in place_references(self.recipe, self.world).items():
+            saved = identity.get(reference_key(name))
+            if saved not in (None, digest):
+                self.warn(
+                    f"the reference model {name!r} is not that of the run any more (digest {saved} -> {digest}); its "
+                    f"log is with another"
+                )
 
     @torch.no_grad()
     def _fill(self, held: Mapping[str, torch.Tensor], weights: Mapping[str, Weight]) -> None:

@@ -136,7 +136,7 @@ def run_identity(
         "number of steps (--epochs, --max-steps)": num_steps,
         **({"fold": fold + 1} if fold is not None else {}),
         **({_INIT_DIGEST: init_digest} if init_digest is not None else {}),
-        **{f"digest of the reference model {name!r}": digest for name, digest in references.items()},
+        **{reference_key(name): digest for name, digest in references.items()},
         **{f"fingerprint of the {name} data": digest for name, digest in data.items()},
         _ORDER: order,
     }
@@ -196,6 +196,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def reference_key(name: str) -> str:
+    """Return under which name the digest of a reference model is part of what a run is."""
+    return f"digest of the reference model {name!r}"
 
 
 def data_fingerprint(dataset: Any, *, seed: int = 0) -> str:

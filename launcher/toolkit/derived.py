@@ -6,6 +6,7 @@ from typing import Any
 
 import xxhash
 
+from shardlaunch.errors import UserError
 from shardlaunch.launcher.reporting.phases import Advance, phase
 from shardlaunch.launcher.toolkit.cache import cache_dir, filling, refusal
 
@@ -51,3 +52,38 @@ def derived(
             if problem is None:
                 raise
             raise problem from error
+
+
+def by_row(
+    split: Any,
+    function: Callable[..., Mapping[str, Any]],
+    *,
+    columns: Sequence[str],
+    key: Sequence[object],
+    where: str,
+) -> Any:
+    """Return a data set with what `function` returns for each row's `columns` in place of these; cached under `key`.
+
+    It returns columns by name, and is given values in the order of `columns`. Other columns stay.
+    A UserError that it raises is raised with `where` in front, in which {row} is the number of the row, from 1.
+    """
+
+    def tokenize(*batch: Any) -> dict[str, Any]:
+        *of_columns, rows = batch
+        found: list[Mapping[str, Any]] = []
+        for row, *values in zip(rows, *of_columns, strict=True):
+            try:
+                found.append(function(*values))
+            except UserError as error:
+                raise UserError(f"{where.format(row=row + 1)}: {error}") from error
+        return {name: [one[name] for one in found] for name in found[0]}
+
+    return derived(
+        split,
+        tokenize,
+        key=key,
+        doing="tokenizing",
+        with_indices=True,
+        input_columns=list(columns),
+        remove_columns=list(columns),
+    )

@@ -16,7 +16,7 @@ from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.options import Options, flag, option
 from shardlaunch.launcher.reporting.notes import current
 
-Kind = Literal["csv", "tsv", "json", "jsonl", "parquet", "arrow", "text", "other"]
+Kind = Literal["csv", "tsv", "json", "jsonl", "parquet", "arrow", "conll", "text", "other"]
 KINDS: dict[str, Kind] = {
     ".csv": "csv",
     ".tsv": "tsv",
@@ -27,6 +27,10 @@ KINDS: dict[str, Kind] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
+    ".conll": "conll",
+    ".bio": "conll",
+    ".iob": "conll",
+    ".iob2": "conll",
     ".txt": "text",
 }
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}

@@ -19,6 +19,15 @@ def _classification(kind: str, **options: Any) -> Build:
     return build
 
 
+def _multi_label(kind: str, **options: Any) -> Build:
+    def build(num_classes: int) -> Any:
+        from torchmetrics import classification
+
+        return getattr(classification, f"Multilabel{kind}")(num_classes, **options)
+
+    return build
+
+
 def _regression(kind: str) -> Build:
     def build(num_classes: int) -> Any:
         from torchmetrics import regression
@@ -45,6 +54,14 @@ CLASSIFICATION: Mapping[str, Build] = {
     "f1_macro": _classification("F1Score", average="macro"),
     "f1_micro": _classification("F1Score", average="micro"),
     "confusion_matrix": _classification("ConfusionMatrix"),
+}
+MULTI_LABEL: Mapping[str, Build] = {
+    "f1_micro": _multi_label("F1Score", average="micro"),
+    "f1_macro": _multi_label("F1Score", average="macro"),
+    "precision_micro": _multi_label("Precision", average="micro"),
+    "recall_micro": _multi_label("Recall", average="micro"),
+    "exact_match": _multi_label("ExactMatch"),
+    "f1_per_label": _multi_label("F1Score", average=None),
 }
 REGRESSION: Mapping[str, Build] = {
     "mse": _regression("MeanSquaredError"),
@@ -79,7 +96,8 @@ def named_metrics(
 ) -> dict[str, Any]:
     """Return torchmetrics metrics by name: accuracy, f1_macro, confusion_matrix, mse, r2, ... (`METRICS`).
 
-    They are updated as in torchmetrics: with logits or classes and labels; for regression with predictions and targets.
+    They are updated as in torchmetrics: with logits or classes and labels; for regression with predictions and targets;
+    for several labels per row (`among=MULTI_LABEL`) with probabilities, and 0 or 1.
     Sums are counts or computed in float64. Raises UserError for an unknown name, and for fewer than two classes.
     """
     for name in names:

@@ -119,6 +119,29 @@ def save_config(model: Any, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
+def without_dropout(config: Any) -> dict[str, float]:
+    """Set the rates of dropout of a model's configuration to 0, and return what they were, by name."""
+    rates = {
+        name: value
+        for name, value in config.to_dict().items()
+        if isinstance(value, float) and value > 0 and ("dropout" in name or name.endswith("pdrop"))
+    }
+    config.update(dict.fromkeys(rates, 0.0))
+    return rates
+
+
+def word_tokenizer(source: str | Path) -> Any:
+    """Return the tokenizer of a model, for texts that are lists of words. Raises UserError for one without offsets."""
+    from transformers import AutoTokenizer
+
+    tokenizer = from_source(AutoTokenizer, source)
+    if not tokenizer.is_fast:
+        raise UserError(f"--model {source}: its tokenizer has no fast version, which is needed here; choose another")
+    if getattr(tokenizer, "add_prefix_space", None) is False:  # without it, a word would be one that begins a text
+        tokenizer = from_source(AutoTokenizer, source, add_prefix_space=True)
+    return tokenizer
+
+
 def require_room(tokenizer: Any, flag: str, num_tokens: int) -> None:
     """Raise UserError when a length limit has no room for text besides the tokenizer's special tokens."""
     least = tokenizer.num_special_tokens_to_add() + 1

@@ -11,6 +11,7 @@ import xxhash
 
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.toolkit.cache import cache_dir, content_digest, filled
+from shardlaunch.launcher.toolkit.conll_files import conll_table
 from shardlaunch.launcher.toolkit.csv_files import csv_table, not_encoded
 from shardlaunch.launcher.toolkit.files import DataFile
 from shardlaunch.launcher.toolkit.json_files import json_table
@@ -94,6 +95,10 @@ def _batches(
     content, found = _utf8(file, encoding)
     if file.kind in ("csv", "tsv"):
         table, facts = csv_table(content, columns=columns, delimiter=delimiter, is_tsv=file.kind == "tsv", where=where)
+    elif file.kind == "conll":
+        table, facts = conll_table(_decoded(content, "utf-8", where), where=where)
+        if columns is not None:
+            table = table.select([name for name in table.column_names if name in columns])
     else:
         text = _decoded(content, "utf-8", where)
         table, facts = json_table(text, columns=columns, is_lines=file.kind == "jsonl", where=where)

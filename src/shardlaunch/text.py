@@ -1,6 +1,7 @@
 """Texts: tokenizers, Hugging Face models and their weights, packing, padding, generation."""
 
-from shardlaunch.launcher.toolkit.chats import note_longer, tokenized_chats
+from shardlaunch.launcher.toolkit.adapters import adapters_off
+from shardlaunch.launcher.toolkit.chats import contents_of, note_longer, set_chat_template, tokenized_chats
 from shardlaunch.launcher.toolkit.families import (
     CLASSIFIERS,
     TRANSLATORS,
@@ -11,6 +12,7 @@ from shardlaunch.launcher.toolkit.families import (
 from shardlaunch.launcher.toolkit.generation import generate, set_search
 from shardlaunch.launcher.toolkit.head_loss import prepare_head, require_logits_of_head, sum_of_losses
 from shardlaunch.launcher.toolkit.languages import language_arguments, write_language
+from shardlaunch.launcher.toolkit.masking import Masking, rows_of_words, seed_of_row
 from shardlaunch.launcher.toolkit.packing import (
     NO_TARGET,
     cut_blocks,
@@ -21,6 +23,7 @@ from shardlaunch.launcher.toolkit.packing import (
     shifted_right,
     tokenized,
 )
+from shardlaunch.launcher.toolkit.preferences import tokenized_pairs, usable_pairs
 from shardlaunch.launcher.toolkit.pretrained import (
     causal_config,
     from_config,
@@ -31,14 +34,21 @@ from shardlaunch.launcher.toolkit.pretrained import (
     require_room,
     save_config,
     tokenizer_key,
+    without_dropout,
+    word_tokenizer,
 )
+from shardlaunch.launcher.toolkit.tags import numbered_tags, tagged_tokens
+from shardlaunch.launcher.toolkit.text_pairs import pooled, ranking_loss, tokenized_texts
 from shardlaunch.launcher.toolkit.tokenizers import train_tokenizer
 
 __all__ = [
     "CLASSIFIERS",
     "NO_TARGET",
     "TRANSLATORS",
+    "Masking",
+    "adapters_off",
     "causal_config",
+    "contents_of",
     "cut_blocks",
     "from_config",
     "from_source",
@@ -47,24 +57,36 @@ __all__ = [
     "longest_input",
     "note_longer",
     "num_labels_to_load",
+    "numbered_tags",
     "pack",
     "padded",
+    "pooled",
     "positions",
     "prepare_head",
     "prepare_padding",
     "pretrained_weights",
+    "ranking_loss",
     "require_logits_of_head",
     "require_no_effect_of_padding",
     "require_room",
     "require_vocabulary",
     "rows_of_documents",
+    "rows_of_words",
     "save_config",
+    "seed_of_row",
+    "set_chat_template",
     "set_search",
     "shifted_right",
     "sum_of_losses",
+    "tagged_tokens",
     "tokenized",
     "tokenized_chats",
+    "tokenized_pairs",
+    "tokenized_texts",
     "tokenizer_key",
     "train_tokenizer",
+    "usable_pairs",
+    "without_dropout",
+    "word_tokenizer",
     "write_language",
 ]

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from shardlaunch import Recipe, TensorData
 from shardlaunch.checkpoints.layout import step_dir_name
+from shardlaunch.demo import film_chats
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import (
     final_tensors,
@@ -21,6 +22,7 @@ from tests.recipes import (
     run_well,
     save_small_bert,
     save_small_convnext,
+    save_small_gpt,
     save_small_t5,
 )
 
@@ -42,6 +44,9 @@ class Case:
     bound: float = 1e-6
     prepare: Callable[[Path], None] = lambda folder: None
     auto_class: str = ""
+    preset: str = "demo"
+    ranks: int = 2
+    """Of the second half of a run that begins on two."""
 
     def __str__(self) -> str:
         return self.name or self.recipe
@@ -58,6 +63,13 @@ def save_features(folder: Path) -> None:
         torch.manual_seed(0)
         weights = Vgg16(10, width=0.05, batch_norm=True).state_dict()
     save_file(weights, folder / "model.safetensors")
+
+
+def save_chats(folder: Path) -> None:
+    """Write conversations about films, of which there are many."""
+    folder.mkdir()
+    talks = film_chats()["eval"].select(range(NUM_TRAIN + NUM_EVAL + 20))
+    talks.to_json(folder / "talks.jsonl")
 
 
 CASES = (
@@ -101,6 +113,51 @@ CASES = (
         words=("--vocab-size", "300", "--context-length", "32", "--layers", "2", "--width", "32"),
         auto_class="AutoModelForCausalLM",
     ),
+    Case(
+        recipe="gpt_lm",
+        name="chats",
+        words=("--data", "{folder}", "--vocab-size", "300", "--layers", "2", "--width", "32"),
+        preset="chat",
+        prepare=save_chats,
+        ranks=3,
+        auto_class="AutoModelForCausalLM",
+    ),
+    Case(
+        recipe="dpo_lm",
+        words=("--model", "{folder}", "--lr", "1e-2"),
+        prepare=save_small_gpt,
+        ranks=3,
+        auto_class="AutoModelForCausalLM",
+    ),
+    Case(
+        recipe="bert_tagger",
+        words=("--model", "{folder}", "--max-length", "24"),
+        prepare=save_small_bert,
+        ranks=3,
+        auto_class="AutoModelForTokenClassification",
+    ),
+    Case(
+        recipe="bert_imdb",
+        name="several labels",
+        words=("--model", "{folder}", "--max-length", "32", "--task", "multi-label"),
+        prepare=save_small_bert,
+        ranks=3,
+        auto_class="AutoModelForSequenceClassification",
+    ),
+    Case(
+        recipe="embed_pairs",
+        words=("--model", "{folder}", "--max-length", "32", "--lr", "1e-3"),
+        prepare=save_small_bert,
+        ranks=3,
+        auto_class="AutoModel",
+    ),
+    Case(
+        recipe="bert_mlm",
+        words=("--model", "{folder}", "--max-length", "24", "--lr", "1e-3", "--whole-words"),
+        prepare=save_small_bert,
+        ranks=3,
+        auto_class="AutoModelForMaskedLM",
+    ),
     Case(recipe="translate_seq2seq", words=SMALL_TRANSLATION, auto_class="AutoModelForSeq2SeqLM"),
     Case(
         recipe="translate_seq2seq",
@@ -137,14 +194,14 @@ def test_recipe(case: Case, tmp_path: Path) -> None:
     case.prepare(tmp_path / "folder")
     argv = [word.format(folder=tmp_path / "folder") for word in case.words]
     argv = [
-        *("--preset", "demo", "--max-steps", str(STEPS), "--global-batch-size", "16", "--micro-batch-size", "4"),
+        *("--preset", case.preset, "--max-steps", str(STEPS), "--global-batch-size", "16", "--micro-batch-size", "4"),
         *("--tracker", "none", "--eval-every", str(STEPS), "--save-every", "0", "--threads-per-rank", "1"),
         *argv,
     ]
     one, two, resumed = (str(tmp_path / name) for name in ("one", "two", "resumed"))
     run_on_ranks(1, _run, case.recipe, [*argv, "--output-dir", one])
     run_on_ranks(2, _run, case.recipe, [*argv, "--output-dir", two, "--stop-at-step", str(STOP)])
-    run_on_ranks(2, _run, case.recipe, [*argv, "--output-dir", two, "--strategy", "fsdp2"])
+    run_on_ranks(case.ranks, _run, case.recipe, [*argv, "--output-dir", two, "--strategy", "fsdp2"])
     run_on_ranks(1, _run, case.recipe, [*argv, "--output-dir", resumed, "--stop-at-step", str(STOP)])
     run_on_ranks(1, _run, case.recipe, [*argv, "--output-dir", resumed])
 

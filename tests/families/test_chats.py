@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardlaunch import UserError
-from shardlaunch.launcher.toolkit.chats import chat_tokens
+from shardlaunch.launcher.commands.generate import Sampling, generate_texts
+from shardlaunch.launcher.reporting.notes import collected
+from shardlaunch.launcher.toolkit.chats import chat_tokens, set_chat_template
 from tests.families.comparing import Refused, loaded, trained
 from tests.families.models import save_model, save_tokenizer
 
@@ -119,7 +121,10 @@ def test_a_run_on_conversations(tmp_path: Path) -> None:
         ([TALK, [], *[TALK] * 6], (), CHATML, "row 2 of the train data, 'talk': no messages"),
         (["we"] * 8, (), CHATML, "row 1 of the train data, 'talk': no messages"),
         ([TALK, [{"content": "a"}], *[TALK] * 6], (), CHATML, "row 2 .* message 1 has no role"),
-        ([TALK[:2]] * 8, (), CHATML, "no document in the data has a token to predict"),
+        ([TALK, TALK[:2]] * 4, (), CHATML, "row 2 .* no message has the role 'assistant'"),
+        ([TALK, [TALK[1], {"role": "gpt", "content": "a"}]] * 4, (), CHATML, "row 2 .* message 2 has the role 'gpt'"),
+        ([TALK, [TALK[1], {"role": "assistant", "content": ""}]] * 4, (), CHATML, "message 2, an answer, is empty"),
+        ([TALK] * 8, ("--chat-template", "nowhere"), CHATML, "--chat-template nowhere: neither plain nor a file"),
         ([TALK] * 8, ("--text-column", "talk"), CHATML, "--text-column: --messages-column replaces it"),
         ([TALK] * 8, ("--shift-blocks",), CHATML, "--shift-blocks: --messages-column has no blocks"),
     ],
@@ -140,3 +145,60 @@ def test_what_is_longer_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
     few = ["--context-length", "20", "--max-steps", "1", "--tracker", "none", "--micro-batch-size", "2"]
     output = run_well(GptLm, [*argv, *few, "--global-batch-size", "2", "--output-dir", str(tmp_path / "short")])
     assert "4 of 8 conversations of the train data are longer and cut off" in " ".join(output.split())
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role != 'system' %}<s> {{ m.role }} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
+NO_END = "{% for m in messages %}{{ m.role }} the {{ m.content }} {% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (
+            NO_SYSTEM,
+            "leaves out or changes the text of messages in 4 of 8 conversations of the train data; roles: sys",
+        ),
+        (NO_END, "8 of 8 conversations of the train data have a last answer without a special token at its end"),
+        (CHATML, ""),
+    ],
+)
+def test_what_a_template_loses_is_said(template: str, says: str, tmp_path: Path) -> None:
+    from shardlaunch.recipes.gpt_lm import GptLm
+    from tests.recipes import run_well
+
+    _run(tmp_path, [TALK, TALK[1:3]] * 4, template=template)
+    argv = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--messages-column", "talk"]
+    few = ["--context-length", "40", "--max-steps", "1", "--tracker", "none", "--micro-batch-size", "2"]
+    output = run_well(GptLm, [*argv, *few, "--global-batch-size", "2", "--output-dir", str(tmp_path / "other")])
+    assert says in " ".join(output.split())
+    assert ("conversations of the train data" in output) == bool(says)
+
+
+def test_another_template_is_said(tmp_path: Path) -> None:
+    own = _tokenizer(tmp_path, CHATML)
+    with collected() as notes:
+        set_chat_template(own, "")
+        assert not notes.remarks
+        set_chat_template(own, "plain")
+    assert notes.remarks == ["chat template: --chat-template plain in place of the tokenizer's own"]
+
+
+def test_the_plain_template_and_answers_to_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tokenizer without a template gets the plain one, which the checkpoint keeps for `generate --chat`."""
+    _, checkpoint = _run(tmp_path, [TALK, TALK[1:3]] * 4, "--chat-template", "plain", template=None)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokens, _, is_target = chat_tokens(TALK, tokenizer, unit="byte")
+    words = tokenizer.convert_ids_to_tokens(np.array(tokens)[is_target == 1].tolist())
+    assert words == [word for answer in ANSWERS for word in answer]
+    greedy = {"file": None, "max_new_tokens": 4, "sampling": Sampling(num_beams=1)}
+    capsys.readouterr()
+    generate_texts(checkpoint, prompts=["the film is"], chat=True, **greedy)
+    text = "user:\nthe film is\n\nassistant:\n"
+    assert tokenizer.apply_chat_template([TALK[1]], tokenize=False, add_generation_prompt=True) == text
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    model = loaded(AutoModelForCausalLM, checkpoint)
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    answer = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    assert capsys.readouterr().out == answer + "\n"

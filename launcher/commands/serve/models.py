@@ -77,7 +77,10 @@ class ServedClassifier:
         rows = self.classifier.predictions(texts)
         if self.classifier.is_regression:
             return {"predictions": [{"value": row[0]} for row in rows]}
-        return {"predictions": [_scores(self.classifier.labels, row) for row in rows]}
+        scores = [(row, _scores(self.classifier.labels, row)) for row in rows]
+        if self.classifier.has_several_labels:
+            return {"predictions": [{**found, "labels": self.classifier.chosen(row)} for row, found in scores]}
+        return {"predictions": [found for _, found in scores]}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -294,6 +294,22 @@ BAD: dict[str, tuple[type[Recipe], str]] = {
 }
 
 
+def test_whole_numbers_among_rows_may_be_large(tmp_path: Path) -> None:
+    """Digests of texts, of which a sum overflows, come as they are."""
+    seen: list[torch.Tensor] = []
+
+    def embed(model: nn.Module, batch: Any) -> Any:
+        return model(batch["inputs"]), batch["labels"] + 2**61
+
+    def loss(rows: Any, all_rows: Any, first: int) -> torch.Tensor:
+        seen.append(all_rows[1] - 2**61)
+        return rows[0].square().sum()
+
+    fit(_stepping(loss, embed=embed), output_dir=tmp_path, **FEW)
+    assert seen[0].tolist().count(1) == 6
+    assert {*seen[0].tolist()} == {0, 1}
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_steps_are_refused(case: str, tmp_path: Path) -> None:
     recipe_type, message = BAD[case]
