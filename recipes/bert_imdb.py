@@ -36,6 +36,7 @@ from shardlaunch.text import (
     from_config,
     from_source,
     longest_input,
+    num_labels_to_load,
     padded,
     prepare_padding,
     pretrained_weights,
@@ -220,7 +221,8 @@ class BertImdb(Recipe):
     def weights(self) -> Mapping[str, torch.Tensor]:
         from transformers import AutoModelForSequenceClassification
 
-        return pretrained_weights(AutoModelForSequenceClassification, self.source, num_labels=len(self.class_names))
+        num_labels = num_labels_to_load(self.config, self.class_names)
+        return pretrained_weights(AutoModelForSequenceClassification, self.source, num_labels=num_labels)
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
         tokenizer, rows = self.tokenizer, [sample["input_ids"] for sample in samples]

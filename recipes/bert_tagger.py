@@ -18,6 +18,7 @@ from shardlaunch.text import (
     from_config,
     from_source,
     longest_input,
+    num_labels_to_load,
     numbered_tags,
     padded,
     prepare_padding,
@@ -121,7 +122,8 @@ class BertTagger(Recipe):
     def weights(self) -> Mapping[str, torch.Tensor]:
         from transformers import AutoModelForTokenClassification
 
-        return pretrained_weights(AutoModelForTokenClassification, self.source, num_labels=len(self.tags))
+        num_labels = num_labels_to_load(self.config, self.tags)
+        return pretrained_weights(AutoModelForTokenClassification, self.source, num_labels=num_labels)
 
     def collate(self, samples: Any, seeds: np.ndarray | None) -> Any:
         side = self.tokenizer.padding_side

@@ -1,6 +1,7 @@
 """The text recipe beyond its demo: other encoders, columns, tasks, class weights."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DistilBertConfig,
@@ -79,6 +81,20 @@ def test_other_encoders_of_several_classes(model: str, models: Path, reviews: Pa
     assert sum(map(sum, last["eval/confusion_matrix"])) == 4
     trained = AutoModelForSequenceClassification.from_pretrained(max((tmp_path / "checkpoints").iterdir()))
     assert trained.config.id2label == {0: "bad", 1: "fair", 2: "good"}
+
+
+def test_a_head_is_kept_for_the_same_classes_only(models: Path, reviews: Path, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(models / "distilbert", id2label={0: "bad", 1: "fair", 2: "good"})
+    for names in (["bad", "fair", "good"], ["good", "fair", "bad"]):
+        folder = tmp_path / names[0]
+        shutil.copytree(models / "distilbert", folder)
+        config.id2label = dict(enumerate(names))
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    new = {}
+    for folder in (tmp_path / "bad", tmp_path / "good"):
+        output = run_well(BertImdb, _argv(folder, reviews, tmp_path / "runs" / folder.name))
+        (new[folder.name],) = re.findall(r"(\d+) of \d+ tensors newly initialized", output) or ["0"]
+    assert new == {"bad": "0", "good": "2"}, "the output layer"
 
 
 def test_regression(models: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
