@@ -76,6 +76,19 @@ def film_titles() -> dict[str, Any]:
     return _splits("titles", rows, dict.fromkeys(("tokens", "tags"), "any"))
 
 
+def film_questions() -> dict[str, Any]:
+    """Return snippets that name their film, with the question for it: `question`, `context`, `answers`."""
+    rows: dict[str, Rows] = {}
+    for name, snippets in _by_split().items():
+        rows[name] = []
+        for film, kind, text in snippets:
+            place = re.search(r"\W+".join(film.split("_")), text, re.IGNORECASE) if kind in CLASSES else None
+            if place is not None and place[0][0].isupper():
+                answers = {"text": [place[0]], "answer_start": [place.start()]}
+                rows[name].append({"question": "Which film is reviewed?", "context": text, "answers": answers})
+    return _splits("questions", rows, {"question": "text", "context": "text", "answers": "any"})
+
+
 def _tags(words: Sequence[str], wanted: Sequence[str]) -> list[str]:
     """Return tags of the places where the words of a title stand, its first one with a capital."""
     plain, count = [word.lower() for word in words], len(wanted)

@@ -14,6 +14,7 @@ from shardlaunch.launcher.toolkit.metrics import (
 
 if TYPE_CHECKING:
     from shardlaunch.launcher.toolkit.retrieval_metrics import retrieval_metrics
+    from shardlaunch.launcher.toolkit.span_metrics import SpanScore
     from shardlaunch.launcher.toolkit.tag_metrics import tag_metrics
     from shardlaunch.launcher.toolkit.text_metrics import BitsPer, Perplexity
 
@@ -24,6 +25,7 @@ __all__ = [
     "TEXT_METRICS",
     "BitsPer",
     "Perplexity",
+    "SpanScore",
     "named_metrics",
     "retrieval_metrics",
     "tag_metrics",
@@ -34,6 +36,7 @@ __all__ = [
 _MODULES = {
     "BitsPer": "text_metrics",
     "Perplexity": "text_metrics",
+    "SpanScore": "span_metrics",
     "retrieval_metrics": "retrieval_metrics",
     "tag_metrics": "tag_metrics",
 }

@@ -37,19 +37,24 @@ from shardlaunch.launcher.toolkit.pretrained import (
     without_dropout,
     word_tokenizer,
 )
+from shardlaunch.launcher.toolkit.spans import NO_ANSWER, best_spans, exact_match, f1_of_words, question_windows
 from shardlaunch.launcher.toolkit.tags import numbered_tags, tagged_tokens
 from shardlaunch.launcher.toolkit.text_pairs import pooled, ranking_loss, tokenized_texts
 from shardlaunch.launcher.toolkit.tokenizers import train_tokenizer
 
 __all__ = [
     "CLASSIFIERS",
+    "NO_ANSWER",
     "NO_TARGET",
     "TRANSLATORS",
     "Masking",
     "adapters_off",
+    "best_spans",
     "causal_config",
     "contents_of",
     "cut_blocks",
+    "exact_match",
+    "f1_of_words",
     "from_config",
     "from_source",
     "generate",
@@ -65,6 +70,7 @@ __all__ = [
     "prepare_head",
     "prepare_padding",
     "pretrained_weights",
+    "question_windows",
     "ranking_loss",
     "require_logits_of_head",
     "require_no_effect_of_padding",

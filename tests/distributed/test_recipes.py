@@ -109,6 +109,12 @@ CASES = (
         auto_class="AutoModelForSequenceClassification",
     ),
     Case(
+        recipe="bert_qa",
+        words=("--model", "{folder}", "--max-length", "32", "--stride", "8"),
+        prepare=save_small_bert,
+        auto_class="AutoModelForQuestionAnswering",
+    ),
+    Case(
         recipe="gpt_lm",
         words=("--vocab-size", "300", "--context-length", "32", "--layers", "2", "--width", "32"),
         auto_class="AutoModelForCausalLM",

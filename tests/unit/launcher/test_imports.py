@@ -37,7 +37,7 @@ def test_topic_modules_need_no_heavy_library(topic: str) -> None:
 
 
 def test_recipe_files_need_no_heavy_library() -> None:
-    assert len(RECIPES) == 11
+    assert len(RECIPES) == 12
     assert not imported(f"from shardlaunch.recipes import {', '.join(RECIPES)}") & HEAVY
 
 
