@@ -81,9 +81,10 @@ class BertQa(Recipe):
         options = self.options
         self.source = source = demo.bert_dir() if options.model == DEMO else options.model
         self.tokenizer = from_source(AutoTokenizer, source)
-        if not self.tokenizer.is_fast or self.tokenizer.cls_token_id is None:
+        if not self.tokenizer.is_fast or self.tokenizer("a")["input_ids"][0] != self.tokenizer.cls_token_id:
             raise UserError(
-                f"--model {options.model}: needs a fast tokenizer with a first special token; choose another"
+                f"--model {options.model}: needs a fast tokenizer whose first token is special, for no answer; "
+                f"choose another"
             )
         self.config = from_source(AutoConfig, source)
         require_no_effect_of_padding(
@@ -159,7 +160,9 @@ class BertQa(Recipe):
         is_possible = batch["is_context"].clone()
         is_possible[:, NO_ANSWER] = True
         # Of the context alone: what a question or padding scores must not count, which depends on the micro-batch.
-        start, end = (logits.float().masked_fill(~is_possible, -torch.inf) for logits in found.to_tuple()[-2:])
+        start, end = (
+            logits.float().masked_fill(~is_possible, -torch.inf) for logits in (found.start_logits, found.end_logits)
+        )
         return start, end
 
     def loss(self, outputs: tuple[torch.Tensor, torch.Tensor], batch: Any) -> torch.Tensor:
