@@ -11,7 +11,12 @@ import torch
 from tests.distributed.ranks import run_on_ranks
 from tests.recipes import losses, recipe_class, run_well
 
-RECIPES = ("mnist_mlp", "cifar_cnn", "vgg16_transfer", "bert_imdb", "gpt_lm", "translate_seq2seq")
+RECIPES = (
+    *("mnist_mlp", "cifar_cnn", "vgg16_transfer", "image_classifier"),
+    *("bert_imdb", "bert_tagger", "bert_qa", "embed_pairs", "bert_mlm", "gpt_lm", "translate_seq2seq"),
+)
+WITHOUT_A_DEMO = ("dpo_lm",)
+"""Their demos need a model that another run has made."""
 NUM_STEPS = 10
 # The schedule is the demo's own: the run stops early, it is not made shorter.
 ARGV = (
