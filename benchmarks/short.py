@@ -114,7 +114,7 @@ SHORT = {
     "comm_volume": Short(words=("--ranks", "2"), figures=_comm_volume),
     "equal_work": Short(words=("--reviews", "1600", "--data", "{data}"), figures=_equal_work, data="imdb"),
     "exact_cost": Short(words=("--rounds", "2", "--steps", "1"), ranks=2, figures=_exact_cost),
-    "head_loss": Short(words=("--rounds", "2", "--sizes", "2"), figures=_head_loss),
+    "head_loss": Short(words=("--rounds", "2", "--sizes", "1"), figures=_head_loss),
     "lm_tokens_per_s": Short(
         words=("--rounds", "1", "--data", "{data}"), figures=_lm, data="tinyshakespeare/input.txt"
     ),

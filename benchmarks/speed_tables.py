@@ -99,6 +99,16 @@ def head_loss(results: Sequence[dict[str, Any]]) -> str:
     return markdown_table(["vocabulary, width, tokens", *(f"{arm}, MB" for arm in arms), "memory", "CPU time"], rows)
 
 
+def lm_tokens_per_s(results: Sequence[dict[str, Any]]) -> str:
+    """Return a row per arm: tokens per second, and as a ratio to the loop written by hand."""
+    rows = [
+        [row["arm"], _shown(row["tokens_per_s"], digits=0), _shown(row["over_loop"], digits=2)]
+        for result in results
+        for row in result["rows"]
+    ]
+    return markdown_table(["", "tokens/s", "/ loop by hand"], rows)
+
+
 def _shown(figures: Sequence[float], *, digits: int) -> str:
     """Return median, least and most."""
     return _RANGE.format(digits).format(*figures)
@@ -109,6 +119,7 @@ KINDS = {
     "comm_volume": comm_volume,
     "equal_work": equal_work,
     "head_loss": head_loss,
+    "lm_tokens_per_s": lm_tokens_per_s,
     "starts": starts,
     "times_to_accuracy": times_to_accuracy,
 }

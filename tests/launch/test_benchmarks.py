@@ -16,6 +16,7 @@ BENCHMARKS = RECIPES.parent / "benchmarks"
         ("checkpoint_io.py", "--rounds", "1", "--gigabytes", "0.01", "--written-by"),
         ("plan_scale.py", "--largest", "1000000"),
         ("attention.py", "--rounds", "1", "--lengths", "192", "--tokens", "192"),
+        ("head_loss.py", "--rounds", "1", "--sizes", "1"),
     ],
     ids=lambda words: words[0],
 )
