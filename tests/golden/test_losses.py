@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.golden.demos import ARGV, COMMAND, NUM_STEPS, RECIPES, WITHOUT_A_DEMO, demo_losses, recorded, versions
+from tests.golden.demos import ARGV, COMMAND, LEFT_OUT, NUM_STEPS, RECIPES, demo_losses, recorded, versions
 
 BOUND = 1e-5
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
@@ -22,7 +22,7 @@ def test_losses_are_those_of_the_record(recipe: str, tmp_path: Path) -> None:
 
 
 def test_the_record_is_whole() -> None:
-    assert {*RECIPES, *WITHOUT_A_DEMO} == {path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__"}
+    assert {*RECIPES, *LEFT_OUT} == {path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__"}
     record = recorded()
     assert (record["command"], record["options"]) == (COMMAND, " ".join(ARGV))
     assert {recipe: len(losses) for recipe, losses in record["losses"].items()} == dict.fromkeys(RECIPES, NUM_STEPS)
