@@ -32,17 +32,13 @@ from shardlaunch.data import (
 )
 from shardlaunch.metrics import CLASSIFICATION, MULTI_LABEL, REGRESSION, named_metrics
 from shardlaunch.text import (
-    CLASSIFIERS,
     from_config,
     from_source,
-    longest_input,
     num_labels_to_load,
     padded,
-    prepare_padding,
+    prepare_encoder,
     pretrained_weights,
-    require_no_effect_of_padding,
-    require_room,
-    require_vocabulary,
+    require_short_inputs,
     save_config,
     tokenizer_key,
 )
@@ -50,7 +46,6 @@ from shardlaunch.text import (
 DEMO = demo.DEMO
 KINDS_OF_TASK: Mapping[str, ColumnKind] = {"classification": "label", "regression": "number", "multi-label": "any"}
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-GROW = "Make room with resize_token_embeddings(len(tokenizer)) of transformers, and save both anew"
 DEFAULT_METRICS = {
     "classification": ("accuracy",),
     "regression": ("mse", "r2"),
@@ -138,16 +133,13 @@ class BertImdb(Recipe):
         self.source = source
         self.tokenizer = from_source(AutoTokenizer, source)
         self.config = from_source(AutoConfig, source)
-        require_no_effect_of_padding(
+        prepare_encoder(
+            self.tokenizer,
             self.config,
-            CLASSIFIERS,
             source=options.model,
-            longest=options.max_length,
+            max_length=options.max_length,
             micro_batch_size=max(options.micro_batch_size, options.eval_micro_batch_size),
         )
-        require_vocabulary(self.tokenizer, self.config, source=options.model, hint=GROW)
-        prepare_padding(self.tokenizer, self.config, source=options.model)
-        require_room(self.tokenizer, "--max-length", options.max_length)
         columns = {"text": options.text_column, "label": options.label_column}
         if options.label_columns:
             columns = {"text": options.text_column, **{column: column for column in options.label_columns}}
@@ -212,9 +204,7 @@ class BertImdb(Recipe):
         config.pad_token_id = self.config.pad_token_id  # some models look for the first padding token
         config.problem_type = PROBLEM_TYPES[self.options.task]
         model: nn.Module = from_config(AutoModelForSequenceClassification, config, self.source)
-        longest = longest_input(model)
-        if longest and self.options.max_length > longest:
-            raise UserError(f"--max-length {self.options.max_length}: this model takes at most {longest} tokens")
+        require_short_inputs(model, self.options.max_length)
         self.inputs = set(INPUTS) & inspect.signature(model.forward).parameters.keys()
         return model
 

@@ -13,18 +13,14 @@ from torch import nn
 from shardlaunch import Recipe, UserError, demo, launch, option
 from shardlaunch.data import FileOptions, load_sources, load_splits, mixed, require_texts, select_columns
 from shardlaunch.text import (
-    CLASSIFIERS,
     NO_TARGET,
     Masking,
     from_config,
     from_source,
-    longest_input,
     padded,
-    prepare_padding,
+    prepare_encoder,
     pretrained_weights,
-    require_no_effect_of_padding,
-    require_room,
-    require_vocabulary,
+    require_short_inputs,
     rows_of_words,
     save_config,
     seed_of_row,
@@ -32,7 +28,6 @@ from shardlaunch.text import (
 )
 
 DEMO = demo.DEMO
-GROW = "Make room with resize_token_embeddings(len(tokenizer)) of transformers, and save both anew"
 
 
 @dataclass(kw_only=True)
@@ -76,16 +71,13 @@ class BertMlm(Recipe):
         self.source = source = demo.bert_dir() if options.model == DEMO else options.model
         self.tokenizer = word_tokenizer(source)
         self.config = from_source(AutoConfig, source)
-        require_no_effect_of_padding(
+        prepare_encoder(
+            self.tokenizer,
             self.config,
-            CLASSIFIERS,
             source=options.model,
-            longest=options.max_length,
+            max_length=options.max_length,
             micro_batch_size=max(options.micro_batch_size, options.eval_micro_batch_size),
         )
-        require_vocabulary(self.tokenizer, self.config, source=options.model, hint=GROW)
-        prepare_padding(self.tokenizer, self.config, source=options.model)
-        require_room(self.tokenizer, "--max-length", options.max_length)
         self.masking = Masking(self.tokenizer, share=options.mask_share, whole_words=options.whole_words)
         splits = (
             demo.film_reviews(used=("text",))
@@ -108,9 +100,7 @@ class BertMlm(Recipe):
         from transformers import AutoModelForMaskedLM
 
         model: nn.Module = from_config(AutoModelForMaskedLM, self.config, self.source)
-        longest = longest_input(model)
-        if longest and self.options.max_length > longest:
-            raise UserError(f"--max-length {self.options.max_length}: this model takes at most {longest} tokens")
+        require_short_inputs(model, self.options.max_length)
         return model
 
     def weights(self) -> Mapping[str, torch.Tensor]:

@@ -13,25 +13,21 @@ from torch import nn
 from shardlaunch import Recipe, UserError, demo, launch, option
 from shardlaunch.data import FileOptions, load_sources, load_splits, mixed, of_training, require_texts, select_columns
 from shardlaunch.text import (
-    CLASSIFIERS,
     NO_ANSWER,
     best_spans,
     exact_match,
     f1_of_words,
     from_config,
     from_source,
-    longest_input,
     padded,
-    prepare_padding,
+    prepare_encoder,
     pretrained_weights,
     question_windows,
-    require_no_effect_of_padding,
-    require_vocabulary,
+    require_short_inputs,
     save_config,
 )
 
 DEMO = demo.DEMO
-GROW = "Make room with resize_token_embeddings(len(tokenizer)) of transformers, and save both anew"
 
 
 @dataclass(kw_only=True)
@@ -87,15 +83,13 @@ class BertQa(Recipe):
                 f"choose another"
             )
         self.config = from_source(AutoConfig, source)
-        require_no_effect_of_padding(
+        prepare_encoder(
+            self.tokenizer,
             self.config,
-            CLASSIFIERS,
             source=options.model,
-            longest=options.max_length,
+            max_length=options.max_length,
             micro_batch_size=max(options.micro_batch_size, options.eval_micro_batch_size),
         )
-        require_vocabulary(self.tokenizer, self.config, source=options.model, hint=GROW)
-        prepare_padding(self.tokenizer, self.config, source=options.model)
         columns = {
             "question": options.question_column,
             "context": options.context_column,
@@ -132,9 +126,7 @@ class BertQa(Recipe):
 
         self.config.pad_token_id = self.tokenizer.pad_token_id
         model: nn.Module = from_config(AutoModelForQuestionAnswering, self.config, self.source)
-        longest = longest_input(model)
-        if longest and self.options.max_length > longest:
-            raise UserError(f"--max-length {self.options.max_length}: this model takes at most {longest} tokens")
+        require_short_inputs(model, self.options.max_length)
         return model
 
     def weights(self) -> Mapping[str, torch.Tensor]:

@@ -13,26 +13,21 @@ from torch import nn
 from shardlaunch import Recipe, UserError, demo, launch, option
 from shardlaunch.data import FileOptions, load_sources, load_splits, mixed, select_columns
 from shardlaunch.text import (
-    CLASSIFIERS,
     NO_TARGET,
     from_config,
     from_source,
-    longest_input,
     num_labels_to_load,
     numbered_tags,
     padded,
-    prepare_padding,
+    prepare_encoder,
     pretrained_weights,
-    require_no_effect_of_padding,
-    require_room,
-    require_vocabulary,
+    require_short_inputs,
     save_config,
     tagged_tokens,
     word_tokenizer,
 )
 
 DEMO = demo.DEMO
-GROW = "Make room with resize_token_embeddings(len(tokenizer)) of transformers, and save both anew"
 
 
 @dataclass(kw_only=True)
@@ -75,17 +70,13 @@ class BertTagger(Recipe):
         self.source = source = demo.bert_dir() if options.model == DEMO else options.model
         self.config = from_source(AutoConfig, source)
         self.tokenizer = word_tokenizer(source)
-        micro_batch_size = max(options.micro_batch_size, options.eval_micro_batch_size)
-        require_no_effect_of_padding(
+        prepare_encoder(
+            self.tokenizer,
             self.config,
-            CLASSIFIERS,
             source=options.model,
-            longest=options.max_length,
-            micro_batch_size=micro_batch_size,
+            max_length=options.max_length,
+            micro_batch_size=max(options.micro_batch_size, options.eval_micro_batch_size),
         )
-        require_vocabulary(self.tokenizer, self.config, source=options.model, hint=GROW)
-        prepare_padding(self.tokenizer, self.config, source=options.model)
-        require_room(self.tokenizer, "--max-length", options.max_length)
         columns = {"words": options.words_column, "tags": options.tags_column}
         splits = (
             demo.film_titles()
@@ -114,9 +105,7 @@ class BertTagger(Recipe):
         )
         config.pad_token_id = self.config.pad_token_id
         model: nn.Module = from_config(AutoModelForTokenClassification, config, self.source)
-        longest = longest_input(model)
-        if longest and self.options.max_length > longest:
-            raise UserError(f"--max-length {self.options.max_length}: this model takes at most {longest} tokens")
+        require_short_inputs(model, self.options.max_length)
         return model
 
     def weights(self) -> Mapping[str, torch.Tensor]:

@@ -21,25 +21,20 @@ from shardlaunch.data import (
     select_columns,
 )
 from shardlaunch.text import (
-    CLASSIFIERS,
     from_config,
     from_source,
-    longest_input,
     padded,
     pooled,
-    prepare_padding,
+    prepare_encoder,
     pretrained_weights,
     ranking_loss,
-    require_no_effect_of_padding,
-    require_room,
-    require_vocabulary,
+    require_short_inputs,
     save_config,
     tokenized_texts,
 )
 
 DEMO = demo.DEMO
 TEXT: ColumnKind = "text"
-GROW = "Make room with resize_token_embeddings(len(tokenizer)) of transformers, and save both anew"
 
 
 @dataclass(kw_only=True)
@@ -108,16 +103,13 @@ class EmbedPairs(Recipe):
         self.config = from_source(AutoConfig, source)
         if self.config.is_encoder_decoder:
             raise UserError(f"--model {options.model}: is an encoder-decoder; choose an encoder")
-        require_no_effect_of_padding(
+        prepare_encoder(
+            self.tokenizer,
             self.config,
-            CLASSIFIERS,
             source=options.model,
-            longest=options.max_length,
+            max_length=options.max_length,
             micro_batch_size=2,  # the texts of a pair are padded too
         )
-        require_vocabulary(self.tokenizer, self.config, source=options.model, hint=GROW)
-        prepare_padding(self.tokenizer, self.config, source=options.model)
-        require_room(self.tokenizer, "--max-length", options.max_length)
         columns = {"anchor": options.anchor_column, "positive": options.positive_column}
         if options.negative_column:
             columns["negative"] = options.negative_column
@@ -153,9 +145,7 @@ class EmbedPairs(Recipe):
 
         self.config.pad_token_id = self.tokenizer.pad_token_id
         model: nn.Module = from_config(AutoModel, self.config, self.source)
-        longest = longest_input(model)
-        if longest and self.options.max_length > longest:
-            raise UserError(f"--max-length {self.options.max_length}: this model takes at most {longest} tokens")
+        require_short_inputs(model, self.options.max_length)
         return model
 
     def weights(self) -> Mapping[str, torch.Tensor]:

@@ -46,7 +46,6 @@ from shardlaunch.text import (
 )
 
 DEMO = demo.DEMO
-GROW = "Make room with resize_token_embeddings(len(tokenizer)) of transformers, and save both anew"
 IGNORED = -100  # the label that the loss ignores
 
 
@@ -204,7 +203,7 @@ class TranslateSeq2Seq(Recipe):
         )
         if languages:
             tokenizer = from_source(AutoTokenizer, options.model, **languages)
-        require_vocabulary(tokenizer, config, source=options.model, hint=GROW)
+        require_vocabulary(tokenizer, config, source=options.model)
         if tokenizer.pad_token_id is None:
             raise UserError(f"--model {options.model}: its tokenizer has no padding token; add one")
         return tokenizer

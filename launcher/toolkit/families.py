@@ -45,6 +45,9 @@ TRANSLATORS = (
 )
 
 
+_GROW = "Make room with resize_token_embeddings(len(tokenizer)) of transformers, and save both anew"
+
+
 def require_no_effect_of_padding(
     config: Any, known: tuple[str, ...], *, source: str, longest: int, micro_batch_size: int
 ) -> None:
@@ -71,8 +74,8 @@ def require_no_effect_of_padding(
             )
 
 
-def require_vocabulary(tokenizer: Any, config: Any, *, source: str, hint: str) -> None:
-    """Raise UserError when a tokenizer has more tokens than the model."""
+def require_vocabulary(tokenizer: Any, config: Any, *, source: str, hint: str = _GROW) -> None:
+    """Raise UserError when a tokenizer has more tokens than the model; `hint` says what to do."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     if size is not None and len(tokenizer) > size:
         raise UserError(f"--model {source}: it has {size:,} tokens, but the tokenizer has {len(tokenizer):,}. {hint}")

@@ -15,7 +15,14 @@ from shardlaunch.checkpoints.mapped import in_files
 from shardlaunch.checkpoints.names import ADAPTER_WEIGHTS
 from shardlaunch.checkpoints.stored import StoredTensors
 from shardlaunch.errors import UserError
-from shardlaunch.launcher.toolkit.families import PACKING_MODELS, ROW_MODELS, require_vocabulary
+from shardlaunch.launcher.toolkit.families import (
+    CLASSIFIERS,
+    PACKING_MODELS,
+    ROW_MODELS,
+    prepare_padding,
+    require_no_effect_of_padding,
+    require_vocabulary,
+)
 
 _POSITIONS = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
 
@@ -147,6 +154,27 @@ def require_room(tokenizer: Any, flag: str, num_tokens: int) -> None:
     least = tokenizer.num_special_tokens_to_add() + 1
     if num_tokens < least:
         raise UserError(f"{flag} {num_tokens}: must be at least {least}, including the tokenizer's special tokens")
+
+
+def prepare_encoder(tokenizer: Any, config: Any, *, source: str, max_length: int, micro_batch_size: int) -> None:
+    """Check tokenizer and configuration of an encoder against each other, and prepare them for padding.
+
+    `source` is its --model, `max_length` that of --max-length, `micro_batch_size` the most texts that are padded
+    together. Raises UserError when padding may change a text's result, the vocabularies differ, or no text has room.
+    """
+    require_no_effect_of_padding(
+        config, CLASSIFIERS, source=source, longest=max_length, micro_batch_size=micro_batch_size
+    )
+    require_vocabulary(tokenizer, config, source=source)
+    prepare_padding(tokenizer, config, source=source)
+    require_room(tokenizer, "--max-length", max_length)
+
+
+def require_short_inputs(model: nn.Module, max_length: int) -> None:
+    """Raise UserError when --max-length is more than a model's position embeddings take."""
+    longest = longest_input(model)
+    if longest and max_length > longest:
+        raise UserError(f"--max-length {max_length}: this model takes at most {longest} tokens")
 
 
 def longest_input(model: nn.Module) -> int:
