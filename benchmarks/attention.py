@@ -10,13 +10,12 @@ order each round; CPU time of the process; ratios are medians of those within a 
 
 import argparse
 import random
-import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from record import machine, versions, write_result
+from record import machine, spread, versions, write_result
 from transformers import BertConfig, BertForSequenceClassification
 
 from shardlaunch import Options
@@ -83,11 +82,8 @@ def _step(model: BertForSequenceClassification, rows: int, length: int, *, is_ou
 
 
 def _figures(times: dict[str, list[float]]) -> dict[str, Any]:
-    def figures(values: Sequence[float], digits: int) -> list[float]:
-        return [round(value, digits) for value in (statistics.median(values), min(values), max(values))]
-
     ratios = [plain / ours for plain, ours in zip(times[PLAIN], times[OURS], strict=True)]
-    return {"ms": {arm: figures([1000 * s for s in its], 0) for arm, its in times.items()}, "gain": figures(ratios, 2)}
+    return {"ms": {arm: spread([1000 * s for s in its], 0) for arm, its in times.items()}, "gain": spread(ratios, 2)}
 
 
 if __name__ == "__main__":

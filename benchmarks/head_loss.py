@@ -12,15 +12,15 @@ round.
 import argparse
 import json
 import random
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from record import machine, versions, write_result
+from record import machine, spread, versions, write_result
 
 PLAIN, CHUNKED = "all logits", "--chunked-loss"
 ARMS = {PLAIN: "plain", CHUNKED: "chunked"}
@@ -64,32 +64,50 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _measured(arm: str, num_tokens: int, vocabulary: int, width: int) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
+    from torch import nn
 
-    from shardlaunch.launcher.toolkit.head_loss import LossHead, _set, _targets
+    from shardlaunch.text import prepare_head, sum_of_losses
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
-    def step(head: LossHead, states: torch.Tensor, targets: torch.Tensor) -> float:
-        states.grad = head.weight.grad = None
+    class Model(nn.Module):
+        """An output layer alone, as a language model of transformers has it."""
+
+        def __init__(self, vocabulary: int) -> None:
+            super().__init__()
+            self.head = nn.Linear(width, vocabulary, bias=False)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+        def forward(self, states: torch.Tensor, *, use_cache: bool) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.head(states))
+
+    def step(model: Model, states: torch.Tensor, targets: torch.Tensor) -> float:
+        states.grad = model.head.weight.grad = None
         begun = time.process_time()
         if arm == ARMS[CHUNKED]:
-            with _set(_targets, targets):
-                loss = head(states)
+            loss = sum_of_losses(model, targets, states=states)
         else:
-            loss = F.cross_entropy(head(states).flatten(0, 1), targets.flatten(), reduction="sum")
+            loss = F.cross_entropy(
+                model(states, use_cache=False).logits.flatten(0, 1), targets.flatten(), reduction="sum"
+            )
         loss.backward()
         return time.process_time() - begun
 
-    def parts(num_tokens: int, vocabulary: int) -> tuple[LossHead, torch.Tensor, torch.Tensor]:
+    def parts(num_tokens: int, vocabulary: int) -> tuple[Model, torch.Tensor, torch.Tensor]:
+        model = Model(vocabulary)
+        if arm == ARMS[CHUNKED]:
+            prepare_head(model)
         states = torch.randn(1, num_tokens, width, requires_grad=True)
-        return LossHead(width, vocabulary, bias=False), states, torch.randint(vocabulary, (1, num_tokens))
+        return model, states, torch.randint(vocabulary, (1, num_tokens))
 
     step(*parts(64, 64))  # what libraries allocate once
-    head, states, targets = parts(num_tokens, vocabulary)
+    model, states, targets = parts(num_tokens, vocabulary)
     before = _peak_mb(reset=True)
-    times = [step(head, states, targets) for _ in range(STEPS)]
-    gradients = 4 * (states.numel() + head.weight.numel()) / 2**20
+    times = [step(model, states, targets) for _ in range(STEPS)]
+    gradients = 4 * (states.numel() + model.head.weight.numel()) / 2**20
     return {"mb": _peak_mb() - before - gradients, "s": min(times)}
 
 
@@ -102,18 +120,15 @@ def _peak_mb(*, reset: bool = False) -> float:
 
 
 def _row(size: tuple[int, int, int], found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    def figures(values: Sequence[float], digits: int) -> list[float]:
-        return [round(value, digits) for value in (statistics.median(values), min(values), max(values))]
-
     pairs = list(zip(found[CHUNKED], found[PLAIN], strict=True))
     return {
         "tokens": size[0],
         "vocabulary": size[1],
         "width": size[2],
-        "mb": {arm: figures([each["mb"] for each in its], 0) for arm, its in found.items()},
-        "s": {arm: figures([each["s"] for each in its], 2) for arm, its in found.items()},
-        "memory": figures([chunked["mb"] / plain["mb"] for chunked, plain in pairs], 2),
-        "time": figures([chunked["s"] / plain["s"] for chunked, plain in pairs], 2),
+        "mb": {arm: spread([each["mb"] for each in its], 0) for arm, its in found.items()},
+        "s": {arm: spread([each["s"] for each in its], 2) for arm, its in found.items()},
+        "memory": spread([chunked["mb"] / plain["mb"] for chunked, plain in pairs], 2),
+        "time": spread([chunked["s"] / plain["s"] for chunked, plain in pairs], 2),
     }
 
 

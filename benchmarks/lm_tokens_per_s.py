@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lm import sizes
-from record import machine, versions, write_result
+from record import machine, spread, versions, write_result
 
 HERE = Path(__file__).resolve().parent
 SHARDLAUNCH = str(Path(sys.executable).parent / "shardlaunch")
@@ -82,11 +81,8 @@ def _tokens_per_s(words: Sequence[str], output: Path) -> float:
 
 
 def _row(arm: str, found: dict[str, list[float]]) -> dict[str, Any]:
-    def figures(values: Sequence[float], digits: int) -> list[float]:
-        return [round(value, digits) for value in (statistics.median(values), min(values), max(values))]
-
     ratios = [its / loop for its, loop in zip(found[arm], found[LOOP], strict=True)]
-    return {"arm": arm, "tokens_per_s": figures(found[arm], 0), "over_loop": figures(ratios, 2)}
+    return {"arm": arm, "tokens_per_s": spread(found[arm], 0), "over_loop": spread(ratios, 2)}
 
 
 if __name__ == "__main__":

@@ -109,6 +109,23 @@ def lm_tokens_per_s(results: Sequence[dict[str, Any]]) -> str:
     return markdown_table(["", "tokens/s", "/ loop by hand"], rows)
 
 
+def digest(results: Sequence[dict[str, Any]]) -> str:
+    """Return a row per arm: milliseconds of a step, and of the digests of its states."""
+    rows = [
+        (
+            str(result["ranks"]),
+            row["arm"],
+            _shown(row["step_cpu_ms"], digits=0),
+            _shown(row["digest_cpu_ms"], digits=0),
+        )
+        for result in results
+        for row in result["arms"]
+    ]
+    return markdown_table(
+        ("ranks", "strategy", "step, ms of CPU time", "digests of weights and optimizer, ms of CPU time"), rows
+    )
+
+
 def _shown(figures: Sequence[float], *, digits: int) -> str:
     """Return median, least and most."""
     return _RANGE.format(digits).format(*figures)
@@ -117,6 +134,7 @@ def _shown(figures: Sequence[float], *, digits: int) -> str:
 KINDS = {
     "attention": attention,
     "comm_volume": comm_volume,
+    "digest": digest,
     "equal_work": equal_work,
     "head_loss": head_loss,
     "lm_tokens_per_s": lm_tokens_per_s,

@@ -14,7 +14,6 @@ import argparse
 import os
 import random
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from record import machine, versions, write_result
+from record import machine, spread, versions, write_result
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SHARDLAUNCH = str(Path(sys.executable).parent / "shardlaunch")
@@ -129,13 +128,9 @@ def _row(arm: str, times: dict[str, list[tuple[float, float]]]) -> dict[str, Any
     row: dict[str, Any] = {"arm": arm}
     for index, what in enumerate(("first_step", "cpu")):
         mine, its = ([each[index] for each in whose] for whose in (times[arm], base))
-        row[f"{what}_s"] = _figures(mine, 1)
-        row[f"{what}_over_trainer"] = _figures([one / other for one, other in zip(mine, its, strict=True)], 2)
+        row[f"{what}_s"] = spread(mine, 1)
+        row[f"{what}_over_trainer"] = spread([one / other for one, other in zip(mine, its, strict=True)], 2)
     return row
-
-
-def _figures(values: Sequence[float], digits: int) -> list[float]:
-    return [round(value, digits) for value in (statistics.median(values), min(values), max(values))]
 
 
 if __name__ == "__main__":

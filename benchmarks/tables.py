@@ -9,7 +9,7 @@ Kinds: `runs` (a row per result), `commands` (the command of each run), `benchma
 (peaks of host memory), `start` (those while a run starts, before a change and now), `plan` (planning batches),
 `plan_memory` (planned memory beside published), `scale` (planning saves), `startup` (starts, by number of ranks),
 those of speed_tables.py, `streaming` (loading block by block), `lora` (beside full fine-tuning), `exact` (steps with
-exact sums), `digest` (digests of states), `ema` (averages of weights), `survival` (how many faults went well), `faults`
+exact sums), `ema` (averages of weights), `survival` (how many faults went well), `faults`
 (what became of each), `machine` (where the figures were measured).
 `<!-- cell: NOTEBOOK NUMBER -->` and `<!-- end of cell -->` stand around a cell of a notebook in docs/, counted from 0.
 The plots of plots.py are written too. `--check` writes nothing and fails when a page or a plot differs from its
@@ -48,7 +48,7 @@ _METRICS: dict[str, Callable[[float], str]] = {
     "f1_macro": lambda value: f"F1 macro {100 * value:.1f} %",
     "precision": lambda value: f"precision {100 * value:.1f} %",
     "recall": lambda value: f"recall {100 * value:.1f} %",
-    "exact_match": lambda value: f"all labels right {100 * value:.1f} %",
+    "exact_match": lambda value: f"exact match {100 * value:.1f} %",
     "recall_1": lambda value: f"recall@1 {100 * value:.1f} %",
     "ndcg_10": lambda value: f"nDCG@10 {value:.3f}",
     "perplexity": lambda value: f"perplexity {value:.1f}",
@@ -324,22 +324,6 @@ def _exact(results: Sequence[Result]) -> str:
     return _table(("ranks", "strategy", "step, ms", "x plain", *bytes_), rows)
 
 
-def _digest(results: Sequence[Result]) -> str:
-    rows = [
-        (
-            str(result["ranks"]),
-            row["arm"],
-            "{:.0f} ({:.0f} to {:.0f})".format(*row["step_cpu_ms"]),
-            "{:.0f} ({:.0f} to {:.0f})".format(*row["digest_cpu_ms"]),
-        )
-        for result in results
-        for row in result["arms"]
-    ]
-    return _table(
-        ("ranks", "strategy", "step, ms of CPU time", "digests of weights and optimizer, ms of CPU time"), rows
-    )
-
-
 def _curves(results: Sequence[Result]) -> str:
     names = {"training_loss": "training loss", "evaluation_loss": "evaluation loss"}
     rows = [
@@ -394,7 +378,6 @@ _KINDS = {
     "streaming": streaming_table,
     "exact": _exact,
     "curves": _curves,
-    "digest": _digest,
     "ema": lambda results: _table(*titles_and_rows(results)),
     "machine": _machine,
 }

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from record import machine, versions, write_result
+from record import machine, spread, versions, write_result
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE / "to_accuracy"
@@ -132,15 +132,11 @@ def _row(arm: str, length: int, found: Mapping[str, Sequence[Mapping[str, float]
     return {
         "length": length,
         "arm": arm,
-        "training_s": _figures(seconds[arm], 1),
-        "times_ours": _figures(ratios, 2),
-        "accuracy": _figures([each["accuracy"] for each in found[arm]], 3),
+        "training_s": spread(seconds[arm], 1),
+        "times_ours": spread(ratios, 2),
+        "accuracy": spread([each["accuracy"] for each in found[arm]], 3),
         "is_void": accuracy[arm] < max(accuracy.values()) - 0.01,
     }
-
-
-def _figures(values: Sequence[float], digits: int) -> list[float]:
-    return [round(value, digits) for value in (statistics.median(values), min(values), max(values))]
 
 
 if __name__ == "__main__":
