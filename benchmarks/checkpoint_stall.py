@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure all arms and print a table. All ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.3, help="size of the state")
-    parser.add_argument("--rounds", type=int, default=10, help="how often each arm takes its turn")
+    parser.add_argument("--rounds", type=int, default=20, help="how often each arm takes its turn")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the arms")
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="a folder on the disk to measure")
     parser.add_argument("--result", default="", help="also write the figures to benchmarks/results/NAME.json")

@@ -1,10 +1,26 @@
 """One piece of work at a time beside the training, in a thread of its own, and what it has to say."""
 
+import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 from shardlaunch.progress import progress
+
+LEAST_PRIORITY = 19  # of Unix: a thread with it gets what others leave, and all of a core that is idle
+
+
+def lower_priority() -> None:
+    """Let the thread that calls this, and those that it starts, give way to all others where cores are short.
+
+    On Linux only, where each thread has a priority of its own; elsewhere it is the process's. Raising it again takes
+    a privilege, so this is for threads whose work is never urgent: a main thread that waits for it leaves its core.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):  # a sandbox may forbid it; then steps are slower while the thread works
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
 
 
 class Messages:
@@ -51,6 +67,7 @@ class Background:
         assert self._thread is None
 
         def run() -> None:
+            lower_priority()
             try:
                 work()
             except BaseException as error:  # raised again by `wait`

@@ -18,6 +18,7 @@ from shardlaunch.checkpoints.retention import sweep
 from shardlaunch.errors import UserError
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.reporting.display import Display
+from shardlaunch.launcher.runs.background import lower_priority
 from shardlaunch.launcher.runs.identity import Identity
 from shardlaunch.sharding.world import World
 
@@ -106,6 +107,7 @@ class SecondPlace:
 
     def _work(self) -> None:
         """Copy what waits, the newest first, until nothing does; or, at the end of the run, until that fails again."""
+        lower_priority()
         while True:
             with self._changed:
                 if not self._waiting or (self._is_closing and self._num_errors >= LAST_TRIES):

@@ -1,5 +1,7 @@
 """Saves beside the training: of the state as it was, one at a time; errors are raised, the last one is awaited."""
 
+import os
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +56,15 @@ def test_the_training_goes_on_and_what_is_saved_is_the_state_of_the_step(
     assert saves == [(2, "save"), (4, "save"), (6, "save")], "by default, and one after the other"
     for step in (2, 4, 6):
         assert _files(tmp_path / "beside", step) == _files(tmp_path / "waiting", step)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads share the priority of their process")
+def test_only_the_thread_that_saves_gives_way_to_all_others() -> None:
+    """So that steps take no longer where what trains and what writes share the cores."""
+    background, found, before = Background(), [], os.getpriority(os.PRIO_PROCESS, 0)
+    background.start(lambda: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())), name="save")
+    background.wait()
+    assert (found, os.getpriority(os.PRIO_PROCESS, 0)) == ([19], before)
 
 
 def test_an_error_that_is_no_fault_of_a_disk_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
