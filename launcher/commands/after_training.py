@@ -138,6 +138,7 @@ def export(
     step: int | None = None,
     ema: _Flag = False,
     recipe: str = "",
+    quantize: str = "",
 ) -> int:
     """Write a run's whole model for other tools, load it in a fresh process, and compare its outputs.
 
@@ -152,10 +153,12 @@ def export(
         step: Step of the checkpoint.
         ema: Use the average of the weights that the run keeps (--ema, --ema-half-life, --swa-from).
         recipe: Recipe file or name, where the run's is not where it was.
+        quantize: int8: store weights of linear layers in 8 bits (hf and torch-export, by torchao); the metrics with and
+            without are printed.
     """
     from shardlaunch.launcher.commands.export.main import export_run
 
-    return export_run(run, out, kind=format_, step=step, ema=ema, recipe=recipe)
+    return export_run(run, out, kind=format_, step=step, ema=ema, recipe=recipe, quantize=quantize)
 
 
 def serve(

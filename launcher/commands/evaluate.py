@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from shardlaunch.checkpoints.files import error_text, make_folder, replace_file
 from shardlaunch.checkpoints.records import DamagedRecord, EvaluationRecord, read_record, to_json
@@ -116,20 +117,25 @@ def _data_of_recipe(run: TrainedRun, own: RunData, other: OtherData) -> Any:
 
 
 def _evaluated(run: TrainedRun, data: RunData, *, ema: bool, display: Display) -> dict[str, Any]:
+    display.say(f"evaluating {run.where} on {len(data.splits['eval']):,} samples ...")
+    return metrics_of(run, data, run.model(ema=ema))
+
+
+def metrics_of(run: TrainedRun, data: RunData, model: nn.Module, *, precision_name: str = "") -> dict[str, Any]:
+    """Return the metrics of a model on the run's evaluation data, in the run's precision unless another is named."""
     recipe, world = run.recipe, run.world
-    model = run.model(ema=ema)
-    precision = apply_precision(run.precision_name, world.device)
+    precision = apply_precision(precision_name or run.precision_name, world.device)
     convert_model(model, precision.name)
     batches = data.evaluation_batches(recipe, world)
     assert batches is not None
     data.clock(recipe).set(run.checkpoint.step, is_evaluation=True)
     evaluator = Evaluator(recipe, batches, world=world, precision=precision)
-    total = len(data.splits["eval"])
-    display.say(f"evaluating {run.where} on {total:,} samples ...")
     if recipe.options.exact:  # as in the run: the number of threads changes the bits
         torch.set_num_threads(recipe.options.threads_per_rank or 1)
     with deterministic_kernels() if recipe.options.exact else nullcontext():
-        return evaluator.evaluate(model, lambda done, of: None, lambda: None)
+        results = evaluator.evaluate(model, lambda done, of: None, lambda: None)
+    model.eval()  # the evaluator leaves it ready for training
+    return results
 
 
 def _record(

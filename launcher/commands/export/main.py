@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,8 +25,16 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.commands.adapters import holds_adapter, merged_weights
 from shardlaunch.launcher.commands.ckpt.exporting import MERGED, OF_AVERAGE
 from shardlaunch.launcher.commands.ckpt.output import size, warn
+from shardlaunch.launcher.commands.evaluate import metrics_of
 from shardlaunch.launcher.commands.export.formats import FORMATS, Example, write_format
 from shardlaunch.launcher.commands.export.plain import Call, PlainModel, call_of
+from shardlaunch.launcher.commands.export.quantized import (
+    check_quantization,
+    num_quantized,
+    quantization_errors,
+    quantize_called_layers,
+    write_quantized_folder,
+)
 from shardlaunch.launcher.commands.export.reload import grouped
 from shardlaunch.launcher.commands.trained import TrainedRun, open_run
 from shardlaunch.launcher.runs.data import RunData
@@ -38,19 +47,26 @@ ABOUT = "export.json"
 MOST_DIFFERENCE = 1e-4
 """Of an output, in units of the largest one where that is above 1."""
 _MOST_BATCHES = 4
+_QUANTIZED = (HF, "torch-export")
+"""Formats that hold tensors of torchao."""
 _FEWER = 3  # samples of the last batch, for a size that is in no other
 
 
-def export_run(path: Path, out: Path, *, kind: str, step: int | None, ema: bool, recipe: str) -> int:
+def export_run(
+    path: Path, out: Path, *, kind: str, step: int | None, ema: bool, recipe: str, quantize: str = ""
+) -> int:
     """Write a run's model to the folder `out`, whole and compared or not at all; print the largest difference.
 
-    Raises UserError for a model that cannot be written in the format, and for one that computes something else there.
+    `quantize` is "" or how weights are stored; what that changes is printed too. Raises UserError for a model that
+    cannot be written in the format, and for one that computes something else there.
     """
     known = (HF, SAFETENSORS, *FORMATS)
     if kind not in known:
         raise UserError(f"--format {kind or '(none)'}: must be one of {', '.join(known)}")
     if kind in FORMATS:
         FORMATS[kind].check_available(kind)
+    if quantize:
+        check_quantization(quantize, kind, _QUANTIZED)
     out = Path(os.path.realpath(out.expanduser()))
     if os.path.lexists(out) and not (out.is_dir() and not os.listdir(out)):
         raise UserError(f"{out}: exists and is no empty folder; choose another one")
@@ -63,18 +79,28 @@ def export_run(path: Path, out: Path, *, kind: str, step: int | None, ema: bool,
         if run.recipe.options.lora_rank:
             _merge_adapters(model)
         plain = PlainModel(model, list(calls[0].tensors), calls[0].constants)
-        expected = _expected(plain, calls)
-        example = Example(inputs=calls[0].tensors, dynamic=_dynamic_axes(calls), output_names=plain.output_names)
+        expected, costs = _expected(plain, calls), []
         with _staged(out) as staging:
+            if kind not in FORMATS:
+                weights_dir = Path(scratch, HF) if quantize else staging
+                _write_weights(run, weights_dir, ema=ema)
+            if quantize:
+                metrics = _metrics(run, data, model)
+                with quantization_errors():
+                    if kind == HF:
+                        plain = plain.of(write_quantized_folder(weights_dir, staging))
+                    else:
+                        quantize_called_layers(model, partial(_expected, plain, calls[:1]))
+                    exact, expected = expected, _expected(plain, calls)
+                    costs = _costs(quantize, plain, exact, expected, metrics, _metrics(run, data, plain.model))
+            example = Example(inputs=calls[0].tensors, dynamic=_dynamic_axes(calls), output_names=plain.output_names)
             if kind in FORMATS:
                 write_format(kind, plain, example, staging)
-            else:
-                _write_weights(run, staging, ema=ema)
             difference = _compare(
                 kind, staging, calls, expected, Path(scratch), run={"path": str(run.where), "recipe": recipe}
             )
             if kind in FORMATS:
-                about = _about(run, kind, example, calls[0], ema=ema, difference=difference)
+                about = _about(run, kind, example, calls[0], ema=ema, quantize=quantize, difference=difference)
                 (staging / ABOUT).write_bytes(to_json(about, indent=1) + b"\n")
             num_bytes = sum(file.stat().st_size for file in staging.iterdir())
     samples = sum(len(next(iter(call.tensors.values()))) for call in calls)
@@ -82,7 +108,39 @@ def export_run(path: Path, out: Path, *, kind: str, step: int | None, ema: bool,
     print(
         f"  largest difference {difference:.2g} in a fresh process, on {samples} samples of the run's evaluation data"
     )
+    for line in costs:
+        print(f"  {line}")
     return 0
+
+
+def _metrics(run: TrainedRun, data: RunData, model: nn.Module) -> dict[str, float]:
+    """Return the metrics that are one number each, on the run's evaluation data; none where there are no such data."""
+    if "eval" not in data.splits:
+        return {}
+    found = metrics_of(run, data, model, precision_name="fp32")
+    return {name: value for name, value in found.items() if not isinstance(value, list)}
+
+
+def _costs(
+    quantize: str,
+    plain: PlainModel,
+    exact: Sequence[tuple[torch.Tensor, ...]],
+    expected: Sequence[tuple[torch.Tensor, ...]],
+    metrics: Mapping[str, float],
+    metrics_now: Mapping[str, float],
+) -> list[str]:
+    """Return what quantized weights change, in lines."""
+    before, after = (
+        [one.double().flatten() for outputs in batches for one in outputs] for batches in (exact, expected)
+    )
+    most = float((torch.cat(after) - torch.cat(before)).abs().nan_to_num(posinf=0.0).max())
+    largest = float(torch.cat(before).abs().nan_to_num(posinf=0.0).max())
+    outputs = f"outputs differ by up to {most:.2g} from those in fp32, which are up to {largest:.2g}"
+    lines = [f"{num_quantized(plain.model)} linear layers with {quantize} weights: {outputs}"]
+    lines += [
+        f"eval/{name}: {value:.6g} in fp32, {metrics_now[name]:.6g} in {quantize}" for name, value in metrics.items()
+    ]
+    return lines if metrics else [*lines, "the run has no evaluation data, so that no metrics are compared"]
 
 
 def _check_kind(run: TrainedRun, kind: str) -> None:
@@ -235,9 +293,12 @@ def _staged(out: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _about(run: TrainedRun, kind: str, example: Example, call: Call, *, ema: bool, difference: float) -> dict[str, Any]:
+def _about(
+    run: TrainedRun, kind: str, example: Example, call: Call, *, ema: bool, quantize: str, difference: float
+) -> dict[str, Any]:
     return {
         "format": kind,
+        "quantize": quantize,
         "recipe": run.checkpoint.recipe.recipe,
         "step": run.checkpoint.step,
         "weights": "average" if ema else "trained",

@@ -34,6 +34,10 @@ class PlainModel(nn.Module):
         self.output_names: list[str] = []
         """Of the last call."""
 
+    def of(self, model: nn.Module) -> "PlainModel":
+        """Return another model that is called alike."""
+        return PlainModel(model, self._names, self._constants)
+
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         given = dict(zip(self._names, tensors, strict=True)) | self._constants
         args = []

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from shardlaunch import UserError
 from shardlaunch.launcher.commands.export import main as export
-from shardlaunch.launcher.commands.export import reload
+from shardlaunch.launcher.commands.export import quantized, reload
 from shardlaunch.launcher.commands.export.formats import FORMATS
 from shardlaunch.launcher.commands.trained import open_run
 from shardlaunch.recipes.bert_imdb import BertImdb
@@ -130,3 +132,74 @@ def test_refusals(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     refused("computes something else: its outputs differ by", kind="safetensors")
     monkeypatch.setattr(export, "in_fresh_process", lambda words: "RuntimeError: what")
     refused("cannot be used: RuntimeError: what", kind="safetensors")
+
+
+def _bytes_of_weights(folder: Path) -> int:
+    """Return the size of a model without the code that a program holds too."""
+    programs = list(folder.glob("*.pt2"))
+    if not programs:
+        return (folder / "model.safetensors").stat().st_size
+    with zipfile.ZipFile(programs[0]) as members:
+        return sum(one.file_size for one in members.infolist() if "/weights/" in one.filename)
+
+
+@pytest.mark.usefixtures("_in_this_process")
+@pytest.mark.parametrize("kind", ["hf", "torch-export"])
+def test_weights_in_8_bits(kind: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of all linear layers that are called, here of an encoder with merged adapters; what that changes is printed."""
+    pytest.importorskip("torchao", reason="the extra `quantize` is not installed")
+    exported(runs / "lora", tmp_path / "plain", kind)
+    capsys.readouterr()
+    out = exported(runs / "lora", tmp_path / "out", kind, quantize="int8")
+    said = capsys.readouterr().out
+    # 2 blocks of 6, the pooler, and the classifier
+    (change,) = re.findall(r"  14 linear layers with int8 weights: outputs differ by up to (\S+) from", said)
+    assert 1e-6 < float(change) < 1e-2
+    for name in ("loss", "accuracy"):
+        before, after = re.findall(rf"eval/{name}: (\S+) in fp32, (\S+) in int8", said)[0]
+        assert float(after) == pytest.approx(float(before), abs=0.05)
+
+    sizes = [_bytes_of_weights(folder) for folder in (tmp_path / "plain", out)]
+    weights = 2 * (4 * 64 * 64 + 2 * 64 * 128) + 64 * 64 + 2 * 64
+    assert sizes[0] - sizes[1] > 2 * weights, "three bytes less per weight, but for scales and headers"
+    if kind == "hf":
+        assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "torchao"
+        assert {path.name for path in (tmp_path / "plain").iterdir()} <= {path.name for path in out.iterdir()}
+    else:
+        assert json.loads((out / "export.json").read_text())["quantize"] == "int8"
+
+
+@pytest.mark.usefixtures("_in_this_process")
+def test_weights_that_cannot_be_quantized(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(match: str, run: Path = runs / "linear", kind: str = "torch-export", quantize: str = "int8") -> None:
+        with pytest.raises(UserError, match=match):
+            exported(run, tmp_path / "out", kind, quantize=quantize)
+        assert not list(tmp_path.iterdir())
+
+    refused("--quantize int4: torchao has weights of 4 bits on GPUs only", quantize="int4")
+    refused("--quantize int5: must be int8", quantize="int5")
+    refused("--format onnx does not hold such weights; use hf or torch-export", kind="onnx")
+    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    refused("torchao is not installed: pip install")
+
+
+def test_only_layers_that_are_called_and_share_no_weights_are_quantized() -> None:
+    pytest.importorskip("torchao", reason="the extra `quantize` is not installed")
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.first = nn.Embedding(8, 16), nn.Linear(16, 16)
+            self.unused, self.head = nn.Linear(16, 16), nn.Linear(16, 8, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.first(self.embedding(ids)))  # type: ignore[no-any-return]
+
+    model = Tied()
+    quantized.quantize_called_layers(model, lambda: model(torch.arange(4)))
+    assert type(model.first.weight).__name__ == "Int8Tensor"
+    assert quantized.num_quantized(model) == 1
+    bare = nn.Sequential(nn.Conv1d(1, 1, 1))
+    with pytest.raises(UserError, match=r"calls no torch\.nn\.Linear with weights of its own"):
+        quantized.quantize_called_layers(bare, lambda: bare(torch.ones(1, 1, 1)))
