@@ -185,6 +185,38 @@ def serve(
     return serve_run(run, host=host, port=port, ema=ema, recipe=recipe)
 
 
+def push(
+    run: tyro.conf.Positional[Path],
+    repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")],
+    public: _Flag = False,
+    revision: str = "",
+    message: str = "",
+    step: int | None = None,
+    ema: _Flag = False,
+    merge: _Flag = False,
+) -> int:
+    """Upload a model to a hub: that of a run or checkpoint, or a folder that an export has written.
+
+    The repository is made where it does not exist. Its earlier files of weights are replaced, in the same commit. The
+    hub is huggingface.co, or that of HF_ENDPOINT; the token that of `hf auth login` or HF_TOKEN.
+
+    Args:
+        run: A run's output folder (its newest checkpoint, or that of --step), a checkpoint, or an exported model.
+        repository: Name of the repository on the hub.
+        public: Make a new repository public (default: private). One that exists stays as it is.
+        revision: Branch to write to (default: main).
+        message: Message of the commit.
+        step: Step of the checkpoint.
+        ema: Use the average of the weights that the run keeps (--ema, --ema-half-life, --swa-from).
+        merge: Merge a LoRA adapter into its base model (default: the adapter alone).
+    """
+    from shardlaunch.launcher.commands.push import push_model
+
+    return push_model(
+        run, repository, public=public, revision=revision, message=message, step=step, ema=ema, merge=merge
+    )
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "predict": predict,
     "generate": generate,
@@ -192,4 +224,5 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "report": report,
     "export": export,
     "serve": serve,
+    "push": push,
 }
