@@ -64,6 +64,11 @@ def _equal_work(result: Any) -> Figures:
         yield f"work of the slowest of {row['ranks']} ranks, {row['tokens']} tokens: {arm}", work, ""
 
 
+def _evaluation(result: Any) -> Figures:
+    for row in result["rows"]:
+        yield f"evaluation, x ours: {row['arm']}, {row['length']} tokens", row["times_ours"][0], ""
+
+
 def _exact_cost(result: Any) -> Figures:
     for arm in result["arms"]:
         if "exact" in arm["arm"]:
@@ -113,6 +118,11 @@ SHORT = {
     ),
     "comm_volume": Short(words=("--ranks", "2"), figures=_comm_volume),
     "equal_work": Short(words=("--reviews", "1600", "--data", "{data}"), figures=_equal_work, data="imdb"),
+    "evaluation": Short(
+        words=("--rounds", "2", "--reviews", "64", "--lengths", "512", "--data", "{data}"),
+        figures=_evaluation,
+        data="imdb",
+    ),
     "exact_cost": Short(words=("--rounds", "2", "--steps", "1"), ranks=2, figures=_exact_cost),
     "head_loss": Short(words=("--rounds", "2", "--sizes", "1"), figures=_head_loss),
     "lm_tokens_per_s": Short(

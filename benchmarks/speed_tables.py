@@ -99,6 +99,16 @@ def head_loss(results: Sequence[dict[str, Any]]) -> str:
     return markdown_table(["vocabulary, width, tokens", *(f"{arm}, MB" for arm in arms), "memory", "CPU time"], rows)
 
 
+def evaluation(results: Sequence[dict[str, Any]]) -> str:
+    """Return a row per length and arm: reviews per second, and times as ratios to this project's."""
+    rows = [
+        [str(row["length"]), row["arm"], _shown(row["reviews_per_s"], digits=1), _shown(row["times_ours"], digits=2)]
+        for result in results
+        for row in result["rows"]
+    ]
+    return markdown_table(["tokens, at most", "", "reviews/s", "time, x shardlaunch"], rows)
+
+
 def lm_tokens_per_s(results: Sequence[dict[str, Any]]) -> str:
     """Return a row per arm: tokens per second, and as a ratio to the loop written by hand."""
     rows = [
@@ -136,6 +146,7 @@ KINDS = {
     "comm_volume": comm_volume,
     "digest": digest,
     "equal_work": equal_work,
+    "evaluation": evaluation,
     "head_loss": head_loss,
     "lm_tokens_per_s": lm_tokens_per_s,
     "starts": starts,

@@ -3,6 +3,7 @@
 Topic modules have what recipes also use: `shardlaunch.data`, `.orders`, `.images`, `.text`, `.metrics`, `.demo`.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,11 @@ __all__ = [
     "option",
     "start",
 ]
+
+# Where torchao is installed, transformers imports it, and it warns of its libraries for GPUs on a machine without, and
+# of an interface of PyTorch that it still uses.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 # Imported on first use, so that `shardlaunch --help` does not wait for torch.
 _HOMES = {
