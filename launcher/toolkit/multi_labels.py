@@ -40,9 +40,10 @@ def labels_of_lists(
         )
     if absent := [label for label in classes if label not in in_training]:
         current().warnings.append(f"no row of the training data has {some(map(repr, absent))} in column {called!r}")
+    known = set(classes)
     for name, rows in found.items():
         for row, labels in enumerate(rows, start=1):
-            if unknown := [label for label in labels if label not in classes]:
+            if unknown := [label for label in labels if label not in known]:
                 raise UserError(
                     f"--data {source}: row {row} of the {name} data has the label {unknown[0]!r}, which the training "
                     f"data has not; its labels are {some(map(repr, classes), 12)}"
