@@ -158,12 +158,20 @@ def run_recipe_on(
     from shardlaunch.launcher.runs.resume_check import check_resume
     from shardlaunch.launcher.runs.run import Run
     from shardlaunch.sharding.exact_kernels import deterministic_kernels
-    from shardlaunch.sharding.resolve import check_exact, check_ranks, check_settings, check_tensor_parallel
+    from shardlaunch.sharding.resolve import (
+        check_exact,
+        check_quantized_base,
+        check_ranks,
+        check_settings,
+        check_tensor_parallel,
+    )
 
     recipe_type = recipe if isinstance(recipe, type) else type(recipe)
     check_ranks(env, world, _accelerate_ranks(world))
     settings = settings_of(recipe_type, options, choice.precision, env)
     check_settings(choice.strategy, settings)
+    if options.lora_base_bits:
+        check_quantized_base(choice.strategy)
     if options.exact:
         check_exact(
             choice.strategy,

@@ -21,7 +21,7 @@ from shardlaunch.checkpoints.files import error_text, make_folder
 from shardlaunch.checkpoints.names import ADAPTER_CONFIG, BASE, STAGING_PREFIX
 from shardlaunch.checkpoints.records import to_json
 from shardlaunch.errors import UserError
-from shardlaunch.launcher.commands.adapters import holds_adapter, merged_weights
+from shardlaunch.launcher.commands.adapters import holds_adapter, merged_weights, merging_note
 from shardlaunch.launcher.commands.ckpt.exporting import MERGED, OF_AVERAGE
 from shardlaunch.launcher.commands.ckpt.output import size, warn
 from shardlaunch.launcher.commands.export.formats import FORMATS, Example, write_format
@@ -58,6 +58,10 @@ def export_run(path: Path, out: Path, *, kind: str, step: int | None, ema: bool,
         run = open_run(path, step=step, recipe_path=recipe, warn=warn, on_cpu=True)
         _check_kind(run, kind)
         data = run.load_data()
+        note = merging_note(run.checkpoint) if holds_adapter(run.checkpoint) else ""
+        if note:
+            warn(note)
+            run.recipe.options.lora_base_bits = 0  # nothing can be merged into integers
         model = run.model(ema=ema)
         calls = _calls(run, data, model)
         if run.recipe.options.lora_rank:
@@ -69,7 +73,7 @@ def export_run(path: Path, out: Path, *, kind: str, step: int | None, ema: bool,
             if kind in FORMATS:
                 write_format(kind, plain, example, staging)
             else:
-                _write_weights(run, staging, ema=ema)
+                _write_weights(run, staging, ema=ema, note=note)
             difference = _compare(
                 kind, staging, calls, expected, Path(scratch), run={"path": str(run.where), "recipe": recipe}
             )
@@ -152,7 +156,7 @@ def _expected(plain: PlainModel, calls: Sequence[Call]) -> list[tuple[torch.Tens
     return found
 
 
-def _write_weights(run: TrainedRun, staging: Path, *, ema: bool) -> None:
+def _write_weights(run: TrainedRun, staging: Path, *, ema: bool, note: str) -> None:
     """Write a model folder, as `shardlaunch ckpt export` does, with adapters merged."""
     has_adapter = holds_adapter(run.checkpoint)
     weights = merged_weights(run.checkpoint, ema=ema) if has_adapter else weights_of(run.checkpoint, is_average=ema)
@@ -161,7 +165,7 @@ def _write_weights(run: TrainedRun, staging: Path, *, ema: bool) -> None:
         weights,
         beside=run.checkpoint,
         leave_out=[ADAPTER_CONFIG, BASE] if has_adapter else [],
-        about=" ".join([MERGED] * has_adapter + [OF_AVERAGE] * ema),
+        about=" ".join([MERGED] * has_adapter + [note] * bool(note) + [OF_AVERAGE] * ema),
     )
 
 
