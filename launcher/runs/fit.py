@@ -85,9 +85,12 @@ def choose(options: Options, env: LaunchEnvironment) -> Choice:
     """Return strategy and precision from options and launch environment. Raises UserError if these contradict."""
     with phase("loading libraries"):  # here, so that a person sees something before
         from shardlaunch.launcher.runs import cross_validation  # noqa: F401 - and with it all that a run needs
-        from shardlaunch.sharding.resolve import resolve_strategy
+        from shardlaunch.sharding.resolve import check_quantized_base, resolve_strategy
+    strategy = resolve_strategy(options.strategy, env)
+    if options.lora_base_bits:
+        check_quantized_base(strategy)
     return Choice(
-        strategy=resolve_strategy(options.strategy, env),
+        strategy=strategy,
         precision=resolve_precision(options.precision, env.accelerate_precision),
     )
 
@@ -158,20 +161,12 @@ def run_recipe_on(
     from shardlaunch.launcher.runs.resume_check import check_resume
     from shardlaunch.launcher.runs.run import Run
     from shardlaunch.sharding.exact_kernels import deterministic_kernels
-    from shardlaunch.sharding.resolve import (
-        check_exact,
-        check_quantized_base,
-        check_ranks,
-        check_settings,
-        check_tensor_parallel,
-    )
+    from shardlaunch.sharding.resolve import check_exact, check_ranks, check_settings, check_tensor_parallel
 
     recipe_type = recipe if isinstance(recipe, type) else type(recipe)
     check_ranks(env, world, _accelerate_ranks(world))
     settings = settings_of(recipe_type, options, choice.precision, env)
     check_settings(choice.strategy, settings)
-    if options.lora_base_bits:
-        check_quantized_base(choice.strategy)
     if options.exact:
         check_exact(
             choice.strategy,
