@@ -58,6 +58,8 @@ class Adapters:
     saved_names: Mapping[str, str]
     """Names in a checkpoint of what is trained, by the model's names."""
     num_layers: int
+    narrow_layers: tuple[str, ...]
+    """Adapted layers of which one dimension is below the rank."""
     num_trained: int
     """Elements."""
     whole_modules: tuple[str, ...]
@@ -210,6 +212,7 @@ def add_adapters(
         config=config,
         saved_names={name: _saved_name(name) for name in (*whole, *adapters)},
         num_layers=sum(".lora_A." in name for name in adapters),  # of fused experts, peft adapts parameters too
+        narrow_layers=tuple(name for name in targets if min(tensors[f"{name}.weight"].shape) < options.lora_rank),
         num_trained=sum(tensor.numel() for tensor in (*trained, *adapters.values())),
         whole_modules=whole_modules,
         base=base,
