@@ -80,7 +80,7 @@ def export_run(path: Path, out: Path, *, kind: str, step: int | None, ema: bool,
             if kind in FORMATS:
                 about = _about(run, kind, example, calls[0], ema=ema, difference=difference)
                 (staging / ABOUT).write_bytes(to_json(about, indent=1) + b"\n")
-            num_bytes = sum(file.stat().st_size for file in staging.iterdir())
+            num_bytes = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file())
     samples = sum(len(next(iter(call.tensors.values()))) for call in calls)
     print(f"{out}: {kind}, {size(num_bytes)}")
     print(

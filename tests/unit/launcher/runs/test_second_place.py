@@ -145,6 +145,7 @@ def test_a_copy_of_the_same_step_in_other_files_is_replaced(tmp_path: Path) -> N
     (there / step_dir_name(4) / "model-00001-of-00002.safetensors").write_text("another")
     shutil.copytree(there / step_dir_name(4), there / step_dir_name(1))
     (there / step_dir_name(1) / "manifest.json").unlink()
+    (there / step_dir_name(1) / "1_Pooling").mkdir()
     (there / ".staging-step-00000003").mkdir()
     fit(NetRecipe, output_dir=run_dir, save_to=url, **OPTIONS, stop_at_step=4)
     assert sorted(path.name for path in there.iterdir()) == [step_dir_name(step) for step in (3, 4)]
