@@ -199,6 +199,8 @@ class EmbedPairs(Recipe):
         save_embedder(folder, model, pooling=options.pooling, max_length=options.max_length, prompts=self._prompts())
 
     def usage(self, checkpoint: Path) -> str:
+        if self.options.lora_rank:  # sentence-transformers needs the base model beside the adapter
+            return ""
         return (
             f'python -c "from sentence_transformers import SentenceTransformer; '
             f"print(SentenceTransformer('{checkpoint}').encode(['a text']))\""
