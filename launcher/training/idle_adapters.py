@@ -22,13 +22,14 @@ class AdapterWatch:
     def __init__(self, trainer: Trainer, *, warn: Callable[[str], None]) -> None:
         self._trainer = trainer
         self._warn = warn
+        self._is_done = False
         self._train_step = trainer.train_step
         trainer.train_step = self._step  # type: ignore[method-assign, assignment]
 
     def _step(self, counted: CountedBatch, *others: Any) -> tuple[StepReport, CountedBatch]:
         report, upcoming = self._train_step(counted, *others)
-        if not report.is_skipped and report.lr > 0:
-            self._trainer.train_step = self._train_step  # type: ignore[method-assign]
+        if not (self._is_done or report.is_skipped) and report.lr > 0:
+            self._is_done = True
             self._check()
         return report, upcoming
 

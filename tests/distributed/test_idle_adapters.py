@@ -74,6 +74,12 @@ def test_a_resume_is_silent_and_adapters_that_all_learn_are_too(base: Path, tmp_
     assert "smaller dimension" not in all_learn
 
 
+def test_other_looks_at_steps_go_on(base: Path, tmp_path: Path) -> None:
+    (output,) = _outputs([_argv(base, tmp_path, "--max-steps", "5", "--profile", "1")])
+    assert IDLE in output
+    assert list((tmp_path / "profile").iterdir())
+
+
 def test_a_run_of_which_no_adapter_learns_is_refused(base: Path, tmp_path: Path) -> None:
     status, output = run_quietly(PartlyUsed, _argv(base, tmp_path / "run", "--layers", "0"))
     assert status == 2
