@@ -17,7 +17,7 @@ from shardlaunch.checkpoints.digests import FileRecord
 from shardlaunch.checkpoints.files import fsync
 from shardlaunch.checkpoints.listing import DamagedCheckpoint, file_records, listing_of
 from shardlaunch.checkpoints.names import MANIFEST, STAGING_PREFIX, TRASH_PREFIX, step_dir_name, step_of_dir_name
-from shardlaunch.checkpoints.places import LocalPlace, Place, committed_steps, digest_at, place_at
+from shardlaunch.checkpoints.places import LocalPlace, Place, committed_steps, digest_at, entries, place_at
 from shardlaunch.checkpoints.records import DamagedRecord, ManifestRecord
 from shardlaunch.errors import UserError, some
 
@@ -82,7 +82,7 @@ def copy_checkpoint(source: Place, target: Place, *, num_threads: int = 2) -> Co
             f"{target.shown}: the checkpoint is of step {record.step}; name it {step_dir_name(record.step)}"
         )
     files = file_records(record)
-    unlisted = tuple(name for name in source.names() if name not in files and name != MANIFEST)
+    unlisted = tuple(name for name in entries(source, files) if name not in files and name != MANIFEST)
     work = _Work(source=source, target=target, files=files, manifest=manifest, num_threads=num_threads)
     try:
         _check_sizes(source, files)
@@ -140,7 +140,7 @@ def _check_sizes(source: Place, files: Mapping[str, FileRecord]) -> None:
 
 def _refuse_other(target: Place, record: ManifestRecord, files: Mapping[str, FileRecord]) -> None:
     """Refuse a target that holds another checkpoint, or files of something else."""
-    names = target.names()
+    names = entries(target, files)
     there: ManifestRecord | None = None
     if MANIFEST in names:
         with suppress(UserError):  # a damaged one is written anew, beside files of the same names
@@ -229,13 +229,14 @@ class _Work:
         if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
             staging.unlink()
         staging.mkdir(parents=True, exist_ok=True)
-        for name in os.listdir(staging):
+        place = LocalPlace(staging)
+        for name in entries(place, self.files):
             if name not in self.files:
-                other = staging / name
-                shutil.rmtree(other) if other.is_dir() and not other.is_symlink() else other.unlink()
+                place.remove(name)
         for name in self.files:
             if path.is_dir() and not os.path.lexists(staging / name):
                 with suppress(OSError):
+                    (staging / name).parent.mkdir(exist_ok=True)
                     os.link(path / name, staging / name, follow_symlinks=False)
 
     def _wrong_files(self, place: Place) -> list[str]:

@@ -288,6 +288,7 @@ def _copy_others(
 
 
 def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
     file = DigestingFile(target)
     try:
         with open_regular(source) as opened:

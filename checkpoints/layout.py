@@ -11,6 +11,7 @@ from shardlaunch.checkpoints.names import MANIFEST as MANIFEST
 from shardlaunch.checkpoints.names import RECIPE as RECIPE
 from shardlaunch.checkpoints.names import TRAINER_STATE as TRAINER_STATE
 from shardlaunch.checkpoints.names import index_file_name as index_file_name
+from shardlaunch.checkpoints.names import is_listed_file_name as is_listed_file_name
 from shardlaunch.checkpoints.names import is_plain_file_name as is_plain_file_name
 from shardlaunch.checkpoints.names import step_dir_name as step_dir_name
 from shardlaunch.checkpoints.names import step_of_dir_name as step_of_dir_name

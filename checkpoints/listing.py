@@ -13,7 +13,7 @@ from msgspec import UNSET
 
 from shardlaunch.checkpoints.digests import CRC64, XXH3, FileRecord, digests_of_crcs
 from shardlaunch.checkpoints.files import is_there
-from shardlaunch.checkpoints.names import EMA, MANIFEST, MODEL, NUM_BYTES, OPTIMIZER, TRAINER_STATE, is_plain_file_name
+from shardlaunch.checkpoints.names import EMA, MANIFEST, MODEL, NUM_BYTES, OPTIMIZER, TRAINER_STATE, is_listed_file_name
 from shardlaunch.checkpoints.records import FileEntry, ManifestHead, ManifestRecord, TensorListing, decode, read_bytes
 from shardlaunch.errors import UserError
 
@@ -102,7 +102,7 @@ def _check(record: ManifestRecord) -> None:
     """Check that the parts of a manifest agree. Raises ValueError that says which do not."""
     has_crcs = record.version >= 4
     for name, entry in record.files.items():
-        if not is_plain_file_name(name) or name == MANIFEST:
+        if not is_listed_file_name(name) or name == MANIFEST:
             raise ValueError(f"{name!r} is not a plain file name")
         if (entry.crc64nvme is not UNSET, entry.xxh3_128 is not UNSET) != (has_crcs, not has_crcs):
             raise ValueError(f"{name!r} has not the digest of version {record.version}")

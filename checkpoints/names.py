@@ -55,3 +55,8 @@ def are_of_adapter(names: Iterable[str]) -> bool:
 def is_plain_file_name(name: str) -> bool:
     """Return whether a name read from a file is safe to append to a folder: no separators, not hidden."""
     return _FILE_NAME.fullmatch(name) is not None
+
+
+def is_listed_file_name(name: str) -> bool:
+    """Return whether a name may be one of a manifest's files: a plain one, or FOLDER/NAME of two plain ones."""
+    return name.count("/") <= 1 and all(map(is_plain_file_name, name.split("/")))

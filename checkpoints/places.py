@@ -2,14 +2,15 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from shardlaunch.checkpoints.digests import CRC64, DigestingFile, FileRecord, digest_of_kind
-from shardlaunch.checkpoints.files import is_gone
+from shardlaunch.checkpoints.files import fsync, is_gone
 from shardlaunch.checkpoints.names import MANIFEST, step_of_dir_name
 from shardlaunch.checkpoints.records import MOST_BYTES, DamagedRecord, open_regular, read_bytes, regular_size
 from shardlaunch.errors import UserError
@@ -20,7 +21,7 @@ _LOCAL = ("file://", "local://")
 
 
 class Place(Protocol):
-    """A folder of flat files. Every method raises UserError that names the file or folder."""
+    """A folder of files, which may lie in folders in it. Every method raises UserError that names what failed."""
 
     @property
     def shown(self) -> str:
@@ -45,7 +46,7 @@ class Place(Protocol):
         """Write a file, over one that is there, and return size and digest, of a kind, of what was written."""
 
     def remove(self, name: str) -> None:
-        """Delete a file, if there is one."""
+        """Delete a file, or a folder with all that is in it, if there is one."""
 
     def make(self) -> None:
         """Create the folder, where it is none yet and the file system has folders."""
@@ -99,6 +100,16 @@ def committed_steps(place: Place) -> list[int]:
     return sorted(step for step, name in found if step is not None and place.child(name).size(MANIFEST) is not None)
 
 
+def entries(place: Place, listed: Iterable[str]) -> list[str]:
+    """Return the names of what is in a folder, and in those folders in it that have `listed` files: FOLDER/NAME."""
+    folders = {name.rpartition("/")[0] for name in listed}
+    return [
+        entry
+        for name in place.names()
+        for entry in ([f"{name}/{inner}" for inner in place.child(name).names()] if name in folders else [name])
+    ]
+
+
 @dataclass(frozen=True)
 class LocalPlace:
     """A folder of this machine. Only regular files are opened."""
@@ -137,6 +148,8 @@ class LocalPlace:
     def write(self, name: str, chunks: Iterator[memoryview], *, kind: str = CRC64) -> FileRecord:
         path = self.path / name
         with _failures_named(str(path)):
+            if "/" in name:
+                path.parent.mkdir(exist_ok=True)
             path.unlink(missing_ok=True)
             file = DigestingFile(path, kind=kind)
             try:
@@ -145,12 +158,18 @@ class LocalPlace:
                 record = file.finish()
             finally:
                 file.close()
+            if "/" in name:
+                fsync(path.parent)
             _forget_pages(path)
         return record
 
     def remove(self, name: str) -> None:
-        with _failures_named(str(self.path / name)):
-            (self.path / name).unlink(missing_ok=True)
+        path = self.path / name
+        with _failures_named(str(path)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def make(self) -> None:
         with _failures_named(self.shown):
@@ -203,6 +222,8 @@ class RemotePlace:
 
     def write(self, name: str, chunks: Iterator[memoryview], *, kind: str = CRC64) -> FileRecord:
         digest, num_bytes = digest_of_kind(kind), 0
+        if "/" in name:
+            self.child(name.rpartition("/")[0]).make()
         with _failures_named(f"{self.shown}/{name}"):
             try:
                 with self.file_system.open(f"{self.path}/{name}", "wb") as file:
@@ -219,7 +240,11 @@ class RemotePlace:
 
     def remove(self, name: str) -> None:
         with _failures_named(f"{self.shown}/{name}"), suppress(FileNotFoundError):
-            self.file_system.rm_file(f"{self.path}/{name}")
+            path = f"{self.path}/{name}"
+            if self.file_system.isdir(path):
+                self.file_system.rm(path, recursive=True)
+            else:
+                self.file_system.rm_file(path)
             self.file_system.invalidate_cache()
 
     def make(self) -> None:

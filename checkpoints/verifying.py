@@ -1,6 +1,5 @@
 """Check a checkpoint folder, quickly or to the last bit, and say which file is damaged and how. Imports no torch."""
 
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from shardlaunch.checkpoints.names import (
     step_dir_name,
     step_of_dir_name,
 )
+from shardlaunch.checkpoints.places import LocalPlace, entries
 from shardlaunch.checkpoints.records import (
     IndexRecord,
     ManifestRecord,
@@ -226,8 +226,8 @@ def _record_damages(step_dir: Path, record: ManifestRecord) -> list[Damage]:
 
 def _unlisted(step_dir: Path, files: Mapping[str, FileRecord]) -> tuple[str, ...]:
     try:
-        return tuple(sorted(name for name in os.listdir(step_dir) if name not in files and name != MANIFEST))
-    except OSError:
+        return tuple(name for name in entries(LocalPlace(step_dir), files) if name not in files and name != MANIFEST)
+    except UserError:
         return ()
 
 

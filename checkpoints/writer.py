@@ -13,7 +13,7 @@ from shardlaunch.checkpoints.layout import (
     TRAINER_STATE,
     TensorFile,
     index_file_name,
-    is_plain_file_name,
+    is_listed_file_name,
     step_dir_name,
 )
 from shardlaunch.checkpoints.manifest import Manifest
@@ -113,12 +113,17 @@ def _commit(
     """Complete the staging folder and commit it. Rank 0."""
     records = {file.file_name: file.record(crcs) for file in files}
     export(staging)
-    for path in sorted(staging.iterdir()):
-        if not is_plain_file_name(path.name):  # as `read_manifest` asks for
-            raise UserError(f"export() wrote {path.name!r}: name it with letters, digits and any of _ . + @ - only")
-        if path.is_file() and path.name not in records:
+    for path in sorted(staging.rglob("*")):
+        name = path.relative_to(staging).as_posix()
+        if not is_listed_file_name(name):  # as `read_manifest` asks for
+            raise UserError(
+                f"export() wrote {name!r}: name it with letters, digits and any of _ . + @ - only, and put it at most "
+                f"one folder deep"
+            )
+        if name not in records:
             fsync(path)
-            records[path.name] = digest_file(path)
+            if path.is_file():
+                records[name] = digest_file(path)
     tensors = {spec: file.file_name for file in files for spec in file.specs}
     for section, specs in specs_by_section(tensors).items():
         if ADAPTER_WEIGHTS in map(tensors.get, specs):

@@ -219,7 +219,10 @@ class Recipe(Logs, RunHooks):
         return scheduled(step, num_steps, self.options)
 
     def export(self, folder: Path, model: Any) -> None:
-        """Write files that let other tools load the checkpoint folder: configuration, tokenizer. Rank 0."""
+        """Write files that let other tools load the checkpoint folder: configuration, tokenizer. Rank 0.
+
+        They may lie in folders there, but not in folders of these.
+        """
 
     def usage(self, checkpoint: Path) -> str:
         """Return an example shell command that uses a checkpoint; empty: none."""

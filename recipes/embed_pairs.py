@@ -21,6 +21,7 @@ from shardlaunch.data import (
     select_columns,
 )
 from shardlaunch.text import (
+    check_embedder,
     from_config,
     from_source,
     padded,
@@ -30,6 +31,7 @@ from shardlaunch.text import (
     ranking_loss,
     require_short_inputs,
     save_config,
+    save_embedder,
     tokenized_texts,
 )
 
@@ -110,6 +112,8 @@ class EmbedPairs(Recipe):
             max_length=options.max_length,
             micro_batch_size=2,  # the texts of a pair are padded too
         )
+        is_chosen = bool(self.explicitly_set_flags("pooling"))
+        check_embedder(source, options.pooling, is_chosen=is_chosen, prompts=self._prompts())
         columns = {"anchor": options.anchor_column, "positive": options.positive_column}
         if options.negative_column:
             columns["negative"] = options.negative_column
@@ -191,6 +195,19 @@ class EmbedPairs(Recipe):
     def export(self, folder: Path, model: Any) -> None:
         save_config(model, folder)
         self.tokenizer.save_pretrained(folder)
+        options = self.options
+        save_embedder(folder, model, pooling=options.pooling, max_length=options.max_length, prompts=self._prompts())
+
+    def usage(self, checkpoint: Path) -> str:
+        if self.options.lora_rank:  # sentence-transformers needs the base model beside the adapter
+            return ""
+        return (
+            f'python -c "from sentence_transformers import SentenceTransformer; '
+            f"print(SentenceTransformer('{checkpoint}').encode(['a text']))\""
+        )
+
+    def _prompts(self) -> dict[str, str]:
+        return {"query": self.options.anchor_prefix, "document": self.options.positive_prefix}
 
 
 launch(EmbedPairs)

@@ -60,6 +60,15 @@ def check_settings(name: str, settings: Settings) -> None:
         raise UserError(f"--shard-ranks: {name} has no sharded replicas; use --strategy hsdp")
 
 
+def check_quantized_base(name: str) -> None:
+    """Raise UserError for a strategy that takes weights in floating point only."""
+    if STRATEGIES[name].is_sharded:
+        raise UserError(
+            f"--lora-base-bits: not under {name}, which takes weights in floating point only; use --strategy ddp, or "
+            f"remove it"
+        )
+
+
 def check_exact(name: str, world: World, *, num_micro_batches: int, compiles: bool, has_own_step: bool) -> None:
     """Raise UserError where sums cannot be exact."""
     if not STRATEGIES[name].can_be_exact:

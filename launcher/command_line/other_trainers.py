@@ -98,6 +98,8 @@ _ADVICE = {
     "lora_modules_to_save": "not an option here; with --lora-rank, newly initialized layers are trained as a whole",
     "use_rslora": "did you mean --rslora?",
     "use_dora": "did you mean --dora?",
+    "load_in_8bit": "did you mean --lora-base-bits? It is for the frozen base of --lora-rank, and 8",
+    "load_in_4bit": "did you mean --lora-base-bits? It is for the frozen base of --lora-rank, and 8, not fewer",
     "torch_compile": "did you mean --compile?",
     "fsdp": "did you mean --strategy fsdp2?",
     "deepspeed": "did you mean --strategy zero1, zero2 or zero3?",

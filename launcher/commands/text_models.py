@@ -32,6 +32,7 @@ def listed_files(checkpoint: Checkpoint, *, ema: bool = False) -> Iterator[Path]
                 write_model_folder(folder, weights_of(checkpoint, is_average=True), beside=checkpoint)
             for file in () if ema else checkpoint.manifest.files:
                 if not file.startswith((f"{OPTIMIZER}-", f"{EMA}-")):
+                    (folder / file).parent.mkdir(exist_ok=True)
                     (folder / file).symlink_to((checkpoint.step_dir / file).absolute())
         except OSError as error:
             raise UserError(f"no folder for temporary files: {error}; set TMPDIR to a writable one") from error

@@ -25,12 +25,19 @@ class LoraOptions:
     """Let an adapter count alpha / sqrt(rank) times (rank-stabilized LoRA)."""
     dora: bool = False
     """Also train the length of each row of the adapted weight matrices (DoRA)."""
+    lora_base_bits: int = 0
+    """Keep the frozen linear layers of the base model in 8 bits: a quarter of their memory (0: as they are)."""
 
     def __post_init__(self) -> None:
         if not self.lora_rank:
             idle = [flag(f.name) for f in fields(LoraOptions) if getattr(self, f.name) != f.default]
             if idle:
                 raise UserError(f"{idle[0]}: has no effect without adapters; set --lora-rank, such as 16, or remove it")
+        if self.lora_base_bits not in (0, 8):
+            raise UserError(
+                f"--lora-base-bits {self.lora_base_bits}: must be 0 or 8; fewer bits need kernels of their own, which "
+                f"not every device has"
+            )
 
 
 def require_peft(options: LoraOptions) -> None:

@@ -23,7 +23,7 @@ from shardlaunch.launcher.runs.data import RunData
 from shardlaunch.launcher.runs.settings import settings_of
 from shardlaunch.launcher.training.batch_plan import BUCKET_BATCHES
 from shardlaunch.launcher.training.batches import MicroBatch, Slot
-from shardlaunch.sharding.resolve import STRATEGIES, check_settings
+from shardlaunch.sharding.resolve import STRATEGIES, check_quantized_base, check_settings
 from shardlaunch.sharding.strategy import Settings
 from shardlaunch.sharding.world import World
 
@@ -112,6 +112,8 @@ def plan_strategy(subject: Subject, cluster: Cluster, name: str, micro_batch: Mi
     try:
         STRATEGIES[name].check_available()
         check_settings(name, settings)
+        if options.lora_base_bits:
+            check_quantized_base(name)
         with catch_warnings():
             simplefilter("ignore")  # the run has them too
             trace = simulate(

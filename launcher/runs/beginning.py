@@ -88,6 +88,12 @@ def show_start(
             f"the constructor copied values that weights() has replaced since: {some(assembly.origins.stale)}; "
             f"return these from weights() too, or load the pretrained weights in model() before the copy"
         )
+    if (adapters := assembly.adapters) is not None and adapters.narrow_layers and checkpoint is None:
+        display.warn(
+            f"--lora-rank {options.lora_rank}: more than the smaller dimension of {some(adapters.narrow_layers)}; what "
+            f"is above it adds parameters, and nothing that they could learn. Choose a smaller rank, or name other "
+            f"layers with --lora-targets"
+        )
     if sparse := with_sparse_gradients(assembly.model):
         display.warn(
             f"the sparse gradients of {some(sparse)} are added up as dense ones, and each step updates all rows, by "

@@ -85,9 +85,12 @@ def choose(options: Options, env: LaunchEnvironment) -> Choice:
     """Return strategy and precision from options and launch environment. Raises UserError if these contradict."""
     with phase("loading libraries"):  # here, so that a person sees something before
         from shardlaunch.launcher.runs import cross_validation  # noqa: F401 - and with it all that a run needs
-        from shardlaunch.sharding.resolve import resolve_strategy
+        from shardlaunch.sharding.resolve import check_quantized_base, resolve_strategy
+    strategy = resolve_strategy(options.strategy, env)
+    if options.lora_base_bits:
+        check_quantized_base(strategy)
     return Choice(
-        strategy=resolve_strategy(options.strategy, env),
+        strategy=strategy,
         precision=resolve_precision(options.precision, env.accelerate_precision),
     )
 

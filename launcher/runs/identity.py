@@ -31,7 +31,7 @@ _INIT_DIGEST = "digest of the weights of --init-from"
 _ABSENT = {
     **{"--ema": 0.0, "--ema-half-life": 0.0, "--swa-from": 0.0, "--eval-ema": "both"},
     **{"--attention": "plain", "--eval-micro-batch-size": 0},
-    **{"--gradient-checkpointing-every": 1, "--chunked-loss": False},
+    **{"--gradient-checkpointing-every": 1, "--chunked-loss": False, "--lora-base-bits": 0},
 }
 """What runs did that began before there were these options. At these values they are no part of an identity."""
 _ORDER = "order of the batches"

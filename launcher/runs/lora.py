@@ -24,6 +24,8 @@ from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.options import Options
 from shardlaunch.launcher.runs.drawn_weights import value_digest
 from shardlaunch.launcher.runs.init_from import InitFrom
+from shardlaunch.launcher.runs.linear_layers import linear_layers, quantizable_layers
+from shardlaunch.launcher.runs.quantized_base import Quantized, num_bytes, quantize
 from shardlaunch.launcher.runs.start_values import StartValues
 from shardlaunch.launcher.seeding import derive_seed, seeded
 from shardlaunch.sharding.buffers import persistent_buffers
@@ -44,14 +46,6 @@ _HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-# Layers whose weights a family's own kernels take, by the ends of their names; peft refuses out_proj.
-_UNCALLED = {
-    "falcon_h1": ("out_proj",),
-    "falcon_mamba": ("out_proj", "dt_proj"),
-    "jamba": ("dt_proj",),
-    "mamba": ("out_proj", "dt_proj"),
-    "mamba2": ("out_proj",),
-}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -64,6 +58,8 @@ class Adapters:
     saved_names: Mapping[str, str]
     """Names in a checkpoint of what is trained, by the model's names."""
     num_layers: int
+    narrow_layers: tuple[str, ...]
+    """Adapted layers of which one dimension is below the rank."""
     num_trained: int
     """Elements."""
     whole_modules: tuple[str, ...]
@@ -72,6 +68,8 @@ class Adapters:
     """Its digest is known on the first rank of each machine."""
     base_buffers: Mapping[str, int]
     """Digests of the base's buffers, which are not saved either; on the first rank of each machine."""
+    quantized: Quantized | None
+    """None: the base is in floating point."""
 
     def describe(self) -> str:
         """Return what is trained, for the start-up summary."""
@@ -82,6 +80,7 @@ class Adapters:
         return (
             f"{self.num_trained:,} of {total:,} parameters train ({self.num_trained / total:.2%}): {kind} of rank "
             f"{self.config['r']}, alpha {self.config['lora_alpha']:g}, on {self.num_layers} layers{whole}"
+            f"{f'; {self.quantized.describe()}' if self.quantized else ''}"
         )
 
     def saved_aliases(self, aliases: Mapping[str, str]) -> dict[str, str]:
@@ -176,7 +175,8 @@ def add_adapters(
         return (values.read(name) if values is not None else tensors[name].detach()).to(dtypes[name])
 
     def magnitudes(name: str) -> torch.Tensor:
-        weight = value(f"{name}.weight")
+        layer: Any = model.get_submodule(name)
+        weight = value(f"{name}.weight") if values is not None else layer.weight.detach()
         lengths: torch.Tensor = torch.linalg.norm(weight.T if name in transposed else weight, dim=1)
         return lengths
 
@@ -188,6 +188,8 @@ def add_adapters(
     )
     buffers = [name for name in frozen if name not in parameters]
     base_buffers = {name: value_digest(value(name)) for name in buffers} if has_values else {}
+    quantized = _quantize(model, whole_modules) if options.lora_base_bits else None
+    parameters = dict(model.named_parameters())
     lengths = {name: magnitudes(name) for name in targets} if options.dora and has_values else {}
     config = _config(
         model, options, targets, whole_modules, base_model=base.model, is_transposed=transposed == set(targets)
@@ -210,11 +212,31 @@ def add_adapters(
         config=config,
         saved_names={name: _saved_name(name) for name in (*whole, *adapters)},
         num_layers=sum(".lora_A." in name for name in adapters),  # of fused experts, peft adapts parameters too
+        narrow_layers=tuple(name for name in targets if min(tensors[f"{name}.weight"].shape) < options.lora_rank),
         num_trained=sum(tensor.numel() for tensor in (*trained, *adapters.values())),
         whole_modules=whole_modules,
         base=base,
         base_buffers=base_buffers,
+        quantized=quantized,
     ), values
+
+
+def _quantize(model: nn.Module, whole_modules: Sequence[str]) -> Quantized:
+    """Quantize the base's linear layers in place. Raises UserError for a model without."""
+    layers = quantizable_layers(model, whole_modules)
+    if not layers:
+        raise UserError(
+            f"--lora-base-bits: {type(model).__name__} has no linear layers of torch's own to quantize, apart from its "
+            f"output layer; remove it"
+        )
+
+    def bytes_now() -> int:
+        names = set(base_names(model, whole_modules))
+        return num_bytes(parameter for name, parameter in model.named_parameters() if name in names)
+
+    before = bytes_now()
+    quantize(model, layers)
+    return Quantized(num_layers=len(layers), bytes_before=before, num_bytes=bytes_now())
 
 
 def _check_model(model: nn.Module) -> None:
@@ -257,24 +279,7 @@ def _whole_modules(model: nn.Module, new: Collection[str]) -> tuple[str, ...]:
 
 def _targets(model: Any, options: Options, whole_modules: Iterable[str]) -> list[str]:
     """Return the names of the layers that get an adapter. Raises UserError for a target that matches none."""
-    from transformers.pytorch_utils import Conv1D
-
-    # Their weights are used without a call of theirs, which is what an adapter adds to.
-    uncalled = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    ends = _UNCALLED.get(model.config.model_type, ())
-    uncalled += [name for name, _ in model.named_modules() if ends and name.endswith(ends)]
-    left_out = tuple(f"{name}." for name in (*whole_modules, *uncalled))
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and _returns_tensor(module)
-        and not f"{name}.".startswith(left_out)
-        and len(names[id(module.weight)]) == 1  # an adapter of a tied weight would be of one of its uses
-    ]
+    linear = linear_layers(model, whole_modules)
     if not options.lora_targets:
         output_layer = model.get_output_embeddings()
         targets = [name for name in linear if model.get_submodule(name) is not output_layer]
@@ -294,15 +299,6 @@ def _targets(model: Any, options: Options, whole_modules: Iterable[str]) -> list
 def _task(model: nn.Module) -> str | None:
     """Return peft's name of what a model is for, None for another task."""
     return next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), None)
-
-
-def _returns_tensor(module: nn.Module) -> bool:
-    """Return whether a linear layer is not one that returns more than a tensor, as routers of experts do."""
-    from transformers.pytorch_utils import Conv1D
-
-    forward: Any = type(module).forward
-    known = (nn.Linear.forward, Conv1D.forward)
-    return forward in known or forward.__annotations__.get("return") in (torch.Tensor, "torch.Tensor")
 
 
 def _is_at_end(target: str, name: str) -> bool:

@@ -11,7 +11,7 @@ from shardlaunch.checkpoints.copying_runs import RECORDS, RUN
 from shardlaunch.checkpoints.files import error_text, is_there, make_folder, replace_file
 from shardlaunch.checkpoints.listing import DamagedCheckpoint, listing_of
 from shardlaunch.checkpoints.names import CHECKPOINTS, MANIFEST, step_dir_name, step_of_dir_name
-from shardlaunch.checkpoints.places import LocalPlace, Place, committed_steps, join, place_at
+from shardlaunch.checkpoints.places import LocalPlace, Place, committed_steps, entries, join, place_at
 from shardlaunch.checkpoints.reader import Checkpoint, newest_complete, position_of
 from shardlaunch.checkpoints.records import DamagedRecord, Position, RunRecord, decode
 from shardlaunch.checkpoints.retention import sweep
@@ -243,7 +243,7 @@ def _make_way(here: Place, there: Place) -> None:
     if there.size(MANIFEST) is not None and there.read(MANIFEST) == manifest:
         return
     files = listing_of(f"{here.shown}/{MANIFEST}", manifest).files
-    if any(name not in files for name in there.names()):
+    if any(name not in files for name in entries(there, files)):
         _delete(there)
 
 

@@ -2,6 +2,7 @@
 
 from shardlaunch.launcher.toolkit.adapters import adapters_off
 from shardlaunch.launcher.toolkit.chats import contents_of, note_longer, set_chat_template, tokenized_chats
+from shardlaunch.launcher.toolkit.embedders import check_embedder, save_embedder
 from shardlaunch.launcher.toolkit.families import (
     CLASSIFIERS,
     TRANSLATORS,
@@ -53,6 +54,7 @@ __all__ = [
     "adapters_off",
     "best_spans",
     "causal_config",
+    "check_embedder",
     "contents_of",
     "cut_blocks",
     "exact_match",
@@ -83,6 +85,7 @@ __all__ = [
     "rows_of_documents",
     "rows_of_words",
     "save_config",
+    "save_embedder",
     "seed_of_row",
     "set_chat_template",
     "set_search",

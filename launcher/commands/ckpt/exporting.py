@@ -23,7 +23,7 @@ from shardlaunch.checkpoints.names import ADAPTER_CONFIG, BASE
 from shardlaunch.checkpoints.reader import Checkpoint
 from shardlaunch.checkpoints.verifying import look_at
 from shardlaunch.errors import UserError, some
-from shardlaunch.launcher.commands.adapters import holds_adapter, merged_weights
+from shardlaunch.launcher.commands.adapters import holds_adapter, merged_weights, merging_note
 from shardlaunch.launcher.commands.ckpt.output import print_json, size, warn
 from shardlaunch.launcher.runs.lora import base_of
 
@@ -46,6 +46,9 @@ def export(
     shard_bytes = bytes_of(shard_size) if shard_size else 0
     checkpoint = _opened(checkpoint_at(path, step=step, warn=warn), is_average=ema)
     leave_out: list[str] = []
+    note = merging_note(checkpoint) if merge and holds_adapter(checkpoint) else ""
+    if note:
+        warn(note)
     if merge:
         weights = (
             merged_weights(checkpoint, ema=ema) if holds_adapter(checkpoint) else merged(checkpoint, is_average=ema)
@@ -66,7 +69,7 @@ def export(
         dtype=DTYPES[dtype] if dtype else None,
         shard_bytes=shard_bytes,
         leave_out=leave_out,
-        about=" ".join([MERGED] * merge + [OF_AVERAGE] * ema),
+        about=" ".join([MERGED] * merge + [note] * bool(note) + [OF_AVERAGE] * ema),
     )
     _say(out, exported, [checkpoint.step_dir], as_json=as_json, is_model=CONFIG in checkpoint.manifest.files)
     return 0

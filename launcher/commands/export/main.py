@@ -22,7 +22,7 @@ from shardlaunch.checkpoints.files import error_text, make_folder
 from shardlaunch.checkpoints.names import ADAPTER_CONFIG, BASE, STAGING_PREFIX
 from shardlaunch.checkpoints.records import to_json
 from shardlaunch.errors import UserError
-from shardlaunch.launcher.commands.adapters import holds_adapter, merged_weights
+from shardlaunch.launcher.commands.adapters import holds_adapter, merged_weights, merging_note
 from shardlaunch.launcher.commands.ckpt.exporting import MERGED, OF_AVERAGE
 from shardlaunch.launcher.commands.ckpt.output import size, warn
 from shardlaunch.launcher.commands.evaluate import metrics_of
@@ -74,6 +74,10 @@ def export_run(
         run = open_run(path, step=step, recipe_path=recipe, warn=warn, on_cpu=True)
         _check_kind(run, kind)
         data = run.load_data()
+        note = merging_note(run.checkpoint) if holds_adapter(run.checkpoint) else ""
+        if note:
+            warn(note)
+            run.recipe.options.lora_base_bits = 0  # nothing can be merged into integers
         model = run.model(ema=ema)
         calls = _calls(run, data, model)
         if run.recipe.options.lora_rank:
@@ -83,7 +87,7 @@ def export_run(
         with _staged(out) as staging:
             if kind not in FORMATS:
                 weights_dir = Path(scratch, HF) if quantize else staging
-                _write_weights(run, weights_dir, ema=ema)
+                _write_weights(run, weights_dir, ema=ema, note=note)
             if quantize:
                 metrics = _metrics(run, data, model)
                 with quantization_errors():
@@ -102,7 +106,7 @@ def export_run(
             if kind in FORMATS:
                 about = _about(run, kind, example, calls[0], ema=ema, quantize=quantize, difference=difference)
                 (staging / ABOUT).write_bytes(to_json(about, indent=1) + b"\n")
-            num_bytes = sum(file.stat().st_size for file in staging.iterdir())
+            num_bytes = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file())
     samples = sum(len(next(iter(call.tensors.values()))) for call in calls)
     print(f"{out}: {kind}, {size(num_bytes)}")
     print(
@@ -210,7 +214,7 @@ def _expected(plain: PlainModel, calls: Sequence[Call]) -> list[tuple[torch.Tens
     return found
 
 
-def _write_weights(run: TrainedRun, staging: Path, *, ema: bool) -> None:
+def _write_weights(run: TrainedRun, staging: Path, *, ema: bool, note: str) -> None:
     """Write a model folder, as `shardlaunch ckpt export` does, with adapters merged."""
     has_adapter = holds_adapter(run.checkpoint)
     weights = merged_weights(run.checkpoint, ema=ema) if has_adapter else weights_of(run.checkpoint, is_average=ema)
@@ -219,7 +223,7 @@ def _write_weights(run: TrainedRun, staging: Path, *, ema: bool) -> None:
         weights,
         beside=run.checkpoint,
         leave_out=[ADAPTER_CONFIG, BASE] if has_adapter else [],
-        about=" ".join([MERGED] * has_adapter + [OF_AVERAGE] * ema),
+        about=" ".join([MERGED] * has_adapter + [note] * bool(note) + [OF_AVERAGE] * ema),
     )
 
 

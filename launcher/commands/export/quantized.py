@@ -77,9 +77,11 @@ def write_quantized_folder(plain: Path, folder: Path) -> nn.Module:
         raise
     except Exception as error:  # of transformers and torchao, which have many kinds
         raise UserError(f"--quantize {INT8}: transformers cannot quantize this model: {reason_of(error)}") from error
-    for path in plain.iterdir():  # the tokenizer's files and others
-        if path.is_file() and not (folder / path.name).exists() and not path.name.startswith("model"):
-            shutil.copy2(path, folder / path.name)
+    for path in plain.rglob("*"):  # the tokenizer's files and others
+        target = folder / path.relative_to(plain)
+        if path.is_file() and not target.exists() and path.suffix != ".safetensors":
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy2(path, target)
     return model.eval()  # type: ignore[no-any-return]
 
 

@@ -60,6 +60,7 @@ def save_step(
     def export(folder: Path) -> None:
         (folder / RECIPE).write_bytes(to_json(recipe or RECIPE_RECORD))
         for name, text in (files or {}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
 
     where = Position(step=step, **(position or {}))

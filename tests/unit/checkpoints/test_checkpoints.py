@@ -12,7 +12,13 @@ import torch
 from safetensors import safe_open
 
 from shardlaunch import UserError
-from shardlaunch.checkpoints.layout import is_plain_file_name, plan_files, step_dir_name, step_of_dir_name
+from shardlaunch.checkpoints.layout import (
+    is_listed_file_name,
+    is_plain_file_name,
+    plan_files,
+    step_dir_name,
+    step_of_dir_name,
+)
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
 from shardlaunch.checkpoints.records import Position
@@ -174,6 +180,26 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_files_that_a_recipe_writes_may_lie_in_one_folder(tmp_path: Path) -> None:
+    def save_with(step: int, name: str) -> Path:
+        def export(staging: Path) -> None:
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).write_text("{}")
+
+        share = share_of(_state())
+        return save(tmp_path, position=Position(step=step), share=share, export=export, aliases={}, peers=ALONE)
+
+    step_dir = save_with(1, "1_Pooling/config.json")
+    assert open_checkpoint(step_dir, peers=ALONE).manifest.files["1_Pooling/config.json"].num_bytes == 2
+    (step_dir / "1_Pooling/config.json").write_text("{ ")
+    with pytest.raises(UserError, match=r"1_Pooling/config\.json: .*digest"):
+        open_checkpoint(step_dir, peers=ALONE)
+    with pytest.raises(UserError, match=r"wrote 'a/b/c\.json': .*at most one folder deep"):
+        save_with(2, "a/b/c.json")
+    with pytest.raises(UserError, match=r"wrote '\.hidden'"):
+        save_with(2, ".hidden/c.json")
+
+
 def test_a_file_that_does_not_reach_the_disk_makes_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,3 +284,5 @@ def test_names() -> None:
     assert step_of_dir_name(".staging-step-00000007") is None
     assert not any(map(is_plain_file_name, ("", ".", "..", "../x", "a/b", "/x", ".hidden", "a\\b", "a\0b")))
     assert all(map(is_plain_file_name, ("model-00001-of-00002.safetensors", "tokenizer.json")))
+    assert all(map(is_listed_file_name, ("tokenizer.json", "1_Pooling/config.json")))
+    assert not any(map(is_listed_file_name, ("", "a/", "/a", "../a", "a/..", "a//b", "a/b/c", ".a/b", "a/.b")))

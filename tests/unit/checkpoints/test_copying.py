@@ -16,6 +16,7 @@ from shardlaunch.checkpoints.copying import copy_in, copy_out, steps_at
 from shardlaunch.checkpoints.names import MANIFEST
 from shardlaunch.checkpoints.peers import Peers
 from shardlaunch.checkpoints.reader import open_checkpoint
+from shardlaunch.checkpoints.verifying import verify
 from tests.unit.checkpoints.saved import flip, save_step, weights_file
 
 STEP = "step-00000005"
@@ -84,11 +85,16 @@ def place() -> Iterator[str]:
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _save_with_folder(checkpoints_dir: Path) -> Path:
+    """Save a checkpoint of step 5 that has a file in a folder of its own."""
+    return save_step(checkpoints_dir, 5, files={"1_Pooling/config.json": "{}"})
 
 
 def test_a_copy_there_and_back_is_the_same(tmp_path: Path) -> None:
-    step_dir = save_step(tmp_path / "a", 5)
+    step_dir = _save_with_folder(tmp_path / "a")
     for place in ("memory://there", f"file://{tmp_path}/there", str(tmp_path / "elsewhere")):
         url = f"{place}/{STEP}"
         copied = copy_out(step_dir, url)
@@ -104,7 +110,7 @@ def test_a_copy_there_and_back_is_the_same(tmp_path: Path) -> None:
 
 
 def test_only_what_is_wrong_is_copied_again(tmp_path: Path) -> None:
-    step_dir = save_step(tmp_path / "a", 5)
+    step_dir = _save_with_folder(tmp_path / "a")
     copy = tmp_path / "b" / STEP
     copy_out(step_dir, str(copy))
     for damage in (flip, Path.unlink, lambda path: os.truncate(path, 10)):
@@ -128,7 +134,7 @@ def _failure(work: Callable[[], object]) -> str:
 
 
 def test_a_copy_out_that_fails_at_any_call_is_no_checkpoint_and_is_completed(tmp_path: Path, place: str) -> None:
-    step_dir, url = save_step(tmp_path, 5), f"{place}/{STEP}"
+    step_dir, url = _save_with_folder(tmp_path), f"{place}/{STEP}"
     num_failed = 0
     for call in range(1, 1000):
         FailingFileSystem.store.clear()
@@ -143,7 +149,9 @@ def test_a_copy_out_that_fails_at_any_call_is_no_checkpoint_and_is_completed(tmp
             for step in steps_at(place):  # the manifest was written, and then could not be read back
                 copy_in(f"{place}/step-{step:08d}", tmp_path / f"{call}" / STEP)
             copy_out(step_dir, url)
-        there = {Path(name).name: bytes(file.getvalue()) for name, file in FailingFileSystem.store.items()}
+        there = {
+            name.partition(f"{STEP}/")[2]: bytes(file.getvalue()) for name, file in FailingFileSystem.store.items()
+        }
         assert there == _contents(step_dir)
     assert num_failed > 20
 
@@ -151,7 +159,7 @@ def test_a_copy_out_that_fails_at_any_call_is_no_checkpoint_and_is_completed(tmp
 def test_what_does_not_read_back_is_no_copy(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FailingFileSystem, "loses_bytes", True)
     with pytest.raises(UserError, match="does not read back as it was written"):
-        copy_out(save_step(tmp_path, 5), f"{place}/{STEP}")
+        copy_out(_save_with_folder(tmp_path), f"{place}/{STEP}")
     assert steps_at(place) == []
 
 
@@ -165,7 +173,7 @@ def test_a_damaged_copy_is_no_checkpoint_while_it_is_written_anew(tmp_path: Path
 
 
 def test_a_copy_in_that_fails_at_any_call_leaves_what_the_next_one_uses(tmp_path: Path, place: str) -> None:
-    step_dir, url = save_step(tmp_path / "a", 5), f"{place}/{STEP}"
+    step_dir, url = _save_with_folder(tmp_path / "a"), f"{place}/{STEP}"
     copy_out(step_dir, url)
     num_kept = 0
     for call in range(1, 1000):
@@ -185,7 +193,7 @@ def test_a_copy_in_that_fails_at_any_call_leaves_what_the_next_one_uses(tmp_path
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    step_dir = save_step(tmp_path / "a", 5)
+    step_dir = _save_with_folder(tmp_path / "a")
     copy_out(step_dir, f"{place}/{STEP}")
     fsync, calls = os.fsync, 0
 
@@ -283,6 +291,11 @@ def test_a_source_that_its_run_deletes_is_said(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_the_manifest_does_not_list_is_named(tmp_path: Path) -> None:
-    step_dir = save_step(tmp_path / "a", 5)
-    (step_dir / "notes.txt").write_text("mine")
-    assert copy_out(step_dir, str(tmp_path / "b" / STEP)).unlisted == ("notes.txt",)
+    step_dir = _save_with_folder(tmp_path / "a")
+    for name in ("notes.txt", "1_Pooling/notes.txt"):
+        (step_dir / name).write_text("mine")
+    (step_dir / "photos/old").mkdir(parents=True)
+    unlisted = ("1_Pooling/notes.txt", "notes.txt", "photos")
+    assert copy_out(step_dir, str(tmp_path / "b" / STEP)).unlisted == unlisted
+    assert verify(step_dir).unlisted == unlisted
+    assert _contents(tmp_path / "b" / STEP).keys() == _contents(step_dir).keys() - set(unlisted)

@@ -12,11 +12,13 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from shardlaunch import UserError, fit
+from shardlaunch.checkpoints.copying import copy_out
 from shardlaunch.checkpoints.layout import CHECKPOINTS, step_dir_name
-from shardlaunch.checkpoints.places import committed_steps, place_at
+from shardlaunch.checkpoints.places import LocalPlace, committed_steps, place_at
 from shardlaunch.launcher.runs import second_place
 from tests.launch.checks import flip_byte
 from tests.recipes import NetRecipe, final_tensors, training_lines
+from tests.unit.checkpoints.saved import save_step
 
 OPTIONS: dict[str, Any] = {"max_steps": 8, "eval_every": 3, "save_every": 2, "threads_per_rank": 1, "keep": 2}
 
@@ -145,10 +147,24 @@ def test_a_copy_of_the_same_step_in_other_files_is_replaced(tmp_path: Path) -> N
     (there / step_dir_name(4) / "model-00001-of-00002.safetensors").write_text("another")
     shutil.copytree(there / step_dir_name(4), there / step_dir_name(1))
     (there / step_dir_name(1) / "manifest.json").unlink()
+    (there / step_dir_name(1) / "1_Pooling").mkdir()
     (there / ".staging-step-00000003").mkdir()
     fit(NetRecipe, output_dir=run_dir, save_to=url, **OPTIONS, stop_at_step=4)
     assert sorted(path.name for path in there.iterdir()) == [step_dir_name(step) for step in (3, 4)]
     assert not (there / step_dir_name(4) / "model-00001-of-00002.safetensors").exists()
+
+
+def test_a_copy_that_was_broken_off_goes_on_with_what_is_there(tmp_path: Path) -> None:
+    """Also with files in folders; one of other files is deleted, with the folders in it."""
+    step_dir = save_step(tmp_path / "run", 4, files={"1_Pooling/config.json": "{}"})
+    here, there = LocalPlace(step_dir), LocalPlace(tmp_path / "second" / step_dir.name)
+    copy_out(step_dir, str(there.path))
+    there.remove("manifest.json")
+    second_place._make_way(here, there)
+    assert "1_Pooling" in there.names()
+    (there.path / "1_Pooling/other").touch()
+    second_place._make_way(here, there)
+    assert there.names() == []
 
 
 def test_folds_have_folders_of_their_own(tmp_path: Path) -> None:

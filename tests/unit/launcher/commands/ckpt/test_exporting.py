@@ -46,10 +46,12 @@ def test_an_export_has_the_weights_and_what_makes_a_model_folder(
         "The files `optimizer-*.safetensors` and `trainer_state.json` serve only to resume the run.\n\n## Versions\n"
     )
     files = {"config.json": '{"dtype": "float32", "text_config": {"dtype": "float32"}}', "README.md": card}
+    files["1_Pooling/config.json"] = '{"dtype": "float32"}'  # that of a module, of which no weights are written
     run = make_run(tmp_path / "run", files=files)
     ended = ckpt("export", run / "best", tmp_path / "whole")
     assert (ended.status, ended.err) == (0, "")
-    assert sorted(os.listdir(tmp_path / "whole")) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "whole")) == ["1_Pooling", "README.md", "config.json", "model.safetensors"]
+    assert (tmp_path / "whole/1_Pooling/config.json").read_text() == files["1_Pooling/config.json"]
     _assert_same(_loaded(tmp_path / "whole"), tensors(seed=4))
     text = (tmp_path / "whole" / "README.md").read_text()
     assert "optimizer" not in text
