@@ -1,0 +1,5 @@
+"""Sounds: options, loading, clips, log-mel spectrograms, masks."""
+
+from shardlaunch.launcher.toolkit.spectrograms import LogMel
+
+__all__ = ["LogMel"]
