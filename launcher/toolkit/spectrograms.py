@@ -62,20 +62,21 @@ class LogMel:
 
     def __call__(self, waveforms: torch.Tensor) -> torch.Tensor:
         """Return the natural logarithm of the power in each band: [n, samples] -> [n, frames, mels], float32."""
-        frames = waveforms.unfold(-1, self.window, self.hop)
+        # In float32, weak bands beside strong ones would lose digits.
+        frames = waveforms.double().unfold(-1, self.window, self.hop)
         if self.is_kaldi:
             frames = frames - frames.mean(dim=-1, keepdim=True)
             before = torch.cat((frames[..., :1], frames[..., :-1]), dim=-1)
             frames = frames - _PREEMPHASIS * before
-        window = torch.hann_window(self.window, periodic=not self.is_kaldi)
+        window = torch.hann_window(self.window, periodic=not self.is_kaldi, dtype=torch.float64)
         spectrum = torch.fft.rfft(F.pad(frames * window, (0, self.num_bins - self.window)))
         power = spectrum.real**2 + spectrum.imag**2
-        return (power @ _filters(self)).clamp(min=self.floor).log()
+        return (power @ _filters(self)).clamp(min=self.floor).log().float()
 
 
 @lru_cache(maxsize=8)
 def _filters(how: LogMel) -> torch.Tensor:
-    """Return the weights of frequencies in bands, [frequencies, mels]."""
+    """Return the weights of frequencies in bands, [frequencies, mels] in float64."""
     highest = how.sample_rate / 2
     frequencies = np.linspace(0, highest, how.num_bins // 2 + 1)
     edges = np.linspace(_mels(how.lowest, how.scale), _mels(highest, how.scale), how.num_mels + 2)
@@ -88,7 +89,7 @@ def _filters(how: LogMel) -> torch.Tensor:
     weights = np.maximum(0, np.minimum(rising, falling))
     if how.scale == "slaney":
         weights *= 2 / (edges[2:] - edges[:-2])
-    return torch.from_numpy(weights).float()
+    return torch.from_numpy(weights)
 
 
 # Slaney's scale (Auditory Toolbox, 1998) is linear up to 1,000 Hz, which are 15 mels, and logarithmic above.

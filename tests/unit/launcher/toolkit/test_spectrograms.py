@@ -23,7 +23,7 @@ def _waveform() -> np.ndarray:
     tones = 0.3 * np.sin(2 * np.pi * 440 * seconds) + 0.05 * np.sin(2 * np.pi * 5000 * seconds) + 0.02
     is_middle = (seconds > 0.25) & (seconds < 0.75)
     noise = rng.normal(size=RATE)
-    return (np.where(is_middle, tones + 0.1 * noise, 1e-3 * noise)).astype(np.float32)
+    return (np.where(is_middle, tones + 0.1 * noise, 1e-2 * noise)).astype(np.float32)
 
 
 @pytest.mark.parametrize(
