@@ -21,7 +21,7 @@ _ORIENTATION = 0x0112
 _DEPTH_RATIO = 257  # 65535 / 255
 
 
-def opened(stored: Mapping[str, Any]) -> Any:
+def opened(stored: Mapping[str, Any] | None) -> Any:
     """Return a stored image (`bytes`, or a `path`), whole. Raises many kinds of errors for what is no image."""
     from PIL import Image
 

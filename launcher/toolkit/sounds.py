@@ -77,16 +77,15 @@ def _columns(options: SoundOptions) -> dict[str, ColumnKind]:
 
 def _demo_syllables(options: SoundOptions, *, sample_rate: int) -> tuple[dict[str, Any], list[str]]:
     """Return the demo's sounds, or in an evaluation on other data these as `eval`, and the names of the classes."""
-    if sample_rate != demo_sounds.SAMPLE_RATE:
-        raise UserError(f"the demo's sounds have a sample rate of {demo_sounds.SAMPLE_RATE} Hz, not {sample_rate}")
     classes = [*demo_sounds.SYLLABLES]
-    splits = demo_sounds.syllables()
+    splits = demo_sounds.syllables(sample_rate)
     rows = other_rows(columns=_columns(options), options=options)
     if rows is not None:
         source = other_source()
+        rows = numbered(rows, options.label_column, classes, source=source)
         selected, column = _selected({"train": rows}, options, source)
-        rows = numbered(selected["train"], "label", classes, source=source)
-        splits["eval"] = _decoded(rows, sample_rate=sample_rate, where=f"--data {source}: column {column!r}")
+        where = f"--data {source}: column {column!r}"
+        splits["eval"] = _decoded(selected["train"], sample_rate=sample_rate, where=where)
     return {name: split.with_format("numpy") for name, split in splits.items()}, classes
 
 
@@ -153,13 +152,13 @@ def clips(
     Longer ones are cropped, at random by their seeds or, without seeds, in the middle; shorter ones have zeros after
     their end.
     """
-    found = torch.zeros(len(waveforms), num_samples)
-    lengths = torch.tensor([min(len(waveform), num_samples) for waveform in waveforms])
+    found = np.zeros((len(waveforms), num_samples), dtype=np.float32)
+    lengths = [min(len(waveform), num_samples) for waveform in waveforms]
     for row, waveform in enumerate(waveforms):
         spare = max(0, len(waveform) - num_samples)
         first = spare // 2 if seeds is None else _drawn(seeds[row], _CROP).integers(spare + 1)
-        found[row, : lengths[row]] = torch.from_numpy(waveform[first : first + num_samples])
-    return found, lengths
+        found[row, : lengths[row]] = waveform[first : first + num_samples]
+    return torch.from_numpy(found), torch.tensor(lengths)
 
 
 def masked(spectrograms: torch.Tensor, seeds: np.ndarray | None, options: SoundOptions) -> torch.Tensor:
@@ -179,12 +178,10 @@ def masked(spectrograms: torch.Tensor, seeds: np.ndarray | None, options: SoundO
 
 def require_room_for_masks(options: SoundOptions, *, num_frames: int, num_mels: int) -> None:
     """Raise UserError for masks that may cover whole spectrograms."""
-    for name, value, most in (
-        ("time_mask", options.time_mask, num_frames),
-        ("frequency_mask", options.frequency_mask, num_mels),
-    ):
+    for name, most, what in (("time_mask", num_frames, "frames"), ("frequency_mask", num_mels, "bands")):
+        value = getattr(options, name)
         if value >= most:
-            raise UserError(f"{flag(name)} {value}: must be less than {most}, the size of the spectrograms")
+            raise UserError(f"{flag(name)} {value}: must be less than the spectrograms' {what}, {most}")
 
 
 def _drawn(seed: int, purpose: int) -> np.random.Generator:

@@ -1,6 +1,5 @@
 """Log-mel spectrograms in torch."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -48,8 +47,15 @@ class LogMel:
     @staticmethod
     def of_ast(num_mels: int = 128) -> "LogMel":
         """Return the features of Audio Spectrogram Transformers (Gong, Chung and Glass 2021), which are Kaldi's."""
-        frames: Mapping[str, int] = {"sample_rate": 16000, "window": 400, "hop": 160}
-        return LogMel(**frames, num_mels=num_mels, lowest=20.0, is_kaldi=True, floor=float(np.finfo(np.float32).eps))
+        return LogMel(
+            sample_rate=16000,
+            window=400,
+            hop=160,
+            num_mels=num_mels,
+            lowest=20.0,
+            is_kaldi=True,
+            floor=float(np.finfo(np.float32).eps),
+        )
 
     @property
     def num_bins(self) -> int:
@@ -71,7 +77,8 @@ class LogMel:
         window = torch.hann_window(self.window, periodic=not self.is_kaldi, dtype=torch.float64)
         spectrum = torch.fft.rfft(F.pad(frames * window, (0, self.num_bins - self.window)))
         power = spectrum.real**2 + spectrum.imag**2
-        return (power @ _filters(self)).clamp(min=self.floor).log().float()
+        bands: torch.Tensor = power @ _filters(self)
+        return bands.clamp(min=self.floor).log().float()
 
 
 @lru_cache(maxsize=8)

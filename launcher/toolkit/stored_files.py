@@ -10,9 +10,13 @@ from shardlaunch.launcher.reporting.notes import counted, current
 from shardlaunch.launcher.toolkit.cache import content_digest
 
 
-def stored_bytes(stored: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a stored file. Raises OSError if its path cannot be read."""
-    content: bytes = stored["bytes"] or Path(stored["path"]).read_bytes()
+def stored_bytes(stored: Mapping[str, Any] | None) -> bytes:
+    """Return the bytes of a stored file. Raises OSError if its path cannot be read, ValueError if there are none."""
+    if stored is None or (stored["bytes"] is None and not stored["path"]):
+        raise ValueError("it is missing")
+    content: bytes = stored["bytes"] or (Path(stored["path"]).read_bytes() if stored["path"] else b"")
+    if not content:
+        raise ValueError("it is empty")
     return content
 
 

@@ -23,7 +23,7 @@ _CUTOFF = 0.95  # of the lower of both Nyquist frequencies, so that what lies ab
 _CHUNK = 1 << 14  # samples that are resampled at a time, for memory
 
 
-def decoded(stored: Mapping[str, Any], *, sample_rate: int) -> tuple[np.ndarray, int]:
+def decoded(stored: Mapping[str, Any] | None, *, sample_rate: int) -> tuple[np.ndarray, int]:
     """Return a stored sound (`bytes`, or a `path`) as float32 samples within -1..1, [length], and what was done.
 
     Raises many kinds of errors for what is no sound.
@@ -66,7 +66,7 @@ def _samples(data: bytes, width: int) -> np.ndarray:
 
 def _read_by_soundfile(content: bytes, error: Exception) -> tuple[np.ndarray, int]:
     if find_spec("soundfile") is None:
-        why = f"{error}; " if content.startswith(b"RIFF") else ""
+        why = f"{error}; " if content.startswith(b"RIFF") and str(error) else ""
         raise ValueError(
             f"{why}without the package soundfile, only WAV files of integer samples are read: pip install soundfile"
         ) from error
