@@ -150,14 +150,25 @@ class AudioClassifier(Recipe):
         if hasattr(config, "layerdrop"):
             config.layerdrop = 0.0  # ranks that drop other layers could not gather the same ones
         model: nn.Module = from_config(AutoModelForAudioClassification, config, options.model)
-        if not self.has_spectrograms:
-            self._require_frames(model)
+        self._require_inputs_of(model)
         return model
 
-    def _require_frames(self, model: Any) -> None:
-        """Raise UserError for clips that are too short for a model of waveforms, and for the masks that it makes."""
+    def _require_inputs_of(self, model: Any) -> None:
+        """Raise UserError for a model that does not take what its preprocessor makes of clips.
+
+        Those of waveforms need as many frames as a mask that they lay on them in training.
+        """
+        shape, config = self.inputs.shape(self.num_samples), model.config
+        takes = (getattr(config, "max_length", None), getattr(config, "num_mel_bins", None)) if shape else None
+        if takes != shape or (shape is None and not hasattr(model, "_get_feat_extract_output_lengths")):
+            raise UserError(
+                f"--model {self.options.model}: its {sounds.PREPROCESSOR} is not that of this model, a "
+                f"{config.model_type!r}: it makes {f'{shape[0]} frames of {shape[1]} bands' if shape else 'waveforms'}"
+            )
+        if shape is not None:
+            return
         num_frames = int(model._get_feat_extract_output_lengths(self.num_samples))
-        least = getattr(model.config, "mask_time_length", 0) + 1
+        least = getattr(config, "mask_time_length", 0) + 1
         if num_frames < least:
             raise UserError(
                 f"--seconds: clips of {self.num_samples:,} samples are {num_frames} frames of --model "

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.toolkit.pretrained import from_source
 from shardlaunch.launcher.toolkit.spectrograms import LogMel
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -105,8 +106,13 @@ class Waveforms:
 
 
 def preprocessor(source: str) -> dict[str, Any]:
-    """Return the preprocessor's configuration of a pretrained model. Raises UserError where there is none."""
+    """Return the preprocessor's configuration of a pretrained model. Raises UserError where there is none.
+
+    Where it does not name its class, as older ones, that is the one of the model's type.
+    """
+    from transformers import AutoConfig
     from transformers.feature_extraction_utils import FeatureExtractionMixin
+    from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
 
     try:
         found, _ = FeatureExtractionMixin.get_feature_extractor_dict(source)
@@ -114,7 +120,10 @@ def preprocessor(source: str) -> dict[str, Any]:
         raise UserError(
             f"--model {source}: has no {PREPROCESSOR}, which says what the model takes of a sound; add it to the folder"
         ) from error
-    return dict(found)
+    if "feature_extractor_type" in found:
+        return dict(found)
+    model_type = from_source(AutoConfig, source).model_type
+    return {**found, "feature_extractor_type": FEATURE_EXTRACTOR_MAPPING_NAMES.get(model_type)}
 
 
 def expected_inputs(found: Mapping[str, Any], source: str) -> Inputs:

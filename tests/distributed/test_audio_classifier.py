@@ -17,6 +17,11 @@ from tests.recipes import losses, run_quietly, run_well, save_small_ast, save_sm
 
 ARGV = ("--preset", "demo", "--tracker", "none", "--threads-per-rank", "1")
 RATE = 16000
+PREPROCESSORS = {
+    "short": {"num_mel_bins": 16, "max_length": 48},
+    "raw": {"feature_extractor_type": "Wav2Vec2FeatureExtractor"},
+    "other": {"feature_extractor_type": "WhisperFeatureExtractor"},
+}
 
 
 def _recipe(*argv: str) -> AudioClassifier:
@@ -127,19 +132,20 @@ def test_the_net_takes_spectrograms_of_any_size() -> None:
         (("--model", "{wav}", "--time-mask", "9"), "--time-mask: only for spectrograms, but --model {wav} takes wave"),
         (("--model", "{wav}", "--seconds", "0.1"), "--seconds: clips of 1,600 samples are 5 frames of --model {wav}"),
         (("--model", "{bare}"), "has no preprocessor_config.json, which says what the model takes of a sound"),
+        (("--model", "{short}"), "its preprocessor_config.json is not that of this model, a 'audio-spectrogram-transf"),
+        (("--model", "{raw}"), "is not that of this model, a 'audio-spectrogram-transformer': it makes waveforms"),
         (("--model", "{other}"), "the feature extractor WhisperFeatureExtractor is not supported; choose a model"),
     ],
 )
 def test_what_cannot_be_is_refused(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    folders = {name: str(tmp_path / name) for name in ("ast", "wav", "bare", "other")}
+    folders = {name: str(tmp_path / name) for name in ("ast", "wav", "bare", *PREPROCESSORS)}
     used = {name for name in folders if f"{{{name}}}" in words}
     for name in used:
         (save_small_wav2vec2 if name == "wav" else save_small_ast)(Path(folders[name]))
     if "bare" in used:
         (tmp_path / "bare" / "preprocessor_config.json").unlink()
-    if "other" in used:
-        text = json.dumps({"feature_extractor_type": "WhisperFeatureExtractor"})
-        (tmp_path / "other" / "preprocessor_config.json").write_text(text)
+    for name in used & PREPROCESSORS.keys():
+        (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(PREPROCESSORS[name]))
     given = [word.format(**folders) for word in words]
     status, output = run_quietly(
         AudioClassifier, [*ARGV, "--max-steps", "1", *given, "--output-dir", str(tmp_path / "r")]
