@@ -80,10 +80,14 @@ class AudioClassifier(Recipe):
     def datasets(self) -> Mapping[str, Any]:
         options = self.options
         self.inputs = self._inputs()
-        splits, self.class_names = sounds.load_sounds(options, sample_rate=self.inputs.sample_rate)
-        self.num_samples = self._num_samples(splits["train"])
-        self._check_spectrograms()
-        sounds.note_lengths(splits, num_samples=self.num_samples, sample_rate=self.inputs.sample_rate)
+        rate = self.inputs.sample_rate
+        if options.seconds:  # what cannot be is said before the data is read
+            self._set_clips(round(options.seconds * rate))
+        splits, self.class_names = sounds.load_sounds(options, sample_rate=rate)
+        if not options.seconds:
+            most = self.inputs.longest or int(LONGEST_S * rate)
+            self._set_clips(min(most, int(sounds.lengths_of(splits["train"]).max())))
+        sounds.note_lengths(splits, num_samples=self.num_samples, sample_rate=rate)
         return splits
 
     def _inputs(self) -> sounds.Inputs:
@@ -109,31 +113,25 @@ class AudioClassifier(Recipe):
             )
         return inputs
 
-    def _num_samples(self, train: Any) -> int:
-        """Return the length of the clips. Raises UserError for one that the model does not take."""
-        rate, most, seconds = self.inputs.sample_rate, self.inputs.longest, self.options.seconds
-        if not seconds:
-            return min(most or int(LONGEST_S * rate), int(sounds.lengths_of(train).max()))
-        found = round(seconds * rate)
-        if 0 < most < found:
+    def _set_clips(self, num_samples: int) -> None:
+        """Set the length of the clips. Raises UserError for one that cannot be, and for masks that are too wide."""
+        options, inputs = self.options, self.inputs
+        if 0 < inputs.longest < num_samples:
             if self.explicitly_set_flags("seconds"):
-                model = f"--model {self.options.model}"
-                raise UserError(f"--seconds {seconds:g}: {model} takes {most / rate:g} at most; lower it")
-            return most
-        return found
-
-    def _check_spectrograms(self) -> None:
-        """Raise UserError for clips without a frame, and for masks that cannot be."""
-        options, shape = self.options, self.inputs.shape(self.num_samples)
+                most = f"takes {inputs.longest / inputs.sample_rate:g} at most"
+                raise UserError(f"--seconds {options.seconds:g}: --model {options.model} {most}; lower it")
+            num_samples = inputs.longest
+        self.num_samples, shape = num_samples, inputs.shape(num_samples)
         self.has_spectrograms = shape is not None
         if shape is None:
             if unused := self.explicitly_set_flags(*MASKS):
+                flags = ", ".join(unused)
                 raise UserError(
-                    f"{', '.join(unused)}: only for spectrograms, but --model {options.model} takes waveforms"
+                    f"{flags}: only for spectrograms, but --model {options.model} takes waveforms; remove it"
                 )
             return
         if not shape[0]:
-            raise UserError(f"clips of {self.num_samples} samples are shorter than a frame; set a longer --seconds")
+            raise UserError(f"clips of {num_samples} samples are shorter than a frame; set a longer --seconds")
         sounds.require_room_for_masks(options, num_frames=shape[0], num_mels=shape[1])
 
     def model(self) -> nn.Module:
@@ -168,7 +166,8 @@ class AudioClassifier(Recipe):
         if shape is not None:
             return
         num_frames = int(model._get_feat_extract_output_lengths(self.num_samples))
-        least = getattr(config, "mask_time_length", 0) + 1
+        is_masked = getattr(config, "apply_spec_augment", False) and getattr(config, "mask_time_prob", 0) > 0
+        least = 1 + config.mask_time_length if is_masked else 1
         if num_frames < least:
             raise UserError(
                 f"--seconds: clips of {self.num_samples:,} samples are {num_frames} frames of --model "

@@ -28,7 +28,7 @@ class Inputs(Protocol):
         """Return the most samples of a clip; 0: any."""
 
     def shape(self, num_samples: int) -> tuple[int, int] | None:
-        """Return frames and bands of the spectrogram of a clip; None: no spectrogram."""
+        """Return frames and bands of the spectrogram of a clip, no frames if it is too short; None: no spectrogram."""
 
     def __call__(self, clips: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return `input_values`, and an `attention_mask` if the model expects one, of [n, samples] and true lengths."""
@@ -73,7 +73,7 @@ class AstSpectrograms:
         return self.log_mel.window + (self.num_frames - 1) * self.log_mel.hop
 
     def shape(self, num_samples: int) -> tuple[int, int]:
-        return self.num_frames, self.log_mel.num_mels
+        return self.num_frames if self.log_mel.num_frames(num_samples) else 0, self.log_mel.num_mels
 
     def __call__(self, clips: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         found = self.log_mel(clips)

@@ -72,8 +72,7 @@ class LogMel:
         frames = waveforms.double().unfold(-1, self.window, self.hop)
         if self.is_kaldi:
             frames = frames - frames.mean(dim=-1, keepdim=True)
-            before = torch.cat((frames[..., :1], frames[..., :-1]), dim=-1)
-            frames = frames - _PREEMPHASIS * before
+            frames = frames - _PREEMPHASIS * frames.roll(1, dims=-1)  # of the first sample, the window leaves nothing
         window = torch.hann_window(self.window, periodic=not self.is_kaldi, dtype=torch.float64)
         spectrum = torch.fft.rfft(F.pad(frames * window, (0, self.num_bins - self.window)))
         power = spectrum.real**2 + spectrum.imag**2

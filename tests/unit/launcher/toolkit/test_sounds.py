@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from scipy.signal import resample_poly
@@ -180,6 +182,24 @@ def test_a_table_of_paths_and_files_that_change(tmp_path: Path) -> None:
     paths[2].write_bytes(b"RIFF")
     with pytest.raises(UserError, match=rf"row 2 \({paths[2]}\) is not a readable sound"):
         _loaded(SoundOptions(data=f"{tmp_path}/t*.csv"))
+
+
+def test_a_data_set_with_sounds_as_its_features_say(tmp_path: Path) -> None:
+    rows = {"audio": [{"bytes": _wav(_noise(row)), "path": None} for row in range(4)], "label": [0, 1, 0, 1]}
+    features = {"audio": datasets.Audio(sampling_rate=RATE), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    info = datasets.DatasetInfo(features=datasets.Features(features))
+    # Of a table, because from rows it could be made with the package torchcodec only.
+    table = pa.table({"audio": pa.array(rows["audio"], datasets.Audio.pa_type), "label": pa.array(rows["label"])})
+    one = datasets.Dataset(datasets.table.InMemoryTable(table), info=info)
+    datasets.DatasetDict(train=one, test=one).save_to_disk(tmp_path / "saved")
+    one.to_parquet(tmp_path / "train.parquet")
+    for source in (tmp_path / "saved", tmp_path / "train.parquet"):
+        with collected() as notes:
+            splits, classes = sounds.load_sounds(SoundOptions(data=str(source)), sample_rate=RATE)
+        assert classes == ["cat", "dog"]
+        assert "file of 1,044 bytes | cat" in notes.examples
+        first = splits["train"][0]["waveform"]
+        assert min(np.abs(first - _noise(row)[:, 0]).max() for row in range(4)) < 1e-4
 
 
 def test_clips_are_cropped_by_seed_and_in_the_middle_and_padded_at_the_end() -> None:
