@@ -1,5 +1,6 @@
 """What nets take of clips: log-mel spectrograms or waveforms, normalized as a pretrained model expects them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from shardlaunch.launcher.toolkit.pretrained import from_source
 from shardlaunch.launcher.toolkit.spectrograms import LogMel
 
 PREPROCESSOR = "preprocessor_config.json"
-_RANGE = 8 * 2.302585  # of a spectrogram from scratch: 80 dB below its loudest place, as a natural logarithm
+_RANGE = 8 * math.log(10)  # of a spectrogram from scratch: 80 dB below its loudest place, as a natural logarithm
 _EPSILON = 1e-7  # of the variance of waveforms, as transformers has it
 
 

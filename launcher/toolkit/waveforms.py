@@ -91,7 +91,7 @@ def resampled(waveform: torch.Tensor, rate: int, wanted: int) -> torch.Tensor:
     for first in range(min(up, len(found))):  # of samples that are as far from those of the waveform
         place = first * down  # in the waveform, times `up`
         rows = around[place // up :: down].split(_CHUNK)
-        found[first::up] = torch.cat([some @ weights[place % up] for some in rows])[: len(found[first::up])]
+        found[first::up] = torch.cat([part @ weights[place % up] for part in rows])[: len(found[first::up])]
     return found
 
 
