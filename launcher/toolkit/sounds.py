@@ -139,7 +139,7 @@ def note_lengths(splits: Mapping[str, Any], *, num_samples: int, sample_rate: in
             if count:
                 what = "cropped" if how == "longer" else "padded"
                 current().remarks.append(
-                    f"{counted(int(count), 'sound')} of the {name} data, {how} than {num_samples / sample_rate:g} s, "
+                    f"{counted(int(count), 'sound')} of the {name} data, {how} than {num_samples / sample_rate:.4g} s, "
                     f"{what}"
                 )
 

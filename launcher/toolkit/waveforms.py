@@ -17,6 +17,7 @@ from shardlaunch.launcher.toolkit.stored_files import stored_bytes
 # What was done to a sound, as bits, and the words for it.
 AVERAGED, RESAMPLED = 1, 2
 WORDS = {AVERAGED: "of several channels averaged", RESAMPLED: "of other sample rates resampled"}
+_PCM, _EXTENSIBLE = b"\x01\x00", b"\xfe\xff"  # formats of WAV files; many of 24 bits have the second
 # The filter of a change of sample rate: a sinc below a Kaiser window (Kaiser and Schafer 1980).
 _ZERO_CROSSINGS, _BETA = 64, 9.0
 _CUTOFF = 0.95  # of the lower of both Nyquist frequencies, so that what lies above it is gone
@@ -43,6 +44,8 @@ def decoded(stored: Mapping[str, Any] | None, *, sample_rate: int) -> tuple[np.n
 
 def _read(content: bytes) -> tuple[np.ndarray, int]:
     """Return a file's samples, float32 of shape [length, channels], and its sample rate."""
+    if content[12:16] == b"fmt " and content[20:22] == _EXTENSIBLE and content[44:46] == _PCM:
+        content = content[:20] + _PCM + content[22:]  # Python 3.11 does not know the other name of the same samples
     try:
         with wave.open(io.BytesIO(content)) as file:
             found = file.getparams()
@@ -66,9 +69,9 @@ def _samples(data: bytes, width: int) -> np.ndarray:
 
 def _read_by_soundfile(content: bytes, error: Exception) -> tuple[np.ndarray, int]:
     if find_spec("soundfile") is None:
-        why = f"{error}; " if content.startswith(b"RIFF") and str(error) else ""
         raise ValueError(
-            f"{why}without the package soundfile, only WAV files of integer samples are read: pip install soundfile"
+            f"{str(error) or 'it ends too early'}; what is no WAV file of whole numbers needs the package soundfile: "
+            f"pip install soundfile"
         ) from error
     import soundfile
 

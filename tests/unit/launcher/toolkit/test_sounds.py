@@ -1,6 +1,7 @@
 """Sounds: reading, invalid files, other sample rates and channels, clips and masks by the sample's own seed."""
 
 import io
+import struct
 import wave
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -63,6 +64,16 @@ def test_samples_of_all_widths_are_read(tmp_path: Path, width: int) -> None:
     for samples, waveform in zip(expected, found, strict=True):
         assert waveform.dtype == np.float32
         assert np.abs(waveform - samples[:, 0]).max() < 2.0 ** -(8 * width - 2) + 1e-7
+
+
+def test_the_extensible_format_is_read(tmp_path: Path) -> None:
+    """As ffmpeg and sox write 24 bits."""
+    plain = _wav(_noise(0), width=3)
+    guid = b"\x01\x00\x00\x00\x00\x00\x10\x00\x80\x00\x00\xaa\x00\x38\x9b\x71"
+    start = plain[:4] + struct.pack("<I", len(plain) + 16) + plain[8:16]
+    header = start + struct.pack("<IH", 40, 0xFFFE) + plain[22:36] + struct.pack("<HHI", 22, 24, 4) + guid
+    (found, _), _ = _loaded(_options(tmp_path, [header + plain[36:], plain]))
+    assert np.abs(found - _noise(0)[:, 0]).max() < 1e-6
 
 
 def test_channels_are_averaged_and_rates_changed_and_said(tmp_path: Path) -> None:
@@ -130,7 +141,7 @@ def _float_wav() -> bytes:
 
 @pytest.mark.skipif(find_spec("soundfile") is not None, reason="soundfile is installed")
 def test_other_formats_need_soundfile(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"unknown format: 3; without the package soundfile, only WAV .* pip install"):
+    with pytest.raises(UserError, match=r"unknown format: 3; what is no WAV file .* pip install soundfile"):
         sounds.load_sounds(_options(tmp_path, [_wav(_noise(0)), _float_wav()]), sample_rate=RATE)
 
 
