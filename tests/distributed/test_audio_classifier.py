@@ -13,7 +13,8 @@ from transformers import AutoFeatureExtractor
 from shardlaunch.checkpoints.layout import step_dir_name
 from shardlaunch.launcher.command_line.parsing import parse_options
 from shardlaunch.recipes.audio_classifier import AudioClassifier, AudioClassifierOptions, sound_net
-from tests.recipes import losses, run_quietly, run_well, save_small_ast, save_small_wav2vec2
+from tests.recipes import losses, run_quietly, run_well
+from tests.sound_models import save_small_ast, save_small_wav2vec2
 
 ARGV = ("--preset", "demo", "--tracker", "none", "--threads-per-rank", "1")
 RATE = 16000

@@ -20,13 +20,12 @@ from tests.recipes import (
     losses,
     recipe_class,
     run_well,
-    save_small_ast,
     save_small_bert,
     save_small_convnext,
     save_small_gpt,
     save_small_t5,
-    save_small_wav2vec2,
 )
+from tests.sound_models import save_small_ast, save_small_wav2vec2
 
 STEPS, STOP = 4, 2
 NUM_TRAIN, NUM_EVAL = 40, 10  # samples that are left of the recipe's data
