@@ -59,12 +59,12 @@ def select_columns(splits: Mapping[str, Any], columns: Mapping[str, str], *, sou
 
 
 def _undecoded(dataset: Any) -> list[dict[str, Any]]:
-    """Return rows with images as they are stored, and classes by name."""
+    """Return rows with images and sounds as they are stored, and classes by name."""
     import datasets
 
     for name, feature in dataset.features.items():
-        if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        if isinstance(feature, datasets.Image | datasets.Audio):
+            dataset = dataset.cast_column(name, type(feature)(decode=False))
     names = {name: feature for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)}
     return [
         {
@@ -77,7 +77,7 @@ def _undecoded(dataset: Any) -> list[dict[str, Any]]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
-        return str(value["path"] or f"image of {len(value['bytes'] or b''):,} bytes")
+        return str(value["path"] or f"file of {len(value['bytes'] or b''):,} bytes")
     return excerpt(value)
 
 

@@ -12,6 +12,7 @@ from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.reporting.notes import counted, current
 from shardlaunch.launcher.splitting import HELD_OUT_FRACTION, held_out_rows
 from shardlaunch.launcher.toolkit.cache import content_digest, refusal
+from shardlaunch.launcher.toolkit.class_folders import has_class_folders, load_class_folders, media_of
 from shardlaunch.launcher.toolkit.column_types import ColumnKind, typed
 from shardlaunch.launcher.toolkit.derived import derived
 from shardlaunch.launcher.toolkit.files import (
@@ -22,9 +23,7 @@ from shardlaunch.launcher.toolkit.files import (
     DataFile,
     FileOptions,
     Listing,
-    images_by_split,
     is_no_text,
-    is_of_images,
     listed,
     paths_of,
     refuse_unread,
@@ -45,7 +44,7 @@ def load_splits(
     options: FileOptions | None = None,
     of_texts: bool = False,
 ) -> dict[str, Any]:
-    """Return the data sets `train` and `eval` from a hub id, files, a folder of data files or a folder of images.
+    """Return the data sets `train` and `eval` from a hub id, files, or a folder of data files, images or sounds.
 
     A hub id may include a configuration: OWNER/NAME:CONFIGURATION. Files may be several, or patterns. A folder may also
     be one written by `save_to_disk`. A .txt file is one row, with its whole content in the column `text`; `of_texts`
@@ -200,12 +199,13 @@ def _load_paths(
         _refuse_file_options(options, "ignore_files", "delimiter", "encoding", where=f"{source} is a saved data set")
         return _load_saved(paths[0], source)
     listing = listed(source, paths, options.ignore_files)
-    if not of_texts and is_of_images(listing):
-        _refuse_file_options(options, "delimiter", "encoding", where=f"--data {source} is a folder of images")
-        return _load_images(listing)
+    if not of_texts and has_class_folders(listing):
+        media = media_of(listing)
+        _refuse_file_options(options, "delimiter", "encoding", where=f"--data {source} is a folder of {media}s")
+        return load_class_folders(listing, media)
     others = [file for file in listing.files if file.kind == "other"]
     if not listing.files or (len(others) == len(listing.files) and not of_texts):
-        where = "" if paths[0].is_file() else " in this folder, and no images in train/CLASS/"
+        where = "" if paths[0].is_file() else " in this folder, and no images or sounds in train/CLASS/"
         raise UserError(f"--data {source}: no {KNOWN} file{where}")
     if options.delimiter and not any(file.kind in ("csv", "tsv") for file in listing.files):
         raise UserError(f"--delimiter: has no effect, because --data {source} has no CSV or TSV file; remove it")
@@ -334,29 +334,6 @@ def _note_files(
     unused = [name for name in names if name not in used]
     if unused:
         notes.data.append(f"columns not used: {some(map(repr, unused))}")
-
-
-def _load_images(listing: Listing) -> dict[str, Any]:
-    """Return data sets of the columns `image` and `label` of a folder of images."""
-    import datasets
-    import pyarrow as pa
-
-    found = images_by_split(listing)
-    classes = sorted({name for _, name in found["train"]})
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
-    splits = {}
-    for word, images in found.items():
-        digest = content_digest(path for path, _ in images)
-        labels = [classes.index(name) for _, name in images]
-        paths = pa.array([str(path) for path, _ in images], pa.string())
-        nothing = pa.nulls(len(images), pa.binary())
-        stored = pa.StructArray.from_arrays([nothing, paths], names=["bytes", "path"])
-        table = pa.table({"image": stored, "label": pa.array(labels, pa.int64())})
-        fingerprint = xxhash.xxh3_128_hexdigest(repr((digest, labels, classes)).encode())
-        info = datasets.DatasetInfo(features=features)
-        splits[word] = datasets.Dataset(datasets.table.InMemoryTable(table), info=info, fingerprint=fingerprint)
-        current().data.append(f"{word}: {counted(len(images), 'image')} in {counted(len({*labels}), 'folder')}")
-    return splits
 
 
 def _load_saved(path: Path, source: str) -> dict[str, Any]:

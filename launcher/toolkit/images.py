@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,9 @@ import torch
 
 from shardlaunch.errors import UserError, some
 from shardlaunch.launcher.options import flag, option
-from shardlaunch.launcher.reporting.notes import counted, current
 from shardlaunch.launcher.seeding import derive_seed
 from shardlaunch.launcher.tensor_data import TensorData
 from shardlaunch.launcher.toolkit import demo_data
-from shardlaunch.launcher.toolkit.cache import content_digest
 from shardlaunch.launcher.toolkit.column_types import ColumnKind
 from shardlaunch.launcher.toolkit.columns import class_names, select_columns
 from shardlaunch.launcher.toolkit.datasets import load_splits
@@ -22,6 +19,7 @@ from shardlaunch.launcher.toolkit.derived import derived
 from shardlaunch.launcher.toolkit.files import FileOptions
 from shardlaunch.launcher.toolkit.other_data import numbered, other_rows, other_source
 from shardlaunch.launcher.toolkit.pixels import MODES, WORDS, in_mode, opened, upright
+from shardlaunch.launcher.toolkit.stored_files import content_of_files, name_of_row, note_conversions
 
 _GRAY = 128
 # Of ImageNet's training images scaled to 0..1, as pretrained nets expect.
@@ -122,7 +120,7 @@ def _decoded(split: Any, *, size: int, num_channels: int, convert: bool, where: 
     def pixels(images: list[Any], rows: list[int]) -> dict[str, Any]:
         found, done, other = [], [], []
         for row, stored in zip(rows, images, strict=True):
-            name = f"row {row} ({stored['path']})" if stored and stored["path"] else f"row {row}"
+            name = name_of_row(row, stored)
             try:
                 image, how = upright(opened(stored))
             except Exception as error:  # Pillow's decoders raise many kinds of errors
@@ -153,7 +151,7 @@ def _decoded(split: Any, *, size: int, num_channels: int, convert: bool, where: 
     decoded = derived(
         split,
         pixels,
-        key=("pixels", size, num_channels, convert, *_content_of_files(split)),
+        key=("pixels", size, num_channels, convert, *content_of_files(split, "image")),
         doing="decoding images",
         input_columns=["image"],
         with_indices=True,
@@ -164,27 +162,9 @@ def _decoded(split: Any, *, size: int, num_channels: int, convert: bool, where: 
     stored = decoded.data.column("pixels").chunks
     flat = torch.from_numpy(np.concatenate([chunk.flatten().to_numpy() for chunk in stored]))
     numbers = {name: torch.from_numpy(np.array(decoded.with_format("numpy")[name][:])) for name in kept}
-    _note_conversions(np.asarray(decoded.with_format("numpy")["done"][:]), where)
+    note_conversions(np.asarray(decoded.with_format("numpy")["done"][:]), WORDS, noun="image", where=where)
     labels = numbers.pop("label")
     return TensorData(pixels=flat.view(-1, size, size, num_channels), labels=labels, **numbers)
-
-
-def _note_conversions(done: np.ndarray, where: str) -> None:
-    """Note what was done to the images, for the start of the run."""
-    split = where.rpartition(" of the ")[2]
-    for bit, words in WORDS.items():
-        count = int(np.count_nonzero(done & bit))
-        if count:
-            current().remarks.append(f"{counted(count, 'image')} of the {split} {words}")
-
-
-def _content_of_files(split: Any) -> list[str]:
-    """Return a digest of the image files that a data set refers to by path, if any."""
-    paths = []
-    for chunk in split.with_format("arrow", columns=["image"])[:]["image"].chunks:
-        paths += [Path(path) for path in chunk.field("path").filter(chunk.field("bytes").is_null()).to_pylist() if path]
-    # A missing file is reported when it is read.
-    return [content_digest(path for path in paths if path.is_file())] if paths else []
 
 
 def select_classes(

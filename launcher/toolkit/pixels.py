@@ -2,10 +2,11 @@
 
 import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from shardlaunch.launcher.toolkit.stored_files import stored_bytes
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's modes by number of channels
 # What was done to an image besides scaling and cropping, as bits, and the words for it.
@@ -20,11 +21,11 @@ _ORIENTATION = 0x0112
 _DEPTH_RATIO = 257  # 65535 / 255
 
 
-def opened(stored: Mapping[str, Any]) -> Any:
+def opened(stored: Mapping[str, Any] | None) -> Any:
     """Return a stored image (`bytes`, or a `path`), whole. Raises many kinds of errors for what is no image."""
     from PIL import Image
 
-    image: Any = Image.open(io.BytesIO(stored["bytes"] or Path(stored["path"]).read_bytes()))
+    image: Any = Image.open(io.BytesIO(stored_bytes(stored)))
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo with a preview is one image
         raise ValueError(f"it has {image.n_frames} frames; store one of them")
     image.load()

@@ -1,6 +1,7 @@
 """One run, any shards: train PyTorch models so that ranks, strategy, crashes and resumes do not change the results.
 
-Topic modules have what recipes also use: `shardlaunch.data`, `.orders`, `.images`, `.text`, `.metrics`, `.demo`.
+Topic modules have what recipes also use: `shardlaunch.data`, `.orders`, `.images`, `.sounds`, `.text`, `.metrics`,
+`.demo`.
 """
 
 import logging

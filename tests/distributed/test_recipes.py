@@ -25,6 +25,7 @@ from tests.recipes import (
     save_small_gpt,
     save_small_t5,
 )
+from tests.sound_models import save_small_ast, save_small_wav2vec2
 
 STEPS, STOP = 4, 2
 NUM_TRAIN, NUM_EVAL = 40, 10  # samples that are left of the recipe's data
@@ -101,6 +102,22 @@ CASES = (
         words=("--model", "{folder}", "--image-size", "16"),
         prepare=save_small_convnext,
         auto_class="AutoModelForImageClassification",
+    ),
+    Case(recipe="audio_classifier", words=("--width", "4", "--dropout", "0.1"), ranks=3),
+    Case(
+        recipe="audio_classifier",
+        name="audio spectrogram transformer",
+        words=("--model", "{folder}"),
+        prepare=save_small_ast,
+        auto_class="AutoModelForAudioClassification",
+    ),
+    Case(
+        recipe="audio_classifier",
+        name="wav2vec2",
+        words=("--model", "{folder}", "--seconds", "0.6"),
+        prepare=save_small_wav2vec2,
+        ranks=3,
+        auto_class="AutoModelForAudioClassification",
     ),
     Case(
         recipe="bert_imdb",

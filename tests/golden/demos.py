@@ -12,7 +12,7 @@ from tests.distributed.ranks import run_on_ranks
 from tests.recipes import losses, recipe_class, run_well
 
 RECIPES = (
-    *("mnist_mlp", "cifar_cnn", "vgg16_transfer", "image_classifier"),
+    *("mnist_mlp", "cifar_cnn", "vgg16_transfer", "image_classifier", "audio_classifier"),
     *("bert_imdb", "bert_tagger", "bert_qa", "bert_mlm", "gpt_lm", "translate_seq2seq"),
 )
 LEFT_OUT = ("dpo_lm", "embed_pairs")

@@ -31,13 +31,13 @@ def test_the_package_itself_and_its_errors_do_not_need_torch() -> None:
     assert "torch" not in imported("import shardlaunch; shardlaunch.UserError")
 
 
-@pytest.mark.parametrize("topic", ["data", "orders", "images", "text", "metrics", "demo"])
+@pytest.mark.parametrize("topic", ["data", "orders", "images", "sounds", "text", "metrics", "demo"])
 def test_topic_modules_need_no_heavy_library(topic: str) -> None:
     assert not imported(f"import shardlaunch.{topic}") & HEAVY
 
 
 def test_recipe_files_need_no_heavy_library() -> None:
-    assert len(RECIPES) == 12
+    assert len(RECIPES) == 13
     assert not imported(f"from shardlaunch.recipes import {', '.join(RECIPES)}") & HEAVY
 
 
