@@ -59,7 +59,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 # seqeval, which tests compare with, is built with setuptools-scm.
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) setuptools-scm
-	$(PIP) --no-build-isolation --editable '.[deepspeed,lora,onnx,quantize,sweep,text,trackers,test,dev]'
+	$(PIP) --no-build-isolation --editable '.[audio,deepspeed,lora,onnx,quantize,sweep,text,trackers,test,dev]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.demo

@@ -70,8 +70,8 @@ def _samples(data: bytes, width: int) -> np.ndarray:
 def _read_by_soundfile(content: bytes, error: Exception) -> tuple[np.ndarray, int]:
     if find_spec("soundfile") is None:
         raise ValueError(
-            f"{str(error) or 'it ends too early'}; what is no WAV file of whole numbers needs the package soundfile: "
-            f"pip install soundfile"
+            f"{str(error) or 'it ends too early'}; what is no WAV file of whole numbers needs soundfile: pip install "
+            f'"shardlaunch[audio]"'
         ) from error
     import soundfile
 

@@ -4,7 +4,6 @@ import io
 import struct
 import wave
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -139,9 +138,18 @@ def _float_wav() -> bytes:
     return bytes(content)
 
 
-@pytest.mark.skipif(find_spec("soundfile") is not None, reason="soundfile is installed")
-def test_other_formats_need_soundfile(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"unknown format: 3; what is no WAV file .* pip install soundfile"):
+@pytest.mark.parametrize("kind", ["FLAC", "WAV"])
+def test_other_formats_are_read_by_soundfile(tmp_path: Path, kind: str) -> None:
+    soundfile = pytest.importorskip("soundfile", reason="the extra `audio` is not installed")
+    wanted, written = _noise(3, 500, 2), io.BytesIO()
+    soundfile.write(written, wanted, RATE, format=kind, subtype="PCM_24" if kind == "FLAC" else "FLOAT")
+    splits, _ = sounds.load_sounds(_options(tmp_path, [_wav(_noise(0)), written.getvalue()]), sample_rate=RATE)
+    assert np.abs(splits["train"][1]["waveform"] - wanted.mean(axis=1)).max() < 1e-6
+
+
+def test_other_formats_need_soundfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waveforms, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'unknown format: 3; what is no .* pip install "shardlaunch\[audio\]"'):
         sounds.load_sounds(_options(tmp_path, [_wav(_noise(0)), _float_wav()]), sample_rate=RATE)
 
 
