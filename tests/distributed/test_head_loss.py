@@ -26,7 +26,7 @@ from tests.recipes import final_tensors, losses, recipe_class, run_quietly, run_
 ARGV = (
     *("--preset", "demo", "--vocab-size", "300", "--context-length", "32", "--layers", "1", "--width", "32"),
     *("--max-steps", "4", "--eval-every", "4", "--global-batch-size", "12", "--micro-batch-size", "4"),
-    *("--tracker", "none", "--threads-per-rank", "1", "--save-every", "0"),
+    *("--eval-micro-batch-size", "32", "--tracker", "none", "--threads-per-rank", "1", "--save-every", "0"),
 )
 
 
