@@ -153,8 +153,7 @@ def export(
         step: Step of the checkpoint.
         ema: Use the average of the weights that the run keeps (--ema, --ema-half-life, --swa-from).
         recipe: Recipe file or name, where the run's is not where it was.
-        quantize: int8: store weights of linear layers in 8 bits (hf and torch-export, by torchao); the metrics with and
-            without are printed.
+        quantize: int8: store weights of linear layers in 8 bits (hf, torch-export), and print what that changes.
     """
     from shardlaunch.launcher.commands.export.main import export_run
 
