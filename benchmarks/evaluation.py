@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure all arms and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder of the reviews")
-    parser.add_argument("--reviews", type=int, default=256)
+    parser.add_argument("--reviews", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--result", default="", help="write benchmarks/results/NAME.json")
