@@ -25,12 +25,12 @@ from shardlaunch.errors import UserError
 from shardlaunch.launcher.commands.adapters import holds_adapter, merged_weights, merging_note
 from shardlaunch.launcher.commands.ckpt.exporting import MERGED, OF_AVERAGE
 from shardlaunch.launcher.commands.ckpt.output import size, warn
-from shardlaunch.launcher.commands.evaluate import metrics_of
 from shardlaunch.launcher.commands.export.formats import FORMATS, Example, write_format
 from shardlaunch.launcher.commands.export.plain import Call, PlainModel, call_of
 from shardlaunch.launcher.commands.export.quantized import (
+    changes,
     check_quantization,
-    num_quantized,
+    comparable_metrics,
     quantization_errors,
     quantize_called_layers,
     write_quantized_folder,
@@ -89,14 +89,16 @@ def export_run(
                 weights_dir = Path(scratch, HF) if quantize else staging
                 _write_weights(run, weights_dir, ema=ema, note=note)
             if quantize:
-                metrics = _metrics(run, data, model)
+                metrics = comparable_metrics(run, data, model)
                 with quantization_errors():
                     if kind == HF:
                         plain = plain.of(write_quantized_folder(weights_dir, staging))
                     else:
                         quantize_called_layers(model, partial(_expected, plain, calls[:1]))
                     exact, expected = expected, _expected(plain, calls)
-                    costs = _costs(quantize, plain, exact, expected, metrics, _metrics(run, data, plain.model))
+                    costs = changes(
+                        quantize, plain, exact, expected, metrics, comparable_metrics(run, data, plain.model)
+                    )
             example = Example(inputs=calls[0].tensors, dynamic=_dynamic_axes(calls), output_names=plain.output_names)
             if kind in FORMATS:
                 write_format(kind, plain, example, staging)
@@ -115,36 +117,6 @@ def export_run(
     for line in costs:
         print(f"  {line}")
     return 0
-
-
-def _metrics(run: TrainedRun, data: RunData, model: nn.Module) -> dict[str, float]:
-    """Return the metrics that are one number each, on the run's evaluation data; none where there are no such data."""
-    if "eval" not in data.splits:
-        return {}
-    found = metrics_of(run, data, model, precision_name="fp32")
-    return {name: value for name, value in found.items() if not isinstance(value, list)}
-
-
-def _costs(
-    quantize: str,
-    plain: PlainModel,
-    exact: Sequence[tuple[torch.Tensor, ...]],
-    expected: Sequence[tuple[torch.Tensor, ...]],
-    metrics: Mapping[str, float],
-    metrics_now: Mapping[str, float],
-) -> list[str]:
-    """Return what quantized weights change, in lines."""
-    before, after = (
-        [one.double().flatten() for outputs in batches for one in outputs] for batches in (exact, expected)
-    )
-    most = float((torch.cat(after) - torch.cat(before)).abs().nan_to_num(posinf=0.0).max())
-    largest = float(torch.cat(before).abs().nan_to_num(posinf=0.0).max())
-    outputs = f"outputs differ by up to {most:.2g} from those in fp32, which are up to {largest:.2g}"
-    lines = [f"{num_quantized(plain.model)} linear layers with {quantize} weights: {outputs}"]
-    lines += [
-        f"eval/{name}: {value:.6g} in fp32, {metrics_now[name]:.6g} in {quantize}" for name, value in metrics.items()
-    ]
-    return lines if metrics else [*lines, "the run has no evaluation data, so that no metrics are compared"]
 
 
 def _check_kind(run: TrainedRun, kind: str) -> None:

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,11 @@ from torch import nn
 
 from shardlaunch.checkpoints.exporting import CONFIG
 from shardlaunch.errors import UserError
+from shardlaunch.launcher.commands.evaluate import metrics_of
 from shardlaunch.launcher.commands.export.formats import reason_of
+from shardlaunch.launcher.commands.export.plain import PlainModel
+from shardlaunch.launcher.commands.trained import TrainedRun
+from shardlaunch.launcher.runs.data import RunData
 
 INT8 = "int8"
 """One byte per weight, with a scale in fp32 per row; layers compute in fp32."""
@@ -83,6 +87,36 @@ def write_quantized_folder(plain: Path, folder: Path) -> nn.Module:
             target.parent.mkdir(exist_ok=True)
             shutil.copy2(path, target)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def comparable_metrics(run: TrainedRun, data: RunData, model: nn.Module) -> dict[str, float]:
+    """Return the metrics that are one number each, on the run's evaluation data; none where there are no such data."""
+    if "eval" not in data.splits:
+        return {}
+    found = metrics_of(run, data, model, precision_name="fp32")
+    return {name: value for name, value in found.items() if not isinstance(value, list)}
+
+
+def changes(
+    quantize: str,
+    plain: PlainModel,
+    exact: Sequence[tuple[torch.Tensor, ...]],
+    expected: Sequence[tuple[torch.Tensor, ...]],
+    metrics: Mapping[str, float],
+    metrics_now: Mapping[str, float],
+) -> list[str]:
+    """Return what quantized weights change, in lines."""
+    before, after = (
+        [one.double().flatten() for outputs in batches for one in outputs] for batches in (exact, expected)
+    )
+    most = float((torch.cat(after) - torch.cat(before)).abs().nan_to_num(posinf=0.0).max())
+    largest = float(torch.cat(before).abs().nan_to_num(posinf=0.0).max())
+    outputs = f"outputs differ by up to {most:.2g} from those in fp32, which are up to {largest:.2g}"
+    lines = [f"{num_quantized(plain.model)} linear layers with {quantize} weights: {outputs}"]
+    lines += [
+        f"eval/{name}: {value:.6g} in fp32, {metrics_now[name]:.6g} in {quantize}" for name, value in metrics.items()
+    ]
+    return lines if metrics else [*lines, "the run has no evaluation data, so that no metrics are compared"]
 
 
 def num_quantized(model: nn.Module) -> int:
